@@ -1,0 +1,1 @@
+"""The command line's functions, one module a command or command group."""

@@ -1,0 +1,97 @@
+"""What every command shares: the ``--config`` file, the resolved configuration, output helpers.
+
+Precedence is flag over environment (``SBS_EDGE_<COMMAND>_<FLAG>``) over ``--config`` file over
+default. The file is YAML or JSON: a mapping from flag names (dashes or underscores) to values.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from sbs_edge import files
+from sbs_edge.errors import UsageError
+
+__all__ = ["ConfigOption", "DryRunOption", "JsonOption", "print_json", "resolved", "save_resolved"]
+
+_NOT_CONFIGURATION = {"config", "dry_run", "json_output"}
+
+
+def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
+    if value is None:
+        return None
+    try:
+        content = yaml.safe_load(value.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"The configuration file {value} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration file {value} is not valid YAML: {error}.") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UsageError(f"The configuration file {value} must hold a mapping of flags to values.")
+    known = {p.name for p in ctx.command.params if p.name} - _NOT_CONFIGURATION
+    defaults = {str(key).replace("-", "_"): item for key, item in content.items()}
+    defaults.pop("command", None)
+    unknown = sorted(set(defaults) - known)
+    if unknown:
+        raise UsageError(
+            f"The configuration file {value} has the unknown key {unknown[0]!r}. "
+            f"'sbs-edge {ctx.command_path.split(' ', 1)[-1]}' knows: {', '.join(sorted(known))}."
+        )
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return value
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_load_config,
+        help="YAML file of flags; flags and environment win over it.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, say what would be done, change nothing.")
+]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "value") and not isinstance(value, str | int | float | bool):
+        return value.value
+    return value
+
+
+def resolved(ctx: typer.Context) -> dict[str, Any]:
+    """Return the command's parameters after flags, environment, file and defaults were merged."""
+    values = {
+        name: _plain(value)
+        for name, value in sorted(ctx.params.items())
+        if name not in _NOT_CONFIGURATION and value is not None
+    }
+    return {"command": ctx.command_path.split(" ", 1)[-1], **values}
+
+
+def save_resolved(ctx: typer.Context, path: Path) -> None:
+    """Write the resolved configuration, so that ``--config`` on it repeats the command."""
+    files.write_text(path, yaml.safe_dump(resolved(ctx), sort_keys=False, allow_unicode=True))
+
+
+def print_json(content: Any) -> None:
+    """Print ``content`` as one line of JSON on stdout."""
+    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    sys.stdout.flush()

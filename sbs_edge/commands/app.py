@@ -1,0 +1,64 @@
+"""Assembles the commands and turns every expected error into one paragraph and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+
+import typer
+from rich.console import Console
+
+from sbs_edge.errors import SbsEdgeError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sbs-edge",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "SBS_EDGE", "help_option_names": ["-h", "--help"]},
+    help="Examples and a teacher's rationales in, a small file that answers in milliseconds out.",
+)
+
+# Each module under sbs_edge/commands/ registers its commands with `register(app)`; light imports
+# only, so that `--help` is fast. Order here is the order of `--help`.
+_MODULES: tuple[str, ...] = ()
+
+for _name in _MODULES:
+    import_module(f"sbs_edge.commands.{_name}").register(app)
+
+
+@app.callback()
+def _root(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an expected error too."),
+) -> None:
+    if debug:
+        os.environ["SBS_EDGE_DEBUG"] = "1"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; return the exit code.
+
+    0 success, 1 failure, 2 usage or bad input, 3 guard, 4 integrity, 130 interrupted.
+    """
+    console = Console(stderr=True)
+    try:
+        app(args=args, prog_name="sbs-edge")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except KeyboardInterrupt:
+        console.print("Interrupted.", highlight=False)
+        return 130
+    except SbsEdgeError as error:
+        if os.environ.get("SBS_EDGE_DEBUG"):
+            traceback.print_exc()
+        console.print(f"[bold red]error:[/] ", end="")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""What runs in production: bundles, sessions, label scoring, rationales. No torch here."""

@@ -1,0 +1,1 @@
+"""HTTP service over bundles: admission, batching, metrics, drain."""
