@@ -1,0 +1,54 @@
+# The README's commands. Everything is installed into a virtual environment under this folder.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+CONSTRAINTS ?= constraints/main.txt
+export PYTHONSAFEPATH = 1
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo install test test-long test-interpreter test-transformers5 aot tensorrt lint format types docs clean
+
+# From nothing to a bundle that answers without torch.
+demo: $(VENV)/.demo
+	$(VENV)/bin/sbs-edge run --out runs/demo
+
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[export]'
+	touch $@
+
+install: $(VENV)/.dev
+
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+# The default run: under 15 minutes on two cores.
+test: install
+	$(PY) -m pytest -m "not long and not interpreter and not tensorrt"
+
+test-long: install
+	$(PY) -m pytest -m "long and not interpreter and not tensorrt"
+
+# Triton kernels in its interpreter, which must be switched on before triton is imported.
+test-interpreter: install
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter tests/kernels
+
+lint: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+format: install
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+types: install
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
