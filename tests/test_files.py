@@ -1,0 +1,55 @@
+"""A crash or a full disk leaves the old file or the new one, never half of either."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sbs_edge import files
+
+
+def test_write_json_round_trip(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a" / "b.json", {"ö": [1, 2.5, None]})
+    assert json.loads((tmp_path / "a" / "b.json").read_text(encoding="utf-8")) == {"ö": [1, 2.5, None]}
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.json"]
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_rubbish(tmp_path: Path) -> None:
+    target = tmp_path / "kept.txt"
+    target.write_text("old")
+    code = (
+        "import resource, signal, sys; from sbs_edge import files;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "files.write_bytes(sys.argv[1], b'x' * 100_000)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(target)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "File too large" in done.stderr
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_atomic_directory_replaces_only_when_the_block_succeeds(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with files.atomic_directory(target) as work:
+        (work / "one").write_text("1")
+
+    def fail_half_way() -> None:
+        with files.atomic_directory(target) as work:
+            (work / "two").write_text("2")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
+    assert [p.name for p in target.iterdir()] == ["one"]
+    with files.atomic_directory(target) as work:
+        (work / "three").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["three"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]

@@ -1,0 +1,125 @@
+"""The wheel holds what the tree holds, the folder names shadow nobody, and imports run one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+LINKED = {"kernels": "kernels", "export": "export", "bench": "bench"}
+
+
+def _modules(repository: Path) -> dict[str, Path]:
+    """Import name -> file of every module we ship."""
+    found: dict[str, Path] = {}
+    for file in sorted((repository / "sbs_edge").rglob("*.py")):
+        relative = file.relative_to(repository)
+        if relative.parts[1] in LINKED and len(relative.parts) > 2:
+            continue  # reached through its own folder below
+        found[".".join(relative.with_suffix("").parts)] = file
+    for folder in LINKED:
+        for file in sorted((repository / folder).rglob("*.py")):
+            name = ".".join(("sbs_edge", *file.relative_to(repository).with_suffix("").parts))
+            found[name] = file
+    return found
+
+
+def test_the_folders_are_links_for_editors_and_type_checkers(repository: Path) -> None:
+    for link, target in LINKED.items():
+        assert (repository / "sbs_edge" / link).resolve() == repository / target
+
+
+def test_kernels_has_no_init_so_that_transformers_never_takes_it_for_the_kernels_package(
+    repository: Path,
+) -> None:
+    assert not (repository / "kernels" / "__init__.py").exists()
+    code = (
+        "import sys, importlib.util; sys.path.insert(0, sys.argv[1]);"
+        "spec = importlib.util.find_spec('kernels');"
+        "print(spec.origin if spec else None)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(repository)], capture_output=True, text=True, check=True
+    )
+    assert str(repository) not in out.stdout
+
+
+@pytest.mark.long
+def test_the_wheel_holds_exactly_the_tree(repository: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(repository)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")}
+    expected = {name.replace(".", "/") + ".py" for name in _modules(repository)}
+    assert names == expected
+    assert {n.split("/")[0] for n in names} == {"sbs_edge"}
+
+
+ROOM_MAY_IMPORT = {
+    # what each room must not import, anywhere in its code, lazily or not
+    "sbs_edge.runtime": {"torch", "transformers", "triton", "onnx", "sbs_edge.student", "sbs_edge.data",
+                         "sbs_edge.export", "sbs_edge.serve", "sbs_edge.teacher", "sbs_edge.kernels",
+                         "sbs_edge.bench", "sbs_edge.commands"},
+    "sbs_edge.serve": {"torch", "transformers", "triton", "onnx", "sbs_edge.student", "sbs_edge.data",
+                       "sbs_edge.export", "sbs_edge.teacher", "sbs_edge.kernels", "sbs_edge.bench",
+                       "sbs_edge.commands"},
+    "sbs_edge.kernels": {"transformers", "onnx", "onnxruntime", "sbs_edge.student", "sbs_edge.data",
+                         "sbs_edge.export", "sbs_edge.serve", "sbs_edge.runtime", "sbs_edge.bench",
+                         "sbs_edge.commands"},
+    "sbs_edge.data": {"torch", "transformers", "sbs_edge.student", "sbs_edge.export", "sbs_edge.serve",
+                      "sbs_edge.runtime", "sbs_edge.kernels", "sbs_edge.bench", "sbs_edge.commands"},
+    "sbs_edge.student": {"onnx", "onnxruntime", "sbs_edge.export", "sbs_edge.serve", "sbs_edge.runtime",
+                         "sbs_edge.bench", "sbs_edge.commands"},
+    "sbs_edge.export": {"sbs_edge.serve", "sbs_edge.teacher", "sbs_edge.bench", "sbs_edge.commands"},
+    "sbs_edge.bench": {"sbs_edge.commands"},
+}  # fmt: skip
+
+
+def _imports(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(ROOM_MAY_IMPORT))
+def test_imports_run_one_way(repository: Path, room: str) -> None:
+    modules = {n: f for n, f in _modules(repository).items() if n == room or n.startswith(room + ".")}
+    assert modules, f"no module found in {room}"
+    wrong = [
+        f"{name} imports {imported}"
+        for name, file in modules.items()
+        for imported in sorted(_imports(file))
+        for banned in ROOM_MAY_IMPORT[room]
+        if imported == banned or imported.startswith(banned + ".")
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["sbs_edge", "sbs_edge.runtime.student", "sbs_edge.serve.app"])
+def test_production_modules_load_without_torch_or_transformers(module: str) -> None:
+    code = (
+        f"import sys, {module};"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'triton', 'onnx'}))"
+    )
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_public_surface_is_what_it_says() -> None:
+    import sbs_edge
+
+    assert sorted(sbs_edge.__all__) == ["Student", "__version__", "export", "train"]
+    for name in sbs_edge.__all__:
+        assert getattr(sbs_edge, name) is not None
