@@ -55,7 +55,7 @@ def main(args: list[str] | None = None) -> int:
     except SbsEdgeError as error:
         if os.environ.get("SBS_EDGE_DEBUG"):
             traceback.print_exc()
-        console.print(f"[bold red]error:[/] ", end="")
+        console.print("[bold red]error:[/] ", end="")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except BrokenPipeError:

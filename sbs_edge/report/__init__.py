@@ -1,0 +1,1 @@
+"""Self-contained HTML pages and the pictures in them; no network, no script."""

@@ -1,0 +1,113 @@
+"""One HTML page without a network: sections of prose, tables and inline SVG pictures.
+
+Knows nothing of students or bundles; :mod:`sbs_edge.report.run` and the benches fill it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Page", "figure_svg", "table_html"]
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
+p.note { opacity: .8; font-size: .92rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+tr.best td { font-weight: 600 }
+figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem } figure svg { max-width: 100%; height: auto }
+figcaption { font-size: .9rem; color: #333 }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
+"""
+
+
+def figure_svg(figure: Figure) -> str:
+    """Render a matplotlib figure as an inline ``<svg>`` element and close it."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def table_html(columns: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None) -> str:
+    """Return a table; numeric columns are set right-aligned, row ``best`` in bold."""
+    numeric = [
+        bool(rows) and all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))
+    ]
+    mark = [' class="number"' if number else "" for number in numeric]
+    head = "".join(f"<th{mark[i]}>{escape(name)}</th>" for i, name in enumerate(columns))
+    body = "".join(
+        ('<tr class="best">' if index == best else "<tr>")
+        + "".join(f"<td{mark[i]}>{escape(_shown(cell))}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for index, row in enumerate(rows)
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+@dataclass(slots=True)
+class Page:
+    """A page under construction; every text is escaped, only :func:`figure_svg` output is not."""
+
+    title: str
+    parts: list[str] = field(default_factory=list)
+
+    def section(self, heading: str) -> None:
+        """Start a section."""
+        self.parts.append(f"<h2>{escape(heading)}</h2>")
+
+    def text(self, paragraph: str, *, note: bool = False) -> None:
+        """Add a paragraph; ``note`` sets it smaller."""
+        opening = '<p class="note">' if note else "<p>"
+        self.parts.append(f"{opening}{escape(paragraph)}</p>")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None) -> None:
+        """Add a table."""
+        self.parts.append(table_html(columns, rows, best))
+
+    def figure(self, figure: Figure, caption: str) -> None:
+        """Add a picture with its caption."""
+        self.parts.append(f"<figure>{figure_svg(figure)}<figcaption>{escape(caption)}</figcaption></figure>")
+
+    def preformatted(self, text: str) -> None:
+        """Add text in a fixed-width face, as it stands."""
+        self.parts.append(f"<pre>{escape(text)}</pre>")
+
+    def html(self) -> str:
+        """Return the whole document."""
+        return (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>"
+            f"<body><h1>{escape(self.title)}</h1>{''.join(self.parts)}</body></html>\n"
+        )
