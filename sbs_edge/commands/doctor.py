@@ -130,9 +130,8 @@ def _show(report: dict[str, Any]) -> None:
     console = Console()
     cpu = report["cpu"]
     console.print(f"sbs-edge {report['sbs_edge']}, Python {report['python']}, {report['platform']}")
-    console.print(
-        f"CPU: {cpu['model']}, {cpu['cores']} cores, {' '.join(cpu['features']) or 'no vector features known'}"
-    )
+    features = " ".join(cpu["features"]) or "no vector features known"
+    console.print(f"CPU: {cpu['model']}, {cpu['cores']} cores, {features}")
     for gpu in report["gpus"]:
         console.print(f"GPU: {gpu['name']}, {gpu['capability']}, {gpu['memory_gib']} GiB")
     if not report["gpus"]:

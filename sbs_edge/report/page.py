@@ -26,7 +26,8 @@ table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 tr.best td { font-weight: 600 }
-figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem } figure svg { max-width: 100%; height: auto }
+figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem }
+figure svg { max-width: 100%; height: auto }
 figcaption { font-size: .9rem; color: #333 }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
 """

@@ -1,0 +1,167 @@
+"""The report of ``sbs-edge run``: a table for the terminal and a page with pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from sbs_edge.report.page import Page
+
+__all__ = ["run_page", "run_table"]
+
+BUILTIN_CAVEAT = (
+    "The built-in task was made so that labels alone fail: no single fact in a ticket says anything about "
+    "the label, and all three are needed. It demonstrates that rationales carry what labels do not; it does "
+    "not estimate what they are worth on your data."
+)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def run_table(report: dict[str, Any]) -> Table:
+    """Return the comparison as a rich table: one student a row, then one exported target a row."""
+    table = Table(title=f"{report['task']['name']}: test split, {report['rows']['test']} rows")
+    for column in (
+        "student",
+        "steps",
+        "label accuracy",
+        "rationale tokens",
+        "size",
+        "label p50",
+        "trained in",
+    ):
+        table.add_column(column, justify="left" if column == "student" else "right")
+    for student in report["students"]:
+        test = student["test"]
+        table.add_row(
+            student["name"],
+            str(student["steps"]),
+            _percent(test["label_accuracy"]),
+            _percent(test.get("rationale_token_accuracy")),
+            f"{student['metrics']['parameters']:,} parameters",
+            "",
+            f"{student['train_seconds']:.0f} s",
+        )
+    table.add_section()
+    for target in report["bundle"]["targets"]:
+        latency = target["label_ms"]
+        table.add_row(
+            f"bundle {target['target']}",
+            "",
+            _percent(target["label_accuracy"]),
+            "",
+            f"{target['bytes'] / 1e6:.2f} MB",
+            f"{latency['p50']:.2f} ms" if latency else "–",
+            "",
+        )
+    return table
+
+
+def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(keys), squeeze=False)[0]
+    for axis, (key, title) in zip(axes, keys, strict=True):
+        for student in report["students"]:
+            points = [(row["step"], row[key]) for row in student["history"] if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=student["name"])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimiser step")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _coverage(calibration: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    points = calibration["coverage"]
+    axis.plot([p["coverage"] for p in points], [p["accuracy"] for p in points], marker=".")
+    axis.set_xlabel("share of rows answered")
+    axis.set_ylabel("accuracy on them")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def run_page(report: dict[str, Any]) -> str:
+    """Return ``report.html``: opens without a network, holds every figure of the JSON report."""
+    page = Page(f"sbs-edge run: {report['task']['name']}")
+    rows = report["rows"]
+    page.text(
+        f"Mode {report['mode']}. {rows['train']:,} training rows, {rows['validation']:,} for model selection, "
+        f"{rows['test']:,} for the test, which was read once, at the end. All students saw the same label "
+        f"examples; the whole run took {report['seconds']:.0f} s."
+    )
+    agreement = report["teacher_agreement"]
+    if agreement["total"]:
+        page.text(
+            f"Teacher and gold label agree on {agreement['equal']:,} of {agreement['total']:,} training rows "
+            f"({_percent(agreement['equal'] / agreement['total'])})."
+        )
+    if report["task"]["name"].startswith("hvac"):
+        page.text(BUILTIN_CAVEAT, note=True)
+
+    page.section("Compared students")
+    page.table(
+        ["student", "mode", "steps", "label accuracy", "rationale token accuracy", "rationales exact",
+         "parameters", "training s"],
+        [
+            [s["name"], s["mode"], s["steps"], _percent(s["test"]["label_accuracy"]),
+             _percent(s["test"].get("rationale_token_accuracy")), _percent(s["test"].get("rationale_exact")),
+             s["metrics"]["parameters"], s["train_seconds"]]
+            for s in report["students"]
+        ],
+        best=0,
+    )  # fmt: skip
+    page.figure(
+        _curves(
+            report,
+            (("label_loss", "label loss (training)"), ("rationale_loss", "rationale loss (training)")),
+        ),
+        "Learning curves of both tasks.",
+    )
+    page.figure(
+        _curves(
+            report,
+            (
+                ("eval_label_accuracy", "label accuracy (validation)"),
+                ("eval_rationale_token_accuracy", "rationale token accuracy (validation)"),
+            ),
+        ),
+        "Validation while training.",
+    )
+
+    page.section("Bundle")
+    page.table(
+        ["target", "label accuracy", "same label as the first target", "bytes", "label p50 ms", "label p90 ms"],
+        [
+            [t["target"], _percent(t["label_accuracy"]), _percent(t["agreement_with_first"]), t["bytes"],
+             (t["label_ms"] or {}).get("p50"), (t["label_ms"] or {}).get("p90")]
+            for t in report["bundle"]["targets"]
+        ],
+    )  # fmt: skip
+    page.text("Latency: one text a call, one thread, on the machine that ran this.", note=True)
+    for target in report["bundle"]["targets"]:
+        if target["guard"]:
+            page.text(f"{target['target']}, guard: {target['guard']}", note=True)
+    calibration = report["bundle"].get("calibration") or {}
+    if calibration.get("coverage"):
+        page.section("Confidence")
+        page.text(
+            f"Temperature {calibration['temperature']:.3f}, fitted on {calibration.get('n', 0):,} validation rows; "
+            f"expected calibration error {calibration['ece_before']:.4f} before and "
+            f"{calibration['ece_after']:.4f} after."
+        )
+        page.figure(_coverage(calibration), "Accuracy against coverage when doubtful rows are passed on.")
+    page.section("A rationale, as the bundle gives it")
+    page.preformatted(
+        "\n".join(f"{t['target']}: {t['example_rationale']}" for t in report["bundle"]["targets"])
+    )
+    return page.html()
