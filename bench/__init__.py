@@ -1,1 +1,1 @@
-"""Benchmarks with the peers in the same run."""
+"""Benchmarks with the peers in the same run. Light to import: a worker's first answer is timed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from sbs_edge.commands._common import (
     resolved,
     save_resolved,
 )
+
+if TYPE_CHECKING:
+    from sbs_edge.data.example import Splits
 
 __all__ = ["register"]
 
@@ -137,7 +140,7 @@ def _load(
     seed: int,
     teacher_error: float,
     train_rows: int | None,
-) -> "Splits":  # noqa: UP037
+) -> Splits:
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits

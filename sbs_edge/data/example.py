@@ -25,6 +25,7 @@ class Example:
         confidence: weight of the row in training, in (0, 1]; the vote share when the teacher
             was sampled several times, else 1.
         source: ``file:line`` the row came from, for messages.
+
     """
 
     id: str
@@ -46,6 +47,7 @@ class TaskSpec:
         label_kind: see :data:`LabelKind`.
         labels: the closed label set in a fixed order; empty unless ``label_kind == "closed"``.
         compare: ``text`` compares stripped strings, ``value`` compares arithmetic values.
+
     """
 
     name: str
