@@ -8,6 +8,7 @@ import traceback
 from importlib import import_module
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from sbs_edge.errors import SbsEdgeError
@@ -25,7 +26,7 @@ app = typer.Typer(
 
 # Each module under sbs_edge/commands/ registers its commands with `register(app)`; light imports
 # only, so that `--help` is fast. Order here is the order of `--help`.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = ("run", "doctor")
 
 for _name in _MODULES:
     import_module(f"sbs_edge.commands.{_name}").register(app)
@@ -39,26 +40,45 @@ def _root(
         os.environ["SBS_EDGE_DEBUG"] = "1"
 
 
+def _say(kind: str, message: str) -> None:
+    if os.environ.get("SBS_EDGE_DEBUG"):
+        traceback.print_exc()
+    console = Console(stderr=True)
+    console.print(f"[bold red]{kind}:[/] ", end="")
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _validation_message(error: ValidationError) -> str:
+    found = [f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in error.errors()]
+    return f"The configuration is not valid. {'; '.join(found)}."
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command line; return the exit code.
 
     0 success, 1 failure, 2 usage or bad input, 3 guard, 4 integrity, 130 interrupted.
     """
-    console = Console(stderr=True)
     try:
         app(args=args, prog_name="sbs-edge")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except KeyboardInterrupt:
-        console.print("Interrupted.", highlight=False)
+        _say("interrupted", "Nothing half-written was kept under its final name.")
         return 130
     except SbsEdgeError as error:
-        if os.environ.get("SBS_EDGE_DEBUG"):
-            traceback.print_exc()
-        console.print("[bold red]error:[/] ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _say("error", str(error))
         return error.exit_code
+    except ValidationError as error:
+        _say("error", _validation_message(error))
+        return 2
     except BrokenPipeError:
-        sys.stderr.close()
+        # The reader of our output went away (`| head`): not an error of ours, nothing left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        _say("error", f"{error.strerror or error}: {error.filename or 'no file named'}.")
+        return 1
+    except Exception as error:
+        _say("internal error", f"{type(error).__name__}: {error}. Run again with --debug to see where.")
         return 1
     return 0

@@ -1,0 +1,71 @@
+"""The command line's frame: help, precedence of settings, exit codes, one paragraph an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_help_is_quick_to_load_and_names_every_command(sbs_edge_cli: Run) -> None:
+    done = sbs_edge_cli("--help")
+    assert done.returncode == 0
+    for command in ("run", "data", "train", "evaluate", "export", "predict", "annotate", "task", "serve",
+                    "bench", "doctor"):  # fmt: skip
+        assert f" {command} " in done.stdout, command
+
+
+def test_doctor_as_json_names_engines_and_providers(sbs_edge_cli: Run) -> None:
+    done = sbs_edge_cli("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert "CPUExecutionProvider" in report["providers"]
+    engines = {engine["name"]: engine for engine in report["loss_engines"]}
+    assert engines["torch"]["available"] is True
+    missing = [package for package in report["packages"] if package["version"] is None]
+    assert all(package["add"].startswith("pip install 'sbs-edge[") for package in missing)
+
+
+def test_an_unknown_command_is_a_usage_error(sbs_edge_cli: Run) -> None:
+    assert sbs_edge_cli("frobnicate").returncode == 2
+
+
+def _plan(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    assert done.returncode == 0, done.stderr
+    plan: dict[str, object] = json.loads(done.stdout)
+    return plan
+
+
+def test_flags_win_over_environment_over_file_over_defaults(sbs_edge_cli: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("steps: 11\nrationale-weight: 2.5\n")
+    common = ("run", "--dry-run", "--json", "--out", tmp_path / "out")
+    assert _plan(sbs_edge_cli(*common))["steps"] == 600
+    assert _plan(sbs_edge_cli(*common, "--config", config))["steps"] == 11
+    assert _plan(sbs_edge_cli(*common, "--config", config))["rationale_weight"] == 2.5
+    assert _plan(sbs_edge_cli(*common, "--config", config, SBS_EDGE_RUN_STEPS="12"))["steps"] == 12
+    plan = _plan(sbs_edge_cli(*common, "--config", config, "--steps", "13", SBS_EDGE_RUN_STEPS="12"))
+    assert plan["steps"] == 13
+    assert not (tmp_path / "out").exists(), "a dry run changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("stepz: 3\n", "stepz"), ("- 1\n", "mapping"), ("a: [\n", "not valid YAML"), (None, "cannot be read")],
+)
+def test_a_wrong_configuration_file_is_one_paragraph_and_exit_2(
+    sbs_edge_cli: Run, tmp_path: Path, content: str | None, said: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    if content is not None:
+        config.write_text(content)
+    done = sbs_edge_cli("run", "--dry-run", "--config", config)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in sbs_edge_cli("--debug", "run", "--dry-run", "--config", config).stderr

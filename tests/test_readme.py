@@ -1,0 +1,50 @@
+"""What the README shows is run as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.long
+def test_the_python_example_runs_as_printed(repository: Path, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"(wait|dispatch|adjust|close) \{", done.stdout)
+
+
+def test_every_document_the_readme_links_exists(repository: Path) -> None:
+    text = (repository / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (repository / link).is_file(), link
+
+
+def test_no_absolute_path_or_host_of_a_machine_is_in_the_repository(repository: Path) -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=repository, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    homes = re.compile(r"(?<![\w.~-])/(work|farm|root|home)/[A-Za-z.]")
+    wrong = []
+    for name in filter(None, tracked):
+        path = repository / name
+        if path.is_symlink() or not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if name != "tests/test_readme.py" and homes.search(text):
+            wrong.append(name)
+    assert wrong == []
