@@ -1,0 +1,89 @@
+"""The one record every bench writes, and the document that holds them.
+
+A row is one measured figure: what was measured (``section``, ``case``), on whom (``system``,
+``variant``), its unit, which direction is better, the value, and the value of every interleaved
+round, from which spreads and comparisons are made later.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sbs_edge.errors import DataError
+
+__all__ = ["FORMAT", "Row", "load_document", "rows_of"]
+
+FORMAT = 1
+Key = tuple[str, str, str, str]
+
+
+@dataclass(slots=True)
+class Row:
+    """One measured figure.
+
+    Attributes:
+        section: ``label``, ``rationale``, ``throughput``, ``open_loop``, ``cold_start``, ``memory``, ...
+        system: ``sbs-edge:cpu-int8``, ``ctranslate2``, ...
+        variant: what the system was asked for (``label+eos``, ``one token``), or empty.
+        case: the point measured, readable (``batch 1, 64 tokens``).
+        unit: ``ms``, ``tokens/s``, ``MB``, ...
+        better: ``lower`` or ``higher``.
+        value: the figure (a median unless ``extra`` says otherwise).
+        rounds: the figure of each interleaved round; empty for facts measured once.
+        extra: percentiles, sample counts, settings; plain JSON values.
+
+    """
+
+    section: str
+    system: str
+    variant: str
+    case: str
+    unit: str
+    better: Literal["lower", "higher"]
+    value: float
+    rounds: list[float] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """What makes two rows of different runs the same measurement."""
+        return (self.section, self.system, self.variant, self.case)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain form for JSON."""
+        return asdict(self)
+
+
+def rows_of(document: dict[str, Any]) -> list[Row]:
+    """Return the rows of a document."""
+    return [Row(**row) for row in document["rows"]]
+
+
+def load_document(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        DataError: it cannot be read, is no result of these benches, or has another format number.
+
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"The result file {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"The result file {path} is not JSON: {error}.") from error
+    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+        raise DataError(f"{path} is no result of 'sbs-edge bench': it has no list 'rows'.")
+    if document.get("format") != FORMAT:
+        raise DataError(
+            f"{path} has the result format {document.get('format')!r}; this version reads {FORMAT}. "
+            "Measure again with this version."
+        )
+    try:
+        rows_of(document)
+    except TypeError as error:
+        raise DataError(f"{path} holds a row that is none of 'sbs-edge bench': {error}.") from error
+    return document

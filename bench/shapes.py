@@ -1,0 +1,180 @@
+"""Students of a named shape with random weights: latency, size and memory do not depend on training.
+
+What does depend on it is arranged so that the checks keep their meaning: the gold label of every
+validation row is what the fp32 weights answer, so "accuracy" reads as agreement with fp32; the three
+label words are picked so that the answers are spread and decided by a margin; and the special
+tokens' rows of the head are shrunk, so that a rationale of 64 tokens is 64 tokens for every system.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sbs_edge import __version__, files
+from sbs_edge.errors import MissingExtra, UsageError
+
+__all__ = ["SHAPES", "random_student"]
+
+_COMMON: dict[str, Any] = {"vocab_size": 32128, "d_kv": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    "t5-small": {**_COMMON, "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "t5-v1_1-small": {
+        **_COMMON,
+        "d_model": 512,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+    "flan-t5-base": {
+        **_COMMON,
+        "d_model": 768,
+        "d_ff": 2048,
+        "num_layers": 12,
+        "num_heads": 12,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+    # For smoke tests: seconds, not minutes.
+    "tiny": {"vocab_size": 512, "d_kv": 16, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+}
+PREFIXES = {"label": "[label] ", "rationale": "[rationale] "}
+MAX_SOURCE_TOKENS = 512
+MAX_TARGET_TOKENS = 64
+_SHRINK = 0.01
+_SPECIAL = ("<pad>", "</s>", "<unk>", "[label]", "[rationale]")
+
+
+def _tokenizer(vocab_size: int) -> Any:
+    """A word-level tokenizer with exactly ``vocab_size`` words, so that token counts are word counts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: index for index, word in enumerate(_SPECIAL)}
+    words.update({f"w{index}": index for index in range(len(_SPECIAL), vocab_size)})
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+def _rows(n: int, vocab_size: int, seed: int) -> list[str]:
+    """Random inputs of 8 to 48 words."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return [
+        " ".join(f"w{index}" for index in rng.integers(len(_SPECIAL), vocab_size, rng.integers(8, 49)))
+        for _ in range(n)
+    ]
+
+
+def _first_logits(model: Any, tokenizer: Any, texts: list[str]) -> Any:
+    """fp32 logits (N, V) of the first target token of the label task."""
+    import torch
+
+    found = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = torch.tensor([tokenizer.encode(PREFIXES["label"] + text).ids])
+            start = torch.zeros(1, 1, dtype=torch.long)
+            found.append(model(input_ids=ids, decoder_input_ids=start).logits[0, -1])
+    return torch.stack(found).float().numpy()
+
+
+def _label_tokens(logits: Any, seed: int, k: int = 3) -> list[int]:
+    """Pick ``k`` tokens whose best score is spread over the rows and has the widest margin."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    # Tokens of similar mean and large spread: groups of neighbours by mean logit, then at random.
+    centre, spread = logits.mean(axis=0), logits.std(axis=0)
+    allowed = np.arange(len(_SPECIAL), logits.shape[1])
+    lively = allowed[np.argsort(-spread[allowed])[: max(64, len(allowed) // 8)]]
+    lively = lively[np.argsort(centre[lively])]
+    best: tuple[float, list[int]] = (-1.0, [int(token) for token in lively[:k]])
+    for _ in range(4000):
+        at = int(rng.integers(0, len(lively) - k))
+        group = rng.choice(lively[max(0, at - 8) : at + 8 + k], size=k, replace=False)
+        scores = logits[:, group]
+        share = np.bincount(scores.argmax(axis=1), minlength=k) / len(scores)
+        ordered = np.sort(scores, axis=1)
+        worth = float(min(share.min(), 0.2) * np.quantile(ordered[:, -1] - ordered[:, -2], 0.2))
+        if worth > best[0]:
+            best = (worth, [int(token) for token in group])
+    return sorted(best[1])
+
+
+def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation: int = 128) -> Path:
+    """Write a student directory of ``shape`` with random weights and return it.
+
+    Args:
+        shape: a key of :data:`SHAPES`.
+        destination: the directory to create (replaced as a whole).
+        seed: seeds the weights and the rows.
+        n_validation: validation rows; as many calibration rows are written.
+
+    Raises:
+        UsageError: the shape is unknown.
+        MissingExtra: torch or transformers is not installed.
+
+    """
+    if shape not in SHAPES:
+        raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+    try:
+        import torch
+        from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+    except ImportError as error:
+        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
+    torch.manual_seed(seed)
+    config = T5Config(
+        **{"tie_word_embeddings": True, "feed_forward_proj": "relu", **SHAPES[shape]},
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        # Padding (the start token, which a tied head would repeat), EOS and unknown.
+        model.get_output_embeddings().weight[:3] *= _SHRINK
+    tokenizer = _tokenizer(config.vocab_size)
+    validation = _rows(n_validation, config.vocab_size, seed + 1)
+    calibration = _rows(n_validation, config.vocab_size, seed + 2)
+    logits = _first_logits(model, tokenizer, validation)
+    tokens = _label_tokens(logits, seed)
+    labels = [f"w{token}" for token in tokens]
+    gold = [labels[index] for index in logits[:, tokens].argmax(axis=1)]
+    task = {"name": f"random-{shape}", "label_kind": "closed", "labels": labels, "compare": "text"}
+    card = {
+        "format": 1,
+        "task": task,
+        "prefixes": PREFIXES,
+        "mode": "stepwise",
+        "rationale_weight": 1.0,
+        "max_source_tokens": MAX_SOURCE_TOKENS,
+        "max_target_tokens": MAX_TARGET_TOKENS,
+        "max_label_tokens": 2,
+        "seed": seed,
+        "versions": {"sbs_edge": __version__, "torch": torch.__version__},
+        "training": {"random_weights": True, "shape": shape},
+    }
+    with files.atomic_directory(destination) as work:
+        model.save_pretrained(work)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ).save_pretrained(work)
+        files.write_json(work / "sbs_edge.json", card)
+        _write_rows(work / "validation.jsonl", "v", validation, gold)
+        spare = [labels[index % len(labels)] for index in range(len(calibration))]
+        _write_rows(work / "calibration.jsonl", "c", calibration, spare)
+    return destination
+
+
+def _write_rows(path: Path, name: str, texts: list[str], labels: list[str]) -> None:
+    lines = [
+        json.dumps({"id": f"{name}{index}", "input": text, "label": label, "rationale": text})
+        for index, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+    files.write_text(path, "\n".join(lines) + "\n")
