@@ -1,0 +1,77 @@
+"""Disjoint splits, and the control that breaks the tie between inputs and rationales."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from sbs_edge.data.answers import normalise
+from sbs_edge.data.example import Example, Splits
+from sbs_edge.errors import DataError
+
+__all__ = ["check_disjoint", "find_overlaps", "hold_out", "shuffle_rationales"]
+
+_NAMES = ("train", "validation", "test")
+
+
+def find_overlaps(splits: Splits) -> list[tuple[str, Example, str, Example]]:
+    """Return pairs of rows with one normalised input in two splits: (split, row, split, row)."""
+    seen: dict[str, tuple[str, Example]] = {}
+    found = []
+    for name in _NAMES:
+        own: dict[str, Example] = {}
+        for example in getattr(splits, name):
+            key = normalise(example.input)
+            if key in seen:
+                found.append((*seen[key], name, example))
+            own.setdefault(key, example)
+        seen.update({key: (name, example) for key, example in own.items() if key not in seen})
+    return found
+
+
+def check_disjoint(splits: Splits) -> None:
+    """Raise :class:`DataError` naming the rows when two splits share an input."""
+    overlaps = find_overlaps(splits)
+    if not overlaps:
+        return
+    shown = "; ".join(
+        f"{first_split} row {first.source or first.id} and {second_split} row {second.source or second.id}"
+        for first_split, first, second_split, second in overlaps[:5]
+    )
+    more = f" and {len(overlaps) - 5} more" if len(overlaps) > 5 else ""
+    raise DataError(
+        f"Two splits share {len(overlaps)} input(s), so accuracy on them would mean nothing: {shown}{more}. "
+        "Remove these rows from one of the splits; inputs are compared in NFKC, lower case, single spaces."
+    )
+
+
+def hold_out(
+    examples: Sequence[Example], share: float, seed: int, least: int = 1
+) -> tuple[list[Example], list[Example]]:
+    """Split rows into (kept, held out) by input, so that equal inputs never end on both sides.
+
+    Args:
+        examples: rows in file order.
+        share: share of the distinct inputs to hold out, in (0, 1).
+        seed: decides which.
+        least: hold out at least this many distinct inputs.
+
+    Returns:
+        Both parts in file order.
+    """
+    keys = sorted({normalise(example.input) for example in examples})
+    random.Random(seed).shuffle(keys)
+    held = set(keys[: max(least, round(share * len(keys)))])
+    kept = [example for example in examples if normalise(example.input) not in held]
+    return kept, [example for example in examples if normalise(example.input) in held]
+
+
+def shuffle_rationales(examples: Sequence[Example], seed: int) -> list[Example]:
+    """Give every row another row's rationale: a control that keeps the work and removes the content."""
+    rationales = [example.rationale for example in examples]
+    random.Random(seed + 555).shuffle(rationales)
+    return [
+        dataclasses.replace(example, rationale=rationale)
+        for example, rationale in zip(examples, rationales, strict=True)
+    ]

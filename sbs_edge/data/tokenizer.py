@@ -1,0 +1,87 @@
+"""Tokenizers built at run time from the training texts, for students trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sbs_edge.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["EOS_ID", "PAD_ID", "SPECIAL", "UNK_ID", "build_tokenizer", "load_tokenizer"]
+
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+SPECIAL = ("<pad>", "</s>", "<unk>")
+
+
+def build_tokenizer(
+    texts: Iterable[str],
+    prefixes: Sequence[str] = (),
+    kind: Literal["word", "unigram"] = "word",
+    vocab_size: int = 4000,
+) -> Tokenizer:
+    """Build a tokenizer in T5's manner: pad 0, end-of-sequence 1 appended to every text, unknown 2.
+
+    Args:
+        texts: inputs, labels and rationales of the training rows.
+        prefixes: task prefixes; each becomes one token.
+        kind: ``word`` keeps whole lower-cased words, digits and signs (small closed worlds);
+            ``unigram`` learns sub-words and can spell anything it has the characters for.
+        vocab_size: upper bound for ``unigram``.
+    """
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    marks = [prefix.strip() for prefix in prefixes if prefix.strip()]
+    if kind == "word":
+        # White space in the inputs stands between every pair of tokens, so decoding may join by it.
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.WhitespaceSplit(),
+                pre_tokenizers.Split(Regex(r"\d+|\p{L}+|[^\p{L}\d\s]"), "isolated"),
+            ]
+        )
+        trainer = trainers.WordLevelTrainer(special_tokens=[*SPECIAL, *marks], show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace()]
+        )
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=vocab_size, special_tokens=[*SPECIAL, *marks], unk_token="<unk>", show_progress=False
+        )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", EOS_ID)]
+    )
+    return tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Load ``tokenizer.json`` from ``folder``."""
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist. Save the checkpoint's fast tokenizer there "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...)) and try again."
+        )
+    return Tokenizer.from_file(str(path))
