@@ -1,0 +1,209 @@
+"""Fused linear + cross-entropy over task segments: the one public operation of this folder.
+
+For hidden states h_i (N, D), a head weight W (V, D), targets t_i and segments k(i), with
+``z_i = softcap(logit_scale * (W h_i + b))`` and ``lse_i = logsumexp(z_i)``::
+
+    ce_i   = (1 - eps) * (lse_i - z_i[t_i]) + eps * (lse_i - mean_v z_i[v]) + z_loss * lse_i^2
+    loss_k = sum_{i in k} r_i ce_i / d_k        d_k = sum_{i in k} r_i, or what `denominators` says
+    total  = sum_k lambda_k loss_k
+
+This is the objective of *Distilling Step-by-Step* (Hsieh et al. 2023, eq. 3) when segment 0 holds the
+label rows and segment 1 the rationale rows with ``segment_weights = (1, lambda)``. Logits of all rows are
+never held at once; rows whose target is ``ignore_index`` are left out before any matrix product. Knows
+nothing of tasks, files or transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sbs_edge.kernels import engines, fused_op
+from sbs_edge.kernels.engines import EngineStatus, available_engines, select_engine
+from sbs_edge.kernels.reference import reference_loss
+
+__all__ = ["EngineStatus", "FusedLoss", "available_engines", "fused_linear_cross_entropy", "select_engine"]
+
+
+class FusedLoss(NamedTuple):
+    """What one call returns; only ``total`` carries a gradient.
+
+    Attributes:
+        total: () float32 (float64 for float64 input), ``sum_k lambda_k losses[k]``.
+        losses: (K,) mean loss of every segment in nats a token; 0 for a segment without a valid row.
+        counts: (K,) int64, valid rows.
+        correct: (K,) int64, valid rows whose largest logit is the target's.
+    """
+
+    total: Tensor
+    losses: Tensor
+    counts: Tensor
+    correct: Tensor
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(K,) share of correct rows; 0 for a segment without a valid row."""
+        return self.correct / self.counts.clamp(min=1)
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    n_segments: int = 1,
+    segment_weights: Sequence[float] | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    valid_indices: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    denominators: Tensor | None = None,
+    workspace_mb: float | None = None,
+    engine: str = "auto",
+    debug: bool = False,
+) -> FusedLoss:
+    """Return the weighted sum of the segments' mean cross-entropies, without materialising logits.
+
+    Args:
+        hidden: (N, D) hidden states, any floating dtype and strides; N may be 0.
+        weight: (V, D) head weight; may be the (tied) embedding. Sharded tensors are refused.
+        targets: (N,) integer class of each row, or ``ignore_index``.
+        bias: (V,) optional.
+        segment_ids: (N,) segment of each row in ``[0, n_segments)``; None: all rows are segment 0.
+        n_segments: K >= 1.
+        segment_weights: K factors lambda_k; None: all 1. No gradient flows into them.
+        row_weights: (N,) non-negative factors r_i; None: all 1. No gradient flows into them.
+        valid_indices: (M,) the rows whose target is not ``ignore_index``, when the collator knows
+            them: this avoids the device synchronisation of finding them here.
+        ignore_index: target of rows to leave out.
+        label_smoothing: eps in [0, 1).
+        z_loss: weight of ``lse^2`` (PaLM, Chowdhery et al. 2022, section 5).
+        logit_scale: factor on the logits, D ** -0.5 for T5's tied decoders; applied in the
+            accumulator's precision.
+        softcap: c > 0 gives ``z = c * tanh(z / c)``; 0 switches it off.
+        denominators: (K,) replaces the local sums of row weights: under data parallelism the sums
+            over all ranks divided by the number of ranks make means global, not means of means.
+        workspace_mb: bound on the temporary buffers, in MiB; None plans it.
+        engine: ``auto``, ``triton``, ``cublas``, ``torch`` or ``reference``.
+        debug: check targets, segments and values first and name the first bad row; costs a
+            synchronisation on a GPU. Without it an out-of-range target gives NaN, never a silent
+            wrong number.
+
+    Returns:
+        See :class:`FusedLoss`. Gradients reach ``hidden``, ``weight`` and ``bias`` where they require
+        one; a frozen one costs nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit; in debug mode, a bad row.
+        TypeError: the weight is sharded.
+        RuntimeError: the engine asked for does not work here.
+    """
+    _check(hidden, weight, targets, bias, segment_ids, n_segments, row_weights, label_smoothing, softcap)
+    if debug:
+        _check_values(hidden, targets, segment_ids, n_segments, weight.shape[0], ignore_index)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    device = hidden.device
+    if segment_weights is None:
+        lambdas = torch.ones(n_segments, dtype=dtype, device=device)
+    else:
+        lambdas = torch.as_tensor(segment_weights, dtype=dtype, device=device).detach()
+        if lambdas.shape != (n_segments,):
+            raise ValueError(f"segment_weights must hold {n_segments} values, not {tuple(lambdas.shape)}.")
+    if torch.is_autocast_enabled(device.type):
+        low = torch.get_autocast_dtype(device.type)
+        if hidden.dtype == torch.float32:
+            hidden = hidden.to(low)
+    name = engines.resolve(engine, device, hidden.dtype)
+    if name == "reference":
+        return FusedLoss(
+            *reference_loss(
+                hidden, weight, targets, bias=bias, segment_ids=segment_ids, lambdas=lambdas,
+                row_weights=row_weights, denominators=denominators, ignore_index=ignore_index,
+                label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
+            )
+        )  # fmt: skip
+    total, losses, counts, correct = fused_op.apply(
+        hidden, weight, bias, targets, valid_indices, segment_ids, row_weights, lambdas, denominators,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        logit_scale=logit_scale, softcap=softcap, workspace_mb=workspace_mb or 0.0, engine=name,
+    )  # fmt: skip
+    return FusedLoss(total, losses, counts, correct)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    segment_ids: Tensor | None,
+    n_segments: int,
+    row_weights: Tensor | None,
+    label_smoothing: float,
+    softcap: float,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (N, D) and weight (V, D) with one D; got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}. An empty weight is a parameter that its owner sharded away: gather it "
+            "first (FSDP: call inside the wrapped module's forward; ZeRO-3: GatheredParameters)."
+        )
+    if type(weight).__name__ == "DTensor" or hasattr(weight, "device_mesh"):
+        raise TypeError(
+            "weight is a sharded DTensor. Call this operation inside the forward of the module that FSDP "
+            "wrapped, where the weight is whole, or pass weight.full_tensor()."
+        )
+    n = hidden.shape[0]
+    for name, tensor, size in (
+        ("targets", targets, n), ("segment_ids", segment_ids, n), ("row_weights", row_weights, n),
+        ("bias", bias, weight.shape[0]),
+    ):  # fmt: skip
+        if tensor is not None and tensor.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), not {tuple(tensor.shape)}.")
+    if targets.is_floating_point():
+        raise ValueError(f"targets must be integers, not {targets.dtype}.")
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, not {hidden.dtype}.")
+    if n_segments < 1:
+        raise ValueError(f"n_segments must be at least 1, not {n_segments}.")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}.")
+    if softcap < 0.0:
+        raise ValueError(f"softcap must be positive, or 0 for none, not {softcap}.")
+
+
+def _check_values(
+    hidden: Tensor,
+    targets: Tensor,
+    segment_ids: Tensor | None,
+    n_segments: int,
+    n_classes: int,
+    ignore_index: int,
+) -> None:
+    valid = targets != ignore_index
+    problems = [
+        ("its target is outside [0, V)", valid & ((targets < 0) | (targets >= n_classes))),
+        ("its hidden state is not finite", valid & ~torch.isfinite(hidden).all(dim=1)),
+    ]
+    if segment_ids is not None:
+        problems.append(
+            (
+                "its segment is outside [0, n_segments)",
+                valid & ((segment_ids < 0) | (segment_ids >= n_segments)),
+            )
+        )
+    for what, bad in problems:
+        rows = bad.nonzero()
+        if len(rows):
+            row = int(rows[0])
+            raise ValueError(
+                f"Row {row} is bad: {what} (target {int(targets[row])}, V = {n_classes}); "
+                f"{len(rows)} such row(s)."
+            )
