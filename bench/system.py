@@ -140,8 +140,11 @@ class System:
         """Text of generated ids, special tokens left out."""
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
 
-    def label(self, texts: Sequence[str], variant: str) -> list[str]:
-        """Answer the label task."""
+    def label(
+        self, texts: Sequence[str], variant: str, choices: Sequence[Sequence[str]] | None = None
+    ) -> list[str]:
+        """Answer the label task; peers generate freely, whatever the row's ``choices``."""
+        del choices
         steps = 1 if variant == "one token" else self.spec.label_steps
         return self.decode(self.generate(self.encode(texts, "label"), steps))
 
@@ -162,15 +165,22 @@ class System:
         first = [self.tokenizer.encode(label).ids[0] for label in self.spec.labels]
         return first if len(set(first)) == len(first) else None
 
-    def rationale(self, texts: Sequence[str], steps: int) -> list[int]:
-        """Generate rationales; return the number of new tokens of each row."""
-        return [len(row) for row in self.generate(self.encode(texts, "rationale"), steps)]
+    def rationale(self, texts: Sequence[str], steps: int) -> list[tuple[str, int]]:
+        """Generate rationales: text and number of new tokens of each row."""
+        rows = self.generate(self.encode(texts, "rationale"), steps)
+        return list(zip(self.decode(rows), map(len, rows), strict=True))
 
     def apply(self, setting: dict[str, Any]) -> None:
         """Make a batching setting current; not part of any measured time."""
 
-    def stream(self, texts: Sequence[str], setting: dict[str, Any]) -> list[str]:
+    def stream(
+        self,
+        texts: Sequence[str],
+        setting: dict[str, Any],
+        choices: Sequence[Sequence[str]] | None = None,
+    ) -> list[str]:
         """Answer many label requests at once under a batching setting, in their order."""
+        del choices
         ids = self.encode(texts, "label")
         answers = [""] * len(ids)
         for batch in plan_batches([len(row) for row in ids], setting):

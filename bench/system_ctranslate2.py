@@ -84,8 +84,14 @@ class CTranslate2(System):
             {"max_batch_size": 2048, "batch_type": "tokens"},
         ]
 
-    def stream(self, texts: Sequence[str], setting: dict[str, Any]) -> list[str]:
+    def stream(
+        self,
+        texts: Sequence[str],
+        setting: dict[str, Any],
+        choices: Sequence[Sequence[str]] | None = None,
+    ) -> list[str]:
         """Hand the whole stream over and let the library batch it."""
+        del choices
         return self.decode(self._translate(self.encode(texts, "label"), self.spec.label_steps, **setting))
 
 
