@@ -1,0 +1,76 @@
+"""One step of the decoder with a cache: the body of the loop that writes rationales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sbs_edge.export.blocks import Stream, Writer
+from sbs_edge.export.encoder import FINAL_NORM
+from sbs_edge.export.graph import Value
+from sbs_edge.export.positions import causal_row_bias
+
+__all__ = ["LAST_NORM", "cross_cache", "decode_step"]
+
+LAST_NORM = "decoder.final_layer_norm"
+
+
+def cross_cache(writer: Writer, states: Value) -> list[Value]:
+    """Return every layer's cross-attention key and value, (B, H, S, d_kv) each, made once."""
+    cache = []
+    for layer in range(writer.weights.n_decoder_layers):
+        prefix = f"decoder.block.{layer}.layer.1.EncDecAttention"
+        cache += [writer.heads(writer.linear(states, f"{prefix}.{name}", FINAL_NORM)) for name in "kv"]
+    return cache
+
+
+def decode_step(
+    writer: Writer, token: Value, past: Sequence[Value], cross: Sequence[Value], mask: Value
+) -> tuple[Value, list[Value]]:
+    """Run one position through the decoder.
+
+    Args:
+        writer: where to write.
+        token: (B, 1) int64.
+        past: key and value of every layer, (B, H, t, d_kv) each.
+        cross: what :func:`cross_cache` returned.
+        mask: (B, 1, 1, S) additive.
+
+    Returns:
+        (B, 1, d_model) after the final norm, and the caches with one position more.
+    """
+    graph, weights = writer.graph, writer.weights
+    position = graph.op("Shape", past[0], start=2, end=3)
+    x = writer.precision.embedding(graph, weights.embedding, token)
+    stream: Stream = writer.start(x, "decoder.block.0.layer.0.layer_norm")
+    present: list[Value] = []
+    bias = ""
+    for layer in range(weights.n_decoder_layers):
+        block = f"decoder.block.{layer}.layer"
+        own, cross_prefix = f"{block}.0.SelfAttention", f"{block}.1.EncDecAttention"
+        if layer == 0 or weights.family == "umt5":
+            bias = causal_row_bias(graph, weights, layer, position)
+        q, k, v = writer.projections(stream, own)
+        attended, key, value = graph.op(
+            "Attention", q, k, v, bias, past[2 * layer], past[2 * layer + 1], outputs=3,
+            q_num_heads=weights.n_heads, kv_num_heads=weights.n_heads, scale=1.0,
+        )  # fmt: skip
+        present += [key, value]
+        stream = writer.add(stream, writer.linear(attended, f"{own}.o", None), f"{block}.1.layer_norm")
+        (q,) = writer.projections(stream, cross_prefix, "q")
+        pooled = graph.op(
+            "Attention", writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask, scale=1.0
+        )
+        joined = graph.op(
+            "Reshape",
+            graph.op("Transpose", pooled, perm=[0, 2, 1, 3]),
+            np.array([0, 0, weights.inner], np.int64),
+        )
+        stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
+        update = writer.feed_forward(stream, f"{block}.2.DenseReluDense")
+        last = layer + 1 == weights.n_decoder_layers
+        stream = writer.add(
+            stream, update, LAST_NORM if last else f"decoder.block.{layer + 1}.layer.0.layer_norm"
+        )
+    return stream.normed, present

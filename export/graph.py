@@ -1,0 +1,138 @@
+"""A small builder for ONNX graphs: constants by value, nodes by name, subgraphs that share constants.
+
+Knows nothing of T5. Operators are standard (opset 23) unless a domain is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sbs_edge import __version__
+
+__all__ = ["CONTRIB", "FLOAT", "INT32", "INT64", "OPSET", "Graph", "Value", "save_model"]
+
+OPSET = 23
+CONTRIB = "com.microsoft"
+FLOAT, INT64, INT32, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL
+EXTERNAL_FROM_BYTES = 1024
+
+Value = str
+"""The name of a tensor in a graph."""
+
+_SMALL = 64  # elements; larger constants are shared by digest
+
+
+class Graph:
+    """One graph, or the body of a loop, under construction."""
+
+    def __init__(self, parent: Graph | None = None, prefix: str = "") -> None:
+        """Start a graph; with ``parent`` its constants and names are shared with it."""
+        self.parent = parent
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.constants: dict[str, np.ndarray] = parent.constants if parent else {}
+        self._by_value: dict[tuple[Any, ...], str] = parent._by_value if parent else {}
+        self._memo: dict[tuple[Any, ...], Any] = {}
+        self._count = 0
+
+    def constant(self, value: Any, dtype: Any = None) -> Value:
+        """Return the name of a constant; equal values are stored once."""
+        array = np.ascontiguousarray(value, dtype=dtype) if np.ndim(value) else np.asarray(value, dtype=dtype)
+        key = (array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest())
+        if key not in self._by_value:
+            name = f"c{len(self.constants)}"
+            self.constants[name] = array
+            self._by_value[key] = name
+        return self._by_value[key]
+
+    def op(self, kind: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Add a node; inputs are names, ``""`` for an absent one, or values that become constants.
+
+        Returns:
+            The output's name, or a tuple of names when ``outputs`` is not 1.
+        """
+        names = [item if isinstance(item, str) else self.constant(item) for item in inputs]
+        results = []
+        for index in range(outputs):
+            suffix = f"_{index}" if outputs > 1 else ""
+            results.append(f"{self.prefix}{kind}_{self._count}{suffix}")
+        self._count += 1
+        self.nodes.append(helper.make_node(kind, names, results, domain=domain, **attributes))
+        return results[0] if outputs == 1 else tuple(results)
+
+    def named_outputs(
+        self, kind: str, inputs: Sequence[Any], names: Sequence[str], **attributes: Any
+    ) -> None:
+        """Add a node whose output names are given; ``""`` leaves an optional output out."""
+        resolved = [item if isinstance(item, str) else self.constant(item) for item in inputs]
+        domain = attributes.pop("domain", "")
+        self.nodes.append(helper.make_node(kind, resolved, list(names), domain=domain, **attributes))
+
+    def fresh(self, hint: str) -> Value:
+        """Return a name that no node has yet."""
+        self._count += 1
+        return f"{self.prefix}{hint}_{self._count}"
+
+    def once(self, key: tuple[Any, ...], make: Any) -> Any:
+        """Return ``make()``, made only the first time ``key`` is asked for in this graph."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def input(self, name: str, kind: int, shape: Sequence[int | str]) -> Value:
+        """Declare an input."""
+        self.inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def output(self, name: str, kind: int, shape: Sequence[int | str], source: Value) -> None:
+        """Declare an output that carries ``source``."""
+        self.nodes.append(helper.make_node("Identity", [source], [name]))
+        self.outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+
+    def body(self, prefix: str) -> Graph:
+        """Start a subgraph (a loop's body) that sees this graph's tensors and shares its constants."""
+        return Graph(parent=self, prefix=prefix)
+
+    def as_proto(self, name: str) -> onnx.GraphProto:
+        """Return the graph without constants: for a loop's body."""
+        return helper.make_graph(self.nodes, name, self.inputs, self.outputs)
+
+    def model(self, name: str) -> onnx.ModelProto:
+        """Return the whole model, constants included."""
+        initializers = [numpy_helper.from_array(array, key) for key, array in self.constants.items()]
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializers)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(
+            graph, opset_imports=opsets, ir_version=11, producer_name="sbs-edge", producer_version=__version__
+        )
+
+
+def save_model(model: onnx.ModelProto, path: str | Path) -> list[Path]:
+    """Save ``model`` with its constants in one file beside it, which runtimes map into memory.
+
+    Returns:
+        The files written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    location = target.name + ".data"
+    onnx.save_model(
+        model,
+        str(target),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=location,
+        size_threshold=EXTERNAL_FROM_BYTES,
+        convert_attribute=False,
+    )
+    data = target.with_name(location)
+    return [target, data] if data.exists() else [target]

@@ -1,0 +1,94 @@
+"""How matrix products with constant weights are computed: plain float32, or batch-invariant int8.
+
+Only products with constant weights are ever quantised. QK and PV stay in float: quantising them makes a
+generated token cost more the longer the input is, for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from sbs_edge.export.graph import CONTRIB, FLOAT, Graph, Value
+
+__all__ = ["Float32", "Int8", "Precision", "quantise_columns", "quantise_rows"]
+
+
+class Precision(Protocol):
+    """What the blocks need to know about number formats."""
+
+    def linear(self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None) -> Value:
+        """Multiply (..., in) by a constant (in, out); ``norm`` names the RMSNorm that made ``x``, if one did."""
+        ...
+
+    def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
+        """Look rows of a constant (V, d) up."""
+        ...
+
+
+class Float32:
+    """Everything in float32."""
+
+    def linear(self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None) -> Value:
+        """See :class:`Precision`."""
+        del norm
+        return str(graph.op("MatMul", x, np.ascontiguousarray(weight, dtype=np.float32)))
+
+    def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
+        """See :class:`Precision`."""
+        return str(graph.op("Gather", np.asarray(weight, dtype=np.float32), ids))
+
+
+def quantise_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round (in, out) to int8 with one symmetric scale a column; return (int8, (out,) float32 scales)."""
+    scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127.0
+    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale.astype(np.float32)
+
+
+def quantise_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round (V, d) to int8 with one symmetric scale a row; return (int8, (V, 1) float32 scales)."""
+    quantised, scale = quantise_columns(weight.T)
+    return np.ascontiguousarray(quantised.T), scale[:, None]
+
+
+class Int8:
+    """int8 weights with a scale a column; int8 activations whose scale no other row can move.
+
+    After an RMSNorm values are bounded, so a constant scale, calibrated, serves every row. Everywhere
+    else (after attention, after the activation) each row has its own scale. A scale taken over the
+    whole tensor would be a little faster, and would make an answer depend on what shares its batch.
+    """
+
+    def __init__(self, norm_ranges: Mapping[str, float]) -> None:
+        """Take the largest magnitude seen after every norm; a norm without one gets a scale a row."""
+        self.norm_ranges = norm_ranges
+
+    def linear(self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None) -> Value:
+        """See :class:`Precision`."""
+        quantised, scales = quantise_columns(np.asarray(weight, np.float32))
+        largest = self.norm_ranges.get(norm) if norm is not None else None
+        if largest is not None:
+            step = np.float32(max(largest, 1e-6) / 127.0)
+            rounded = graph.once(("rounded", x), lambda: graph.op("QuantizeLinear", x, step, np.uint8(128)))
+            return self._product(graph, rounded, step, quantised, scales)
+        unit = np.float32(1.0 / 127.0)
+
+        def by_row() -> tuple[Value, Value]:
+            size = graph.op("ReduceMax", graph.op("Abs", x), np.array([-1], np.int64), keepdims=1)
+            size = graph.op("Max", size, np.float32(1e-12))
+            return graph.op("QuantizeLinear", graph.op("Div", x, size), unit, np.uint8(128)), size
+
+        rounded, size = graph.once(("rounded", x), by_row)
+        return str(graph.op("Mul", self._product(graph, rounded, unit, quantised, scales), size))
+
+    @staticmethod
+    def _product(graph: Graph, x: Value, step: np.float32, weight: np.ndarray, scales: np.ndarray) -> Value:
+        return str(graph.op("MatMulIntegerToFloat", x, weight, step, scales, np.uint8(128), domain=CONTRIB))
+
+    def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
+        """See :class:`Precision`."""
+        quantised, scales = quantise_rows(np.asarray(weight, np.float32))
+        rows = graph.op("Cast", graph.op("Gather", quantised, ids), to=FLOAT)
+        return str(graph.op("Mul", rows, graph.op("Gather", scales, ids)))

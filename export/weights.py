@@ -1,0 +1,170 @@
+"""A T5-family checkpoint as plain arrays: T5, v1.1, FLAN, mT5, UMT5, ByT5, tied or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbs_edge.errors import UsageError
+
+__all__ = ["FAMILIES", "T5Weights", "load_weights", "weights_of"]
+
+FAMILIES = ("t5", "mt5", "umt5")
+ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
+
+
+@dataclass(frozen=True)
+class T5Weights:
+    """Shapes and arrays of one checkpoint.
+
+    Attributes:
+        arrays: float32 by state-dict name; linear weights are (out, in), as torch keeps them.
+        head: (V, d_model) float32 weight of the LM head.
+        logit_scale: factor between decoder output and head, d_model ** -0.5 or 1, measured on the model.
+    """
+
+    family: str
+    d_model: int
+    d_kv: int
+    d_ff: int
+    n_heads: int
+    n_encoder_layers: int
+    n_decoder_layers: int
+    n_buckets: int
+    max_distance: int
+    epsilon: float
+    activation: str
+    gated: bool
+    vocab_size: int
+    start_id: int
+    eos_id: int
+    pad_id: int
+    logit_scale: float
+    arrays: dict[str, np.ndarray]
+    head: np.ndarray
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads together; not always ``d_model``."""
+        return self.n_heads * self.d_kv
+
+    @property
+    def embedding(self) -> np.ndarray:
+        """(V, d_model) input embedding."""
+        return self.arrays["shared.weight"]
+
+    def linear(self, name: str) -> np.ndarray:
+        """Return the weight ``name`` as (in, out), ready to be multiplied from the right."""
+        return self.arrays[name + ".weight"].T
+
+    def vector(self, name: str) -> np.ndarray:
+        """Return the weight ``name`` as it is."""
+        return self.arrays[name + ".weight"]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the shapes for the manifest."""
+        return {
+            "family": self.family, "d_model": self.d_model, "d_kv": self.d_kv, "d_ff": self.d_ff,
+            "n_heads": self.n_heads, "n_encoder_layers": self.n_encoder_layers,
+            "n_decoder_layers": self.n_decoder_layers, "vocab_size": self.vocab_size,
+            "activation": self.activation, "gated": self.gated, "decoder_start_token_id": self.start_id,
+            "eos_token_id": self.eos_id, "pad_token_id": self.pad_id, "logit_scale": self.logit_scale,
+            "parameters": self.parameters,
+        }  # fmt: skip
+
+    @property
+    def parameters(self) -> int:
+        """Number of distinct parameters."""
+        tied = np.shares_memory(self.head, self.embedding) or np.array_equal(self.head, self.embedding)
+        own = sum(a.size for name, a in self.arrays.items() if name not in ("lm_head.weight",)
+                  and not name.endswith("embed_tokens.weight"))  # fmt: skip
+        return own + (0 if tied else self.head.size)
+
+
+def load_weights(folder: str | Path) -> T5Weights:
+    """Load a checkpoint directory (``config.json`` and safetensors).
+
+    Raises:
+        UsageError: the directory is not a T5-family checkpoint.
+    """
+    return weights_of(load_model(folder))
+
+
+def load_model(folder: str | Path) -> Any:
+    """Load the transformers model of a checkpoint directory in float32, refusing other families."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            f"{path} is no checkpoint directory: it has no config.json. Give the directory that training "
+            "wrote, or one that save_pretrained wrote."
+        )
+    config = AutoConfig.from_pretrained(str(path))
+    if config.model_type not in FAMILIES:
+        raise UsageError(
+            f"{path} holds a {config.model_type!r} model; only the T5 family can be exported "
+            f"(model types {', '.join(FAMILIES)}; ByT5 and FLAN-T5 are t5)."
+        )
+    return AutoModelForSeq2SeqLM.from_pretrained(str(path), use_safetensors=True).float().eval()
+
+
+def _measured_logit_scale(model: Any) -> float:
+    """Return the factor between the decoder's output and the head's input.
+
+    Measured, because it depends on the transformers version and the family: 4.57 scales when the
+    embeddings are tied, 5.x has a configuration field, and the fields of old checkpoints disagree.
+    A wrong scale keeps the largest logit where it is, so only probabilities would show it.
+    """
+    import torch
+
+    seen: dict[str, Any] = {}
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.__setitem__("head", args[0])
+    )
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([[model.config.decoder_start_token_id or 0]])
+            out = model(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True, return_dict=True)
+    finally:
+        hook.remove()
+    last = out.decoder_hidden_states[-1]
+    largest = last.abs().flatten().argmax()
+    ratio = float(seen["head"].flatten()[largest] / last.flatten()[largest])
+    scale = float(model.config.d_model**-0.5)
+    return scale if abs(ratio - scale) < 0.01 * scale else 1.0
+
+
+def weights_of(model: Any) -> T5Weights:
+    """Take shapes and arrays out of a live transformers model (on CPU, any floating dtype)."""
+    config = model.config
+    arrays = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
+    activation = config.dense_act_fn
+    if activation not in ACTIVATIONS:
+        raise UsageError(
+            f"The checkpoint's activation {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}."
+        )
+    return T5Weights(
+        family=config.model_type,
+        d_model=config.d_model,
+        d_kv=config.d_kv,
+        d_ff=config.d_ff,
+        n_heads=config.num_heads,
+        n_encoder_layers=config.num_layers,
+        n_decoder_layers=config.num_decoder_layers,
+        n_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+        epsilon=config.layer_norm_epsilon,
+        activation=activation,
+        gated=bool(config.is_gated_act),
+        vocab_size=arrays["shared.weight"].shape[0],
+        start_id=config.decoder_start_token_id or 0,
+        eos_id=config.eos_token_id,
+        pad_id=config.pad_token_id,
+        logit_scale=_measured_logit_scale(model),
+        arrays=arrays,
+        head=model.get_output_embeddings().weight.detach().float().numpy(),
+    )
