@@ -1,0 +1,202 @@
+"""``sbs-edge serve``: bundles behind HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sbs_edge.commands._common import ConfigOption, DryRunOption, JsonOption, print_json
+from sbs_edge.errors import MissingExtra, UsageError
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+
+    @app.command()
+    def serve(
+        ctx: typer.Context,
+        bundles: Annotated[
+            list[str],
+            typer.Argument(
+                metavar="[NAME=]PATH...",
+                help="A bundle, or a folder with one bundle for each version; several may be given.",
+            ),
+        ],
+        host: Annotated[
+            str, typer.Option(help="Address to bind; anything but loopback lets other machines in.")
+        ] = "127.0.0.1",
+        port: Annotated[int, typer.Option(help="Port; 0 takes a free one and logs it.")] = 8080,
+        target: Annotated[
+            str | None, typer.Option(help="Which target of the bundle to run; its default when left out.")
+        ] = None,
+        threads: Annotated[
+            int | None,
+            typer.Option(help="CPU threads of one inference; more shortens a call, fewer let calls overlap."),
+        ] = None,
+        watch: Annotated[
+            float,
+            typer.Option(help="Look for new versions every so many seconds; 0 only on SIGHUP."),
+        ] = 0.0,
+        max_versions: Annotated[
+            int, typer.Option(help="Newest versions kept in memory; each costs its size.")
+        ] = 2,
+        max_batch_tokens: Annotated[
+            int,
+            typer.Option(
+                help="Tokens in one inference, padding included; larger adds latency, hardly throughput."
+            ),
+        ] = 512,
+        max_wait_ms: Annotated[
+            float,
+            typer.Option(help="Longest time a text waits for company; only while others are on their way."),
+        ] = 2.0,
+        label_workers: Annotated[
+            int, typer.Option(help="Label batches run at once; each uses --threads threads.")
+        ] = 1,
+        rationale_workers: Annotated[
+            int, typer.Option(help="Rationale batches run at once, beside the label batches.")
+        ] = 1,
+        truncate: Annotated[
+            bool,
+            typer.Option("--truncate", help="Cut texts over the token limit and say so, instead of a 400."),
+        ] = False,
+        max_body_bytes: Annotated[
+            int, typer.Option(help="Larger bodies, counted after decompression, get 413.")
+        ] = 2_000_000,
+        max_texts: Annotated[int, typer.Option(help="More texts in one request get 400.")] = 32,
+        max_concurrent: Annotated[
+            int, typer.Option(help="More requests at once get 429; each may hold one body in memory.")
+        ] = 512,
+        max_queue_texts: Annotated[
+            int, typer.Option(help="More texts inside one model's queue get 429 instead of waiting.")
+        ] = 1024,
+        max_queue_ms: Annotated[
+            float,
+            typer.Option(help="A longer estimated wait gets 429: lower refuses earlier and answers sooner."),
+        ] = 1000.0,
+        timeout_s: Annotated[
+            float, typer.Option(help="Requests not answered in this time get 504; a header may set another.")
+        ] = 30.0,
+        drain_timeout: Annotated[
+            float,
+            typer.Option(help="Seconds running requests get after SIGTERM; then they are cut (exit 1)."),
+        ] = 30.0,
+        token_file: Annotated[
+            Path | None,
+            typer.Option(
+                help="File with a bearer token every request must carry (health probes excepted); "
+                "or set SBS_EDGE_SERVE_TOKEN."
+            ),
+        ] = None,
+        tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain; needs --tls-key.")] = None,
+        tls_key: Annotated[Path | None, typer.Option(help="PEM private key; needs --tls-cert.")] = None,
+        escalate_url: Annotated[
+            str | None,
+            typer.Option(
+                help="OpenAI-compatible base URL asked when the student is unsure: texts leave this machine. "
+                "The key comes from SBS_EDGE_SERVE_ESCALATE_KEY."
+            ),
+        ] = None,
+        escalate_model: Annotated[str, typer.Option(help="Model name sent to it.")] = "default",
+        escalate_timeout_s: Annotated[
+            float, typer.Option(help="After this the student's own answer is given, marked as unsure.")
+        ] = 10.0,
+        escalate_concurrency: Annotated[
+            int, typer.Option(help="Escalated texts at once; what is beyond keeps the student's answer.")
+        ] = 8,
+        abstain_below: Annotated[
+            float | None,
+            typer.Option(
+                help="Probability below which an answer is marked unsure; the bundle's when left out."
+            ),
+        ] = None,
+        log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+        log_inputs: Annotated[
+            bool, typer.Option("--log-inputs", help="Write the texts into the log: personal data may follow.")
+        ] = False,
+        access_log: Annotated[
+            bool, typer.Option(help="One log line for each request; off saves about 30 us of each.")
+        ] = True,
+        otel_endpoint: Annotated[
+            str | None, typer.Option(help="Send OpenTelemetry traces to this OTLP/HTTP URL (extra 'otel').")
+        ] = None,
+        dry_run: DryRunOption = False,
+        json_output: JsonOption = False,
+        config: ConfigOption = None,
+    ) -> None:
+        """Serve bundles over HTTP: Open Inference Protocol v2 and POST /v1/predict.
+
+        Loads, verifies and warms each bundle before /v2/health/ready says yes. SIGTERM drains,
+        SIGHUP looks for new versions. Logs are JSON on stderr.
+
+        Example: sbs-edge serve desk=runs/latest/bundle --port 8080
+        """
+        from pydantic import ValidationError
+
+        try:
+            from sbs_edge.serve import logs, server
+        except ModuleNotFoundError as error:
+            raise MissingExtra(error.name or "starlette", "serve", "The server") from error
+        from sbs_edge.serve.models import parse_source
+        from sbs_edge.serve.settings import ServeSettings
+
+        token = os.environ.get("SBS_EDGE_SERVE_TOKEN")
+        if token_file is not None:
+            try:
+                token = token_file.read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise UsageError(f"The token file {token_file} cannot be read: {error.strerror}.") from error
+        try:
+            settings = ServeSettings(
+                host=host,
+                port=port,
+                target=target,
+                threads=threads,
+                watch_s=watch,
+                max_versions=max_versions,
+                max_batch_tokens=max_batch_tokens,
+                max_wait_ms=max_wait_ms,
+                label_workers=label_workers,
+                rationale_workers=rationale_workers,
+                truncate=truncate,
+                max_body_bytes=max_body_bytes,
+                max_texts=max_texts,
+                max_concurrent=max_concurrent,
+                max_queue_texts=max_queue_texts,
+                max_queue_ms=max_queue_ms,
+                timeout_s=timeout_s,
+                drain_timeout_s=drain_timeout,
+                token=token,  # type: ignore[arg-type]  # pydantic wraps it
+                tls_cert=tls_cert,
+                tls_key=tls_key,
+                escalate_url=escalate_url,
+                escalate_model=escalate_model,
+                escalate_key=os.environ.get("SBS_EDGE_SERVE_ESCALATE_KEY"),  # type: ignore[arg-type]
+                escalate_timeout_s=escalate_timeout_s,
+                escalate_concurrency=escalate_concurrency,
+                abstain_below=abstain_below,
+                log_inputs=log_inputs,
+                access_log=access_log,
+                otel_endpoint=otel_endpoint,
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+            raise UsageError(f"{where if first['loc'] else 'The options'}: {first['msg']}.") from error
+        if log_level not in ("debug", "info", "warning", "error"):
+            raise UsageError("--log-level must be debug, info, warning or error.")
+        sources = [parse_source(argument) for argument in bundles]
+        if dry_run:
+            plan = settings.model_dump(mode="json")
+            plan["sources"] = [{"name": name, "path": str(path)} for name, path in sources]
+            print_json(plan)
+            return
+        logs.configure(log_level)
+        code = server.serve(sources, settings)
+        if code:
+            raise typer.Exit(code)

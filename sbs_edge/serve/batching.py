@@ -1,0 +1,248 @@
+"""One queue in front of one graph: texts of like length go together, up to a budget of tokens.
+
+A *lane* runs one kind of work (labels or rationales) of one model version on its own threads, so a
+long rationale never holds up a label. A batch costs ``len(batch) * longest text`` tokens; about 256
+to 512 tokens a call measured best on CPUs (larger batches add latency, not throughput).
+
+A free worker takes work at once. It waits for company, at most ``max_wait_s``, only while requests
+that were already admitted are still being tokenised: a lone request at low load never waits.
+
+Runs on the event loop's thread except for ``work``; so nothing here needs a lock. Knows nothing of
+HTTP or of what the work is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Lane", "Ticket"]
+
+Payload = TypeVar("Payload")
+Result = TypeVar("Result")
+
+
+class Ticket(Generic[Payload, Result]):
+    """One request's share of a lane: its texts, and a future of all their results in order."""
+
+    __slots__ = (
+        "_left",
+        "abandoned",
+        "enqueued_s",
+        "finished_s",
+        "future",
+        "payloads",
+        "results",
+        "started_s",
+        "waiting",
+    )
+
+    def __init__(self, payloads: Sequence[Payload], loop: asyncio.AbstractEventLoop) -> None:
+        self.payloads = payloads
+        self.results: list[Any] = [None] * len(payloads)
+        self.waiting = len(payloads)  # texts not yet given to a worker
+        self._left = len(payloads)  # texts without a result
+        self.future: asyncio.Future[list[Result]] = loop.create_future()
+        self.abandoned = False
+        self.enqueued_s = time.perf_counter()
+        self.started_s = 0.0
+        self.finished_s = 0.0
+
+    def _put(self, index: int, result: Result) -> None:
+        self.results[index] = result
+        self._left -= 1
+        if self._left == 0 and not self.future.done():
+            self.finished_s = time.perf_counter()
+            self.future.set_result(self.results)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+            self.future.exception()  # its reader may have left; then nobody else will look at it
+
+
+class Lane(Generic[Payload, Result]):
+    """Queue, batcher and threads of one kind of work.
+
+    Args:
+        work: called on a worker thread with the payloads of one batch; returns a result for each.
+        max_batch_tokens: bound on ``len(batch) * longest`` (a single longer text runs alone).
+        max_wait_s: longest time a text is held back for company.
+        workers: threads; each runs one batch at a time.
+        on_batch: called after each batch with (texts, seconds, waited seconds of each text).
+    """
+
+    def __init__(
+        self,
+        work: Callable[[list[Payload]], Sequence[Result]],
+        *,
+        max_batch_tokens: int = 512,
+        max_wait_s: float = 0.002,
+        workers: int = 1,
+        name: str = "lane",
+        on_batch: Callable[[int, float, list[float]], None] | None = None,
+    ) -> None:
+        self._work = work
+        self._max_batch_tokens = max_batch_tokens
+        self._max_wait_s = max_wait_s
+        self._on_batch = on_batch
+        self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix=name)
+        self._workers = workers
+        self._idle = workers
+        # Waiting texts by (group, token count): a batch holds one group, and like lengths.
+        self._waiting: dict[Hashable, dict[int, deque[tuple[Ticket[Payload, Result], int]]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._pump_due = False
+        self._closed = False
+        self.queued = 0  # texts waiting for a worker
+        self.expected = 0  # requests admitted for this lane that are still being tokenised
+        self.seconds_per_text = 0.0  # moving average of worker time, 0 until the first batch
+
+    def wait_estimate_s(self, n_texts: int) -> float:
+        """Estimated seconds until ``n_texts`` texts now in the system are done; 0 before any batch."""
+        return n_texts * self.seconds_per_text / self._workers
+
+    def submit(
+        self, payloads: Sequence[Payload], n_tokens: Sequence[int], group: Hashable = None
+    ) -> Ticket[Payload, Result]:
+        """Queue one request's texts; ``n_tokens[i]`` is the length of ``payloads[i]``."""
+        if self._closed:
+            raise RuntimeError("The lane is closed.")
+        loop = asyncio.get_running_loop()
+        ticket: Ticket[Payload, Result] = Ticket(payloads, loop)
+        lengths = self._waiting.setdefault(group, {})
+        for index, length in enumerate(n_tokens):
+            row = lengths.get(length)
+            if row is None:
+                row = lengths[length] = deque()
+            row.append((ticket, index))
+        self.queued += len(payloads)
+        self._pump_soon(loop)
+        return ticket
+
+    def abandon(self, ticket: Ticket[Payload, Result]) -> None:
+        """Give up a ticket: its waiting texts will never run, and stop counting now."""
+        if not ticket.abandoned:
+            ticket.abandoned = True
+            self.queued -= ticket.waiting
+            ticket.future.cancel()
+
+    def close(self) -> None:
+        """Stop the threads once running work is done; fail whatever still waits."""
+        self._closed = True
+        if self._timer:
+            self._timer.cancel()
+        for lengths in self._waiting.values():
+            for row in lengths.values():
+                for ticket, _ in row:
+                    ticket._fail(RuntimeError("The server stopped before this work began."))
+        self._waiting.clear()
+        self.queued = 0
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pump_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Deferred by one turn of the loop, so that requests parsed in the same turn share a batch.
+        if not self._pump_due:
+            self._pump_due = True
+            loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        while self._idle and self.queued and not self._closed:
+            group, oldest = self._oldest()
+            if oldest is None:
+                return
+            if self.expected and self.queued * self._shortest(group) < self._max_batch_tokens:
+                remaining = oldest[0].enqueued_s + self._max_wait_s - time.perf_counter()
+                if remaining > 0:
+                    self._timer = asyncio.get_running_loop().call_later(remaining, self._pump)
+                    return
+            batch = self._take(group, len_of_oldest=oldest[1])
+            if batch:
+                self._start(batch)
+
+    def _oldest(self) -> tuple[Hashable, tuple[Ticket[Payload, Result], int] | None]:
+        """Return the group and (ticket, token count) that wait longest; drop abandoned heads."""
+        best: tuple[Ticket[Payload, Result], int] | None = None
+        best_group: Hashable = None
+        for group in list(self._waiting):
+            lengths = self._waiting[group]
+            for length in list(lengths):
+                row = lengths[length]
+                while row and row[0][0].abandoned:
+                    row.popleft()
+                if not row:
+                    del lengths[length]
+                elif best is None or row[0][0].enqueued_s < best[0].enqueued_s:
+                    best, best_group = (row[0][0], length), group
+            if not lengths:
+                del self._waiting[group]
+        return best_group, best
+
+    def _shortest(self, group: Hashable) -> int:
+        return min(self._waiting[group])
+
+    def _take(self, group: Hashable, len_of_oldest: int) -> list[tuple[Ticket[Payload, Result], int]]:
+        """Remove one batch: the oldest text, then those nearest to it in length, within the budget."""
+        lengths = self._waiting[group]
+        batch: list[tuple[Ticket[Payload, Result], int]] = []
+        longest = 0
+        for length in sorted(lengths, key=lambda n: abs(n - len_of_oldest)):
+            row = lengths[length]
+            widest = max(longest, length)
+            while row and (not batch or (len(batch) + 1) * widest <= self._max_batch_tokens):
+                ticket, index = row.popleft()
+                if ticket.abandoned:
+                    continue
+                longest = widest
+                batch.append((ticket, index))
+                ticket.waiting -= 1
+                self.queued -= 1
+            if not row:
+                del lengths[length]
+            if batch and (len(batch) + 1) * max(longest, 1) > self._max_batch_tokens:
+                break
+        if not lengths:
+            del self._waiting[group]
+        return batch
+
+    def _start(self, batch: list[tuple[Ticket[Payload, Result], int]]) -> None:
+        self._idle -= 1
+        now = time.perf_counter()
+        for ticket, _ in batch:
+            if not ticket.started_s:
+                ticket.started_s = now
+        payloads = [ticket.payloads[index] for ticket, index in batch]
+        done = asyncio.get_running_loop().run_in_executor(self._pool, self._work, payloads)
+        done.add_done_callback(lambda future: self._finish(batch, now, future))
+
+    def _finish(
+        self,
+        batch: list[tuple[Ticket[Payload, Result], int]],
+        started_s: float,
+        done: asyncio.Future[Sequence[Result]],
+    ) -> None:
+        self._idle += 1
+        elapsed = time.perf_counter() - started_s
+        error = RuntimeError("The server stopped.") if done.cancelled() else done.exception()
+        if error is None:
+            for (ticket, index), result in zip(batch, done.result(), strict=True):
+                ticket._put(index, result)
+            each = elapsed / len(batch)
+            self.seconds_per_text = (
+                each if not self.seconds_per_text else 0.9 * self.seconds_per_text + 0.1 * each
+            )
+            if self._on_batch:
+                self._on_batch(len(batch), elapsed, [started_s - t.enqueued_s for t, _ in batch])
+        else:
+            for ticket, _ in batch:
+                ticket._fail(error)
+        if self.queued and not self._closed:
+            self._pump()

@@ -1,0 +1,73 @@
+"""What the HTTP layer raises: a status, one sentence for the client, and a reason for the metrics.
+
+Knows nothing of models, queues or frameworks; every module of this folder may import it.
+"""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["ClientLeft", "HttpError", "bad_request", "draining", "not_ready", "overloaded", "too_large"]
+
+
+class HttpError(Exception):
+    """An answer other than 200, on purpose.
+
+    ``reason`` is set when the request was turned away by a limit (it becomes the label of
+    ``sbs_edge_rejected_total``), and empty when the request itself was wrong.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, reason: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.reason = reason
+        self.headers = headers or {}
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before the answer was ready."""
+
+
+def bad_request(message: str) -> HttpError:
+    """400: the request is not what the interface asks for."""
+    return HttpError(400, message)
+
+
+def too_large(limit_bytes: int) -> HttpError:
+    """413: the body, counted after decompression, is over ``limit_bytes``."""
+    return HttpError(
+        413,
+        f"The request body is over the limit of {limit_bytes} bytes (counted after decompression). "
+        "Send fewer or shorter texts in each request.",
+        reason="body",
+        headers={"Connection": "close"},
+    )
+
+
+def overloaded(reason: str, wait_s: float) -> HttpError:
+    """429: full; ``wait_s`` (estimated seconds of queue) becomes ``Retry-After``, at least 1."""
+    seconds = max(1, math.ceil(min(wait_s, 60.0)))
+    return HttpError(
+        429,
+        f"The server is at its limit of queued work; try again in {seconds} s.",
+        reason=reason,
+        headers={"Retry-After": str(seconds)},
+    )
+
+
+def not_ready() -> HttpError:
+    """503: no model has passed its warm-up yet."""
+    return HttpError(503, "The server is not ready: its models are still loading.", reason="not_ready")
+
+
+def draining() -> HttpError:
+    """503: the server was told to stop and finishes what it has."""
+    return HttpError(
+        503,
+        "The server is stopping and takes no new work.",
+        reason="draining",
+        headers={"Connection": "close"},
+    )

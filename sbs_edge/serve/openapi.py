@@ -1,0 +1,218 @@
+"""The OpenAPI 3.1 document: written by hand where the protocol fixes it, from the models elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+import sbs_edge
+from sbs_edge.serve.oip import OUTPUTS
+from sbs_edge.serve.plain import ErrorBody, PredictRequest, PredictResponse
+from sbs_edge.serve.settings import ServeSettings
+
+__all__ = ["openapi_document"]
+
+_TENSOR_PARAMETERS = {
+    "type": "object",
+    "properties": {"binary_data_size": {"type": "integer", "minimum": 0}},
+}
+_TENSOR_IN = {
+    "type": "object",
+    "required": ["name", "shape", "datatype"],
+    "properties": {
+        "name": {"type": "string", "enum": ["text", "labels"]},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        "datatype": {"type": "string", "const": "BYTES"},
+        "parameters": _TENSOR_PARAMETERS,
+        "data": {"type": "array", "items": {}},
+    },
+}
+_TENSOR_OUT = {
+    "type": "object",
+    "required": ["name", "shape", "datatype"],
+    "properties": {
+        "name": {"type": "string", "enum": list(OUTPUTS)},
+        "shape": {"type": "array", "items": {"type": "integer"}},
+        "datatype": {"type": "string", "enum": ["BYTES", "FP32", "BOOL"]},
+        "parameters": _TENSOR_PARAMETERS,
+        "data": {"type": "array", "items": {}},
+    },
+}
+_INFER_REQUEST = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "explain": {"type": "boolean"},
+                "truncate": {"type": "boolean"},
+                "binary_data_output": {"type": "boolean"},
+            },
+        },
+        "inputs": {"type": "array", "items": _TENSOR_IN, "minItems": 1},
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {
+                    "name": {"type": "string", "enum": list(OUTPUTS)},
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"binary_data": {"type": "boolean"}},
+                    },
+                },
+            },
+        },
+    },
+}
+_INFER_RESPONSE = {
+    "type": "object",
+    "required": ["model_name", "outputs"],
+    "properties": {
+        "model_name": {"type": "string"},
+        "model_version": {"type": "string"},
+        "id": {"type": "string"},
+        "outputs": {"type": "array", "items": _TENSOR_OUT},
+    },
+}
+_METADATA = {
+    "type": "object",
+    "required": ["name", "versions", "platform", "inputs", "outputs"],
+    "properties": {
+        "name": {"type": "string"},
+        "versions": {"type": "array", "items": {"type": "string"}},
+        "platform": {"type": "string"},
+        "inputs": {"type": "array", "items": {"type": "object"}},
+        "outputs": {"type": "array", "items": {"type": "object"}},
+        "parameters": {"type": "object"},
+    },
+}
+
+_REFUSALS = {
+    "400": "The request is malformed or over a limit; the message names which.",
+    "404": "No such model or version.",
+    "413": "The body is over --max-body-bytes after decompression.",
+    "415": "Unknown Content-Encoding.",
+    "429": "Too much queued work; Retry-After says when to come back.",
+    "503": "Loading or draining.",
+    "504": "Not answered within the deadline.",
+}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _answer(description: str, schema: dict[str, Any], media: str = "application/json") -> dict[str, Any]:
+    return {"description": description, "content": {media: {"schema": schema}}}
+
+
+def _refusals(*codes: str) -> dict[str, Any]:
+    return {code: _answer(_REFUSALS[code], _ref("ErrorBody")) for code in codes}
+
+
+def _path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+
+
+def _get(summary: str, responses: dict[str, Any]) -> dict[str, Any]:
+    return {"get": {"summary": summary, "responses": responses}}
+
+
+def openapi_document(settings: ServeSettings) -> dict[str, Any]:
+    """Return the document for a server with these settings (the token decides about security)."""
+    _, generated = models_json_schema(
+        [(PredictRequest, "validation"), (PredictResponse, "serialization"), (ErrorBody, "serialization")],
+        ref_template="#/components/schemas/{model}",
+    )
+    schemas = dict(generated["$defs"])
+    schemas["PredictRequest"]["properties"]["texts"]["maxItems"] = settings.max_texts
+    schemas |= {"InferRequest": _INFER_REQUEST, "InferResponse": _INFER_RESPONSE, "ModelMetadata": _METADATA}
+    flag = {"type": "object", "additionalProperties": True}
+    health = {"200": _answer("Yes.", flag)}
+    not_ready = {"503": _answer(_REFUSALS["503"], flag)}
+    timeout = {
+        "name": "X-Request-Timeout-Ms",
+        "in": "header",
+        "description": "Give up (504) after this many milliseconds.",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+    all_refusals = _refusals(*_REFUSALS)
+    paths: dict[str, Any] = {
+        "/v1/predict": {
+            "post": {
+                "summary": "Answer texts, with rationales on request.",
+                "parameters": [timeout],
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": _ref("PredictRequest")}},
+                },
+                "responses": {"200": _answer("The answers.", _ref("PredictResponse")), **all_refusals},
+            }
+        },
+        "/v2": _get("Server metadata.", {"200": _answer("Name, version, extensions.", flag)}),
+        "/v2/health/live": _get("Is the process alive?", health),
+        "/v2/health/ready": _get("Would a request be answered now?", {**health, **not_ready}),
+        "/metrics": _get("Prometheus metrics.", {"200": _answer("Text.", {"type": "string"}, "text/plain")}),
+    }
+    for prefix, names in (
+        ("/v2/models/{model}", ["model"]),
+        ("/v2/models/{model}/versions/{version}", ["model", "version"]),
+    ):
+        shared = {"parameters": [_path(name) for name in names]}
+        paths[prefix] = {
+            **shared,
+            **_get(
+                "Model metadata.",
+                {"200": _answer("Inputs and outputs.", _ref("ModelMetadata")), **_refusals("404", "503")},
+            ),
+        }
+        paths[f"{prefix}/ready"] = {
+            **shared,
+            **_get("Is this model ready?", {**health, **not_ready, **_refusals("404")}),
+        }
+        paths[f"{prefix}/infer"] = {
+            **shared,
+            "post": {
+                "summary": "Infer (Open Inference Protocol v2, with the binary tensor extension).",
+                "parameters": [timeout],
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": _ref("InferRequest")}},
+                },
+                "responses": {
+                    "200": {
+                        "description": "The outputs; octet-stream when binary outputs were asked for.",
+                        "content": {
+                            "application/json": {"schema": _ref("InferResponse")},
+                            "application/octet-stream": {},
+                        },
+                    },
+                    **all_refusals,
+                },
+            },
+        }
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "sbs-edge",
+            "version": sbs_edge.__version__,
+            "description": "A distilled student: labels in milliseconds, rationales on request.",
+        },
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+    if settings.token is not None:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            paths[path]["get"]["security"] = []
+        for path, item in paths.items():
+            for method in ("get", "post"):
+                if method in item and not path.startswith("/v2/health"):
+                    item[method]["responses"]["401"] = _answer("No valid token.", _ref("ErrorBody"))
+    return document

@@ -1,0 +1,103 @@
+"""``POST /v1/predict``: the route for people. The models here are also its OpenAPI schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sbs_edge.serve import errors
+from sbs_edge.serve.asking import Answer, Asking, check_labels
+from sbs_edge.serve.body import parse_json
+
+__all__ = ["ErrorBody", "PredictRequest", "PredictResponse", "encode_answers", "parse_predict"]
+
+
+class PredictRequest(BaseModel):
+    """Texts to answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    texts: list[str] = Field(description="The texts to answer.", min_length=1)
+    labels: list[list[str]] | list[str] | None = Field(
+        default=None,
+        description="Tasks with choices: the answers to choose from, one list for all texts or one for each.",
+    )
+    explain: bool = Field(default=False, description="Also generate the rationale of each answer.")
+    model: str | None = Field(
+        default=None, description="Name of the model; may be left out when one is served."
+    )
+    version: str | None = Field(default=None, description="Version; the newest when left out.")
+    truncate: bool | None = Field(
+        default=None, description="Cut texts over the token limit instead of refusing them."
+    )
+    max_new_tokens: int | None = Field(default=None, ge=1, description="Longest rationale in tokens.")
+
+
+class Prediction(BaseModel):
+    """One answer."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+    abstained: bool = Field(description="The probability is below the model's threshold.")
+    escalated: bool = Field(description="The label came from the larger model the server escalates to.")
+    truncated: bool
+    rationale: str | None = None
+    rationale_complete: bool | None = None
+
+
+class PredictResponse(BaseModel):
+    """Answers in the order of the texts."""
+
+    model: str
+    version: str
+    predictions: list[Prediction]
+
+
+class ErrorBody(BaseModel):
+    """Every answer other than 200."""
+
+    error: str
+
+
+def parse_predict(body: bytes) -> tuple[PredictRequest, Asking]:
+    """Parse and check the body; any defect is a 400 that names the field."""
+    try:
+        request = PredictRequest.model_validate(parse_json(body))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        raise errors.bad_request(f"{where}: {first['msg']}.") from error
+    labels: list[list[str]] | None = None
+    if request.labels is not None:
+        rows: list[Any] = list(request.labels)
+        labels = [rows] * len(request.texts) if all(isinstance(row, str) for row in rows) else rows
+        check_labels(labels, len(request.texts))
+    asking = Asking(
+        texts=request.texts,
+        labels=labels,
+        explain=request.explain,
+        truncate=request.truncate,
+        max_new_tokens=request.max_new_tokens,
+    )
+    return request, asking
+
+
+def encode_answers(model: str, version: str, answers: list[Answer]) -> dict[str, Any]:
+    """Return the JSON document of a 200 answer."""
+    predictions = []
+    for answer in answers:
+        entry: dict[str, Any] = {
+            "label": answer.label,
+            "probability": answer.probability,
+            "probabilities": dict(answer.probabilities),
+            "abstained": answer.abstained,
+            "escalated": answer.escalated,
+            "truncated": answer.truncated,
+        }
+        if answer.rationale is not None:
+            entry["rationale"] = answer.rationale
+            entry["rationale_complete"] = answer.rationale_complete
+        predictions.append(entry)
+    return {"model": model, "version": version, "predictions": predictions}

@@ -1,0 +1,153 @@
+"""Running the service under uvicorn: signals, drain, exit code.
+
+SIGTERM or SIGINT turns readiness off at once, lets admitted requests finish, and exits 0 within the
+drain timeout; a second signal exits at once. SIGHUP looks at the model directories again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from sbs_edge.serve.app import create_app
+from sbs_edge.serve.engine import Loader, student_loader
+from sbs_edge.serve.escalate import Escalation
+from sbs_edge.serve.logs import logger
+from sbs_edge.serve.metrics import Metrics
+from sbs_edge.serve.models import Registry
+from sbs_edge.serve.service import Service
+from sbs_edge.serve.settings import ServeSettings
+from sbs_edge.serve.telemetry import tracing_to
+
+__all__ = ["create_service", "serve"]
+
+# Python hands the interpreter from thread to thread every 5 ms by default; a worker that comes back
+# from onnxruntime would wait that long for a busy event loop. 0.5 ms keeps the wait below a label.
+_SWITCH_INTERVAL_S = 0.0005
+
+
+def create_service(
+    sources: Sequence[tuple[str | None, Path]], settings: ServeSettings, loader: Loader | None = None
+) -> Service:
+    """Put the parts together; nothing is loaded before the application's lifespan starts."""
+    metrics = Metrics()
+    loader = loader or student_loader(settings.target, settings.threads, settings.max_batch_tokens)
+    escalation = None
+    if settings.escalate_url:
+        escalation = Escalation(
+            settings.escalate_url,
+            settings.escalate_model,
+            key=settings.escalate_key.get_secret_value() if settings.escalate_key else None,
+            timeout_s=settings.escalate_timeout_s,
+            concurrency=settings.escalate_concurrency,
+        )
+    tracing = tracing_to(settings.otel_endpoint) if settings.otel_endpoint else None
+    return Service(
+        settings,
+        Registry(sources, settings, metrics, loader),
+        metrics,
+        escalation=escalation,
+        tracing=tracing,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with this project's meaning of signals."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.clean = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _stop(self) -> None:
+        if self._service.draining:
+            logger.warning("stopped_at_once", in_flight=self._service.gate.inside)
+            sys.stderr.flush()
+            os._exit(130)  # threads in a graph cannot be interrupted; the user asked twice
+        self._service.draining = True
+        logger.info("draining", in_flight=self._service.gate.inside)
+        self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        """Wait for admitted requests, at most the drain timeout, then let uvicorn close."""
+        service = self._service
+        loop = asyncio.get_running_loop()
+        end = loop.time() + service.settings.drain_timeout_s
+        while service.gate.inside and loop.time() < end:
+            await asyncio.sleep(0.01)
+        self.clean = not service.gate.inside
+        logger.info("drained" if self.clean else "drain_timeout", in_flight=service.gate.inside)
+        # What uvicorn still does after this is to flush answers that are already written.
+        self.config.timeout_graceful_shutdown = 1 if not self.clean else 3
+        self.should_exit = True
+
+    def _reload(self) -> None:
+        if self._service.started and not self._service.draining:
+            logger.info("reload_requested")
+            self._spawn(self._service.registry.refresh(retry_refused=True))
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._service.failure is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(
+    sources: Sequence[tuple[str | None, Path]], settings: ServeSettings, loader: Loader | None = None
+) -> int:
+    """Serve until told to stop; return 0 after a clean drain and 1 if the drain timed out.
+
+    Raises the error of a bundle that could not be loaded at the start (an
+    :class:`~sbs_edge.errors.IntegrityError` exits with 4).
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    service = create_service(sources, settings, loader)
+    config = uvicorn.Config(
+        create_app(service),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_keep_alive=75,
+        backlog=2048,
+        ssl_certfile=str(settings.tls_cert) if settings.tls_cert else None,
+        ssl_keyfile=str(settings.tls_key) if settings.tls_key else None,
+    )
+    server = _Server(config, service)
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
+        logger.warning(
+            "open_to_the_network", host=settings.host, hint="anyone who reaches it may use it; set a token"
+        )
+    server.run()
+    if service.failure is not None:
+        raise service.failure
+    return 0 if server.clean else 1

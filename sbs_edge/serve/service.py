@@ -1,0 +1,247 @@
+"""One request from admission to answer: gates, token counts, lanes, cascade.
+
+Knows nothing of HTTP beyond the statuses it refuses with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sbs_edge.errors import SbsEdgeError, UsageError
+from sbs_edge.serve import errors
+from sbs_edge.serve.admission import Gate
+from sbs_edge.serve.asking import Answer, Asking, Timing
+from sbs_edge.serve.batching import Lane, Ticket
+from sbs_edge.serve.escalate import Escalation
+from sbs_edge.serve.metrics import Metrics
+from sbs_edge.serve.models import ModelVersion, Registry
+from sbs_edge.serve.settings import ServeSettings
+from sbs_edge.serve.telemetry import Tracing
+
+__all__ = ["Service"]
+
+# Below this many characters tokenising (about 1 us a character) is cheaper than a thread switch.
+_INLINE_CHARACTERS = 1000
+
+
+class Service:
+    """State of a running server and the path of a request through it."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        escalation: Escalation | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.metrics = metrics
+        self.escalation = escalation
+        self.tracing = tracing
+        self.gate = Gate(settings.max_concurrent, "concurrency")
+        self.started = False
+        self.draining = False
+        self.failure: BaseException | None = None
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered."""
+        return self.started and not self.draining and self.registry.ready
+
+    def enter(self) -> None:
+        """Count one request in, or refuse it with 503 or 429; pair with :meth:`leave`."""
+        if self.draining:
+            raise errors.draining()
+        if not self.started:
+            raise errors.not_ready()
+        self.gate.enter(1)
+
+    def leave(self) -> None:
+        """Count one request out."""
+        self.gate.leave(1)
+
+    async def answer(self, version: ModelVersion, asking: Asking, timing: Timing) -> list[Answer]:
+        """Answer one request on ``version``.
+
+        Cancelling this coroutine takes the request's waiting texts out of the queues and frees
+        their places at once; a batch that already runs is finished and its share dropped.
+        """
+        self._check(version, asking)
+        n = len(asking.texts)
+        if n == 0:
+            return []
+        entered: list[Gate] = []
+        version.leases += 1
+        try:
+            for wanted, gate, lane in (
+                (asking.want_label, version.label_gate, version.labels),
+                (asking.explain, version.rationale_gate, version.rationales),
+            ):
+                if wanted:
+                    gate.enter(n, lane.wait_estimate_s(1))
+                    entered.append(gate)
+            return await self._run(version, asking, timing)
+        finally:
+            for gate in entered:
+                gate.leave(n)
+            version.release()
+
+    def _check(self, version: ModelVersion, asking: Asking) -> None:
+        limit = self.settings.max_texts
+        if len(asking.texts) > limit:
+            raise errors.bad_request(
+                f"The request holds {len(asking.texts)} texts; the limit is {limit} (--max-texts)."
+            )
+        kind = version.card.label_kind
+        if kind == "choices" and asking.labels is None and asking.want_label:
+            raise errors.bad_request("This model chooses among given answers: send labels.")
+        if kind != "choices" and asking.labels is not None:
+            raise errors.bad_request("This model has its own answers: leave labels out.")
+        most = version.card.max_new_tokens
+        if asking.max_new_tokens is not None and asking.max_new_tokens > most:
+            raise errors.bad_request(f"max_new_tokens is over this model's limit of {most}.")
+
+    async def _run(self, version: ModelVersion, asking: Asking, timing: Timing) -> list[Answer]:
+        tickets: list[tuple[Lane[Any, Any], Ticket[Any, Any]]] = []
+        lanes: list[Lane[Any, Any]] = []
+        if asking.want_label:
+            lanes.append(version.labels)
+        if asking.explain:
+            lanes.append(version.rationales)
+        for lane in lanes:
+            lane.expected += 1
+        try:
+            try:
+                counts = [
+                    await self._count(
+                        version, asking, "label" if lane is version.labels else "rationale", timing
+                    )
+                    for lane in lanes
+                ]
+            finally:
+                for lane in lanes:
+                    lane.expected -= 1
+            for lane, n_tokens in zip(lanes, counts, strict=True):
+                payloads: list[Any]
+                if lane is version.labels:
+                    payloads = list(
+                        zip(asking.texts, asking.labels or [None] * len(asking.texts), strict=True)
+                    )
+                    group: Any = "label"
+                else:
+                    payloads = [(text, asking.max_new_tokens) for text in asking.texts]
+                    group = asking.max_new_tokens
+                tickets.append((lane, lane.submit(payloads, n_tokens, group)))
+            results = [await ticket.future for _, ticket in tickets]
+        finally:
+            for lane, ticket in tickets:
+                if not ticket.future.done() or ticket.waiting:
+                    lane.abandon(ticket)
+        for _, ticket in tickets:
+            timing.queue_s = max(timing.queue_s, ticket.started_s - ticket.enqueued_s)
+            timing.inference_s = max(timing.inference_s, ticket.finished_s - ticket.started_s)
+        for row in results:
+            for item in row:
+                if isinstance(item, UsageError):
+                    raise errors.bad_request(str(item)) from item
+                if isinstance(item, Exception):
+                    raise item
+        predictions = results[0] if asking.want_label else None
+        explanations = results[-1] if asking.explain else None
+        answers = self._merge(version, len(asking.texts), predictions, explanations)
+        if self.escalation and predictions is not None:
+            await self._escalate(version, asking, answers, timing)
+        n_abstained = sum(answer.abstained for answer in answers)
+        if n_abstained:
+            self.metrics.abstained.labels(version.card.name).inc(n_abstained)
+        return answers
+
+    async def _count(self, version: ModelVersion, asking: Asking, task: str, timing: Timing) -> list[int]:
+        """Return each text's length in tokens, at most the model's limit; 400 for one over it."""
+        started = time.perf_counter()
+        texts = asking.texts
+        try:
+            if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+                counts: Sequence[int] = version.engine.count_tokens(texts, task)
+            else:
+                counts = await asyncio.get_running_loop().run_in_executor(
+                    self._tokenizing, version.engine.count_tokens, texts, task
+                )
+        except SbsEdgeError as error:
+            raise errors.bad_request(str(error)) from error
+        elapsed = time.perf_counter() - started
+        timing.tokenize_s += elapsed
+        name = version.card.name
+        self.metrics.tokenize_seconds.labels(name).observe(elapsed)
+        limit = version.card.max_source_tokens
+        truncate = self.settings.truncate if asking.truncate is None else asking.truncate
+        if not truncate:
+            for index, count in enumerate(counts):
+                if count > limit:
+                    raise errors.bad_request(
+                        f"texts[{index}] has {count} tokens; this model's limit is {limit} "
+                        "(max_source_tokens). Shorten it, or ask for truncate."
+                    )
+        lengths = [min(count, limit) for count in counts]
+        self.metrics.input_tokens.labels(name).inc(sum(lengths))
+        return lengths
+
+    def _merge(
+        self, version: ModelVersion, n_texts: int, predictions: Any, explanations: Any
+    ) -> list[Answer]:
+        answers = [Answer() for _ in range(n_texts)]
+        threshold = self.settings.abstain_below
+        if predictions is not None:
+            for answer, p in zip(answers, predictions, strict=True):
+                answer.label = p.label
+                answer.probability = float(p.probability)
+                answer.probabilities = p.probabilities
+                answer.abstained = bool(p.abstained if threshold is None else p.probability < threshold)
+                answer.truncated = bool(p.truncated)
+        if explanations is not None:
+            n_tokens = 0
+            for answer, e in zip(answers, explanations, strict=True):
+                answer.rationale = e.rationale
+                answer.rationale_complete = bool(e.complete)
+                answer.truncated = answer.truncated or bool(e.truncated)
+                n_tokens += e.n_tokens
+            self.metrics.output_tokens.labels(version.card.name).inc(n_tokens)
+        return answers
+
+    async def _escalate(
+        self, version: ModelVersion, asking: Asking, answers: list[Answer], timing: Timing
+    ) -> None:
+        """Replace the labels the student is unsure of by the larger model's, where it gives one."""
+        escalation = self.escalation
+        unsure = [i for i, answer in enumerate(answers) if answer.abstained]
+        if escalation is None or not unsure:
+            return
+        started = time.perf_counter()
+        asked = [
+            escalation.ask(asking.texts[i], asking.labels[i] if asking.labels else version.card.labels)
+            for i in unsure
+        ]
+        for i, (label, result) in zip(unsure, await asyncio.gather(*asked), strict=True):
+            self.metrics.escalations.labels(version.card.name, result).inc()
+            if label is not None:
+                answers[i].label = label
+                answers[i].escalated = True
+                answers[i].abstained = False
+        timing.escalate_s = time.perf_counter() - started
+
+    async def close(self) -> None:
+        """Free threads, models and connections."""
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self.registry.close()
+        if self.escalation:
+            await self.escalation.close()
+        if self.tracing:
+            await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)

@@ -1,0 +1,69 @@
+"""Every limit and option of the server, validated once. Each field is a flag of ``sbs-edge serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+__all__ = ["ServeSettings"]
+
+
+class ServeSettings(BaseModel):
+    """Validated options; sizes in bytes, times in the unit the name carries."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Models
+    target: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+    max_versions: int = Field(default=2, ge=1)
+    watch_s: float = Field(default=0.0, ge=0)
+
+    # Batching
+    max_batch_tokens: int = Field(default=512, ge=1)
+    max_wait_ms: float = Field(default=2.0, ge=0, le=1000)
+    label_workers: int = Field(default=1, ge=1)
+    rationale_workers: int = Field(default=1, ge=1)
+    truncate: bool = False
+
+    # Limits
+    max_body_bytes: int = Field(default=2_000_000, ge=1)
+    max_texts: int = Field(default=32, ge=1)
+    max_concurrent: int = Field(default=512, ge=1)
+    max_queue_texts: int = Field(default=1024, ge=1)
+    max_queue_ms: float = Field(default=1000.0, gt=0)
+    timeout_s: float = Field(default=30.0, gt=0)
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+
+    # Access
+    token: SecretStr | None = None
+
+    # Cascade
+    escalate_url: str | None = None
+    escalate_model: str = "default"
+    escalate_key: SecretStr | None = None
+    escalate_timeout_s: float = Field(default=10.0, gt=0)
+    escalate_concurrency: int = Field(default=8, ge=1)
+    abstain_below: float | None = Field(default=None, ge=0, le=1)
+
+    # Operations
+    log_inputs: bool = False
+    access_log: bool = True
+    otel_endpoint: str | None = None
+
+    # Transport
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    @model_validator(mode="after")
+    def _pairs(self) -> ServeSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both a certificate and a key (--tls-cert and --tls-key)")
+        if self.max_queue_texts < self.max_texts:
+            raise ValueError("--max-queue-texts must be at least --max-texts, or a full request never fits")
+        if self.token is not None and not self.token.get_secret_value():
+            raise ValueError("the bearer token is empty")
+        return self
