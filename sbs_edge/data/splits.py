@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
 
 from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example, Splits
+from sbs_edge.data.readers import RejectedRow
 from sbs_edge.errors import DataError
 
-__all__ = ["check_disjoint", "find_overlaps", "hold_out", "shuffle_rationales"]
+__all__ = [
+    "VALIDATION_SHARE",
+    "check_disjoint",
+    "drop_overlaps",
+    "find_overlaps",
+    "hold_out",
+    "shuffle_rationales",
+]
+
+VALIDATION_SHARE = 0.1
+"""Share of the training inputs held out where a source brings no validation split."""
 
 _NAMES = ("train", "validation", "test")
 
@@ -42,8 +54,32 @@ def check_disjoint(splits: Splits) -> None:
     more = f" and {len(overlaps) - 5} more" if len(overlaps) > 5 else ""
     raise DataError(
         f"Two splits share {len(overlaps)} input(s), so accuracy on them would mean nothing: {shown}{more}. "
-        "Remove these rows from one of the splits; inputs are compared in NFKC, lower case, single spaces."
+        "Remove these rows from one of the splits, or let --skip-bad-rows drop them from training and "
+        "validation; inputs are compared in NFKC, lower case, single spaces."
     )
+
+
+def drop_overlaps(splits: Splits) -> list[RejectedRow]:
+    """Remove from training and validation what a later split holds too; return what was removed.
+
+    The test split is never touched: it would no longer be the one others report on.
+    """
+    dropped: list[RejectedRow] = []
+    taken = {normalise(example.input): "test" for example in splits.test}
+    for name in ("validation", "train"):
+        kept: list[Example] = []
+        for example in getattr(splits, name):
+            where = taken.get(normalise(example.input))
+            if where is None:
+                kept.append(example)
+                continue
+            file, _, line = example.source.rpartition(":")
+            raw = json.dumps({"id": example.id, "input": example.input}, ensure_ascii=False)
+            number = int(line) if line.isdigit() else 0
+            dropped.append(RejectedRow(file, number, f"input of {name} is in {where} too", raw))
+        taken.update((normalise(example.input), name) for example in kept)
+        setattr(splits, name, kept)
+    return dropped
 
 
 def hold_out(

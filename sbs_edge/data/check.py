@@ -1,0 +1,174 @@
+"""What a source holds, before anything is trained on it: the report behind ``sbs-edge data check``."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sbs_edge.data.answers import normalise
+from sbs_edge.data.builtin import builtin_splits
+from sbs_edge.data.example import Example, LabelKind, Splits
+from sbs_edge.data.load import Source, open_source
+from sbs_edge.data.readers import ColumnMap, ReadResult
+from sbs_edge.data.splits import find_overlaps
+from sbs_edge.data.targets import teacher_agreement
+
+__all__ = ["check_dataset"]
+
+SHOWN_ROWS = 20
+SHOWN_LABELS = 10
+_WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
+
+
+def _counter(folder: str | Path | None) -> tuple[str, Callable[[Sequence[str]], list[int]]]:
+    """Return what counts the tokens, in words, and the function; the end mark counts as one."""
+    if folder is None:
+        return "words, numbers and signs (--tokenizer DIR takes a checkpoint's own)", lambda texts: [
+            len(_WORD.findall(text)) + 1 for text in texts
+        ]
+    from sbs_edge.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return str(Path(folder) / "tokenizer.json"), lambda texts: [
+        len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))
+    ]
+
+
+def _lengths(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]) -> dict[str, float] | None:
+    """Return mean, median, 90th and 99th percentile and maximum, in tokens (nearest rank)."""
+    if not texts:
+        return None
+    lengths = sorted(count(texts))
+
+    def rank(share: float) -> int:
+        return lengths[min(len(lengths) - 1, int(share * len(lengths)))]
+
+    return {
+        "mean": round(sum(lengths) / len(lengths), 1),
+        "p50": rank(0.5),
+        "p90": rank(0.9),
+        "p99": rank(0.99),
+        "max": lengths[-1],
+    }
+
+
+def _split_report(
+    name: str, part: ReadResult, source: Source, count: Callable[[Sequence[str]], list[int]]
+) -> dict[str, Any]:
+    rows, task = part.examples, source.task
+    known = [row.label if row.label is not None else row.teacher_label for row in rows]
+    labels = Counter(label.strip() for label in known if label is not None)
+    inputs = Counter(normalise(row.input) for row in rows)
+    allowed = set(task.labels)
+
+    def outside(row: Example) -> bool:
+        if row.teacher_label is None:
+            return False
+        return bool(row.choices or allowed) and row.teacher_label.strip() not in (row.choices or allowed)
+
+    return {
+        "name": name,
+        "rows": len(rows),
+        "rejected": dict(Counter(row.reason for row in part.rejected).most_common()),
+        "rejected_rows": [str(row) for row in part.rejected[:SHOWN_ROWS]],
+        "teacher_labels": sum(row.teacher_label is not None for row in rows),
+        "rationales": sum(row.rationale is not None for row in rows),
+        "teacher_unparsed": source.unparsed.get(name, 0),
+        "teacher_outside_labels": sum(map(outside, rows)),
+        "agreement": {**teacher_agreement(rows, task.compare), "rows": len(rows)},
+        "labels": {"distinct": len(labels), "most_common": dict(labels.most_common(SHOWN_LABELS))},
+        "repeated_inputs": len(rows) - len(inputs),
+        "tokens": {
+            "input": _lengths([row.input for row in rows], count),
+            "label": _lengths([label for label in known if label is not None], count),
+            "rationale": _lengths([row.rationale for row in rows if row.rationale is not None], count),
+        },
+    }
+
+
+def check_dataset(
+    source: str | Path | None = None,
+    *,
+    dataset: str | None = None,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    label_kind: LabelKind | None = None,
+    compare: Literal["text", "value"] = "text",
+    columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
+    tokenizer: str | Path | None = None,
+) -> dict[str, Any]:
+    """Describe a source split by split, as its files are: nothing is held out, dropped or written.
+
+    Args:
+        source: as for :func:`sbs_edge.data.load.load_splits`.
+        dataset: name of the paper's data set, when ``source`` holds its layout.
+        validation: file of validation rows.
+        test: file of test rows.
+        label_kind: instead of the inferred one.
+        compare: how labels are compared.
+        columns: which column is which field.
+        tokenizer: directory with a ``tokenizer.json`` that counts the tokens; by default words,
+            numbers and signs are counted, as the tokenizer of the built-in task sees them.
+
+    Returns:
+        ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``, ``overlaps`` between
+        splits (at most 20 named), ``problems`` in words, and ``ok``: False when training would refuse.
+
+    Raises:
+        DataError: the source as a whole cannot be read.
+
+    """
+    if dataset is None and (source is None or str(source) == "builtin"):
+        drawn = builtin_splits()
+        names = ("train", "validation", "test")
+        opened = Source(drawn.task, {name: ReadResult(getattr(drawn, name)) for name in names})
+    else:
+        opened = open_source(
+            source or ".",
+            dataset=dataset,
+            validation=validation,
+            test=test,
+            label_kind=label_kind,
+            compare=compare,
+            columns=columns,
+        )
+    counted_in, count = _counter(tokenizer)
+    reports = [_split_report(name, part, opened, count) for name, part in opened.found.items()]
+    overlaps = find_overlaps(
+        Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
+    )
+    problems = []
+    for report in reports:
+        rejected = sum(report["rejected"].values())
+        if rejected:
+            problems.append(f"{report['name']}: {rejected} row(s) cannot be used")
+        if not report["rows"]:
+            problems.append(f"{report['name']}: no usable row")
+    if overlaps:
+        problems.append(f"{len(overlaps)} input(s) occur in two splits")
+    task = opened.task
+    return {
+        "source": str(source or "builtin"),
+        "task": {
+            "name": task.name,
+            "label_kind": task.label_kind,
+            "labels": list(task.labels),
+            "compare": task.compare,
+        },
+        "tokenizer": counted_in,
+        "splits": reports,
+        "overlaps": {
+            "count": len(overlaps),
+            "rows": [
+                f"{first} row {a.source or a.id} and {second} row {b.source or b.id}"
+                for first, a, second, b in overlaps[:SHOWN_ROWS]
+            ],
+        },
+        "problems": problems,
+        "ok": not problems,
+    }

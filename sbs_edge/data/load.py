@@ -1,0 +1,266 @@
+"""One door to every source of examples: the built-in task, files, data sets, the paper's layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from sbs_edge import files
+from sbs_edge.data import hub
+from sbs_edge.data.builtin import builtin_splits
+from sbs_edge.data.example import Example, LabelKind, Splits, TaskSpec
+from sbs_edge.data.paper import PAPER_DATASETS, read_paper_files
+from sbs_edge.data.readers import ColumnMap, ReadResult, RejectedRow, collect, examples_of, refuse
+from sbs_edge.data.rows import FORMATS, iterate_rows
+from sbs_edge.data.splits import VALIDATION_SHARE, check_disjoint, drop_overlaps, hold_out
+from sbs_edge.errors import DataError
+
+__all__ = ["Source", "infer_task", "load_splits", "open_source"]
+
+# What people call the three splits, in files and in Hugging Face data sets.
+_ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "eval"),
+}
+MAX_CLOSED_LABELS = 64
+ROWS_A_LABEL = 5
+
+
+@dataclass(slots=True)
+class Source:
+    """A source as it is: rows of each split it brings itself, before any is held out or dropped.
+
+    Attributes:
+        task: given or inferred.
+        found: split name to usable and rejected rows.
+        unparsed: split name to the number of raw teacher outputs without a readable label.
+
+    """
+
+    task: TaskSpec
+    found: dict[str, ReadResult] = field(default_factory=dict)
+    unparsed: dict[str, int] = field(default_factory=dict)
+
+
+def infer_task(
+    name: str,
+    examples: Sequence[Example],
+    kind: LabelKind | None = None,
+    compare: Literal["text", "value"] = "text",
+) -> TaskSpec:
+    """Say what kind of label the rows carry.
+
+    ``choices`` when every row brings its own; ``closed`` when there are at most 64 different labels
+    and at least 5 rows for each of them; else ``open``. A closed set holds the gold labels, or the
+    teacher's where no row has a gold one, in alphabetical order.
+    """
+    gold = {example.label.strip() for example in examples if example.label is not None}
+    labels = gold or {example.teacher_label.strip() for example in examples if example.teacher_label}
+    if kind is None:
+        if examples and all(example.choices for example in examples):
+            kind = "choices"
+        elif compare == "text" and 0 < len(labels) <= min(MAX_CLOSED_LABELS, len(examples) // ROWS_A_LABEL):
+            kind = "closed"
+        else:
+            kind = "open"
+    if kind == "choices" and not all(example.choices for example in examples):
+        row = next(example for example in examples if not example.choices)
+        raise DataError(
+            f"{row.source or row.id} brings no choices, which a task of kind 'choices' needs in every row. "
+            "Add a column 'choices', or name another --label-kind."
+        )
+    return TaskSpec(name, kind, tuple(sorted(labels)) if kind == "closed" else (), compare)
+
+
+def _read_file(path: Path, columns: ColumnMap) -> ReadResult:
+    return collect(examples_of(iterate_rows(path), str(path), columns, path.stem))
+
+
+def _from_hub(source: str | Path, columns: ColumnMap) -> dict[str, ReadResult]:
+    there = hub.split_names(source)
+    found = {}
+    for ours, names in _ALIASES.items():
+        for name in names:
+            if name in there:
+                rows = hub.iterate_dataset(source, name)
+                found[ours] = collect(examples_of(rows, f"{source}[{name}]", columns, name))
+                break
+    if "train" not in found:
+        raise DataError(f"The data set {source} has no split 'train'; it has {', '.join(there)}.")
+    return found
+
+
+def _from_folder(folder: Path, columns: ColumnMap) -> dict[str, ReadResult]:
+    found: dict[str, ReadResult] = {}
+    for ours, names in _ALIASES.items():
+        here = [
+            folder / f"{name}{suffix}"
+            for name in names
+            for suffix in FORMATS
+            if (folder / f"{name}{suffix}").is_file()
+        ]
+        if len(here) > 1:
+            raise DataError(f"{folder} holds {here[0].name} and {here[1].name}, both {ours} rows. Keep one.")
+        if here:
+            found[ours] = _read_file(here[0], columns)
+    if "train" in found:
+        return found
+    for name in PAPER_DATASETS:
+        if (folder / name).is_dir() or (folder / f"{name}_train.json").is_file():
+            raise DataError(f"{folder} holds {name} in the paper's layout. Say so with --dataset {name}.")
+    raise DataError(
+        f"{folder} holds no training rows. Name the file train, with one of {', '.join(FORMATS)} "
+        "(and validation and test likewise), or give the file itself."
+    )
+
+
+def open_source(
+    source: str | Path,
+    *,
+    dataset: str | None = None,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    label_kind: LabelKind | None = None,
+    compare: Literal["text", "value"] = "text",
+    columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
+) -> Source:
+    """Read a source as it is; arguments as for :func:`load_splits`. Bad rows are kept, not raised."""
+    if dataset is not None:
+        paper = read_paper_files(source, dataset)
+        found = {name: ReadResult(rows, paper.rejected[name]) for name, rows in paper.splits.items()}
+        return Source(paper.task, found, paper.unparsed)
+    path = Path(source)
+    if hub.is_dataset(source):
+        found = _from_hub(source, columns)
+    elif path.is_dir():
+        found = _from_folder(path, columns)
+    elif path.is_file():
+        found = {"train": _read_file(path, columns)}
+    else:
+        raise DataError(f"There is no file or directory {source}. Check the path.")
+    for name, extra in (("validation", validation), ("test", test)):
+        if extra is not None:
+            found[name] = _read_file(Path(extra), columns)
+    rows = [example for part in found.values() for example in part.examples]
+    for part in found.values():
+        _reject_unlabelled(part)
+    return Source(infer_task(path.stem or str(source), rows, label_kind, compare), found)
+
+
+def _reject_unlabelled(part: ReadResult) -> None:
+    """Move rows without any label from the usable to the rejected ones: nothing can be learnt there."""
+    kept = []
+    for example in part.examples:
+        if example.label is not None or example.teacher_label is not None:
+            kept.append(example)
+            continue
+        file, _, line = example.source.rpartition(":")
+        raw = json.dumps({"id": example.id, "input": example.input}, ensure_ascii=False)
+        part.rejected.append(RejectedRow(file, int(line), "neither 'label' nor 'teacher_label'", raw))
+    part.examples[:] = kept
+    part.rejected.sort(key=lambda row: row.line)
+
+
+def write_skipped(path: str | Path, rejected: Sequence[RejectedRow]) -> None:
+    """Write one JSON object a skipped row: file, line, reason, detail and the row as it stood."""
+    lines = (
+        json.dumps(
+            {"file": r.file, "line": r.line, "reason": r.reason, "detail": r.detail, "raw": r.raw},
+            ensure_ascii=False,
+        )
+        for r in rejected
+    )
+    files.write_text(path, "".join(line + "\n" for line in lines))
+
+
+def load_splits(
+    source: str | Path | None = None,
+    *,
+    dataset: str | None = None,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    label_kind: LabelKind | None = None,
+    compare: Literal["text", "value"] = "text",
+    columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
+    skip_bad_rows: bool = False,
+    seed: int = 0,
+    skipped_file: str | Path | None = None,
+) -> Splits:
+    """Load disjoint splits from any source.
+
+    A source without a test split gives a tenth of its inputs to one, a source without a validation
+    split a tenth of what is left: by ``seed``, and equal inputs always stay together.
+
+    Args:
+        source: None or ``"builtin"``; a file; a folder with ``train``, ``validation`` and ``test``
+            files; a saved Hugging Face data set or the name of one; with ``dataset``, a folder in the
+            paper's layout.
+        dataset: ``cqa``, ``svamp``, ``anli1`` or ``esnli``.
+        validation: file of validation rows.
+        test: file of test rows.
+        label_kind: instead of the inferred one (:func:`infer_task`).
+        compare: how labels are compared: as text, or by arithmetic value.
+        columns: which column is which field.
+        skip_bad_rows: go on without unusable rows, and without training and validation rows whose
+            input a later split holds too; their number is said on stderr.
+        seed: decides what is held out, and draws the built-in task.
+        skipped_file: JSON Lines of what was skipped, written only when something was.
+
+    Raises:
+        DataError: an unusable row or an input in two splits (unless ``skip_bad_rows``), or no rows.
+
+    """
+    if dataset is None and (source is None or str(source) == "builtin"):
+        return builtin_splits(seed=seed)
+    opened = open_source(
+        source or ".",
+        dataset=dataset,
+        validation=validation,
+        test=test,
+        label_kind=label_kind,
+        compare=compare,
+        columns=columns,
+    )
+    rejected = [row for part in opened.found.values() for row in part.rejected]
+    if not skip_bad_rows:
+        refuse(rejected)
+    splits = Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
+    if not splits.train:
+        raise DataError(f"{source} holds no usable training row ({len(rejected)} were rejected).")
+    if skip_bad_rows:
+        rejected += drop_overlaps(splits)
+    check_disjoint(splits)
+    _hold_out_missing(splits, opened, str(source), seed)
+    if rejected:
+        _tell(rejected, skipped_file)
+    return splits
+
+
+def _hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> None:
+    for name in ("test", "validation"):
+        if name not in opened.found:
+            splits.train, held = hold_out(splits.train, VALIDATION_SHARE, seed)
+            setattr(splits, name, held)
+    for name in ("train", "validation", "test"):
+        if not getattr(splits, name):
+            raise DataError(
+                f"{source} leaves no row for the split {name!r}. Give at least three different inputs, "
+                "or the split's own file."
+            )
+
+
+def _tell(rejected: Sequence[RejectedRow], skipped_file: str | Path | None) -> None:
+    where = ""
+    if skipped_file is not None:
+        write_skipped(skipped_file, rejected)
+        where = f"; they are listed in {skipped_file}"
+    reasons = sorted({row.reason for row in rejected})
+    Console(stderr=True).print(
+        f"Skipped {len(rejected)} row(s): {'; '.join(reasons)}{where}.", markup=False, soft_wrap=True
+    )

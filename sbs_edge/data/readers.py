@@ -1,0 +1,299 @@
+"""From rows to examples: which column is which field, and what makes a row unusable.
+
+Formats are :mod:`sbs_edge.data.rows`'s, Hugging Face data sets :mod:`sbs_edge.data.hub`'s. Every
+unusable row is kept as a :class:`RejectedRow` with file, line and reason; whether the work goes on
+without it is the caller's decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sbs_edge.data.example import Example
+from sbs_edge.data.rows import RawRow, iterate_rows
+from sbs_edge.errors import DataError, UsageError
+
+__all__ = ["ColumnMap", "ReadResult", "RejectedRow", "read_examples", "stream_examples"]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnMap:
+    """Which column holds which field of an :class:`Example`.
+
+    A field left at None is read from the column of its own name where there is one; a column that
+    was named must be there in every row. Only ``input`` is needed.
+    """
+
+    id: str | None = None
+    input: str | None = None
+    label: str | None = None
+    teacher_label: str | None = None
+    rationale: str | None = None
+    choices: str | None = None
+    confidence: str | None = None
+
+    @classmethod
+    def parse(cls, items: Iterable[str]) -> ColumnMap:
+        """Build a map from ``field=column`` texts, as the command line gives them."""
+        known = [part.name for part in dataclasses.fields(cls)]
+        chosen: dict[str, str] = {}
+        for item in items:
+            name, equals, column = item.partition("=")
+            if not equals or name not in known or not column or name in chosen:
+                raise UsageError(
+                    f"{item!r} maps no column. Write FIELD=COLUMN once a field, for example "
+                    f"input=question; the fields are {', '.join(known)}."
+                )
+            chosen[name] = column
+        return cls(**chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A row that cannot be used.
+
+    Attributes:
+        file: where it was read.
+        line: line in the file, from 1; row number where the format has no lines.
+        reason: why; rows of one reason are counted together.
+        raw: the row as text.
+        detail: more on the reason, for messages.
+
+    """
+
+    file: str
+    line: int
+    reason: str
+    raw: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(slots=True)
+class ReadResult:
+    """What a source held: usable rows and the others, both in file order."""
+
+    examples: list[Example] = field(default_factory=list)
+    rejected: list[RejectedRow] = field(default_factory=list)
+
+
+class _Unusable(Exception):
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+def _fetch(values: dict[str, Any], columns: ColumnMap, name: str) -> Any:
+    column = getattr(columns, name)
+    if column is None:
+        if name == "input" and name not in values:
+            raise _Unusable("missing column 'input'", f"columns are {', '.join(map(str, values)) or 'none'}")
+        return values.get(name)
+    if column not in values:
+        raise _Unusable(f"missing column {column!r}", f"it was named as the column of {name!r}")
+    return values[column]
+
+
+def _text(value: Any, name: str, *, numbers: bool = False) -> str | None:
+    """Return ``value`` as text; labels and ids may be numbers, nothing else may."""
+    if value is None:
+        return None
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        raise _Unusable(f"wrong type of {name!r}", f"{type(value).__name__} instead of text")
+    if not value.strip():
+        raise _Unusable(f"empty {name!r}", "" if name == "input" else "leave out what is unknown")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a character: "\ud800"
+        raise _Unusable("not UTF-8", f"a lone surrogate in {name!r}") from None
+    return value
+
+
+def _choices(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):  # a CSV cell: a JSON list, or choices between bars
+        try:
+            value = json.loads(value) if value.lstrip().startswith("[") else value.split("|")
+        except (ValueError, RecursionError):
+            raise _Unusable("wrong type of 'choices'", "neither a JSON list nor 'a|b|c'") from None
+    if not isinstance(value, list | tuple):
+        raise _Unusable("wrong type of 'choices'", f"{type(value).__name__} instead of a list")
+    texts = tuple(_text(item, "choices", numbers=True) or "" for item in value)
+    stripped = tuple(text.strip() for text in texts)
+    if len(set(stripped)) < 2 or not all(stripped):
+        raise _Unusable("unusable 'choices'", "at least two different ones, none empty")
+    return stripped
+
+
+def _confidence(value: Any) -> float:
+    if value is None:
+        return 1.0
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        raise _Unusable("wrong type of 'confidence'", f"{type(value).__name__} instead of a number") from None
+    if not 0.0 < number <= 1.0:
+        raise _Unusable("'confidence' outside (0, 1]", f"it is {value}")
+    return number
+
+
+def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, source: str) -> Example:
+    """Turn one row into an example; raises the module's private error with the reason."""
+    text = _text(_fetch(values, columns, "input"), "input")
+    if text is None:
+        raise _Unusable("empty 'input'")
+    label = _text(_fetch(values, columns, "label"), "label", numbers=True)
+    choices = _choices(_fetch(values, columns, "choices"))
+    if choices and label is not None and label.strip() not in choices:
+        raise _Unusable("'label' is none of 'choices'", f"{label!r} is not in {list(choices)}"[:200])
+    return Example(
+        id=_text(_fetch(values, columns, "id"), "id", numbers=True) or default_id,
+        input=text,
+        label=label,
+        teacher_label=_text(_fetch(values, columns, "teacher_label"), "teacher_label", numbers=True),
+        rationale=_text(_fetch(values, columns, "rationale"), "rationale"),
+        choices=choices,
+        confidence=_confidence(_fetch(values, columns, "confidence")),
+        source=source,
+    )
+
+
+def examples_of(
+    rows: Iterable[RawRow], file: str, columns: ColumnMap, stem: str
+) -> Iterator[Example | RejectedRow]:
+    """Yield one example or one rejected row for every row, in order."""
+    for row in rows:
+        if row.values is None:
+            yield RejectedRow(file, row.line, row.problem, row.raw, row.detail)
+            continue
+        try:
+            yield to_example(row.values, columns, f"{stem}-{row.line}", f"{file}:{row.line}")
+        except _Unusable as error:
+            yield RejectedRow(file, row.line, error.reason, row.raw, error.detail)
+
+
+def _files(path: str | Path) -> list[Path]:
+    """Return the files behind a path: itself, a directory's data files, or a pattern's matches, by name."""
+    from sbs_edge.data.rows import FORMATS
+
+    given = Path(path)
+    if given.is_file():
+        return [given]
+    if given.is_dir():
+        found = sorted(p for p in given.iterdir() if p.is_file() and p.suffix.lower() in FORMATS)
+    elif any(mark in str(path) for mark in "*?["):
+        anchor = Path(given.anchor)
+        found = sorted(p for p in anchor.glob(str(given.relative_to(anchor))) if p.is_file())
+    else:
+        found = []
+    if not found:
+        raise DataError(f"There is no data at {path}. Give a file, or a directory of {', '.join(FORMATS)}.")
+    return found
+
+
+def _stream(path: str | Path, columns: ColumnMap, split: str) -> Iterator[Example | RejectedRow]:
+    from sbs_edge.data import hub
+
+    if hub.is_dataset(path):
+        yield from examples_of(
+            hub.iterate_dataset(path, split, streaming=True), f"{path}[{split}]", columns, split
+        )
+        return
+    for file in _files(path):
+        yield from examples_of(iterate_rows(file), str(file), columns, file.stem)
+
+
+def stream_examples(
+    path: str | Path,
+    *,
+    columns: ColumnMap = ColumnMap(),
+    split: str = "train",
+    on_reject: Callable[[RejectedRow], None] | None = None,
+) -> Iterator[Example]:
+    """Yield examples one at a time, so that memory does not grow with the number of rows.
+
+    Args:
+        path: a file, a directory of files or a ``*`` pattern (files in order of their names), a saved
+            Hugging Face data set, or a data set's name.
+        columns: which column is which field.
+        split: split of a Hugging Face data set; unused for files.
+        on_reject: receives every unusable row; without it the first one raises.
+
+    Raises:
+        DataError: the source is absent or broken, or a row is unusable and ``on_reject`` is None.
+            Ids are not checked to be unique: that would need them all in memory.
+
+    """
+    for item in _stream(path, columns, split):
+        if isinstance(item, Example):
+            yield item
+        elif on_reject is None:
+            raise DataError(f"{item}. Mend the row, or go on without such rows with --skip-bad-rows.")
+        else:
+            on_reject(item)
+
+
+def collect(items: Iterable[Example | RejectedRow], limit: int | None = None) -> ReadResult:
+    """Gather a stream; an id that occurred before makes its row unusable."""
+    result = ReadResult()
+    first: dict[str, str] = {}
+    for item in items:
+        if limit is not None and len(result.examples) >= limit:
+            break
+        if isinstance(item, RejectedRow):
+            result.rejected.append(item)
+        elif item.id in first:
+            file, _, line = item.source.rpartition(":")
+            raw = json.dumps({"id": item.id, "input": item.input}, ensure_ascii=False)
+            reason = RejectedRow(file, int(line), "duplicate 'id'", raw, f"{item.id!r} is {first[item.id]}")
+            result.rejected.append(reason)
+        else:
+            first[item.id] = item.source
+            result.examples.append(item)
+    return result
+
+
+def read_examples(
+    path: str | Path,
+    *,
+    columns: ColumnMap = ColumnMap(),
+    limit: int | None = None,
+    split: str = "train",
+) -> ReadResult:
+    """Read a whole source into memory.
+
+    Args:
+        path: as for :func:`stream_examples`.
+        columns: which column is which field.
+        limit: stop after this many usable rows.
+        split: split of a Hugging Face data set; unused for files.
+
+    Returns:
+        Usable and rejected rows. Ids are unique; a row without one is named after file and line.
+
+    """
+    return collect(_stream(path, columns, split), limit)
+
+
+def refuse(rejected: Sequence[RejectedRow]) -> None:
+    """Raise :class:`DataError` that names the first of ``rejected``, when there is one."""
+    if not rejected:
+        return
+    shown = "; ".join(map(str, rejected[:5])) + (
+        f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
+    )
+    raise DataError(
+        f"{len(rejected)} row(s) cannot be used: {shown}. Mend them, or go on without them "
+        "with --skip-bad-rows, which counts and lists what was left out."
+    )
