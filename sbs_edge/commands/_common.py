@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +72,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if hasattr(value, "value") and not isinstance(value, str | int | float | bool):
+    if isinstance(value, Enum):
         return value.value
     return value
 

@@ -1,0 +1,90 @@
+"""``sbs-edge task``: write and check task files for the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sbs_edge.commands._common import JsonOption, print_json
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command group to ``app``."""
+    group = typer.Typer(
+        no_args_is_help=True, help="Write and check the file that tells a teacher what to do."
+    )
+    app.add_typer(group, name="task")
+
+    @group.command()
+    def new(
+        source: Annotated[
+            str,
+            typer.Argument(
+                help="A data file to learn the task's shape from, or a preset: cqa, svamp, anli1, esnli, hvac."
+            ),
+        ],
+        out: Annotated[Path, typer.Option(help="Where the task file goes.")] = Path("task.yaml"),
+        name: Annotated[
+            str | None, typer.Option(help="Short name of the task; the file's name if left out.")
+        ] = None,
+        shots: Annotated[
+            int,
+            typer.Option(
+                min=0, help="Worked examples to take from the data; more cost tokens in every call."
+            ),
+        ] = 3,
+        column: Annotated[
+            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
+        ] = None,
+        force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+        json_output: JsonOption = False,
+    ) -> None:
+        """Write a task file from a data file or a preset, to be edited by hand.
+
+        Examples: sbs-edge task new tickets.csv --column input=text; sbs-edge task new svamp
+        """
+        import re
+
+        from sbs_edge.data.readers import ColumnMap, read_examples
+        from sbs_edge.errors import UsageError
+        from sbs_edge.teacher.new_task import PLACEHOLDER, task_from_examples
+        from sbs_edge.teacher.presets import PRESETS
+        from sbs_edge.teacher.task import save_task
+
+        if out.exists() and not force:
+            raise UsageError(f"{out} exists. Give another --out, or --force to replace it.")
+        if source in PRESETS and not Path(source).exists():
+            task = PRESETS[source]
+        else:
+            rows = read_examples(source, columns=ColumnMap.parse(column or []), limit=5000).examples
+            plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name or Path(source).stem).strip("-.") or "task"
+            task = task_from_examples(plain, rows, shots)
+        save_task(task, out)
+        if json_output:
+            print_json(task.model_dump(mode="json"))
+        todo = "REPLACE THIS" in task.instruction or any(s.rationale == PLACEHOLDER for s in task.shots)
+        Console(stderr=True).print(
+            f"Wrote {out}: {task.label_kind} labels, {len(task.shots)} worked examples."
+            + (" Replace the lines that say REPLACE THIS." if todo else ""),
+            highlight=False,
+        )
+
+    @group.command()
+    def check(
+        path: Annotated[str, typer.Argument(help="A task file or a preset's name.")],
+        json_output: JsonOption = False,
+    ) -> None:
+        """Check a task file; every problem is named with its field, exit code 2."""
+        from sbs_edge.teacher.task import load_task
+
+        task = load_task(path)
+        if json_output:
+            print_json(task.model_dump(mode="json"))
+        Console(stderr=True).print(
+            f"{path} is valid: {task.label_kind} labels, {len(task.shots)} worked examples.", highlight=False
+        )

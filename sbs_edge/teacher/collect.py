@@ -1,0 +1,149 @@
+"""From rows and finished calls to annotated examples: parse, vote, filter, count.
+
+A pure function of its inputs, so that parsing can be repeated without asking again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sbs_edge.data.answers import normalise, same_answer
+from sbs_edge.data.example import Example
+from sbs_edge.teacher.calls import Sampling
+from sbs_edge.teacher.journal import Record
+from sbs_edge.teacher.parse import Parsed, check_quality, parse_answer
+from sbs_edge.teacher.prompt import Call, call_key, render
+from sbs_edge.teacher.task import TaskFile
+
+__all__ = ["RowResult", "calls_for", "collect", "read_record", "row_keys", "unfinished"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """One row after annotation.
+
+    Attributes:
+        example: the row, with teacher's label, rationale and confidence where ``reason`` is None.
+        reason: why the row has no annotation, or None.
+        votes: answers that were parsed, by label, most votes first.
+        texts: what the teacher wrote, one a sample that was answered.
+
+    """
+
+    example: Example
+    reason: str | None
+    votes: tuple[tuple[str, int], ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+def calls_for(
+    rows: Iterable[Example], task: TaskFile, model: str, sampling: Sampling, samples: int = 1
+) -> Iterator[Call]:
+    """Yield the calls for ``rows``, ``samples`` a row; equal prompts give equal keys."""
+    for row in rows:
+        prompt = render(task, row)
+        for sample in range(samples):
+            yield Call(call_key(prompt, model, sampling.parameters(sample), sample), prompt, sample)
+
+
+def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, samples: int = 1) -> list[str]:
+    """Return the journal keys of one row, one a sample."""
+    return [call.key for call in calls_for([row], task, model, sampling, samples)]
+
+
+def read_record(task: TaskFile, record: Record, choices: Sequence[str] | None) -> Parsed:
+    """Parse one finished call and run the filters over it; ``reason`` says why it is of no use."""
+    if record.error:
+        return Parsed(reason=record.error.split(":", 1)[0])
+    parsed = parse_answer(task, record.text, choices, record.finish_reason)
+    if parsed.reason is None and (refused := check_quality(task, parsed, choices)) is not None:
+        return Parsed(parsed.label, parsed.rationale, refused)
+    return parsed
+
+
+def unfinished(
+    rows: Iterable[Example],
+    task: TaskFile,
+    model: str,
+    sampling: Sampling,
+    samples: int,
+    records: Mapping[str, Record],
+    *,
+    retry_failed: bool = False,
+) -> Iterator[Call]:
+    """Yield each call that has no record; with ``retry_failed`` also those whose answer is of no use."""
+    seen: set[str] = set()
+    for row in rows:
+        for call in calls_for([row], task, model, sampling, samples):
+            if call.key in seen:
+                continue
+            seen.add(call.key)
+            record = records.get(call.key)
+            if record is None or (retry_failed and read_record(task, record, row.choices).reason):
+                yield call
+
+
+def collect(
+    rows: Sequence[Example],
+    task: TaskFile,
+    lookup: Callable[[int, Example], Sequence[Record | None]],
+) -> list[RowResult]:
+    """Return one result a row, in order.
+
+    With several samples the label with most votes wins (ties: the one sampled first), the rationale
+    is that of the first sample that agrees with it, and the confidence is the share of all samples
+    asked that agree: a sample that could not be read counts against.
+
+    Args:
+        rows: the rows, in input order.
+        task: the task file.
+        lookup: gives the records of a row (index, row), one a sample; None where unanswered.
+    """
+    results: list[RowResult] = []
+    inputs: set[tuple[str, tuple[str, ...] | None]] = set()
+    for index, row in enumerate(rows):
+        result = _row(row, task, lookup(index, row))
+        if task.filters.duplicates and result.reason is None:
+            identity = (normalise(row.input), row.choices)
+            if identity in inputs:
+                result = dataclasses.replace(result, example=_plain(row), reason="duplicate-input")
+            inputs.add(identity)
+        results.append(result)
+    return results
+
+
+def _plain(row: Example) -> Example:
+    return dataclasses.replace(row, teacher_label=None, rationale=None, confidence=1.0)
+
+
+def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowResult:
+    answered = [record for record in records if record is not None]
+    texts = tuple(record.text for record in answered)
+    if not answered:
+        return RowResult(_plain(row), "unanswered")
+    parsed = [read_record(task, record, row.choices) for record in answered]
+    good = [item for item in parsed if item.reason is None and item.label]
+    if not good:
+        reasons = Counter(item.reason or "label-unreadable" for item in parsed)
+        return RowResult(_plain(row), reasons.most_common(1)[0][0], (), texts)
+    groups: list[list[Parsed]] = []
+    for item in good:
+        for group in groups:
+            if same_answer(group[0].label or "", item.label or "", task.compare):
+                group.append(item)
+                break
+        else:
+            groups.append([item])
+    groups.sort(key=len, reverse=True)  # stable: among equals the one sampled first
+    best = groups[0][0]
+    example = dataclasses.replace(
+        row,
+        teacher_label=best.label,
+        rationale=best.rationale,
+        confidence=len(groups[0]) / len(records),
+    )
+    votes = tuple((group[0].label or "", len(group)) for group in groups)
+    return RowResult(example, None, votes, texts)

@@ -1,0 +1,152 @@
+"""Finished outputs in files, and OpenAI Batch files to have them made elsewhere.
+
+Two layouts are read: OpenAI Batch output (JSON Lines, ``custom_id`` is the journal key) and the
+paper's (JSON arrays of strings, one a row, in row order, split over ``<split>_CoT_<k>.json``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sbs_edge import files
+from sbs_edge.errors import DataError, UsageError
+from sbs_edge.teacher.calls import Sampling
+from sbs_edge.teacher.cost import Prices
+from sbs_edge.teacher.journal import Record
+from sbs_edge.teacher.prompt import Call
+
+__all__ = ["batch_request", "emit_batch", "read_batch_outputs", "read_paper_outputs"]
+
+# The published limits of one Batch input file.
+MAX_BATCH_REQUESTS = 50_000
+MAX_BATCH_BYTES = 200 * 1000 * 1000
+
+
+def batch_request(call: Call, model: str, sampling: Sampling) -> dict[str, Any]:
+    """Return one line of a Batch input file."""
+    body: dict[str, Any] = {"model": model, **sampling.parameters(call.sample)}
+    if call.prompt.stop:
+        body["stop"] = list(call.prompt.stop)
+    if call.prompt.text is not None:
+        body["prompt"] = call.prompt.text
+        url = "/v1/completions"
+    else:
+        body["messages"] = call.prompt.as_messages()
+        url = "/v1/chat/completions"
+    return {"custom_id": call.key, "method": "POST", "url": url, "body": body}
+
+
+def emit_batch(
+    calls: Iterable[Call],
+    model: str,
+    sampling: Sampling,
+    path: Path,
+    *,
+    max_requests: int = MAX_BATCH_REQUESTS,
+    max_bytes: int = MAX_BATCH_BYTES,
+) -> list[Path]:
+    """Write Batch input files, each within the service's limits; return their paths.
+
+    One file keeps the name ``path``; more are numbered before the suffix.
+    """
+    shards: list[list[bytes]] = [[]]
+    size = 0
+    for call in calls:
+        line = json.dumps(batch_request(call, model, sampling), ensure_ascii=False).encode("utf-8") + b"\n"
+        if shards[-1] and (len(shards[-1]) >= max_requests or size + len(line) > max_bytes):
+            shards.append([])
+            size = 0
+        shards[-1].append(line)
+        size += len(line)
+    paths = []
+    for number, shard in enumerate(shards):
+        name = path if len(shards) == 1 else path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
+        files.write_bytes(name, b"".join(shard))
+        paths.append(name)
+    return paths
+
+
+def _text_of(body: dict[str, Any], where: str) -> tuple[str, str | None, str | None]:
+    try:
+        choice = body["choices"][0]
+        message = choice.get("message")
+        text = (message or {}).get("content") if message is not None else choice["text"]
+        return text or "", choice.get("finish_reason"), (message or {}).get("refusal")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: the response body holds no choices[0] with a text.") from error
+
+
+def _batch_line(content: Any, where: str, prices: Prices) -> Record:
+    if not isinstance(content, dict) or not isinstance(content.get("custom_id"), str):
+        raise DataError(f"{where}: no custom_id; is this a Batch output file?")
+    key = content["custom_id"]
+    response = content.get("response") or {}
+    failed = content.get("error") or (
+        None if response.get("status_code") == 200 else {"code": f"http-{response.get('status_code')}"}
+    )
+    if failed:
+        code = failed.get("code") if isinstance(failed, dict) else str(failed)
+        return Record(key, "", error=f"{code or 'failed'}: in the batch")
+    body = response.get("body") or {}
+    text, finish_reason, refusal = _text_of(body, where)
+    usage = body.get("usage") or {}
+    asked, written = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    return Record(
+        key,
+        text,
+        finish_reason,
+        error=f"refused: {refusal}" if refusal else None,
+        prompt_tokens=asked,
+        completion_tokens=written,
+        cost=prices.cost(asked, written),
+        model=str(body.get("model") or ""),
+    )
+
+
+def read_batch_outputs(paths: Iterable[Path], prices: Prices) -> dict[str, Record]:
+    """Read Batch output and error files into records by key; a later line wins."""
+    records: dict[str, Record] = {}
+    for path in paths:
+        for where, line in _json_lines(path):
+            try:
+                content = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: not valid JSON ({error}).") from error
+            record = _batch_line(content, where, prices)
+            records[record.key] = record
+    return records
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with path.open("rb") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+    except OSError as error:
+        raise UsageError(f"The outputs {path} cannot be read: {error.strerror}.") from error
+
+
+def _number(path: Path) -> int:
+    found = re.search(r"_(\d+)$", path.stem)
+    return int(found[1]) if found else 0
+
+
+def read_paper_outputs(paths: Iterable[Path]) -> list[Record]:
+    """Read JSON arrays of strings, one a row, in the order of the numbers their names end with."""
+    records: list[Record] = []
+    for path in sorted(paths, key=_number):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"The outputs {path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise DataError(f"{path}: not valid JSON ({error}).") from error
+        if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+            raise DataError(f"{path}: must hold a JSON array of strings, one a row.")
+        records.extend(Record(f"{path.name}[{index}]", text) for index, text in enumerate(content))
+    return records

@@ -1,0 +1,133 @@
+"""From a task file and a row to the prompt: one text, or a list of chat messages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sbs_edge.data.example import Example
+from sbs_edge.teacher.task import TaskFile
+
+__all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is sent: ``text`` for a completion, ``messages`` (role, content) for a chat."""
+
+    text: str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
+    stop: tuple[str, ...] = ()
+
+    @property
+    def n_chars(self) -> int:
+        """Length in characters, from which tokens are estimated."""
+        return len(self.text or "") + sum(len(content) for _, content in self.messages)
+
+    def as_messages(self) -> list[dict[str, str]]:
+        """Return the chat messages in the form of the OpenAI protocol."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One question to the teacher: its key in the journal, the prompt, and which sample it is."""
+
+    key: str
+    prompt: Prompt
+    sample: int = 0
+
+
+def input_text(text: str, choices: Sequence[str] | None) -> str:
+    """Return the input with its choices lettered below it, unless it already lists them all."""
+    if not choices:
+        return text
+    lines = [f"({_LETTERS[i % 26]}) {choice}" for i, choice in enumerate(choices)]
+    if all(line in text for line in lines):
+        return text
+    return f"{text}\nAnswer Choices:\n" + "\n".join(lines)
+
+
+def _label_text(task: TaskFile, label: str, choices: Sequence[str] | None) -> str:
+    if task.parser == "choice" and choices and label in choices:
+        return f"({_LETTERS[list(choices).index(label) % 26]}) {label}"
+    return label
+
+
+def _answer(task: TaskFile, rationale: str, label: str, choices: Sequence[str] | None) -> str:
+    return f"{rationale.strip()} {task.answer_marker} {_label_text(task, label, choices)}."
+
+
+def _format_note(task: TaskFile) -> str:
+    if task.format_note:
+        return task.format_note
+    example = {
+        "label": "the label",
+        "choice": "the letter and text of the choice",
+        "expression": "the expression",
+    }[task.parser]
+    note = (
+        f"First give your reasoning in one to three sentences. Then end with the words "
+        f'"{task.answer_marker}" followed by {example} and a full stop, and write nothing after it.'
+    )
+    if task.labels:
+        note += f" The label is one of: {', '.join(task.labels)}."
+    return note
+
+
+def _opened(marker: str, question: str) -> str:
+    """Put the marker before the input, unless the input opens with it already."""
+    return question if question.casefold().startswith(marker.casefold()) else f"{marker} {question}"
+
+
+def render(task: TaskFile, row: Example) -> Prompt:
+    """Return the prompt for ``row``; the gold label is never part of it."""
+    question = input_text(row.input, row.choices)
+    opening = question[: len(task.input_marker)]
+    own = opening if opening.casefold() == task.input_marker.casefold() else task.input_marker
+    stop = tuple(dict.fromkeys((f"\n{own}", *task.stop)))
+    if task.form == "chat":
+        messages = [("system", f"{task.instruction.strip()}\n\n{_format_note(task)}")]
+        for shot in task.shots:
+            messages.append(("user", input_text(shot.input, shot.choices)))
+            messages.append(("assistant", _answer(task, shot.rationale, shot.label, shot.choices)))
+        messages.append(("user", question))
+        return Prompt(messages=tuple(messages), stop=task.stop)
+    parts = [task.instruction.strip()]
+    if task.labels and not task.shots:
+        parts[0] += f" The label is one of: {', '.join(task.labels)}."
+    for shot in task.shots:
+        parts.append(
+            f"{_opened(task.input_marker, input_text(shot.input, shot.choices))}\n"
+            f"{task.output_marker} {_answer(task, shot.rationale, shot.label, shot.choices)}"
+        )
+    parts.append(f"{_opened(task.input_marker, question)}\n{task.output_marker}")
+    return Prompt(text="\n\n".join(parts), stop=stop)
+
+
+def call_key(prompt: Prompt, model: str, parameters: dict[str, Any], sample: int = 0) -> str:
+    """Return the sha256 (hex) of prompt, model, parameters and sample number.
+
+    Two rows with the same prompt share the key, so that the same question is paid for once.
+    """
+    content = {
+        "prompt": prompt.text if prompt.text is not None else prompt.as_messages(),
+        "stop": list(prompt.stop),
+        "model": model,
+        "parameters": parameters,
+        "sample": sample,
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def show(prompt: Prompt) -> str:
+    """Return the prompt as a person reads it: the text, or one block a message."""
+    if prompt.text is not None:
+        return prompt.text
+    return "\n\n".join(f"[{role}]\n{content}" for role, content in prompt.messages)

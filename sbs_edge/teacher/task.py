@@ -1,0 +1,193 @@
+"""The task file: what a teacher is asked, how it must answer, how the answer is read.
+
+A task file is YAML. ``sbs-edge task new`` writes one from a data file or a preset; every field is
+checked when it is read, and a wrong one is named with its place. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sbs_edge import files
+from sbs_edge.data.example import LabelKind, TaskSpec
+from sbs_edge.errors import DataError, UsageError
+
+__all__ = ["Filters", "Shot", "TaskFile", "load_task", "parse_task", "save_task"]
+
+Parser = Literal["label", "choice", "expression"]
+"""How the label is read after the marker.
+
+``label``: the words up to the end of the line, without a final full stop.
+``choice``: a letter in parentheses and the choice's text (``(d) math problem.``), or either alone.
+``expression``: an arithmetic expression (``(84 / 2)``), the longest that can be read.
+"""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shot(_Strict):
+    """One worked example: input, rationale, label; ``choices`` where every row has its own."""
+
+    input: str = Field(min_length=1)
+    rationale: str = Field(min_length=1)
+    label: str = Field(min_length=1)
+    choices: tuple[str, ...] | None = None
+
+
+class Filters(_Strict):
+    """Which parsed answers are still refused. Every refusal is kept and counted by its name.
+
+    Attributes:
+        label_in_set: the label must be of the closed set, or one of the row's choices.
+        leak: refuse a rationale that contains its own label (closed sets and choices). Off by
+            default: many honest rationales name the choice they arrive at.
+        contradiction: refuse a rationale that names other labels but never its own, or, for
+            arithmetic labels, whose last computed value is not the label's value.
+        max_rationale_words: refuse longer ones.
+        min_rationale_words: refuse shorter ones.
+        duplicates: refuse a row whose input was already annotated further up.
+
+    """
+
+    label_in_set: bool = True
+    leak: bool = False
+    contradiction: bool = True
+    max_rationale_words: int = Field(default=120, ge=1)
+    min_rationale_words: int = Field(default=1, ge=0)
+    duplicates: bool = True
+
+
+class TaskFile(_Strict):
+    """Everything about a task that the teacher and the parser need.
+
+    Attributes:
+        name: short name; goes into reports and the student.
+        instruction: what to do, in a sentence or two; stands before the worked examples.
+        label_kind: ``closed`` (one set, in ``labels``), ``choices`` (each row brings its own), ``open``.
+        labels: the closed set, in a fixed order.
+        compare: ``text`` compares strings, ``value`` compares the values of arithmetic expressions.
+        shots: worked examples, in the order they are shown.
+        answer_marker: the words between rationale and label, such as ``So the answer is``.
+        parser: see :data:`Parser`.
+        form: ``completion`` (one text that the model continues) or ``chat`` (one message a turn).
+        input_marker, output_marker: what stands before an input and before its answer in a
+            completion; the answer is cut where the next ``input_marker`` begins a line.
+        format_note: chat only; how to answer, told to the model. Empty: made from the marker.
+        stop: further texts at which the model shall stop.
+        max_tokens: limit of one answer, in the teacher's tokens.
+        filters: see :class:`Filters`.
+
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    instruction: str = Field(min_length=1)
+    label_kind: LabelKind = "open"
+    labels: tuple[str, ...] = ()
+    compare: Literal["text", "value"] = "text"
+    shots: tuple[Shot, ...] = ()
+    answer_marker: str = Field(default="So the answer is", min_length=2)
+    parser: Parser = "label"
+    form: Literal["completion", "chat"] = "chat"
+    input_marker: str = Field(default="Q:", min_length=1)
+    output_marker: str = Field(default="A:", min_length=1)
+    format_note: str = ""
+    stop: tuple[str, ...] = ()
+    max_tokens: int = Field(default=256, ge=1)
+    filters: Filters = Filters()
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        plain = [label.strip().casefold() for label in labels]
+        if len(set(plain)) != len(plain) or "" in plain:
+            raise ValueError("labels must be distinct and not empty")
+        return labels
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.label_kind == "closed") != bool(self.labels):
+            raise ValueError("labels must be given for label_kind 'closed', and only there")
+        if self.parser == "choice" and self.label_kind != "choices":
+            raise ValueError("parser 'choice' needs label_kind 'choices'")
+        if self.compare == "value" and self.parser != "expression":
+            raise ValueError("compare 'value' needs parser 'expression'")
+        for number, shot in enumerate(self.shots, 1):
+            if self.label_kind == "closed" and shot.label not in self.labels:
+                raise ValueError(f"shot {number} has the label {shot.label!r}, which is not in labels")
+            if self.label_kind == "choices" and shot.label not in (shot.choices or ()):
+                raise ValueError(f"shot {number} must have its label {shot.label!r} among its choices")
+            if self.answer_marker.casefold() in shot.rationale.casefold():
+                raise ValueError(f"shot {number} has the answer marker inside its rationale")
+        return self
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The part of it that the student must know."""
+        return TaskSpec(self.name, self.label_kind, self.labels, self.compare)
+
+
+def parse_task(content: Any, where: str) -> TaskFile:
+    """Check a mapping read from YAML or JSON; ``where`` names it in errors."""
+    if not isinstance(content, dict):
+        raise DataError(f"{where} must hold a mapping of fields; 'sbs-edge task new' writes one.")
+    try:
+        return TaskFile.model_validate(content)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            place = ".".join(str(part) for part in item["loc"]) or "the file as a whole"
+            problems.append(f"{place}: {re.sub('^Value error, ', '', item['msg'])}")
+        raise DataError(
+            f"{where} is not a valid task file: {'; '.join(problems)}. The fields are described in docs/teacher.md."
+        ) from error
+
+
+def load_task(source: str | Path) -> TaskFile:
+    """Read a task file, or a preset given by its name (``cqa``, ``svamp``, ``anli1``, ``esnli``, ``hvac``)."""
+    from sbs_edge.teacher.presets import PRESETS
+
+    path = Path(source)
+    if str(source) in PRESETS and not path.exists():
+        return PRESETS[str(source)]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"The task file {path} cannot be read: {error.strerror}. Give a file written by "
+            f"'sbs-edge task new', or one of the presets: {', '.join(PRESETS)}."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"The task file {path} is not valid YAML: {error}.") from error
+    return parse_task(content, str(path))
+
+
+_HEADER = """\
+# What the teacher is asked and how its answer is read. Check with:
+#   sbs-edge annotate INPUT --task THIS_FILE --show-prompt
+"""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style for texts of several lines."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def save_task(task: TaskFile, path: Path) -> None:
+    """Write ``task`` as YAML that :func:`load_task` reads back to an equal value."""
+    content = task.model_dump(mode="json", exclude_none=True)
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    files.write_text(path, _HEADER + text)
