@@ -19,11 +19,11 @@ __all__ = ["build_explainer"]
 def build_explainer(
     weights: T5Weights, precision: Precision, output_tokens: np.ndarray | None = None
 ) -> onnx.ModelProto:
-    """Write ``input_ids, attention_mask (B, S), max_new_tokens () int64 -> tokens (B, N) int64``.
+    """Write ``input_ids, attention_mask (B, S), max_new_tokens () int64 -> tokens (B, N), log_probability (B,)``.
 
     The encoder and the cross-attention's keys and values are computed once; the loop ends when every
     row has met end-of-sequence or after ``max_new_tokens``. Rows that ended early are filled with the
-    padding token.
+    padding token. ``log_probability`` is the sum over a row's tokens, end-of-sequence included.
 
     Args:
         weights: the checkpoint.
@@ -45,6 +45,7 @@ def build_explainer(
     body.input("going", BOOL, [])
     token = body.input("token", INT64, ["batch", 1])
     finished = body.input("finished", BOOL, ["batch", 1])
+    score = body.input("score", FLOAT, ["batch", 1])
     heads, width = weights.n_heads, weights.d_kv
     past = [
         body.input(f"past_{i}", FLOAT, ["batch", heads, "past", width])
@@ -57,11 +58,15 @@ def build_explainer(
     if output_tokens is not None:
         best = body.op("Gather", np.asarray(output_tokens, np.int64), best)
     following = body.op("Where", finished, np.int64(weights.pad_id), best)
+    largest = body.op("ReduceMax", logits, np.array([2], np.int64), keepdims=0)
+    gain = body.op("Sub", largest, body.op("ReduceLogSumExp", logits, np.array([2], np.int64), keepdims=0))
+    gain = body.op("Where", finished, np.float32(0), gain)
     ended = body.op("Or", finished, body.op("Equal", best, np.int64(weights.eos_id)))
     alive = body.op("ReduceMax", body.op("Cast", body.op("Not", ended), to=6), keepdims=0)
     body.output("still_going", BOOL, [], body.op("Cast", alive, to=BOOL))
     body.output("next_token", INT64, ["batch", 1], following)
     body.output("next_finished", BOOL, ["batch", 1], ended)
+    body.output("next_score", FLOAT, ["batch", 1], body.op("Add", score, gain))
     for index, cache in enumerate(present):
         body.output(f"present_{index}", FLOAT, ["batch", heads, "now", width], cache)
     body.output("written", INT64, ["batch", 1], following)
@@ -71,16 +76,19 @@ def build_explainer(
     empty = expand_batch(
         writer, graph.constant(np.zeros((1, heads, 0, width), np.float32)), batch, (heads, 0, width)
     )
-    n_carried = 2 + len(past)
+    no_score = expand_batch(writer, graph.constant([[0.0]], np.float32), batch, (1,))
+    n_carried = 3 + len(past)
     results = [f"loop_{i}" for i in range(n_carried + 1)]
     graph.nodes.append(
         helper.make_node(
             "Loop",
-            [limit, "", start, none_finished] + [empty] * len(past),
+            [limit, "", start, none_finished, no_score] + [empty] * len(past),
             results,
             body=body.as_proto("decode"),
         )
     )
     tokens = graph.op("Transpose", graph.op("Squeeze", results[-1], np.array([2], np.int64)), perm=[1, 0])
     graph.output("tokens", INT64, ["batch", "new"], tokens)
+    total = graph.op("Squeeze", results[2], np.array([1], np.int64))
+    graph.output("log_probability", FLOAT, ["batch"], total)
     return graph.model("explainer")

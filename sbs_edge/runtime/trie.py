@@ -70,7 +70,7 @@ def batch_tries(tries: Sequence[Trie]) -> dict[str, np.ndarray]:
     edges = max(len(trie.edge_node) for trie in tries)
     labels = max(len(trie.label_edges) for trie in tries)
     batch = len(tries)
-    out = {
+    out: dict[str, np.ndarray] = {
         "node_ids": np.zeros((batch, nodes), np.int64),
         "node_depth": np.zeros((batch, nodes), np.int64),
         "ancestors": np.tile(np.eye(nodes, dtype=np.float32), (batch, 1, 1)),

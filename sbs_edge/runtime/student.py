@@ -1,0 +1,344 @@
+"""A bundle that answers: labels with calibrated probabilities, and rationales. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sbs_edge.errors import UsageError
+from sbs_edge.runtime.answers import Explanation, Prediction
+from sbs_edge.runtime.batches import pad_rows, token_budget_batches
+from sbs_edge.runtime.bundle import Bundle
+from sbs_edge.runtime.sessions import Session, default_threads
+from sbs_edge.runtime.trie import Trie, batch_tries, build_trie
+
+__all__ = ["Student"]
+
+
+class Student:
+    """A loaded bundle. Safe to share between threads: a call keeps nothing on the object.
+
+    Calls from several threads run side by side and share the cores, so the cost of sharing is time,
+    not memory: one set of weights, and one call's activations for each call in flight.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: str | None = None,
+        *,
+        threads: int | None = None,
+        max_batch_tokens: int = 512,
+        truncate: bool = False,
+    ) -> None:
+        """Load the graphs of one target; use :meth:`load` unless the bundle is already open."""
+        from tokenizers import Tokenizer
+
+        self.bundle = bundle
+        self.manifest: Mapping[str, Any] = bundle.manifest
+        self.target, self._entry = bundle.target(target)
+        self.threads = threads or default_threads()
+        self.max_batch_tokens = max_batch_tokens
+        self.truncate = truncate
+        self.limits: Mapping[str, int] = self.manifest["limits"]
+        self._tokenizer = Tokenizer.from_file(str(bundle.member("tokenizer.json")))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        model = self.manifest["model"]
+        self._pad, self._eos, self._start = (
+            model["pad_token_id"], model["eos_token_id"], model["decoder_start_token_id"],
+        )  # fmt: skip
+        labels = self.manifest["labels"]
+        self._method: str = labels["method"]
+        self.labels: tuple[str, ...] = tuple(labels["labels"])
+        calibration = self.manifest.get("calibration") or {}
+        self._temperature = float(calibration.get("temperature") or 1.0)
+        self.abstain_below = float(calibration.get("abstain_below") or 0.0)
+        self._sessions = {
+            role: Session(bundle.member(self._entry[role]), self._entry["providers"], self.threads)
+            for role in ("label_scorer", "choice_scorer", "explainer")
+            if role in self._entry
+        }
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        target: str | None = None,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        max_batch_tokens: int = 512,
+        truncate: bool = False,
+    ) -> Student:
+        """Open a bundle, check it and load one target's graphs.
+
+        Args:
+            path: the bundle's directory.
+            target: which of its targets; None: its default one.
+            threads: threads a call may use; None: all cores of this process.
+            verify: check every file's digest first.
+            max_batch_tokens: most padded tokens a call of the runtime carries.
+            truncate: cut inputs over the limit (and say so in the answer) instead of refusing them.
+
+        Raises:
+            IntegrityError: the bundle is damaged.
+            UsageError: the target is absent or cannot run here.
+        """
+        bundle = Bundle.open(path, verify=verify)
+        return cls(bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate)
+
+    # -- labels ---------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        truncate: bool | None = None,
+        abstain_below: float | None = None,
+    ) -> list[Prediction]:
+        """Answer every text with a label; answers come in the order of the texts.
+
+        Args:
+            texts: inputs without prefix.
+            labels: the labels to choose from: one list for all texts, or one a text. Needed where rows
+                bring their own choices; elsewhere None means the bundle's own label set.
+            truncate: overrides the student's setting.
+            abstain_below: overrides the bundle's threshold.
+
+        Raises:
+            UsageError: a text is over the token limit, or labels are missing or unusable.
+        """
+        if isinstance(texts, str):
+            raise UsageError("predict takes a list of texts; wrap a single one: predict([text]).")
+        rows, cut = self._encode(texts, self.manifest["prefixes"]["label"], truncate)
+        threshold = self.abstain_below if abstain_below is None else abstain_below
+        if labels is None and self._method == "choices" and texts:
+            raise UsageError(
+                "This bundle's rows bring their own labels: pass labels=[[...], ...], one list a text "
+                "(sbs-edge predict: a 'choices' field, or --labels)."
+            )
+        if labels is not None:
+            scored = self._score_choices(rows, self._choices(labels, len(texts)))
+        elif self._method == "decode":
+            return self._decode_labels(rows, cut, threshold)
+        else:
+            scored = self._score_closed(rows)
+        return [
+            self._prediction(names, scores, was_cut, len(row), threshold)
+            for (names, scores), was_cut, row in zip(scored, cut, rows, strict=True)
+        ]
+
+    def _prediction(
+        self, names: Sequence[str], scores: np.ndarray, truncated: bool, n_tokens: int, threshold: float
+    ) -> Prediction:
+        scaled = scores.astype(np.float64) / self._temperature
+        weights = np.exp(scaled - scaled.max())
+        weights /= weights.sum()
+        best = int(scaled.argmax())
+        probability = float(weights[best])
+        return Prediction(
+            names[best],
+            probability,
+            {name: float(weight) for name, weight in zip(names, weights, strict=True)},
+            probability < threshold,
+            truncated,
+            n_tokens,
+        )
+
+    def label_scores(self, texts: Sequence[str], *, truncate: bool | None = None) -> np.ndarray:
+        """Return the raw (len(texts), K) scores of the closed label set, before temperature."""
+        rows, _ = self._encode(texts, self.manifest["prefixes"]["label"], truncate)
+        scored = self._score_closed(rows)
+        return (
+            np.stack([scores for _, scores in scored])
+            if scored
+            else np.zeros((0, len(self.labels)), np.float32)
+        )
+
+    def _score_closed(self, rows: Sequence[Sequence[int]]) -> list[tuple[Sequence[str], np.ndarray]]:
+        session = self._session("label_scorer", "a closed label set")
+        out: list[Any] = [None] * len(rows)
+        for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
+            ids, mask = pad_rows([rows[i] for i in batch], self._pad)
+            (scores,) = session.run({"input_ids": ids, "attention_mask": mask})
+            for position, i in enumerate(batch):
+                out[i] = (self.labels, scores[position])
+        return out
+
+    def _choices(self, labels: Sequence[Any], n_texts: int) -> list[tuple[str, ...]]:
+        if labels and all(isinstance(label, str) for label in labels):
+            labels = [labels] * n_texts
+        if len(labels) != n_texts:
+            raise UsageError(
+                f"{n_texts} text(s) came with {len(labels)} list(s) of labels; give one list a text."
+            )
+        found = []
+        for row, names in enumerate(labels):
+            if isinstance(names, str) or len(names) == 0 or not all(isinstance(n, str) for n in names):
+                raise UsageError(
+                    f"The labels of text {row} must be a non-empty list of strings, not {names!r}."
+                )
+            found.append(tuple(names))
+        return found
+
+    def _score_choices(
+        self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
+    ) -> list[tuple[Sequence[str], np.ndarray]]:
+        session = self._session("choice_scorer", "labels given with the request")
+        tries: dict[tuple[str, ...], Trie] = {}
+        for names in choices:
+            if names not in tries:
+                tries[names] = build_trie([self._label_tokens(name) for name in names], self._start)
+        out: list[Any] = [None] * len(rows)
+        for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
+            ids, mask = pad_rows([rows[i] for i in batch], self._pad)
+            trie_inputs = batch_tries([tries[choices[i]] for i in batch])
+            (scores,) = session.run({"input_ids": ids, "attention_mask": mask, **trie_inputs})
+            for position, i in enumerate(batch):
+                out[i] = (choices[i], scores[position, : len(choices[i])])
+        return out
+
+    def _label_tokens(self, label: str) -> list[int]:
+        tokens: list[int] = self._tokenizer.encode(label).ids
+        if len(tokens) < 2:
+            raise UsageError(f"The label {label!r} has no token of this student's vocabulary.")
+        if len(tokens) > 1 + self.limits["max_label_tokens"]:
+            raise UsageError(
+                f"The label {label!r} has {len(tokens) - 1} tokens; the limit is {self.limits['max_label_tokens']}."
+            )
+        return tokens
+
+    def _decode_labels(
+        self, rows: Sequence[Sequence[int]], cut: Sequence[bool], threshold: float
+    ) -> list[Prediction]:
+        decoded = self._decode(rows, self.limits["max_label_tokens"] + 1)
+        out = []
+        for (tokens, log_probability), was_cut, row in zip(decoded, cut, rows, strict=True):
+            label = self._text(tokens)
+            probability = float(np.exp(log_probability))
+            out.append(
+                Prediction(
+                    label, probability, {label: probability}, probability < threshold, was_cut, len(row)
+                )
+            )
+        return out
+
+    # -- rationales -----------------------------------------------------------------------------------
+
+    def explain(
+        self, texts: Sequence[str], max_new_tokens: int | None = None, *, truncate: bool | None = None
+    ) -> list[Explanation]:
+        """Write a rationale for every text, greedily.
+
+        Args:
+            texts: inputs without prefix.
+            max_new_tokens: at most this many tokens; None: the bundle's limit.
+            truncate: overrides the student's setting.
+        """
+        if isinstance(texts, str):
+            raise UsageError("explain takes a list of texts; wrap a single one: explain([text]).")
+        limit = self.limits["max_new_tokens"] if max_new_tokens is None else max_new_tokens
+        if not 1 <= limit <= self.limits["max_new_tokens"]:
+            raise UsageError(
+                f"max_new_tokens must be between 1 and {self.limits['max_new_tokens']}, not {limit}."
+            )
+        rows, cut = self._encode(texts, self.manifest["prefixes"]["rationale"], truncate)
+        return [
+            Explanation(self._text(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row))
+            for (tokens, _), was_cut, row in zip(self._decode(rows, limit), cut, rows, strict=True)
+        ]
+
+    def _decode(self, rows: Sequence[Sequence[int]], limit: int) -> list[tuple[list[int], float]]:
+        session = self._session("explainer", "rationales and open labels")
+        out: list[Any] = [None] * len(rows)
+        for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
+            ids, mask = pad_rows([rows[i] for i in batch], self._pad)
+            tokens, log_probability = session.run(
+                {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(limit, np.int64)}
+            )
+            for position, i in enumerate(batch):
+                row = tokens[position].tolist()
+                stop = row.index(self._eos) + 1 if self._eos in row else len(row)
+                out[i] = (row[:stop], float(log_probability[position]))
+        return out
+
+    # -- text -----------------------------------------------------------------------------------------
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    def count_tokens(self, texts: Sequence[str], task: str = "label") -> list[int]:
+        """Return how many tokens every text has for ``task``, prefix and end-of-sequence included."""
+        prefix = self.manifest["prefixes"][task]
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch([prefix + t for t in texts])]
+
+    def _encode(
+        self, texts: Sequence[str], prefix: str, truncate: bool | None
+    ) -> tuple[list[list[int]], list[bool]]:
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UsageError(f"Text {row} is a {type(text).__name__}, not a string.")
+        limit = self.limits["max_source_tokens"]
+        allowed = self.truncate if truncate is None else truncate
+        rows, cut = [], []
+        for row, encoding in enumerate(self._tokenizer.encode_batch([prefix + text for text in texts])):
+            ids = encoding.ids
+            too_long = len(ids) > limit
+            if too_long and not allowed:
+                raise UsageError(
+                    f"Text {row} has {len(ids)} tokens with its prefix; this bundle's limit is {limit}. "
+                    "Shorten it, or allow cutting with truncate=True (--truncate)."
+                )
+            rows.append([*ids[: limit - 1], self._eos] if too_long else ids)
+            cut.append(too_long)
+        return rows, cut
+
+    def _session(self, role: str, purpose: str) -> Session:
+        if role not in self._sessions:
+            raise UsageError(
+                f"The target {self.target!r} of this bundle has no graph for {purpose}; "
+                "export the bundle again with it."
+            )
+        return self._sessions[role]
+
+    # -- asyncio and life cycle -----------------------------------------------------------------------
+
+    async def apredict(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Prediction]:
+        """:meth:`predict` in a worker thread; the event loop stays free (the runtime releases the GIL)."""
+        return await asyncio.to_thread(self.predict, texts, *args, **kwargs)
+
+    async def aexplain(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Explanation]:
+        """:meth:`explain` in a worker thread."""
+        return await asyncio.to_thread(self.explain, texts, *args, **kwargs)
+
+    def warm_up(self) -> None:
+        """Run every loaded graph once on a short input, so that the first request pays nothing."""
+        text = ["warm up"]
+        if "label_scorer" in self._sessions:
+            self.predict(text, truncate=True)
+        if "choice_scorer" in self._sessions:
+            names = self.labels[:2] or ("a", "b")
+            rows, _ = self._encode(text, self.manifest["prefixes"]["label"], True)
+            trie = build_trie([self._tokenizer.encode(name).ids for name in names], self._start)
+            ids, mask = pad_rows(rows, self._pad)
+            self._sessions["choice_scorer"].run(
+                {"input_ids": ids, "attention_mask": mask, **batch_tries([trie])}
+            )
+        if "explainer" in self._sessions:
+            self.explain(text, 1, truncate=True)
+
+    def close(self) -> None:
+        """Drop the sessions; later calls fail."""
+        self._sessions.clear()
+
+    def __enter__(self) -> Student:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
