@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sbs_edge.commands._common import ConfigOption, JsonOption, print_json
@@ -63,9 +64,9 @@ def _show(report: dict[str, Any]) -> None:
     title = (
         f"{report['source']}: task {task['name']}, labels {task['label_kind']}, compared by {task['compare']}"
     )
-    rows = Table(title=title)
+    rows = Table(title=escape(title))
     lengths = Table(
-        title=f"Lengths in tokens, mean / 99th percentile / longest, counted as {report['tokenizer']}"
+        title=f"Lengths in tokens, mean / 99th percentile / longest, counted as {escape(report['tokenizer'])}"
     )
     rows.add_column("split", no_wrap=True)
     lengths.add_column("split", no_wrap=True)
@@ -81,7 +82,7 @@ def _show(report: dict[str, Any]) -> None:
             str(sum(split["rejected"].values())),
             str(split["teacher_unparsed"]),
             _agreement(split),
-            _labels(split["labels"], split["rows"]),
+            escape(_labels(split["labels"], split["rows"])),
         )
         lengths.add_row(
             split["name"], *(_length(split["tokens"][part]) for part in ("input", "label", "rationale"))
