@@ -1,0 +1,63 @@
+"""The bundle's README.md: what it is, how well it answers, how to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["render"]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def render(manifest: dict[str, Any]) -> str:
+    """Return the model card as Markdown."""
+    task, labels, training = manifest["task"], manifest["labels"], manifest["training"]
+    lines = [
+        f"# {manifest['name']}",
+        "",
+        f"A distilled {manifest['model']['family']} student with {manifest['model']['parameters']:,} parameters, "
+        f"trained in mode `{training['mode']}` (rationale weight {training['rationale_weight']}), exported by "
+        f"sbs-edge {manifest['versions']['sbs-edge']} on {manifest['created']}.",
+        "",
+        f"Task `{task['name']}`, labels {labels['kind']}"
+        + (f": {', '.join(f'`{label}`' for label in labels['labels'])}." if labels["labels"] else "."),
+        f"Labels are scored by the method `{labels['method']}`.",
+        "",
+        "| target | validation rows | accuracy float32 | accuracy | drop, points (95 % bound) | same label |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, entry in manifest["targets"].items():
+        figures = entry["accuracy"]
+        if figures is None:
+            lines.append(f"| {name} | 0 | not measured | not measured | not measured | not measured |")
+        else:
+            lines.append(
+                f"| {name} | {figures['n']} | {_percent(figures['before'])} | {_percent(figures['after'])} | "
+                f"{figures['drop_points']:.2f} ({figures['drop_bound']:.2f}) | "
+                f"{_percent(figures['label_agreement'])} |"
+            )
+    if any(entry["accuracy"] is None for entry in manifest["targets"].values()):
+        lines += ["", "Exported without labelled rows: no accuracy was measured for this bundle."]
+    calibration = manifest["calibration"]
+    if calibration.get("n"):
+        lines += [
+            "",
+            f"Probabilities: temperature {calibration['temperature']:.3f} fitted on {calibration['n']} rows; expected "
+            f"calibration error {calibration['ece_before']:.4f} before, {calibration['ece_after']:.4f} after.",
+        ]
+    lines += [
+        "",
+        "```python",
+        "from sbs_edge import Student",
+        "",
+        'with Student.load("this-directory") as student:',
+        '    print(student.predict(["..."]))',
+        "```",
+        "",
+        f"Inputs up to {manifest['limits']['max_source_tokens']} tokens, prefix included. Every file's SHA-256 is in "
+        "`manifest.json` and checked when the bundle is loaded.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""What a lossy step costs, measured on rows, and the refusal when it costs too much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sbs_edge.errors import GuardError
+
+__all__ = ["check", "compare_labels", "token_agreement"]
+
+RESAMPLES = 2000
+
+
+def compare_labels(
+    reference: Sequence[str], got: Sequence[str], right_before: Sequence[bool], right_after: Sequence[bool]
+) -> dict[str, Any]:
+    """Return accuracies, their difference in points with a paired-bootstrap bound, and agreement.
+
+    ``drop_bound`` is the 95th percentile of the drop over resampled rows: the drop on new rows of
+    this kind is below it with 95 % confidence.
+    """
+    n = len(reference)
+    before, after = np.asarray(right_before, float), np.asarray(right_after, float)
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, n, (RESAMPLES, n))
+    drops = 100.0 * (before[picks] - after[picks]).mean(axis=1)
+    return {
+        "n": n,
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "drop_points": float(100.0 * (before.mean() - after.mean())),
+        "drop_bound": float(np.quantile(drops, 0.95)),
+        "label_agreement": float(np.mean([a == b for a, b in zip(reference, got, strict=True)])),
+    }
+
+
+def token_agreement(reference: Sequence[Sequence[str]], got: Sequence[Sequence[str]]) -> float:
+    """Return the share of positions with the same word, over the longer of each pair of texts."""
+    same = total = 0
+    for first, second in zip(reference, got, strict=True):
+        same += sum(a == b for a, b in zip(first, second, strict=False))
+        total += max(len(first), len(second))
+    return same / total if total else 1.0
+
+
+def check(target: str, figures: dict[str, Any], max_drop: float) -> None:
+    """Raise :class:`GuardError` when the drop is over ``max_drop`` points."""
+    if figures["drop_points"] > max_drop:
+        raise GuardError(
+            f"{target} answers {figures['drop_points']:.2f} points fewer validation rows right than the float32 "
+            f"student ({100 * figures['before']:.2f} % to {100 * figures['after']:.2f} %, {figures['n']} rows, 95 % "
+            f"bound {figures['drop_bound']:.2f}); the limit is {max_drop:.2f}. Nothing was replaced. Try more "
+            "calibration rows (--calibration-rows), export cpu-fp32 instead, or raise --max-drop if this loss "
+            "is acceptable."
+        )
