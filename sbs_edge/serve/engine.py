@@ -55,7 +55,8 @@ class Engine(Protocol):
     def predict(
         self,
         texts: Sequence[str],
-        labels: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
         truncate: bool | None = None,
     ) -> Sequence[PredictionLike]: ...
 
@@ -63,7 +64,7 @@ class Engine(Protocol):
         self,
         texts: Sequence[str],
         max_new_tokens: int | None = None,
-        num_beams: int = 1,
+        *,
         truncate: bool | None = None,
     ) -> Sequence[ExplanationLike]: ...
 

@@ -88,12 +88,12 @@ class Escalation:
 
 
 def match_label(content: object, labels: Sequence[str]) -> str | None:
-    """Return the label the model named, ignoring case, quotes, outer space and a final full stop."""
+    """Return the label the model named, ignoring case and outer space, quotes, stars and full stops."""
     if not isinstance(content, str):
         return None
 
     def plain(text: str) -> str:
-        return text.strip().strip("\"'`*").rstrip(".").strip().casefold()
+        return text.strip(" \t\r\n\"'`*.").casefold()
 
     if not labels:
         return content.strip() or None

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from sbs_edge.errors import SbsEdgeError, UsageError
@@ -26,6 +27,10 @@ __all__ = ["Service"]
 
 # Below this many characters tokenising (about 1 us a character) is cheaper than a thread switch.
 _INLINE_CHARACTERS = 1000
+
+
+def _leave(gate: Gate, units: int, _: object) -> None:
+    gate.leave(units)
 
 
 class Service:
@@ -78,7 +83,7 @@ class Service:
         n = len(asking.texts)
         if n == 0:
             return []
-        entered: list[Gate] = []
+        held: dict[Lane[Any, Any], Gate] = {}
         version.leases += 1
         try:
             for wanted, gate, lane in (
@@ -87,10 +92,10 @@ class Service:
             ):
                 if wanted:
                     gate.enter(n, lane.wait_estimate_s(1))
-                    entered.append(gate)
-            return await self._run(version, asking, timing)
+                    held[lane] = gate
+            return await self._run(version, asking, timing, held)
         finally:
-            for gate in entered:
+            for gate in held.values():
                 gate.leave(n)
             version.release()
 
@@ -109,13 +114,13 @@ class Service:
         if asking.max_new_tokens is not None and asking.max_new_tokens > most:
             raise errors.bad_request(f"max_new_tokens is over this model's limit of {most}.")
 
-    async def _run(self, version: ModelVersion, asking: Asking, timing: Timing) -> list[Answer]:
+    async def _run(
+        self, version: ModelVersion, asking: Asking, timing: Timing, held: dict[Lane[Any, Any], Gate]
+    ) -> list[Answer]:
+        """Queue the texts on every held lane; each gate is left as soon as its lane is done."""
+        n = len(asking.texts)
+        lanes = list(held)
         tickets: list[tuple[Lane[Any, Any], Ticket[Any, Any]]] = []
-        lanes: list[Lane[Any, Any]] = []
-        if asking.want_label:
-            lanes.append(version.labels)
-        if asking.explain:
-            lanes.append(version.rationales)
         for lane in lanes:
             lane.expected += 1
         try:
@@ -132,14 +137,15 @@ class Service:
             for lane, n_tokens in zip(lanes, counts, strict=True):
                 payloads: list[Any]
                 if lane is version.labels:
-                    payloads = list(
-                        zip(asking.texts, asking.labels or [None] * len(asking.texts), strict=True)
-                    )
+                    rows = asking.labels
+                    payloads = [(text, rows[i] if rows else None) for i, text in enumerate(asking.texts)]
                     group: Any = "label"
                 else:
                     payloads = [(text, asking.max_new_tokens) for text in asking.texts]
                     group = asking.max_new_tokens
-                tickets.append((lane, lane.submit(payloads, n_tokens, group)))
+                ticket = lane.submit(payloads, n_tokens, group)
+                tickets.append((lane, ticket))
+                ticket.future.add_done_callback(partial(_leave, held.pop(lane), n))
             results = [await ticket.future for _, ticket in tickets]
         finally:
             for lane, ticket in tickets:

@@ -1,0 +1,151 @@
+"""The queue: budget, order, likeness, company, abandonment. Times are in the tens of milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sbs_edge.serve.batching import Lane
+
+
+class Worker:
+    """Work that waits for a permission, so that a queue can build up behind it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[str, int]]] = []
+        self.go = threading.Event()
+
+    def __call__(self, batch):
+        self.batches.append(list(batch))
+        self.go.wait(5)
+        return [(name, length * 2) for name, length in batch]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(st.lists(st.integers(1, 80), min_size=1, max_size=6), min_size=1, max_size=12),
+    budget=st.integers(1, 200),
+    workers=st.integers(1, 3),
+)
+def test_every_text_is_answered_once_in_order_and_within_the_budget(requests, budget, workers):
+    async def go():
+        worker = Worker()
+        lane = Lane(worker, max_batch_tokens=budget, max_wait_s=0, workers=workers)
+        tickets = []
+        for i, lengths in enumerate(requests):
+            tickets.append(lane.submit([(f"{i}.{j}", n) for j, n in enumerate(lengths)], lengths))
+        worker.go.set()
+        for i, (ticket, lengths) in enumerate(zip(tickets, requests, strict=True)):
+            got = await asyncio.wait_for(ticket.future, 5)
+            assert got == [(f"{i}.{j}", 2 * n) for j, n in enumerate(lengths)]
+        assert lane.queued == 0
+        lane.close()
+        sent = [name for batch in worker.batches for name, _ in batch]
+        assert sorted(sent) == sorted(f"{i}.{j}" for i, row in enumerate(requests) for j in range(len(row)))
+        for batch in worker.batches:
+            assert len(batch) == 1 or len(batch) * max(n for _, n in batch) <= budget
+
+    asyncio.run(go())
+
+
+def test_like_lengths_go_together_and_the_oldest_goes_first():
+    async def go():
+        worker = Worker()
+        lane = Lane(worker, max_batch_tokens=40, max_wait_s=0)
+        first = lane.submit([("first", 5)], [5])
+        await asyncio.sleep(0.02)
+        rest = [lane.submit([(f"t{n}", n)], [n]) for n in (10, 40, 9, 39, 11, 10)]
+        worker.go.set()
+        await asyncio.gather(first.future, *(t.future for t in rest))
+        lane.close()
+        names = [[name for name, _ in batch] for batch in worker.batches]
+        assert names[0] == ["first"]
+        assert sorted(names[1]) == ["t10", "t10", "t9"]  # nearest to the oldest, 4 * 11 would not fit
+        assert sorted(map(tuple, names[2:])) == [("t11",), ("t39",), ("t40",)]
+
+    asyncio.run(go())
+
+
+def test_a_lone_text_does_not_wait_but_company_on_its_way_is_waited_for():
+    async def go():
+        worker = Worker()
+        worker.go.set()
+        lane = Lane(worker, max_wait_s=0.2)
+        started = time.perf_counter()
+        await lane.submit([("alone", 3)], [3]).future
+        assert time.perf_counter() - started < 0.1
+        lane.expected = 1
+        early = lane.submit([("early", 3)], [3])
+        await asyncio.sleep(0.02)
+        lane.expected = 0
+        late = lane.submit([("late", 3)], [3])
+        await asyncio.gather(early.future, late.future)
+        assert [name for name, _ in worker.batches[1]] == ["early", "late"]
+        lane.expected = 1  # somebody is announced and never comes: the wait is bounded
+        started = time.perf_counter()
+        await lane.submit([("bounded", 3)], [3]).future
+        assert 0.15 < time.perf_counter() - started < 1
+        lane.close()
+
+    asyncio.run(go())
+
+
+def test_groups_never_mix_and_abandoned_work_never_runs():
+    async def go():
+        worker = Worker()
+        lane = Lane(worker, max_wait_s=0)
+        hold = lane.submit([("hold", 1)], [1])
+        await asyncio.sleep(0.02)
+        a = lane.submit([("a1", 4), ("a2", 4)], [4, 4], "a")
+        b = lane.submit([("b1", 4)], [4], "b")
+        gone = lane.submit([("gone", 4)], [4], "a")
+        assert lane.queued == 4
+        lane.abandon(gone)
+        lane.abandon(gone)
+        assert lane.queued == 3
+        worker.go.set()
+        await asyncio.gather(hold.future, a.future, b.future)
+        lane.close()
+        assert [[name for name, _ in batch] for batch in worker.batches] == [["hold"], ["a1", "a2"], ["b1"]]
+
+    asyncio.run(go())
+
+
+def test_a_failing_batch_fails_its_requests_and_the_lane_goes_on():
+    async def go():
+        def work(batch):
+            if "bad" in batch:
+                raise ValueError("bad batch")
+            return batch
+
+        lane = Lane(work, max_wait_s=0)
+        bad = lane.submit(["bad"], [1])
+        with pytest.raises(ValueError, match="bad batch"):
+            await bad.future
+        assert await lane.submit(["good"], [1]).future == ["good"]
+        lane.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            lane.submit(["after"], [1])
+
+    asyncio.run(go())
+
+
+def test_closing_fails_what_still_waits():
+    async def go():
+        worker = Worker()
+        lane = Lane(worker, max_wait_s=0)
+        running = lane.submit([("running", 1)], [1])
+        await asyncio.sleep(0.02)
+        waiting = lane.submit([("waiting", 1)], [1])
+        lane.close()
+        with pytest.raises(RuntimeError, match="before this work began"):
+            await waiting.future
+        worker.go.set()
+        assert await running.future == [("running", 2)]
+
+    asyncio.run(go())

@@ -1,0 +1,396 @@
+"""The HTTP layer over ASGI: routes, limits, deadlines, admission, the cascade, the token."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import zlib
+
+import httpx
+import pytest
+
+from sbs_edge.serve.app import create_app
+from sbs_edge.serve.escalate import Escalation, match_label
+from sbs_edge.serve.server import create_service
+from sbs_edge.serve.settings import ServeSettings
+
+
+class Running:
+    """An application with its lifespan, and a client that calls it in this event loop."""
+
+    def __init__(self, path, engine=None, escalation=None, **options):
+        self.engine = engine or self.new_engine()
+        self.service = create_service([(None, path)], ServeSettings(**options), lambda _: self.engine)
+        if escalation:
+            self.service.escalation = escalation
+        self.app = create_app(self.service)
+
+    async def __aenter__(self):
+        self._life = self.app.router.lifespan_context(self.app)
+        await self._life.__aenter__()
+        await self.app.state.loading
+        transport = httpx.ASGITransport(self.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://edge")
+        return self
+
+    async def __aexit__(self, *error):
+        await self.client.aclose()
+        await self._life.__aexit__(*error)
+
+    async def predict(self, texts, headers=None, **body):
+        return await self.client.post("/v1/predict", json={"texts": texts, **body}, headers=headers)
+
+    def rejected(self, reason):
+        return (
+            self.service.metrics.registry.get_sample_value("sbs_edge_rejected_total", {"reason": reason})
+            or 0.0
+        )
+
+
+@pytest.fixture(autouse=True)
+def _engines(hand):
+    Running.new_engine = hand.Engine
+
+
+def run(work):
+    return asyncio.run(asyncio.wait_for(work, 30))
+
+
+def test_plain_route_answers_what_the_engine_answers(hand_bundle):
+    async def go():
+        async with Running(hand_bundle) as edge:
+            texts = ["no heat at all", "filter is due", "a b c"]
+            answer = (await edge.predict(texts, explain=True)).json()
+            assert answer["model"] == "hand"
+            for text, got in zip(texts, answer["predictions"], strict=True):
+                want = edge.engine.answer(text)
+                assert got["label"] == want.label
+                assert got["probabilities"] == want.probabilities
+                assert got["rationale"] == "because " + text[::-1]
+                assert got["escalated"] is False
+
+    run(go())
+
+
+def test_every_limit_names_itself(hand_bundle):
+    async def go():
+        async with Running(hand_bundle, max_body_bytes=4000, max_texts=4) as edge:
+            many = await edge.predict(["a"] * 5)
+            assert (many.status_code, "limit is 4" in many.json()["error"]) == (400, True)
+            long = await edge.predict(["ok", "word " * 50])
+            assert long.status_code == 400
+            assert "texts[1] has 51 tokens" in long.json()["error"]
+            assert "limit is 40" in long.json()["error"]
+            cut = await edge.predict(["word " * 50], truncate=True)
+            assert cut.json()["predictions"][0]["truncated"] is True
+            assert (await edge.predict(["x" * 5000])).status_code == 413
+            assert edge.rejected("body") == 1
+
+    run(go())
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "raw"])
+def test_compressed_bodies_are_counted_after_decompression(hand_bundle, encoding):
+    def packed(raw: bytes) -> bytes:
+        if encoding == "gzip":
+            return gzip.compress(raw)
+        if encoding == "deflate":
+            return zlib.compress(raw)
+        deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+        return deflate.compress(raw) + deflate.flush()
+
+    async def go():
+        async with Running(hand_bundle, max_body_bytes=100_000) as edge:
+            headers = {"Content-Encoding": "gzip" if encoding == "gzip" else "deflate"}
+
+            async def post(raw):
+                return await edge.client.post("/v1/predict", content=raw, headers=headers)
+
+            body = json.dumps({"texts": ["a b"]}).encode()
+            assert (await post(packed(body))).status_code == 200
+            bomb = packed(json.dumps({"texts": ["a" * 5_000_000]}).encode())
+            assert len(bomb) < 100_000  # small on the wire, large inside
+            assert (await post(bomb)).status_code == 413
+            assert (await post(packed(body)[:-3])).status_code == 400
+            assert (await post(b"\x08garbage")).status_code == 400
+            other = await edge.client.post("/v1/predict", content=body, headers={"Content-Encoding": "br"})
+            assert other.status_code == 415
+
+    run(go())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"texts": []}',
+        b'{"texts": "a"}',
+        b'{"texts": [1]}',
+        b'{"texts": ["a"], "extra": 1}',
+        b'{"texts": ["\\ud800"]}',
+        b'{"texts": ["\xff"]}',
+        b'{"texts": ["a"], "labels": [["x", "y"]]}',
+        b'{"texts": ["a"], "max_new_tokens": 1000}',
+        b'{"texts": [NaN]}',
+        b"[" * 100_000,
+        b"9" * 5000,
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_malformed_bodies_are_400_with_a_reason(hand_bundle, body):
+    async def go():
+        async with Running(hand_bundle) as edge:
+            answer = await edge.client.post("/v1/predict", content=body)
+            assert answer.status_code == 400
+            assert list(answer.json()) == ["error"]
+
+    run(go())
+
+
+def test_a_burst_over_the_limit_is_429_before_any_tokenising(hand_bundle):
+    async def go():
+        engine = Running.new_engine(label_s=0.05)
+        async with Running(hand_bundle, engine, max_concurrent=4) as edge:
+            counted = []
+            real = engine.count_tokens
+            engine.count_tokens = lambda texts, task="label": counted.append(texts) or real(texts, task)
+            answers = await asyncio.gather(*(edge.predict([f"text {i}"]) for i in range(20)))
+            codes = sorted(a.status_code for a in answers)
+            assert codes == [200] * 4 + [429] * 16
+            assert len(counted) == 4
+            refused = [a for a in answers if a.status_code == 429]
+            assert all(int(a.headers["Retry-After"]) >= 1 for a in refused)
+            assert edge.rejected("concurrency") == 16
+            assert edge.service.gate.inside == 0
+            assert (await edge.predict(["again"])).status_code == 200
+
+    run(go())
+
+
+def test_a_full_queue_of_texts_is_429_and_labels_do_not_wait_for_rationales(hand_bundle):
+    async def go():
+        engine = Running.new_engine(rationale_s=0.4)
+        async with Running(hand_bundle, engine, max_queue_texts=32, max_queue_ms=60_000) as edge:
+            slow = asyncio.create_task(edge.predict(["x"] * 32, explain=True))
+            await asyncio.sleep(0.1)
+            full = await edge.predict(["y"], explain=True)
+            assert (full.status_code, edge.rejected("rationale_queue")) == (429, 1)
+            quick = await asyncio.wait_for(edge.predict(["z"]), 0.2)
+            assert quick.status_code == 200
+            assert not slow.done()
+            assert (await slow).status_code == 200
+
+    run(go())
+
+
+def test_estimated_wait_refuses_before_the_count_does(hand_bundle):
+    async def go():
+        engine = Running.new_engine(label_s=0.05)
+        async with Running(hand_bundle, engine, max_queue_ms=100, max_batch_tokens=3) as edge:
+            assert (await edge.predict(["learn the pace"])).status_code == 200
+            answers = await asyncio.gather(*(edge.predict([f"text {i}"]) for i in range(10)))
+            codes = [a.status_code for a in answers]
+            assert 2 <= codes.count(200) <= 4  # 100 ms of work at 50 ms each, and the one inside
+            assert edge.rejected("queue_time") == codes.count(429) > 0
+
+    run(go())
+
+
+def test_deadline_is_504_and_frees_its_place(hand_bundle):
+    async def go():
+        engine = Running.new_engine(label_s=0.3)
+        async with Running(hand_bundle, engine) as edge:
+            for headers in ({"X-Request-Timeout-Ms": "50"}, {"Request-Timeout": "0.05"}):
+                late = await edge.predict(["a"], headers=headers)
+                assert late.status_code == 504
+                assert edge.service.gate.inside == 0
+                assert edge.service.registry.find("hand").label_gate.inside == 0
+            assert (await edge.predict(["a"], headers={"Request-Timeout": "soon"})).status_code == 400
+            assert (await edge.predict(["a"])).status_code == 200
+
+    run(go())
+
+
+def test_a_client_that_leaves_frees_its_place_and_its_queued_work(hand_bundle):
+    async def go():
+        engine = Running.new_engine(label_s=0.2)
+        async with Running(hand_bundle, engine) as edge:
+            first = asyncio.create_task(edge.predict(["running"]))
+            await asyncio.sleep(0.05)
+            left = asyncio.Event()
+            sent = []
+
+            async def receive():
+                if not sent:
+                    sent.append(1)
+                    body = json.dumps({"texts": ["never", "runs"]}).encode()
+                    return {"type": "http.request", "body": body, "more_body": False}
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                pass
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/predict",
+                "headers": [],
+                "query_string": b"",
+                "http_version": "1.1",
+                "scheme": "http",
+                "server": ("edge", 80),
+                "client": ("c", 1),
+                "root_path": "",
+                "raw_path": b"/v1/predict",
+                "asgi": {"version": "3.0"},
+            }
+            second = asyncio.create_task(edge.app(scope, receive, send))
+            await asyncio.sleep(0.05)
+            version = edge.service.registry.find("hand")
+            assert (version.labels.queued, edge.service.gate.inside) == (2, 2)
+            left.set()
+            await second
+            assert (version.labels.queued, edge.service.gate.inside) == (0, 1)
+            await first
+            assert (await edge.predict(["after"])).status_code == 200
+            assert ["never", "runs"] not in engine.batches
+            assert edge.rejected("client_left") == 1
+            assert version.leases == 0
+
+    run(go())
+
+
+def test_one_bad_text_does_not_fail_its_neighbours(hand_bundle):
+    async def go():
+        engine = Running.new_engine(label_s=0.03, poison="poison")
+        async with Running(hand_bundle, engine) as edge:
+            first = asyncio.create_task(edge.predict(["hold the worker"]))
+            await asyncio.sleep(0.01)
+            texts = ["good one", "poison one", "good two"]
+            answers = await asyncio.gather(*(edge.predict([t]) for t in texts))
+            assert [a.status_code for a in answers] == [200, 400, 200]
+            assert "poison" in answers[1].json()["error"]
+            await first
+
+    run(go())
+
+
+def test_not_ready_draining_and_unknown_names(hand_bundle):
+    async def go():
+        async with Running(hand_bundle) as edge:
+            get = edge.client.get
+            assert (await get("/v2/health/ready")).status_code == 200
+            assert (await get("/v2/models/other")).status_code == 404
+            assert (await get("/v2/models/hand/versions/9/ready")).status_code == 404
+            assert (await get("/v2/models/hand/versions/1/ready")).status_code == 200
+            assert (await get("/nowhere")).json() == {"error": "There is no such route."}
+            assert (await get("/v1/predict")).status_code == 405
+            edge.service.draining = True
+            assert (await get("/v2/health/ready")).status_code == 503
+            assert (await get("/v2/health/live")).status_code == 200
+            assert (await edge.predict(["a"])).status_code == 503
+            edge.service.draining, edge.service.started = False, False
+            assert (await edge.predict(["a"])).status_code == 503
+
+    run(go())
+
+
+def test_bearer_token_guards_all_but_probes_and_page(hand_bundle):
+    async def go():
+        async with Running(hand_bundle, token="s3cret") as edge:
+            for path in ("/", "/openapi.json", "/v2/health/live", "/v2/health/ready"):
+                assert (await edge.client.get(path)).status_code == 200
+            for path in ("/metrics", "/v2", "/v2/models/hand"):
+                assert (await edge.client.get(path)).status_code == 401
+            for given in (None, "Bearer wrong", "s3cret", "bearer s3cret", "Bearer s3cret2", "Bearer \xff"):
+                headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+                assert (await edge.predict(["a"], headers=headers)).status_code == 401
+            good = await edge.predict(["a"], headers={"Authorization": "Bearer s3cret"})
+            assert good.status_code == 200
+
+    run(go())
+
+
+def test_request_ids_are_echoed_and_texts_stay_out_of_the_log(hand_bundle, json_logs):
+    async def go(**options):
+        async with Running(hand_bundle, **options) as edge:
+            answer = await edge.predict(["a very private text"], headers={"X-Request-Id": "abc-1"})
+            assert answer.headers["X-Request-Id"] == "abc-1"
+            forged = await edge.predict(["b"], headers={"X-Request-Id": 'x" injected'})
+            assert forged.headers["X-Request-Id"] != 'x" injected'
+
+    run(go())
+    lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
+    mine = next(line for line in lines if line.get("request_id") == "abc-1")
+    assert (mine["code"], mine["model"], mine["n_texts"]) == (200, "hand", 1)
+    assert "private" not in json.dumps(lines)
+    run(go(log_inputs=True))
+    assert "a very private text" in json_logs.getvalue()
+
+
+def teacher(reply, calls):
+    def handle(request):
+        calls.append(json.loads(request.content))
+        if isinstance(reply, int):
+            return httpx.Response(reply)
+        return httpx.Response(200, json={"choices": [{"message": {"content": reply}}]})
+
+    return Escalation("http://teacher/v1", "big", transport=httpx.MockTransport(handle))
+
+
+def test_cascade_replaces_only_unsure_answers_and_says_so(hand_bundle):
+    async def go():
+        calls: list = []
+        async with Running(hand_bundle, escalation=teacher(" Wait. ", calls), abstain_below=0.9) as edge:
+            got = (await edge.predict(["some text"])).json()["predictions"][0]
+            assert (got["label"], got["escalated"], got["abstained"]) == ("wait", True, False)
+            assert calls[0]["messages"][1]["content"] == "some text"
+            assert calls[0]["model"] == "big"
+        calls.clear()
+        async with Running(hand_bundle, escalation=teacher("wait", calls), abstain_below=0.5) as edge:
+            got = (await edge.predict(["some text"])).json()["predictions"][0]
+            assert (got["escalated"], calls) == (False, [])
+        for reply, result in (("I think so", "unusable"), (500, "failed")):
+            async with Running(hand_bundle, escalation=teacher(reply, []), abstain_below=0.9) as edge:
+                got = (await edge.predict(["some text"])).json()["predictions"][0]
+                assert got["label"] == edge.engine.answer("some text").label
+                assert (got["escalated"], got["abstained"]) == (False, True)
+                count = edge.service.metrics.registry.get_sample_value(
+                    "sbs_edge_escalations_total", {"model": "hand", "result": result}
+                )
+                assert count == 1
+
+    run(go())
+
+
+def test_match_label_takes_a_label_and_nothing_else():
+    labels = ["call", "schedule a visit"]
+    assert match_label('"Call".', labels) == "call"
+    assert match_label("**Schedule a visit**", labels) == "schedule a visit"
+    assert match_label("call or schedule a visit", labels) is None
+    assert match_label(None, labels) is None
+    assert match_label(" 42 ", []) == "42"
+
+
+def test_metrics_carry_the_agreed_names(hand_bundle):
+    async def go():
+        async with Running(hand_bundle) as edge:
+            await edge.predict(["one two", "three"], explain=True)
+            text = (await edge.client.get("/metrics")).text
+            for line in (
+                'sbs_edge_requests_total{code="200",model="hand"} 1.0',
+                'sbs_edge_input_tokens_total{model="hand"} 10.0',  # (3 + 2) for labels and rationales each
+                'sbs_edge_output_tokens_total{model="hand"} 5.0',
+                'sbs_edge_batch_size_sum{model="hand",task="label"} 2.0',
+                'sbs_edge_queue_size{model="hand",task="label"} 0.0',
+                "sbs_edge_ready 1.0",
+            ):
+                assert line in text
+            for name in ("request", "queue", "tokenize", "inference"):
+                assert f"sbs_edge_{name}_duration_seconds_bucket" in text
+
+    run(go())

@@ -1,0 +1,163 @@
+"""Versions come, go and fail while requests run; no request notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+
+import pytest
+
+from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.serve.asking import Asking, Timing
+from sbs_edge.serve.models import parse_source
+from sbs_edge.serve.server import create_service
+from sbs_edge.serve.settings import ServeSettings
+
+
+def served(hand, *sources, **options):
+    engines = []
+
+    def load(path):
+        engine = hand.load(path)
+        engines.append(engine)
+        return engine
+
+    service = create_service(sources, ServeSettings(**options), load)
+    service.engines = engines
+    return service
+
+
+def test_a_new_version_takes_over_under_load_and_a_bad_one_does_not(hand, tmp_path):
+    folder = tmp_path / "models"
+    hand.write(folder / "1", "1", label_s=0.005)
+
+    async def go():
+        service = served(hand, ("desk", folder))
+        await service.registry.refresh(first=True)
+        service.started = True
+        seen: set[str] = set()
+        stop = False
+        failures: list[BaseException] = []
+        count = 0
+
+        async def client(i):
+            nonlocal count
+            while not stop:
+                try:
+                    version = service.registry.find("desk")
+                    answers = await service.answer(version, Asking([f"text {i} {count}"]), Timing())
+                    assert answers[0].label
+                    seen.add(version.card.version)
+                    count += 1
+                except BaseException as error:
+                    failures.append(error)
+                    raise
+
+        clients = [asyncio.create_task(client(i)) for i in range(8)]
+        for number in range(2, 8):
+            await asyncio.sleep(0.03)
+            if number == 4:
+                hand.write(folder / "4", "4", broken=True)
+            else:
+                hand.write(folder / str(number), str(number), label_s=0.005)
+            await service.registry.refresh()
+        hand.write(folder / "10", "10")
+        await service.registry.refresh()
+        await asyncio.sleep(0.05)
+        stop = True
+        await asyncio.gather(*clients)
+        assert failures == []
+        assert count > 30
+        assert "4" not in seen
+        assert {"1", "10"} <= seen
+        model = service.registry.by_name["desk"]
+        assert list(model.versions) == ["7", "10"]  # the newest two, counted as people count
+        alive = [e.version for e in service.engines if not e.closed]
+        assert sorted(alive) == ["10", "7"]
+        refused = service.metrics.registry.get_sample_value(
+            "sbs_edge_reloads_total", {"model": "desk", "result": "refused"}
+        )
+        assert refused == 1  # remembered: not tried again at each look
+        await service.close()
+        assert all(e.closed for e in service.engines)
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+
+
+def test_a_retired_version_finishes_its_requests_before_it_closes(hand, tmp_path):
+    hand.write(tmp_path / "b", "1", label_s=0.2)
+
+    async def go():
+        service = served(hand, ("m", tmp_path / "b"))
+        await service.registry.refresh(first=True)
+        old = service.registry.find("m")
+        running = asyncio.create_task(service.answer(old, Asking(["slow"]), Timing()))
+        await asyncio.sleep(0.05)
+        hand.write(tmp_path / "b", "2")
+        await service.registry.refresh()
+        new = service.registry.find("m")
+        assert new.card.version == "2"
+        assert not old.engine.closed
+        assert (await service.answer(new, Asking(["quick"]), Timing()))[0].label
+        assert not running.done()
+        assert (await running)[0].label == old.engine.answer("slow").label
+        assert old.engine.closed
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+
+
+def test_in_place_damage_keeps_the_old_bundle_and_a_repair_is_taken(hand, tmp_path):
+    bundle = hand.write(tmp_path / "b", "1")
+
+    async def go():
+        service = served(hand, ("m", bundle))
+        await service.registry.refresh(first=True)
+        for damage in ("{", json.dumps({"broken": True}), json.dumps({"unknown": 1})):
+            (bundle / "manifest.json").write_text(damage)
+            await service.registry.refresh()
+            assert service.registry.find("m").card.version == "1"
+            assert service.registry.ready
+        (bundle / "manifest.json").unlink()
+        await service.registry.refresh()
+        shutil.rmtree(bundle)
+        await service.registry.refresh()
+        assert service.registry.find("m").card.version == "1"
+        hand.write(bundle, "2")
+        await service.registry.refresh()
+        assert service.registry.find("m").card.version == "2"
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+
+
+def test_a_bad_bundle_at_the_start_is_an_error_never_ready(hand, tmp_path):
+    hand.write(tmp_path / "good", "1")
+    hand.write(tmp_path / "bad", "1", broken=True)
+
+    async def go():
+        service = served(hand, ("good", tmp_path / "good"), ("bad", tmp_path / "bad"))
+        with pytest.raises(IntegrityError):
+            await service.registry.refresh(first=True)
+        assert not service.ready
+        await service.close()
+        (tmp_path / "nothing").mkdir()
+        empty = served(hand, ("none", tmp_path / "nothing"))
+        with pytest.raises(IntegrityError, match="no bundle"):
+            await empty.registry.refresh(first=True)
+        await empty.close()
+        twice = served(hand, (None, tmp_path / "good"), (None, tmp_path / "good"))
+        with pytest.raises(UsageError, match="Two bundles are called 'hand'"):
+            await twice.registry.refresh(first=True)
+        await twice.close()
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+
+
+def test_sources_are_names_and_paths():
+    assert parse_source("desk=a/b")[0] == "desk"
+    assert parse_source("a/b")[0] is None
+    for name in ("", "..", "a/b", "-x"):
+        with pytest.raises(UsageError):
+            parse_source(f"{name}=path")
