@@ -13,9 +13,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["atomic_directory", "fsync_directory", "write_bytes", "write_json", "write_text"]
+__all__ = ["atomic_directory", "atomic_writer", "fsync_directory", "write_bytes", "write_json", "write_text"]
 
 
 def fsync_directory(path: Path) -> None:
@@ -27,16 +27,18 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one step: temporary name, flush, rename."""
+@contextlib.contextmanager
+def _replacement(path: str | os.PathLike[str]) -> Iterator[int]:
+    """Yield a descriptor whose content becomes ``path`` when the block succeeds."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
-        with os.fdopen(fd, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        try:
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:
@@ -44,6 +46,19 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
             os.unlink(name)
         raise
     fsync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
+    """Yield a UTF-8 text handle whose content becomes ``path`` when the block succeeds."""
+    with _replacement(path) as fd, os.fdopen(fd, "w", encoding="utf-8", closefd=False) as handle:
+        yield handle
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace ``path`` by ``content`` in one step: temporary name, flush, rename."""
+    with _replacement(path) as fd, os.fdopen(fd, "wb", closefd=False) as handle:
+        handle.write(content)
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:

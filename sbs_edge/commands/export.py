@@ -1,0 +1,107 @@
+"""``sbs-edge export``: a student directory in, a sealed bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sbs_edge.commands._common import ConfigOption, DryRunOption, JsonOption, print_json, resolved
+from sbs_edge.errors import MissingExtra, UsageError
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+
+    @app.command()
+    def export(
+        ctx: typer.Context,
+        student: Annotated[Path, typer.Argument(help="The student directory that training wrote.")],
+        out: Annotated[
+            Path, typer.Option(help="The bundle's directory; replaced only by a complete bundle.")
+        ],
+        target: Annotated[
+            list[str] | None,
+            typer.Option(help="cpu-fp32 or cpu-int8; several may be given, the first is the default."),
+        ] = None,
+        guard_data: Annotated[
+            Path | None,
+            typer.Option(
+                help="Labelled rows to judge lossy targets on; none: the student's validation rows."
+            ),
+        ] = None,
+        max_drop: Annotated[
+            float,
+            typer.Option(help="Points of accuracy a lossy target may lose; over it exit 3, old bundle kept."),
+        ] = 1.0,
+        calibration_rows: Annotated[
+            int, typer.Option(help="Training rows that set the ranges of int8 activations.")
+        ] = 256,
+        abstain_below: Annotated[
+            float, typer.Option(help="Probability under which predict marks an answer as doubtful.")
+        ] = 0.0,
+        name: Annotated[str | None, typer.Option(help="The bundle's name; none: the task's.")] = None,
+        config: ConfigOption = None,
+        json_output: JsonOption = False,
+        dry_run: DryRunOption = False,
+    ) -> None:
+        """Write graphs for every target, compare them with the float32 student, and seal the bundle.
+
+        Example: sbs-edge export runs/latest/students/step-by-step --out bundle --target cpu-int8
+        """
+        try:
+            import onnx  # noqa: F401
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise MissingExtra(error.name or "onnx", "export", "sbs-edge export") from error
+        from sbs_edge.export.targets import targets_named
+        from sbs_edge.student.student_dir import StudentDir
+
+        console = Console(stderr=True)
+        targets = tuple(target or ("cpu-int8",))
+        targets_named(targets)
+        rows = None
+        if guard_data is not None:
+            from sbs_edge.data.readers import read_examples, refuse
+
+            read = read_examples(guard_data)
+            refuse(read.rejected)
+            rows = read.examples
+            if not any(row.label or row.teacher_label for row in rows):
+                raise UsageError(f"{guard_data} has no labelled row, so it cannot guard anything.")
+        if dry_run:
+            opened = StudentDir.load(student)
+            plan = {**resolved(ctx), "task": opened.task.name, "mode": opened.mode, "targets": list(targets)}
+            print_json(plan) if json_output else console.print(plan)
+            return
+        from sbs_edge.export.api import export as export_student
+
+        result = export_student(
+            student, out, targets=targets, guard_data=rows, max_drop=max_drop, calibration_rows=calibration_rows,
+            abstain_below=abstain_below, name=name, say=lambda line: console.print(f"[dim]{line}[/]"),
+        )  # fmt: skip
+        if json_output:
+            print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
+            return
+        table = Table(title=f"{result.manifest['name']} in {result.path}")
+        for column in ("target", "MB", "accuracy", "drop, points", "same label"):
+            table.add_column(column, justify="left" if column == "target" else "right")
+        for key, entry in result.manifest["targets"].items():
+            size = sum(f["bytes"] for n, f in result.manifest["files"].items() if n.startswith(f"{key}/"))
+            figures = entry["accuracy"]
+            shown = (
+                ("not measured",) * 3
+                if figures is None
+                else (
+                    f"{100 * figures['after']:.2f} %",
+                    f"{figures['drop_points']:.2f} (bound {figures['drop_bound']:.2f})",
+                    f"{100 * figures['label_agreement']:.2f} %",
+                )
+            )
+            table.add_row(key, f"{size / 1e6:.2f}", *shown)
+        Console().print(table)

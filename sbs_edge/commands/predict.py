@@ -1,0 +1,159 @@
+"""``sbs-edge predict``: texts in, JSON Lines out, a few hundred rows at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sbs_edge.commands._common import ConfigOption
+from sbs_edge.errors import DataError, UsageError
+
+__all__ = ["register"]
+
+ROWS_A_CALL = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    text: str
+    labels: list[str] | None
+    rest: dict[str, Any]
+
+
+def _rows(lines: Iterable[bytes], source: str, as_json: bool, field: str) -> Iterator[_Row]:
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{source}:{number} is not UTF-8 (byte {error.start}). Convert the file first."
+            ) from error
+        if not as_json:
+            if text.strip():
+                yield _Row(text, None, {})
+            continue
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{source}:{number} is not valid JSON: {error}.") from error
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise DataError(
+                f"{source}:{number} has no text in the field {field!r}; name the field with --field."
+            )
+        choices = row.get("choices")
+        if choices is not None and not (
+            isinstance(choices, list) and all(isinstance(c, str) for c in choices)
+        ):
+            raise DataError(f"{source}:{number}: 'choices' must be a list of strings.")
+        yield _Row(row[field], choices, {"id": row["id"]} if "id" in row else {})
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+
+    @app.command()
+    def predict(
+        bundle: Annotated[Path, typer.Argument(help="A bundle's directory.")],
+        source: Annotated[
+            str, typer.Argument(help="A file of texts, one a line, or JSON Lines (*.jsonl); '-' is stdin.")
+        ] = "-",
+        out: Annotated[
+            Path | None, typer.Option(help="Write here instead of stdout; complete or not at all.")
+        ] = None,
+        target: Annotated[
+            str | None, typer.Option(help="Which target of the bundle; none: its default.")
+        ] = None,
+        field: Annotated[str, typer.Option(help="Field of a JSON row that holds the text.")] = "input",
+        jsonl: Annotated[bool, typer.Option("--jsonl", help="Read stdin as JSON Lines.")] = False,
+        labels: Annotated[
+            list[str] | None,
+            typer.Option("--label", help="Choose among these labels; may be given several times."),
+        ] = None,
+        explain: Annotated[
+            bool, typer.Option("--explain", help="Add the student's rationale; slower.")
+        ] = False,
+        abstain_below: Annotated[
+            float | None,
+            typer.Option(help="Mark answers under this probability; none: the bundle's threshold."),
+        ] = None,
+        truncate: Annotated[
+            bool,
+            typer.Option("--truncate", help="Cut inputs over the limit and say so, instead of stopping."),
+        ] = False,
+        threads: Annotated[int | None, typer.Option(help="Threads a call may use; none: all cores.")] = None,
+        config: ConfigOption = None,
+    ) -> None:
+        """Answer every row; one JSON object a row, in the order of the input.
+
+        Examples: sbs-edge predict bundle texts.txt; echo "the vent blows cold air" | sbs-edge predict bundle --explain
+        """
+        from sbs_edge import files
+        from sbs_edge.runtime.student import Student
+
+        as_json = jsonl or source.endswith((".jsonl", ".json"))
+        messages = Console(stderr=True)
+        try:
+            opened = nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"{source} cannot be read: {error.strerror}.") from error
+        with opened as lines, Student.load(bundle, target=target, threads=threads) as student:
+            accuracy = student.manifest["targets"][student.target].get("accuracy")
+            if accuracy is None:
+                messages.print(
+                    f"{bundle}: exported without labelled rows, so its accuracy was never measured."
+                )
+            answers = _answers(
+                student, _rows(lines, source, as_json, field), labels, explain, abstain_below, truncate
+            )
+            if out is None:
+                _write(answers, sys.stdout)
+            else:
+                with files.atomic_writer(out) as handle:
+                    _write(answers, handle)
+
+
+def _answers(
+    student: Any,
+    rows: Iterator[_Row],
+    labels: list[str] | None,
+    explain: bool,
+    abstain_below: float | None,
+    truncate: bool,
+) -> Iterator[dict[str, Any]]:
+    while part := list(islice(rows, ROWS_A_CALL)):
+        texts = [row.text for row in part]
+        choices: Any = labels
+        if labels is None and any(row.labels for row in part):
+            choices = [row.labels or list(student.labels) for row in part]
+        predictions = student.predict(texts, labels=choices, truncate=truncate, abstain_below=abstain_below)
+        explanations = student.explain(texts, truncate=truncate) if explain else [None] * len(part)
+        for row, prediction, explanation in zip(part, predictions, explanations, strict=True):
+            answer = {
+                **row.rest,
+                "label": prediction.label,
+                "probability": prediction.probability,
+                "probabilities": prediction.probabilities,
+                "abstained": prediction.abstained,
+                "truncated": prediction.truncated,
+            }
+            if explanation is not None:
+                answer["rationale"] = explanation.rationale
+                answer["rationale_complete"] = explanation.complete
+            yield answer
+
+
+def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> None:
+    for answer in answers:
+        handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        handle.flush()
