@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.errors import IntegrityError, UsageError
-from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, read_manifest, safe_member, verify_files
+from sbs_edge.runtime.integrity import verify_files
+from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, read_manifest, safe_member
 
 __all__ = ["Bundle", "seal"]
 

@@ -1,4 +1,4 @@
-"""The bundle's table of contents: typed access to ``manifest.json`` and the paths it may name."""
+"""The bundle's table of contents: ``manifest.json``, its shape, and the paths it may name."""
 
 from __future__ import annotations
 
@@ -6,19 +6,33 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sbs_edge.errors import IntegrityError
 
-__all__ = ["DIGEST", "FORMAT", "MANIFEST", "file_digest", "read_manifest", "safe_member", "verify_files"]
+__all__ = [
+    "DIGEST",
+    "FORMAT",
+    "MANIFEST",
+    "ROLES",
+    "file_digest",
+    "read_manifest",
+    "safe_member",
+    "safe_name",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
 MAX_MANIFEST_BYTES = 64 << 20
-_REQUIRED = ("format", "task", "prefixes", "limits", "labels", "targets", "default_target", "model", "files")
+ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step", "single_file")
+"""Entries of a target that name a file."""
+
+_LIMITS = ("max_source_tokens", "max_new_tokens", "max_label_tokens")
+_TOKEN_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 def file_digest(path: Path) -> str:
@@ -27,61 +41,75 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def safe_name(name: object) -> bool:
+    """Tell whether ``name`` is a plain relative path: no ``..``, drive, backslash or control character."""
+    if not isinstance(name, str) or not name or name != str(PurePosixPath(name)):
+        return False
+    pure = PurePosixPath(name)
+    return (
+        bool(pure.parts)  # "." has none
+        and not pure.is_absolute()
+        and not any(part in ("..", ".") for part in pure.parts)
+        and not any(character in "\\:" or ord(character) < 32 or ord(character) == 127 for character in name)
+    )
+
+
 def safe_member(root: Path, name: str) -> Path:
     """Return the path of the bundle member ``name``, refusing every name that could leave ``root``.
 
     Raises:
-        IntegrityError: the name is absolute, has ``..``, a backslash, a drive or a control character,
-            or the file is a link, a device or anything else that is no plain file.
+        IntegrityError: the name is not a plain relative path, the file is absent, or it is a symbolic
+            link, a hard link, a device or anything else that is no file of this directory alone.
     """
-    pure = PurePosixPath(name)
-    bad = (
-        not name
-        or pure.is_absolute()
-        or name != str(pure)
-        or any(part in ("..", ".") for part in pure.parts)
-        or any(character in "\\:" or ord(character) < 32 or ord(character) == 127 for character in name)
-    )
-    if bad:
+    if not safe_name(name):
         raise IntegrityError(
             f"The bundle {root} names the file {name!r}, which is not a plain path inside it. "
             "Do not use this bundle; export it again from the student."
         )
-    path = root
-    for part in pure.parts:
+    parts = PurePosixPath(name).parts
+    path, status = root, os.stat(root)
+    for depth, part in enumerate(parts, start=1):
         path = path / part
         try:
-            mode = os.lstat(path).st_mode
+            status = os.lstat(path)
         except FileNotFoundError as error:
             raise IntegrityError(
                 f"The bundle {root} lacks {name!r}, which its manifest lists. Copy the whole directory again."
             ) from error
         except (OSError, ValueError) as error:
             raise IntegrityError(f"The bundle member {name!r} of {root} cannot be read: {error}.") from error
-        if not (stat.S_ISDIR(mode) if part != pure.parts[-1] or path != root / name else stat.S_ISREG(mode)):
+        if not (stat.S_ISREG(status.st_mode) if depth == len(parts) else stat.S_ISDIR(status.st_mode)):
             raise IntegrityError(
-                f"The bundle {root} holds {name!r} as a link or special file; only plain files are allowed."
+                f"The bundle {root} holds {name!r} as a link or special file; only plain files are allowed. "
+                "Copy the bundle with its links resolved (cp -rL)."
             )
+    if status.st_nlink > 1:
+        # Whoever holds the other name can change the file after its digest was checked.
+        raise IntegrityError(
+            f"The bundle {root} holds {name!r} as a hard link: the file has {status.st_nlink} names, and a change "
+            "through another one would go unseen. Copy the bundle (cp -r) and use the copy."
+        )
     return path
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """Read and check ``manifest.json`` against its digest file.
+    """Read ``manifest.json``, check it against its digest file and check its shape.
 
     Raises:
-        IntegrityError: the manifest is absent, damaged or of a later format.
+        IntegrityError: the manifest is absent, damaged, of a later format or not shaped like one.
     """
     if not root.is_dir():
         raise IntegrityError(
             f"{root} is no bundle: there is no such directory. Make one with sbs-edge export."
         )
-    if not (root / MANIFEST).exists():
+    if not os.path.lexists(root / MANIFEST):
         raise IntegrityError(f"{root} is no bundle: it has no {MANIFEST}. Make one with sbs-edge export.")
     path, digest = safe_member(root, MANIFEST), safe_member(root, DIGEST)
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest.")
     content = path.read_bytes()
-    if digest.read_bytes() != hashlib.sha256(content).hexdigest().encode() + b"\n":
+    wanted = hashlib.sha256(content).hexdigest().encode() + b"\n"
+    if digest.stat().st_size != len(wanted) or digest.read_bytes() != wanted:
         raise IntegrityError(
             f"{path} does not have the digest in {DIGEST}: one of them was changed. Copy the bundle again."
         )
@@ -89,42 +117,82 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(manifest, dict) or any(key not in manifest for key in _REQUIRED):
-        missing = [key for key in _REQUIRED if not isinstance(manifest, dict) or key not in manifest]
-        raise IntegrityError(f"{path} lacks the field(s) {', '.join(missing)}; export the bundle again.")
-    if not isinstance(manifest["format"], int) or manifest["format"] > FORMAT:
-        raise IntegrityError(
-            f"{path} has bundle format {manifest['format']}, and this version reads up to {FORMAT}. "
-            "Upgrade sbs-edge."
-        )
-    return manifest
+    problem = _format_problem(manifest) or _shape_problem(manifest)
+    if problem:
+        raise IntegrityError(f"{path} {problem}")
+    return dict(manifest)
 
 
-def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that the directory holds exactly the listed files with the listed digests.
+def _format_problem(manifest: Any) -> str | None:
+    if not isinstance(manifest, dict) or not _whole(manifest.get("format")):
+        return "has no bundle format; export the bundle again."
+    if manifest["format"] > FORMAT:
+        return f"has bundle format {manifest['format']}, and this version reads up to {FORMAT}. Upgrade sbs-edge."
+    return None
 
-    Raises:
-        IntegrityError: a file is missing, extra, changed, or names clash on systems that fold case.
-    """
-    folded: dict[str, str] = {}
-    for name, entry in files.items():
-        if folded.setdefault(name.casefold(), name) != name:
-            raise IntegrityError(f"The bundle {root} lists {name!r} twice, in different case.")
-        path = safe_member(root, name)
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise IntegrityError(
-                f"{path} has {size} bytes where the manifest says {entry['bytes']}. Copy the bundle again."
-            )
-        if file_digest(path) != entry["sha256"]:
-            raise IntegrityError(f"{path} does not have the digest in the manifest. Copy the bundle again.")
-    for folder, subfolders, names in os.walk(root, followlinks=False):
-        for name in [*subfolders, *names]:
-            path = Path(folder) / name
-            relative = path.relative_to(root).as_posix()
-            if path.is_symlink():
-                raise IntegrityError(f"The bundle {root} holds the link {relative!r}; links are not allowed.")
-            if name in names and relative not in files and relative not in (MANIFEST, DIGEST):
-                raise IntegrityError(
-                    f"The bundle {root} holds {relative!r}, which its manifest does not list. Remove it."
-                )
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _mapping(value: object, keys: tuple[str, ...], good: Any) -> bool:
+    return isinstance(value, dict) and all(key in value and good(value[key]) for key in keys)
+
+
+def _strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _shape_problem(manifest: dict[str, Any]) -> str | None:
+    """Return what is wrong with the fields the runtime uses, or None."""
+    labels, targets, files = manifest.get("labels"), manifest.get("targets"), manifest.get("files")
+    listed = files if isinstance(files, dict) else {}
+    calibration = manifest.get("calibration") or {}
+    checks = {
+        "task": isinstance(manifest.get("task"), dict),
+        "prefixes": _mapping(manifest.get("prefixes"), ("label", "rationale"), lambda v: isinstance(v, str)),
+        "limits": _mapping(manifest.get("limits"), _LIMITS, _whole),
+        "model": _mapping(manifest.get("model"), _TOKEN_IDS, _whole),
+        "labels": isinstance(labels, dict)
+        and _strings(labels.get("labels"))
+        and labels.get("method") in ("first-token", "trie", "decode", "choices"),
+        "calibration": isinstance(calibration, dict)
+        and _number(calibration.get("temperature"))
+        and _number(calibration.get("abstain_below")),
+        "targets": isinstance(targets, dict)
+        and bool(targets)
+        and all(
+            isinstance(entry, dict)
+            and _strings(entry.get("providers"))
+            and all(isinstance(entry[role], str) and entry[role] in listed for role in ROLES if role in entry)
+            for entry in targets.values()
+        ),
+        "default_target": isinstance(targets, dict)
+        and isinstance(manifest.get("default_target"), str)
+        and manifest["default_target"] in targets,
+        "files": isinstance(files, dict)
+        and "tokenizer.json" in files
+        and all(
+            isinstance(entry, dict) and _whole(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+            for entry in files.values()
+        ),
+    }
+    wrong = [name for name, fine in checks.items() if not fine]
+    if wrong:
+        return f"lacks the field(s) {', '.join(wrong)} or has them in a wrong shape; export the bundle again."
+    return _clash(listed)
+
+
+def _clash(files: Mapping[str, Any]) -> str | None:
+    """Return the complaint about two names that are one on systems which fold case or accents."""
+    seen: dict[str, str] = {}
+    for name in files:
+        for path in (PurePosixPath(name), *PurePosixPath(name).parents):
+            key = unicodedata.normalize("NFC", str(path)).casefold()
+            if seen.setdefault(key, str(path)) != str(path):
+                return f"lists {str(path)!r} twice, in different case; do not use this bundle."
+    return None
