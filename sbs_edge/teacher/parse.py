@@ -75,7 +75,7 @@ def parse_answer(
         other and label and same_answer(label, other, task.compare) for other in labels[1:]
     ):
         return Parsed(rationale=rationale, reason="marker-repeated")
-    if finish_reason == "length" and not was_cut and not re.search(r"[.!\n)]", pieces[-1]):
+    if finish_reason == "length" and not was_cut and not re.search(r"[.!](?:\s|$)|\n|\)\s*$", pieces[-1]):
         return Parsed(rationale=rationale, reason="cut-off")
     if label is None:
         return Parsed(rationale=rationale, reason="label-unreadable")
@@ -96,9 +96,13 @@ def _read_label(task: TaskFile, piece: str, choices: Sequence[str] | None) -> st
 
 
 def _canonical(text: str, known: Sequence[str]) -> str:
-    """Return the member of ``known`` that ``text`` spells, or ``text``."""
-    plain = normalise(text).casefold()
-    return next((item for item in known if normalise(item).casefold() == plain), text)
+    """Return the member of ``known`` that ``text``, or else its first sentence, spells; or ``text``."""
+    for candidate in (text, re.split(r"[.!;,]\s", text)[0]):
+        plain = normalise(candidate).rstrip(".! ")
+        for item in known:
+            if normalise(item).rstrip(".! ") == plain:
+                return item
+    return text
 
 
 def _read_choice(line: str, choices: Sequence[str]) -> str | None:
