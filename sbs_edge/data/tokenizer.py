@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sbs_edge.errors import DataError
 
@@ -60,18 +61,41 @@ def build_tokenizer(
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]
         )
+        # Spaces become marks before digits are cut apart, so that decoding puts "10" together again.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace()]
+            [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)]
         )
         tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.UnigramTrainer(
             vocab_size=vocab_size, special_tokens=[*SPECIAL, *marks], unk_token="<unk>", show_progress=False
         )
     tokenizer.train_from_iterator(texts, trainer)
+    if kind == "unigram":
+        tokenizer.model = _in_fixed_order(tokenizer, len(SPECIAL) + len(marks))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", EOS_ID)]
     )
     return tokenizer
+
+
+def _in_fixed_order(tokenizer: Tokenizer, n_special: int) -> Any:
+    """Return the learnt Unigram model with its pieces in an order that does not change from run to run.
+
+    The trainer appends the characters that no learnt piece covers in the order of a hash table, each
+    0.0001 below the last, and its sums differ in the last bits. Those characters get one score, the
+    others are rounded to six decimals, and pieces of equal score stand in order of their text.
+    """
+    from tokenizers import models
+
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    special, learnt = pieces[:n_special], pieces[n_special:]
+    lowest = min((score for _, score in learnt), default=0.0)
+    band = lowest + 0.0001 * sum(len(piece) == 1 for piece, _ in learnt) + 1e-6
+    scored = [
+        (piece, round(lowest if len(piece) == 1 and score < band else score, 6)) for piece, score in learnt
+    ]
+    ordered = sorted(scored, key=lambda item: (-item[1], item[0]))
+    return models.Unigram([*map(tuple, special), *ordered], UNK_ID, False)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
