@@ -219,6 +219,7 @@ async def _load(service: Service) -> None:
     try:
         await service.registry.refresh(first=True)
         service.started = True
+        logger.info("ready", models=sorted(service.registry.by_name))
     except Exception as error:
         service.failure = error
         logger.error("startup_failed", error=str(error))

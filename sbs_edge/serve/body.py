@@ -17,6 +17,9 @@ __all__ = ["deadline_s", "parse_json", "read_body"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+# Shorter deadlines than this are below the time of a request and would only ever time out.
+_SHORTEST_S = 0.01
+
 # zlib's window argument: gzip framing, zlib framing, and raw deflate, which some clients send for
 # "deflate" although RFC 9110 means the zlib format.
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
@@ -120,7 +123,7 @@ def deadline_s(headers: Mapping[str, str], default_s: float) -> float:
             value = float(text) * scale
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value <= 0:
-            raise errors.bad_request(f"The header {name} must be a positive number.")
+        if not math.isfinite(value) or value < _SHORTEST_S:
+            raise errors.bad_request(f"The header {name} must be a number, {_SHORTEST_S / scale:g} at least.")
         return min(value, 10 * default_s)
     return default_s

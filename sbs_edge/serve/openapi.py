@@ -139,7 +139,7 @@ def openapi_document(settings: ServeSettings) -> dict[str, Any]:
         "name": "X-Request-Timeout-Ms",
         "in": "header",
         "description": "Give up (504) after this many milliseconds.",
-        "schema": {"type": "integer", "minimum": 1},
+        "schema": {"type": "integer", "minimum": 10},
     }
     all_refusals = _refusals(*_REFUSALS)
     paths: dict[str, Any] = {
