@@ -1,4 +1,6 @@
-"""A small engine with the runtime's interface, whose answers can be computed by hand.
+"""Real bundles, a server in its own process, and an engine made by hand.
+
+A small engine with the runtime's interface, whose answers can be computed by hand.
 
 It exists for what a real bundle cannot do on command: be slow, fail, be watched. Every test of
 answers over the network uses a real bundle (``test_serve_bundle.py``).
@@ -9,13 +11,18 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import structlog
@@ -140,3 +147,138 @@ def hand() -> SimpleNamespace:
 @pytest.fixture
 def hand_bundle(tmp_path: Path) -> Path:
     return write_hand_bundle(tmp_path / "hand")
+
+
+def _student(folder: Path, kind: str) -> Path:
+    """Write an untrained T5 of 80k parameters as a student directory; serving does not mind."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from sbs_edge.data.builtin import builtin_splits
+    from sbs_edge.data.jsonl import write_examples
+    from sbs_edge.data.tokenizer import build_tokenizer
+    from sbs_edge.student.student_dir import StudentDir
+
+    folder.mkdir()
+    splits = builtin_splits("ci")
+    prefixes = {"label": "[label] ", "rationale": "[rationale] "}
+    texts = [text for e in splits.train for text in (e.input, e.label, e.rationale) if text]
+    tokenizer = build_tokenizer(texts, list(prefixes.values()))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=(tokenizer.get_vocab_size() + 7) // 8 * 8, d_model=64, d_kv=16, d_ff=128, num_layers=2,
+        num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    task = splits.task if kind == "closed" else replace(splits.task, label_kind=kind, labels=())
+    rows = [
+        e if kind == "closed" else replace(e, choices=tuple(splits.task.labels))
+        for e in splits.validation[:48]
+    ]
+    card = {
+        "format": 1, "task": StudentDir.task_card(task), "prefixes": prefixes, "mode": "stepwise",
+        "rationale_weight": 1.0, "max_source_tokens": 128, "max_target_tokens": 32, "max_label_tokens": 4,
+        "seed": 0, "versions": {}, "training": {},
+    }  # fmt: skip
+    (folder / "sbs_edge.json").write_text(json.dumps(card))
+    write_examples(folder / "validation.jsonl", rows)
+    write_examples(folder / "calibration.jsonl", splits.train[:64])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory) -> dict[str, Path]:
+    """Real bundles: one of a closed label set, one whose requests bring their choices."""
+    pytest.importorskip("torch")
+    from sbs_edge.export.api import export
+
+    root = tmp_path_factory.mktemp("bundles")
+    for kind in ("closed", "choices"):
+        export(_student(root / f"student-{kind}", kind), root / kind, targets=("cpu-int8",), max_drop=100)
+    return {kind: root / kind for kind in ("closed", "choices")}
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Inputs of the built-in task, of different length."""
+    from sbs_edge.data.builtin import builtin_splits
+
+    rows = [e.input for e in builtin_splits("ci").test[:64]]
+    return [text if i % 3 else text.split(" . ")[0] for i, text in enumerate(rows)]
+
+
+class ServerProcess:
+    """``sbs-edge serve`` as a user starts it, its port and its log."""
+
+    def __init__(self, *arguments: object, ready: bool = True, **env: str) -> None:
+        handle, name = tempfile.mkstemp(suffix=".log")
+        self._log = Path(name)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sbs_edge.cli", "serve", *map(str, arguments), "--port", "0"],
+            stderr=handle,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **env},
+        )
+        os.close(handle)
+        self.url = ""
+        if ready:
+            self.await_event("version_ready", "listening")
+
+    def log(self) -> list[dict]:
+        lines = self._log.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
+
+    def await_event(self, *events: str, timeout_s: float = 60) -> None:
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            lines = self.log()
+            for line in lines:
+                if line["event"] == "listening":
+                    scheme = "https" if line["tls"] else "http"
+                    self.url = f"{scheme}://127.0.0.1:{line['port']}"
+            if set(events) <= {line["event"] for line in lines}:
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(
+            f"the server did not say {events}; exit {self.process.poll()}: {self.log()[-5:]}"
+        )
+
+    def stop(self, timeout_s: float = 20) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self._log.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def serve_process():
+    """Start servers; every one is stopped at the end of the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: object, **options: Any) -> ServerProcess:
+        started.append(ServerProcess(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(bundles) -> Iterator[ServerProcess]:
+    """One server with both bundles, shared by the tests that change nothing."""
+    process = ServerProcess(f"desk={bundles['closed']}", f"choose={bundles['choices']}", ready=False)
+    try:
+        process.await_event("ready")
+        yield process
+    finally:
+        process.stop()
