@@ -13,6 +13,7 @@ from typing import Any
 from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.runtime.integrity import verify_files
 from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, read_manifest, safe_member
+from sbs_edge.runtime.prepacked import MIN_BYTES
 
 __all__ = ["Bundle", "seal"]
 
@@ -51,6 +52,17 @@ class Bundle:
         if name not in self.manifest["files"]:
             raise IntegrityError(f"The bundle {self.root} uses {name!r}, which its manifest does not list.")
         return safe_member(self.root, name)
+
+    def weight_digests(self, graph: str) -> list[str] | None:
+        """Return the digests of ``graph`` and of the constants beside it; None: too few to pre-pack."""
+        listed = self.manifest["files"]
+        folder = graph.rpartition("/")[0] + "/"
+        beside = (
+            [n for n in listed if n.startswith(folder) and not n.endswith(".onnx")] if folder != "/" else []
+        )
+        if sum(listed[name]["bytes"] for name in (graph, *beside)) < MIN_BYTES:
+            return None
+        return [listed[name]["sha256"] for name in (graph, *sorted(beside))]
 
     def target(self, name: str | None) -> tuple[str, Mapping[str, Any]]:
         """Return (name, entry) of a target; None: the default one.

@@ -1,4 +1,4 @@
-"""onnxruntime sessions: options in one place, and refusals that say what to do."""
+"""onnxruntime sessions: options in one place, pre-packed weights, and refusals that say what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sbs_edge.errors import IntegrityError, MissingExtra, UsageError
+from sbs_edge.runtime.prepacked import load_prepacked
 
 __all__ = ["Session", "default_threads"]
 
@@ -22,8 +23,16 @@ def default_threads() -> int:
 class Session:
     """One graph, ready to run; safe to share between threads."""
 
-    def __init__(self, path: Path, providers: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, path: Path, providers: Sequence[str], threads: int, digests: Sequence[str] | None = None
+    ) -> None:
         """Load ``path``.
+
+        Args:
+            path: the graph.
+            providers: wanted, the first that is installed is used.
+            threads: threads a call may use.
+            digests: SHA-256 of the graph's files, to use this machine's pre-packed weights; None: do not.
 
         Raises:
             MissingExtra: onnxruntime is not installed.
@@ -41,14 +50,26 @@ class Session:
                 f"This target needs {' or '.join(providers)}, and the installed onnxruntime offers only "
                 f"{', '.join(available)}. Use a cpu target, or install 'sbs-edge[gpu]'."
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=usable)
-        except Exception as error:  # onnxruntime has no common base class for its load errors
-            raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
+
+        def options() -> Any:
+            found = onnxruntime.SessionOptions()
+            found.intra_op_num_threads = threads
+            found.inter_op_num_threads = 1
+            found.log_severity_level = 4 if digests else 3  # a cache that cannot be written is no error
+            return found
+
+        def create(graph: Path, chosen: Any) -> Any:
+            return onnxruntime.InferenceSession(str(graph), chosen, providers=usable)
+
+        session = None
+        if digests and usable == ["CPUExecutionProvider"]:
+            session = load_prepacked(path, digests, options, create)
+        if session is None:
+            try:
+                session = create(path, options())
+            except Exception as error:  # onnxruntime has no common base class for its load errors
+                raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
+        self._session = session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """Run the graph; returns its outputs in order."""

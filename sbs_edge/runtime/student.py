@@ -34,6 +34,7 @@ class Student:
         threads: int | None = None,
         max_batch_tokens: int = 512,
         truncate: bool = False,
+        prepacked_cache: bool = False,
     ) -> None:
         """Load the graphs of one target; use :meth:`load` unless the bundle is already open."""
         from tokenizers import Tokenizer
@@ -42,6 +43,10 @@ class Student:
         self.manifest: Mapping[str, Any] = bundle.manifest
         self.target, self._entry = bundle.target(target)
         self.threads = threads or default_threads()
+        if max_batch_tokens < 1 or (threads is not None and threads < 1):
+            raise UsageError(
+                f"max_batch_tokens ({max_batch_tokens}) and threads ({threads}) must be at least 1."
+            )
         self.max_batch_tokens = max_batch_tokens
         self.truncate = truncate
         self.limits: Mapping[str, int] = self.manifest["limits"]
@@ -59,9 +64,14 @@ class Student:
         self._temperature = float(calibration.get("temperature") or 1.0)
         self.abstain_below = float(calibration.get("abstain_below") or 0.0)
         self._sessions = {
-            role: Session(bundle.member(self._entry[role]), self._entry["providers"], self.threads)
-            for role in ("label_scorer", "choice_scorer", "explainer")
-            if role in self._entry
+            role: Session(
+                bundle.member(name),
+                self._entry["providers"],
+                self.threads,
+                bundle.weight_digests(name) if prepacked_cache else None,
+            )
+            for role, name in self._entry.items()
+            if role in ("label_scorer", "choice_scorer", "explainer") or role.startswith("explainer_beam")
         }
 
     @classmethod
@@ -74,6 +84,7 @@ class Student:
         verify: bool = True,
         max_batch_tokens: int = 512,
         truncate: bool = False,
+        prepacked_cache: bool = True,
     ) -> Student:
         """Open a bundle, check it and load one target's graphs.
 
@@ -84,13 +95,18 @@ class Student:
             verify: check every file's digest first.
             max_batch_tokens: most padded tokens a call of the runtime carries.
             truncate: cut inputs over the limit (and say so in the answer) instead of refusing them.
+            prepacked_cache: keep this machine's arrangement of larger weights in the user's cache
+                directory and map it from there: quicker starts, memory shared between processes.
 
         Raises:
             IntegrityError: the bundle is damaged.
             UsageError: the target is absent or cannot run here.
         """
         bundle = Bundle.open(path, verify=verify)
-        return cls(bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate)
+        return cls(
+            bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate,
+            prepacked_cache=prepacked_cache,
+        )  # fmt: skip
 
     # -- labels ---------------------------------------------------------------------------------------
 
@@ -184,17 +200,26 @@ class Student:
                 raise UsageError(
                     f"The labels of text {row} must be a non-empty list of strings, not {names!r}."
                 )
+            if len(set(names)) != len(names):
+                raise UsageError(f"The labels of text {row} hold one label twice: {list(names)!r}.")
             found.append(tuple(names))
         return found
 
     def _score_choices(
         self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
     ) -> list[tuple[Sequence[str], np.ndarray]]:
+        if "choice_scorer" not in self._sessions and self.labels:
+            return self._score_subset(rows, choices)
         session = self._session("choice_scorer", "labels given with the request")
         tries: dict[tuple[str, ...], Trie] = {}
         for names in choices:
             if names not in tries:
-                tries[names] = build_trie([self._label_tokens(name) for name in names], self._start)
+                tokens = [tuple(self._label_tokens(name)) for name in names]
+                if len(set(tokens)) != len(tokens):
+                    raise UsageError(
+                        f"Two of the labels {list(names)!r} have the same tokens, so no student can tell them apart."
+                    )
+                tries[names] = build_trie(tokens, self._start)
         out: list[Any] = [None] * len(rows)
         for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
@@ -203,6 +228,23 @@ class Student:
             for position, i in enumerate(batch):
                 out[i] = (choices[i], scores[position, : len(choices[i])])
         return out
+
+    def _score_subset(
+        self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
+    ) -> list[tuple[Sequence[str], np.ndarray]]:
+        """Choose among some of the closed set's own labels."""
+        place = {name: index for index, name in enumerate(self.labels)}
+        unknown = sorted({name for names in choices for name in names} - set(place))
+        if unknown:
+            raise UsageError(
+                f"This bundle knows the labels {', '.join(self.labels)}, not {unknown[0]!r}. Ask about some of "
+                "these, or export a student whose rows bring their own choices."
+            )
+        scored = self._score_closed(rows)
+        return [
+            (names, scores[[place[name] for name in names]])
+            for names, (_, scores) in zip(choices, scored, strict=True)
+        ]
 
     def _label_tokens(self, label: str) -> list[int]:
         tokens: list[int] = self._tokenizer.encode(label).ids
@@ -232,13 +274,19 @@ class Student:
     # -- rationales -----------------------------------------------------------------------------------
 
     def explain(
-        self, texts: Sequence[str], max_new_tokens: int | None = None, *, truncate: bool | None = None
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        *,
+        truncate: bool | None = None,
     ) -> list[Explanation]:
-        """Write a rationale for every text, greedily.
+        """Write a rationale for every text.
 
         Args:
             texts: inputs without prefix.
             max_new_tokens: at most this many tokens; None: the bundle's limit.
+            num_beams: 1 decodes greedily; more needs a bundle exported with that width.
             truncate: overrides the student's setting.
         """
         if isinstance(texts, str):
@@ -249,13 +297,19 @@ class Student:
                 f"max_new_tokens must be between 1 and {self.limits['max_new_tokens']}, not {limit}."
             )
         rows, cut = self._encode(texts, self.manifest["prefixes"]["rationale"], truncate)
+        decoded = self._decode(rows, limit, num_beams)
         return [
             Explanation(self._text(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row))
-            for (tokens, _), was_cut, row in zip(self._decode(rows, limit), cut, rows, strict=True)
+            for (tokens, _), was_cut, row in zip(decoded, cut, rows, strict=True)
         ]
 
-    def _decode(self, rows: Sequence[Sequence[int]], limit: int) -> list[tuple[list[int], float]]:
-        session = self._session("explainer", "rationales and open labels")
+    def _decode(
+        self, rows: Sequence[Sequence[int]], limit: int, num_beams: int = 1
+    ) -> list[tuple[list[int], float]]:
+        if num_beams == 1:
+            session = self._session("explainer", "rationales and open labels")
+        else:
+            session = self._session(f"explainer_beam{num_beams}", f"a beam of width {num_beams}")
         out: list[Any] = [None] * len(rows)
         for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)

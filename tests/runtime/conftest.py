@@ -15,7 +15,27 @@ import pytest
 LABELS = ("stay", "go", "wait")
 COLLIDING = ("red one", "red two", "blue")
 PREFIXES = {"label": "[label] ", "rationale": "[rationale] "}
-WORDS = "the pump valve hot cold room fan filter ice door belt motor noise leak pipe north south day night".split()
+WORDS = [
+    "the",
+    "pump",
+    "valve",
+    "hot",
+    "cold",
+    "room",
+    "fan",
+    "filter",
+    "ice",
+    "door",
+    "belt",
+    "motor",
+    "noise",
+    "leak",
+    "pipe",
+    "north",
+    "south",
+    "day",
+    "night",
+]
 MAX_SOURCE = 40
 
 
@@ -70,7 +90,7 @@ def make_tiny(seed: int = 0, **shape: Any) -> TinyStudent:
         **{
             "vocab_size": tokenizer.get_vocab_size(), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4,
             "num_layers": 2, "num_decoder_layers": 2, "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 32, "dropout_rate": 0.0, "initializer_factor": 3.0,
+            "relative_attention_max_distance": 32, "dropout_rate": 0.0, "initializer_factor": 1.5,
             "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, **shape,
         }
     )  # fmt: skip

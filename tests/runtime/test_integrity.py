@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -102,8 +103,8 @@ def test_an_extra_file_is_refused(own_bundle: Path, name: str) -> None:
 
 TRAVERSAL = [
     "/etc/passwd", "../outside.bin", "cpu-fp32/../../outside.bin", "..", ".", "./tokenizer.json", "cpu-fp32//weights.bin",
-    "a/./b", "a\\b", "..\\outside.bin", "C:\\x", "C:x", "\\\\host\\share", "nul\0byte", "line\nbreak", "tab\t", "", "/", "//x",
-    "a/..", "del\x7f", "cpu-fp32/", " /../x", "~/../x/..", "%2e%2e/../x", "\ud800",
+    "a/./b", "a\\b", "..\\outside.bin", "C:\\x", "C:x", "\\\\host\\share", "nul\0byte", "line\nbreak", "tab\t", "",
+    "/", "//x", "a/..", "del\x7f", "cpu-fp32/", " /../x", "~/../x/..", "%2e%2e/../x", "\ud800",
 ]  # fmt: skip
 
 
@@ -220,10 +221,8 @@ def test_locations_agree_with_onnx_itself(tiny_bundle: Path) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_graph_or_refused(content: bytes) -> None:
-    try:
+    with contextlib.suppress(IntegrityError):
         external_locations(content, "graph")
-    except IntegrityError:
-        pass
 
 
 JSON_VALUES = st.recursive(

@@ -1,0 +1,153 @@
+"""Weights in the order this machine's kernels read them, kept once a machine and mapped into memory.
+
+onnxruntime rearranges ("pre-packs") constant weights when it loads a graph, into memory of each process.
+Saved once, the rearranged file is mapped instead: loading is quicker, and processes share the pages.
+The file depends on the processor and on onnxruntime's version, so it lives in the user's cache directory,
+never in a bundle, and may be deleted at any time.
+
+The directory belongs to the user alone (mode 0700), as a compiler's cache does; an entry that is
+incomplete or that the runtime refuses is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sbs_edge import files
+
+__all__ = ["MIN_BYTES", "cache_directory", "load_prepacked", "prepacked_key"]
+
+MIN_BYTES = 4 << 20  # below, packing takes a few milliseconds and no page is worth sharing
+KEEP = 32  # entries; the least recently used are removed
+
+_LOG = logging.getLogger("sbs_edge.runtime")
+_GRAPH, _WEIGHTS, _SIZES = "model.onnx", "weights.bin", "sizes.json"
+
+
+def cache_directory() -> Path:
+    """Return ``$XDG_CACHE_HOME/sbs-edge/prepacked`` (``~/.cache`` where the variable is not set)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "sbs-edge" / "prepacked"
+
+
+@cache
+def _processor() -> str:
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kept = [line for line in first.splitlines() if line.startswith(("model", "flags", "Features", "CPU "))]
+    return f"{platform.machine()}\n" + "\n".join(kept)
+
+
+def prepacked_key(digests: Sequence[str]) -> str:
+    """Return the name of the entry for a graph whose files have these SHA-256 digests."""
+    import onnxruntime
+
+    parts = ["1", onnxruntime.__version__, _processor(), *digests]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
+
+
+def _private(folder: Path) -> bool:
+    """Create ``folder`` for this user alone; tell whether it is."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    owned = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return owned and not status.st_mode & 0o022
+
+
+def _complete(entry: Path) -> bool:
+    try:
+        sizes: Mapping[str, int] = json.loads((entry / _SIZES).read_text(encoding="utf-8"))
+        return set(sizes) == {_GRAPH, _WEIGHTS} and all(
+            (entry / n).stat().st_size == s for n, s in sizes.items()
+        )
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def load_prepacked(
+    graph: Path, digests: Sequence[str], options: Callable[[], Any], create: Callable[[Path, Any], Any]
+) -> Any | None:
+    """Return a session over the pre-packed form of ``graph``, or None where there can be none.
+
+    Args:
+        graph: the bundle's graph.
+        digests: SHA-256 of the graph and of the files of its constants.
+        options: makes fresh session options.
+        create: makes a session from a path and options; may raise.
+
+    The first call on a machine makes the entry while loading; a full disk or a directory that cannot be
+    written costs the saving only.
+    """
+    import onnxruntime
+
+    try:
+        root = cache_directory()
+        if not _private(root):
+            _LOG.warning("%s is writable by others; pre-packed weights are not used.", root)
+            return None
+        entry = root / prepacked_key(digests)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        _LOG.info("no pre-packed weights: %s", error)
+        return None
+    if _complete(entry):
+        plain = options()
+        plain.graph_optimization_level = (
+            onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        )  # already optimised
+        try:
+            session = create(entry / _GRAPH, plain)
+        except Exception as error:  # onnxruntime has no common base class for its load errors
+            _LOG.warning("the pre-packed weights %s are made again: %s", entry, error)
+        else:
+            with contextlib.suppress(OSError):
+                os.utime(entry)
+            return session
+    if entry.exists():
+        shutil.rmtree(entry, ignore_errors=True)
+    return _make(entry, graph, options, create)
+
+
+def _make(
+    entry: Path, graph: Path, options: Callable[[], Any], create: Callable[[Path, Any], Any]
+) -> Any | None:
+    try:
+        with files.atomic_directory(entry) as work:
+            saving = options()
+            saving.optimized_model_filepath = str(work / _GRAPH)
+            for key, value in (
+                ("session.optimized_model_external_initializers_file_name", _WEIGHTS),
+                ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+                ("session.save_external_prepacked_constant_initializers", "1"),
+            ):
+                saving.add_session_config_entry(key, value)
+            session = create(graph, saving)
+            sizes = {name: (work / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
+            (work / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+    except Exception as error:  # a full disk is reported by onnxruntime in its own way
+        _LOG.info("no pre-packed weights for %s: %s", graph, error)
+        return None
+    _forget_old(entry.parent)
+    return session
+
+
+def _forget_old(root: Path) -> None:
+    with contextlib.suppress(OSError):
+        entries = sorted(
+            (path for path in root.iterdir() if not path.name.startswith(".")),
+            key=lambda path: path.stat().st_mtime,
+        )
+        for path in entries[:-KEEP]:
+            shutil.rmtree(path, ignore_errors=True)
