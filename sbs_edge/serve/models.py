@@ -52,14 +52,15 @@ def _natural(version: str) -> tuple[Any, ...]:
 
 
 def _fingerprint(bundle: Path) -> str:
-    """Digest of the manifest and of every file's size and time: changes whenever a file does."""
+    """Digest of the manifest and of every file's size, times and inode: changes whenever a file does."""
     digest = hashlib.sha256((bundle / MANIFEST).read_bytes())
     for root, folders, names in os.walk(bundle):
         folders.sort()
         for name in sorted(names):
             path = Path(root, name)
             info = path.lstat()
-            digest.update(f"{path.relative_to(bundle)}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+            state = f"{info.st_size}\0{info.st_mtime_ns}\0{info.st_ctime_ns}\0{info.st_ino}"
+            digest.update(f"{path.relative_to(bundle)}\0{state}\n".encode())
     return digest.hexdigest()
 
 
@@ -125,6 +126,13 @@ class Model:
     def newest(self) -> ModelVersion | None:
         """The version that answers requests without one."""
         return self.versions[max(self.versions, key=_natural)] if self.versions else None
+
+    def in_service(self, version: str | None, fingerprint: str) -> ModelVersion | None:
+        """Return the loaded version made from these very files, if there is one."""
+        for loaded in self.versions.values():
+            if loaded.fingerprint == fingerprint and version in (None, loaded.card.version):
+                return loaded
+        return None
 
     def candidates(self, limit: int) -> list[tuple[str | None, Path]]:
         """Return (version or ``None`` to take the manifest's, bundle), newest first."""
@@ -219,7 +227,7 @@ class Registry:
             mark = ""
             try:
                 mark = await loop.run_in_executor(self._pool, _fingerprint, path)
-                known = next((v for v in model.versions.values() if v.fingerprint == mark), None)
+                known = model.in_service(version, mark)
                 if known is None:
                     if model.refused.get(str(path)) == mark:
                         continue

@@ -1,0 +1,221 @@
+"""A server's life in its own process: readiness, drain, signals, reload under load, overload, TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import subprocess
+import time
+
+import httpx
+import pytest
+
+from sbs_edge.runtime.student import Student
+
+
+def metric(url, line_start):
+    for row in httpx.get(f"{url}/metrics").text.splitlines():
+        if row.startswith(line_start):
+            return float(row.split()[-1])
+    return 0.0
+
+
+def client_for(url, n=300, **options):
+    limits = httpx.Limits(max_connections=n, max_keepalive_connections=n)
+    return httpx.AsyncClient(base_url=url, limits=limits, timeout=60, trust_env=False, **options)
+
+
+def test_drain_loses_none_of_200_requests(serve_process, bundles, texts):
+    server = serve_process(
+        bundles["closed"], "--max-queue-ms", 600_000, "--max-queue-texts", 100_000, "--no-access-log",
+        "--max-batch-tokens", 64,
+    )  # fmt: skip
+
+    async def go():
+        async with client_for(server.url) as client:
+            plug = [
+                asyncio.create_task(
+                    client.post("/v1/predict", json={"texts": [texts[0]] * 32, "explain": True})
+                )
+                for _ in range(40)
+            ]
+            await asyncio.sleep(0.3)
+            bodies = [{"texts": [texts[i % 64]], "explain": True} for i in range(200)]
+            mine = [asyncio.create_task(client.post("/v1/predict", json=body)) for body in bodies]
+            end = time.monotonic() + 20
+            inside = 0.0
+            while time.monotonic() < end and inside < 240:
+                inside = await asyncio.to_thread(metric, server.url, "sbs_edge_requests_in_flight")
+                inside += sum(task.done() for task in plug)
+            assert not any(task.done() for task in mine), "the plug was too short"
+            assert inside == 240  # all 200 are in flight behind what is left of the plug
+            server.process.terminate()
+            told = time.monotonic()
+            while (ready := (await client.get("/v2/health/ready")).status_code) == 200:
+                assert time.monotonic() - told < 1
+            assert ready == 503
+            assert (await client.get("/v2/health/live")).status_code == 200
+            refused = await client.post("/v1/predict", json=bodies[0])
+            assert (refused.status_code, "stopping" in refused.json()["error"]) == (503, True)
+            answers = await asyncio.gather(*mine, *plug)
+            assert [a.status_code for a in answers] == [200] * 240
+            with Student.load(bundles["closed"]) as student:
+                want = student.explain([bodies[7]["texts"][0]])[0].rationale
+            assert answers[7].json()["predictions"][0]["rationale"] == want
+
+    asyncio.run(asyncio.wait_for(go(), 90))
+    assert server.process.wait(10) == 0
+    assert {"draining", "drained"} <= {line["event"] for line in server.log()}
+
+
+def test_second_signal_exits_at_once_and_drain_timeout_cuts(serve_process, bundles, texts):
+    options = (
+        bundles["closed"],
+        "--max-queue-ms",
+        600_000,
+        "--max-queue-texts",
+        100_000,
+        "--max-batch-tokens",
+        32,
+    )
+
+    async def busy(server, stop):
+        async with client_for(server.url) as client:
+            body = {"texts": texts[:32], "explain": True}
+            tasks = [asyncio.create_task(client.post("/v1/predict", json=body)) for _ in range(100)]
+            while await asyncio.to_thread(metric, server.url, "sbs_edge_requests_in_flight") < 90:
+                pass
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+            assert server.process.poll() is None
+            code = await asyncio.to_thread(stop)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return code
+
+    server = serve_process(*options)
+    started = time.monotonic()
+
+    def again():
+        nonlocal started
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        return server.process.wait(5)
+
+    assert asyncio.run(busy(server, again)) == 130
+    assert time.monotonic() - started < 2
+    cut = serve_process(*options, "--drain-timeout", "0.5")
+    assert asyncio.run(busy(cut, lambda: cut.process.wait(10))) == 1
+
+
+def test_hot_reload_under_load_loses_nothing_and_a_bad_version_stays_out(
+    serve_process, bundles, texts, tmp_path
+):
+    models = tmp_path / "models"
+    shutil.copytree(bundles["closed"], models / "1")
+    server = serve_process(f"desk={models}", "--watch", "0.2", "--no-access-log", "--max-queue-ms", "60000")
+
+    def publish(version, damage=False):
+        work = models / f".{version}"
+        shutil.copytree(bundles["closed"], work)
+        if damage:
+            with (work / "cpu-int8" / "weights.bin").open("r+b") as handle:
+                handle.seek(1000)
+                byte = handle.read(1)
+                handle.seek(1000)
+                handle.write(bytes([byte[0] ^ 255]))
+        work.rename(models / version)
+
+    async def go():
+        seen: dict[str, int] = {}
+        codes: set[int] = set()
+        stop = asyncio.Event()
+
+        async def load(client, i):
+            while not stop.is_set():
+                answer = await client.post("/v1/predict", json={"texts": [texts[i]]})
+                codes.add(answer.status_code)
+                version = answer.json().get("version")
+                seen[version] = seen.get(version, 0) + 1
+
+        async with client_for(server.url) as client:
+            clients = [asyncio.create_task(load(client, i)) for i in range(6)]
+            await asyncio.sleep(0.3)
+            for version, damage in (("2", False), ("3", True), ("4", False)):
+                publish(version, damage)
+                end = time.monotonic() + 15
+                while time.monotonic() < end:
+                    events = [
+                        line for line in server.log() if line["event"] in ("version_ready", "version_refused")
+                    ]
+                    if any(
+                        str(e.get("version")) == version or str(e.get("bundle", "")).endswith(version)
+                        for e in events
+                    ):
+                        break
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(0.3)
+            stop.set()
+            await asyncio.gather(*clients)
+            assert (await client.get("/v2/models/desk")).json()["versions"] == ["2", "4"]
+            assert (await client.get("/v2/models/desk/versions/3")).status_code == 404
+        assert codes == {200}
+        assert set(seen) == {"1", "2", "4"}
+
+    asyncio.run(asyncio.wait_for(go(), 90))
+    assert any(line["event"] == "version_refused" for line in server.log())
+    server.process.send_signal(signal.SIGHUP)
+    server.await_event("reload_requested")
+    assert server.stop() == 0
+
+
+def test_overload_answers_200_or_429_and_comes_back(serve_process, bundles, texts):
+    """Open loop: requests are sent at their time, whether or not earlier ones were answered."""
+    server = serve_process(
+        bundles["closed"], "--max-queue-ms", "100", "--max-concurrent", "64", "--no-access-log"
+    )
+
+    async def go():
+        codes: list[int] = []
+        async with client_for(server.url) as client:
+
+            async def one(i):
+                answer = await client.post("/v1/predict", json={"texts": texts[:16], "explain": i % 4 == 0})
+                codes.append(answer.status_code)
+                assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
+
+            tasks = []
+            for i in range(300):
+                tasks.append(asyncio.create_task(one(i)))
+                await asyncio.sleep(0.005)
+            await asyncio.gather(*tasks)
+            assert set(codes) == {200, 429}
+            await asyncio.sleep(0.3)
+            assert (await client.post("/v1/predict", json={"texts": texts[:4]})).status_code == 200
+        assert metric(server.url, "sbs_edge_requests_in_flight") == 0
+
+    asyncio.run(asyncio.wait_for(go(), 90))
+
+
+def test_tls_and_token(serve_process, bundles, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on this machine to make a certificate")
+    cert, key, token = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "token"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "1",
+            "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    token.write_text("s3cret\n")
+    server = serve_process(bundles["closed"], "--tls-cert", cert, "--tls-key", key, "--token-file", token)
+    import ssl
+
+    context = ssl.create_default_context(cafile=str(cert))
+    with httpx.Client(base_url=server.url, verify=context, trust_env=False) as client:
+        assert client.get("/v2/health/ready").status_code == 200
+        body = {"texts": ["the vent blows cold air"]}
+        assert client.post("/v1/predict", json=body).status_code == 401
+        headers = {"Authorization": "Bearer s3cret"}
+        assert client.post("/v1/predict", json=body, headers=headers).status_code == 200
