@@ -1,0 +1,139 @@
+"""``annotate --engine ray``: one teacher client an actor, one journal a unit.
+
+A unit's journal lies beside its shard, so that a unit whose actor died asks only what it had not
+asked before. Limits on cost and tokens are divided among the units by their share of the input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sbs_edge.data.jsonl import example_to_json
+from sbs_edge.scale.run import run_units
+from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
+
+if TYPE_CHECKING:
+    from sbs_edge.data.example import Example
+    from sbs_edge.teacher.annotate import Settings
+    from sbs_edge.teacher.task import TaskFile
+
+__all__ = ["AnnotateWorker", "annotate_with_ray"]
+
+
+def _example(place: str, row: Any, columns: list[str]) -> Example | str:
+    from sbs_edge.data.readers import ColumnMap, RejectedRow, examples_of
+    from sbs_edge.data.rows import RawRow
+
+    if isinstance(row, str):
+        return row
+    raw = RawRow(0, row, "")
+    item = next(iter(examples_of([raw], place, ColumnMap.parse(columns), place)))
+    if isinstance(item, RejectedRow):
+        return str(item.reason)
+    return item if "id" in row else dataclasses.replace(item, id=place)
+
+
+class AnnotateWorker:
+    """An actor: asks for one unit's rows, then writes its shard."""
+
+    def __init__(
+        self,
+        out: str,
+        form: str,
+        task: dict[str, Any],
+        settings: Settings,
+        connection: dict[str, Any],
+        columns: list[str],
+    ) -> None:
+        from sbs_edge.teacher.task import parse_task
+
+        self._task = parse_task(task, "the task")
+        self._settings, self._connection, self._columns = settings, connection, columns
+        self._out, self._form = out, form
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Work on one unit (a batch of one row) and return its figures as JSON."""
+        from sbs_edge.teacher.annotate import annotate
+        from sbs_edge.teacher.connect import connect
+
+        unit = unit_of(batch)
+        started = time.perf_counter()
+        settings = self._share(unit.share)
+        read = [(place, _example(place, row, self._columns)) for place, row in read_unit(unit)]
+        rows = [item for _, item in read if not isinstance(item, str)]
+        name = shard_name(unit, self._form)
+        journal = Path(self._out) / "journal" / f"{Path(name).stem}.jsonl"
+        # A file of its own per unit and client: the actor that died has released its lock.
+        teacher = connect(settings, **self._connection)
+        annotation = annotate(rows, self._task, teacher, journal, settings)
+        results = iter(annotation.results)
+        lines: list[dict[str, Any]] = []
+        for place, item in read:
+            if isinstance(item, str):
+                lines.append({"id": place, "input": None, "error": item})
+                continue
+            result = next(results)
+            lines.append(
+                {**example_to_json(result.example), **({"error": result.reason} if result.reason else {})}
+            )
+        unanswered = sum(annotation.stats.unanswered.values())
+        if unanswered == 0 and annotation.stats.stopped is None:
+            write_shard(self._out, name, lines)  # otherwise the next run goes on with this unit
+        figures = {
+            "unit": unit.index,
+            "rows": len(lines),
+            "errors": sum("error" in line for line in lines),
+            "annotated": sum("error" not in line for line in lines),
+            "cost": sum(record.cost for record in annotation.records),
+            "seconds": time.perf_counter() - started,
+        }
+        return {"figures": [json.dumps(figures)]}
+
+    def _share(self, share: float) -> Settings:
+        settings = self._settings
+        return dataclasses.replace(
+            settings,
+            max_cost=None if settings.max_cost is None else settings.max_cost * share,
+            max_total_tokens=None
+            if settings.max_total_tokens is None
+            else int(settings.max_total_tokens * share),
+        )
+
+
+def annotate_with_ray(
+    pattern: str,
+    out: str | Path,
+    task: TaskFile,
+    settings: Settings,
+    connection: dict[str, Any],
+    *,
+    columns: list[str] | None = None,
+    workers: int = 2,
+    shard_bytes: int = 1_000_000,
+    ray_address: str | None = None,
+) -> dict[str, Any]:
+    """Annotate the files that fit ``pattern`` into shards under ``out``, one output row an input row.
+
+    Rows without annotation carry ``error``; :func:`sbs_edge.data.readers.read_examples` reads the
+    shards back. Arguments as for :func:`sbs_edge.scale.run.run_units` and
+    :func:`sbs_edge.teacher.connect.connect`.
+    """
+    shown = dataclasses.asdict(settings)
+    for name in ("concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices"):
+        shown.pop(name)  # may change between a run and its continuation
+    plain = task.model_dump(mode="json", exclude_none=True)
+    return run_units(
+        AnnotateWorker,
+        {"task": plain, "settings": settings, "connection": connection, "columns": columns or []},
+        pattern if "://" in pattern else str(Path(pattern).absolute()),
+        str(out),
+        settings={"task": plain, **shown, "columns": columns or []},
+        workers=workers,
+        cpus_each=0.25,  # a client waits for the network
+        shard_bytes=shard_bytes,
+        ray_address=ray_address,
+    )

@@ -1,0 +1,155 @@
+"""Runs a worker class over units with Ray Data: one actor holds one student or one teacher client.
+
+Every unit writes one shard, complete or not at all, under a name fixed by the plan. Ray runs a unit
+again when its actor dies, and it replaces the same shard: exactly one output row an input row. A run
+that is started again skips the shards that exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sbs_edge import files
+from sbs_edge.errors import MissingExtra, SbsEdgeError, UsageError
+from sbs_edge.scale.units import Unit, plan_units, shard_name
+
+__all__ = ["run_units", "session"]
+
+
+@contextlib.contextmanager
+def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any]:
+    """Connect to a Ray cluster, or start one in this machine for the length of the block."""
+    # Ray would otherwise ship a new environment to every worker when started under `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtra("ray", "scale", "--engine ray") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    if address is None:
+        # One spare CPU for Ray Data's own tasks; CPUs are bookkeeping, not pinning.
+        cpus = max(os.cpu_count() or 1, int(workers * cpus_each) + 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _plan(out: str, pattern: str, settings: dict[str, Any], units: list[Unit]) -> None:
+    """Keep the plan beside the shards; refuse to mix the shards of two plans."""
+    plan = {"format": 1, "input": pattern, "settings": settings, "units": [u.as_dict() for u in units]}
+    path = Path(out) / "_plan.json"
+    if not path.exists():
+        files.write_json(path, plan)
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in plan if old.get(key) != json.loads(json.dumps(plan[key]))]
+    if changed:
+        raise UsageError(
+            f"{out} holds shards of another run: {', '.join(changed)} changed since. Give another output "
+            "folder, or remove this one to start anew."
+        )
+
+
+def run_units(
+    worker: type,
+    worker_arguments: dict[str, Any],
+    pattern: str,
+    out: str,
+    *,
+    settings: dict[str, Any],
+    workers: int = 2,
+    cpus_each: float = 1.0,
+    gpus_each: float = 0.0,
+    shard_bytes: int = 4_000_000,
+    form: str = "jsonl",
+    ray_address: str | None = None,
+    on_unit: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Give every unit to a worker; return the totals.
+
+    Args:
+        worker: a class whose instances take ``(unit, shard path parts)``, write the shard and return a
+            mapping with ``rows``, ``errors`` and ``seconds``.
+        worker_arguments: constructor arguments, the same on every actor.
+        pattern: input files; local path, directory, pattern, or URI.
+        out: folder for shards (local, or shared by all nodes) with ``_plan.json`` and ``_done.json``.
+        settings: whatever shapes the output; a folder is never continued with other settings.
+        workers: actors.
+        cpus_each: CPUs each actor takes of a node; fractions let actors share.
+        gpus_each: GPUs each actor takes; fractions let actors share.
+        shard_bytes: bytes of input a unit.
+        form: ``jsonl`` or ``parquet``.
+        ray_address: a cluster, or None for one in this machine.
+        on_unit: receives each finished unit's figures.
+
+    """
+    if form not in ("jsonl", "parquet"):
+        raise UsageError(f"Shards are written as jsonl or parquet, not {form!r}.")
+    if "://" in out:
+        raise UsageError("The output folder must be a path that all nodes share, not a URI.")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    units = plan_units(pattern, shard_bytes)
+    _plan(out, pattern, settings, units)
+    left = [unit for unit in units if not (Path(out) / shard_name(unit, form)).exists()]
+    started = time.perf_counter()
+    done: list[dict[str, Any]] = []
+    if left:
+        with session(ray_address, workers, cpus_each) as ray:
+            pool = {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(left)))}
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = sys.stderr.isatty()
+            # An actor may die (spot machines, memory): its units run again elsewhere.
+            data = ray.data.from_items([unit.as_dict() for unit in left], override_num_blocks=len(left))
+            data = data.map_batches(
+                worker,
+                fn_constructor_kwargs={**worker_arguments, "out": os.path.abspath(out), "form": form},
+                batch_size=1,
+                num_cpus=cpus_each,
+                num_gpus=gpus_each or None,
+                max_restarts=-1,
+                max_task_retries=-1,
+                **pool,
+            )
+            try:
+                for row in data.iter_rows():
+                    done.append(json.loads(row["figures"]))
+                    if on_unit is not None:
+                        on_unit(done[-1])
+            except ray.exceptions.RayError as error:
+                # Shards that exist stay; the reason is the last line of the worker's own message.
+                cause = getattr(error, "cause", None) or error
+                raise SbsEdgeError(
+                    f"A worker failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}. Finished "
+                    f"shards are in {out}; run the same command again to go on."
+                ) from error
+    missing = [unit.index for unit in units if not (Path(out) / shard_name(unit, form)).exists()]
+    if missing:
+        raise SbsEdgeError(
+            f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended "
+            "or calls stayed unanswered. Run the same command again; it goes on with these."
+        )
+    totals = {
+        "units": len(units),
+        "units_run": len(left),
+        "rows_run": sum(int(figures["rows"]) for figures in done),
+        "errors": sum(int(figures["errors"]) for figures in done),
+        "seconds": round(time.perf_counter() - started, 3),
+        "workers": workers,
+        "figures": {k: sum(f.get(k, 0) for f in done) for k in ("cost", "seconds", "annotated")},
+    }
+    files.write_json(Path(out) / "_done.json", totals)
+    return totals

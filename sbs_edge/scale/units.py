@@ -1,0 +1,221 @@
+"""Cuts input files into units of work, each of which gives one output shard.
+
+A unit of JSON Lines is a byte range and owns the lines that *start* in it, so that a file is cut
+without being read; a unit of Parquet is a run of row groups. The plan is a pure function of the
+files, so that a run that is started again has the same units and skips those whose shard exists.
+Knows nothing of Ray, students or teachers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sbs_edge.errors import DataError, MissingExtra, UsageError
+
+__all__ = ["Unit", "plan_units", "read_unit", "shard_name", "unit_of", "write_shard"]
+
+FORMATS = ("jsonl", "parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One piece of one file.
+
+    Attributes:
+        index: place in the plan, from 0.
+        uri: the file, as a path or a URI that pyarrow understands.
+        start, stop: bytes (JSON Lines) or row groups (Parquet), half-open.
+        share: this unit's part of the whole input, by bytes.
+
+    """
+
+    index: int
+    uri: str
+    start: int
+    stop: int
+    share: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as Ray Data carries them."""
+        return asdict(self)
+
+
+def unit_of(batch: dict[str, Any]) -> Unit:
+    """Return the unit in a Ray Data batch of one row (columns of length 1, numpy scalars)."""
+    return Unit(**{k: v[0].item() if hasattr(v[0], "item") else v[0] for k, v in batch.items()})
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    try:
+        from pyarrow import fs
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "scale", "Working with shards") from error
+    if "://" in uri:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        return filesystem, path
+    return fs.LocalFileSystem(), uri
+
+
+def _is_parquet(uri: str) -> bool:
+    return uri.lower().endswith(".parquet")
+
+
+def _listed(pattern: str) -> list[tuple[str, int]]:
+    """Return (uri, bytes) of the files that a path, a directory or a pattern names, by name."""
+    from fnmatch import fnmatch
+    from posixpath import dirname
+
+    from pyarrow import fs
+
+    filesystem, path = _filesystem(pattern)
+    prefix = pattern[: len(pattern) - len(path)] if "://" in pattern else ""
+    if any(mark in path for mark in "*?["):
+        selector = fs.FileSelector(dirname(path) or ".", allow_not_found=True)
+        infos = [info for info in filesystem.get_file_info(selector) if fnmatch(info.path, path)]
+    else:
+        info = filesystem.get_file_info([path])[0]
+        if info.type == fs.FileType.Directory:
+            infos = filesystem.get_file_info(fs.FileSelector(path))
+        else:
+            infos = [info]
+    found = [
+        (prefix + info.path, info.size)
+        for info in infos
+        if info.type == fs.FileType.File
+        and info.path.lower().endswith((".jsonl", ".ndjson", ".json", ".parquet"))
+    ]
+    if not found:
+        raise UsageError(f"No .jsonl or .parquet file fits {pattern}.")
+    return sorted(found)
+
+
+def plan_units(pattern: str, shard_bytes: int) -> list[Unit]:
+    """Cut the files that fit ``pattern`` into units of about ``shard_bytes`` of input each."""
+    if shard_bytes < 1:
+        raise UsageError("A shard must have at least one byte of input.")
+    pieces: list[tuple[str, int, int, float]] = []
+    for uri, size in _listed(pattern):
+        if _is_parquet(uri):
+            pieces += _row_groups(uri, shard_bytes)
+        elif size:
+            edges = [*range(0, size, shard_bytes), size]
+            pieces += [(uri, a, b, float(b - a)) for a, b in itertools.pairwise(edges)]
+    total = sum(piece[3] for piece in pieces) or 1.0
+    return [Unit(i, uri, a, b, weight / total) for i, (uri, a, b, weight) in enumerate(pieces)]
+
+
+def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int, float]]:
+    import pyarrow.parquet as parquet
+
+    filesystem, path = _filesystem(uri)
+    with filesystem.open_input_file(path) as handle:
+        metadata = parquet.ParquetFile(handle).metadata
+        sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    pieces, start, held = [], 0, 0
+    for index, size in enumerate(sizes):
+        if held and held + size > shard_bytes:
+            pieces.append((uri, start, index, float(held)))
+            start, held = index, 0
+        held += size
+    if held:
+        pieces.append((uri, start, len(sizes), float(held)))
+    return pieces
+
+
+def read_unit(unit: Unit) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) of a unit, in order; a line that is no JSON object is yielded as a message.
+
+    ``place`` is unique in the input and the same on every run: it names rows without an id.
+    """
+    if _is_parquet(unit.uri):
+        yield from _parquet_rows(unit)
+    else:
+        yield from _json_rows(unit)
+
+
+def _json_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
+    filesystem, path = _filesystem(unit.uri)
+    # pyarrow's own files read no lines; Python's buffer around them does.
+    with io.BufferedReader(filesystem.open_input_file(path), 1 << 20) as handle:
+        if unit.start > 0:  # a line belongs to the unit in which its first byte lies
+            handle.seek(unit.start - 1)
+            position = unit.start - 1 + len(handle.readline())
+        else:
+            position = 0
+        while position < unit.stop:
+            line = handle.readline()
+            if not line:
+                return
+            place = f"{unit.uri.rsplit('/', 1)[-1]}@{position}"
+            position += len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield place, f"not valid JSON: {error}"
+                continue
+            yield place, row if isinstance(row, dict) else "not a JSON object"
+
+
+def _parquet_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet as parquet
+
+    filesystem, path = _filesystem(unit.uri)
+    with filesystem.open_input_file(path) as handle:
+        file = parquet.ParquetFile(handle)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, row_groups=list(range(unit.start, unit.stop))):
+            for row in batch.to_pylist():
+                yield f"{unit.uri.rsplit('/', 1)[-1]}@{unit.start}.{number}", row
+                number += 1
+
+
+def shard_name(unit: Unit, form: str) -> str:
+    """Return the file name of a unit's output: its place, and what it was made of."""
+    identity = json.dumps([unit.uri.rsplit("/", 1)[-1], unit.start, unit.stop])
+    return f"part-{unit.index:06d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.{form}"
+
+
+def write_shard(folder: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a shard so that it exists complete or not at all."""
+    filesystem, path = _filesystem(f"{folder.rstrip('/')}/{name}")
+    content = _parquet_bytes(rows) if name.endswith(".parquet") else _json_bytes(rows)
+    if "://" in folder:
+        with filesystem.open_output_stream(path) as stream:  # object stores show an object when it is whole
+            stream.write(content)
+        return
+    from sbs_edge import files
+
+    files.write_bytes(path, content)
+
+
+def _json_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+
+
+def _parquet_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {
+        # One type a column, whatever a shard holds: nested values travel as JSON.
+        name: [
+            json.dumps(v, ensure_ascii=False) if isinstance(v := row.get(name), dict | list) else v
+            for row in rows
+        ]
+        for name in names
+    }
+    sink = io.BytesIO()
+    try:
+        parquet.write_table(pyarrow.table(columns), sink)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"A shard cannot be written as Parquet ({error}). Use jsonl output.") from error
+    return sink.getvalue()
