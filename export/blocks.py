@@ -43,7 +43,7 @@ class Writer:
 
     def linear(self, x: Value, name: str, norm: str | None) -> Value:
         """Multiply ``x`` by the weight ``name``."""
-        return self.precision.linear(self.graph, x, self.weights.linear(name), norm=norm)
+        return self.precision.linear(self.graph, x, self.weights.linear(name), norm=norm, site=name)
 
     def start(self, x: Value, norm: str) -> Stream:
         """Normalise a fresh residual stream."""
@@ -55,6 +55,8 @@ class Writer:
     def add(self, stream: Stream, update: Value, norm: str) -> Stream:
         """Add ``update`` to the residual and normalise the sum with the weight ``norm``."""
         graph = self.graph
+        if not self.precision.contrib:
+            return self.start(graph.op("Add", stream.residual, update), norm)
         normed, residual = graph.fresh("normed"), graph.fresh("residual")
         graph.named_outputs(
             "SkipSimplifiedLayerNormalization",
@@ -80,6 +82,8 @@ class Writer:
         match self.weights.activation:
             case "relu":
                 return str(graph.op("Relu", x))
+            case "gelu_new" if not self.precision.contrib:
+                return str(graph.op("Gelu", x, approximate="tanh"))
             case "gelu_new":
                 return str(graph.op("FastGelu", x, domain=CONTRIB))
             case "gelu":

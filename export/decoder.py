@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,9 +11,12 @@ from sbs_edge.export.encoder import FINAL_NORM
 from sbs_edge.export.graph import Value
 from sbs_edge.export.positions import causal_row_bias
 
-__all__ = ["LAST_NORM", "cross_cache", "decode_step"]
+SelfAttention = Callable[[int, Value, Value, Value], tuple[Value, Value, Value]]
+
+__all__ = ["HEAD", "LAST_NORM", "cross_cache", "decode_position", "decode_step"]
 
 LAST_NORM = "decoder.final_layer_norm"
+HEAD = "lm_head"
 
 
 def cross_cache(writer: Writer, states: Value) -> list[Value]:
@@ -42,20 +45,42 @@ def decode_step(
     """
     graph, weights = writer.graph, writer.weights
     position = graph.op("Shape", past[0], start=2, end=3)
-    x = writer.precision.embedding(graph, weights.embedding, token)
-    stream: Stream = writer.start(x, "decoder.block.0.layer.0.layer_norm")
-    present: list[Value] = []
-    bias = ""
-    for layer in range(weights.n_decoder_layers):
-        block = f"decoder.block.{layer}.layer"
-        own, cross_prefix = f"{block}.0.SelfAttention", f"{block}.1.EncDecAttention"
-        if layer == 0 or weights.family == "umt5":
-            bias = causal_row_bias(graph, weights, layer, position)
-        q, k, v = writer.projections(stream, own)
-        attended, key, value = graph.op(
+
+    def attend(layer: int, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
+        bias = causal_row_bias(graph, weights, layer, position)
+        out: tuple[Value, Value, Value] = graph.op(
             "Attention", q, k, v, bias, past[2 * layer], past[2 * layer + 1], outputs=3,
             q_num_heads=weights.n_heads, kv_num_heads=weights.n_heads, scale=1.0,
         )  # fmt: skip
+        return out
+
+    return decode_position(writer, token, attend, cross, mask)
+
+
+def decode_position(
+    writer: Writer, token: Value, attend: SelfAttention, cross: Sequence[Value], mask: Value
+) -> tuple[Value, list[Value]]:
+    """Run one position through the decoder, whatever keeps its cache.
+
+    Args:
+        writer: where to write.
+        token: (B, 1) int64.
+        attend: layer and (B, 1, H * d_kv) query, key, value -> (attended, cached keys, cached values).
+        cross: what :func:`cross_cache` returned.
+        mask: (B, 1, 1, S) additive.
+
+    Returns:
+        (B, 1, d_model) after the final norm, and the caches that ``attend`` returned.
+    """
+    graph, weights = writer.graph, writer.weights
+    x = writer.precision.embedding(graph, weights.embedding, token)
+    stream: Stream = writer.start(x, "decoder.block.0.layer.0.layer_norm")
+    present: list[Value] = []
+    for layer in range(weights.n_decoder_layers):
+        block = f"decoder.block.{layer}.layer"
+        own, cross_prefix = f"{block}.0.SelfAttention", f"{block}.1.EncDecAttention"
+        q, k, v = writer.projections(stream, own)
+        attended, key, value = attend(layer, q, k, v)
         present += [key, value]
         stream = writer.add(stream, writer.linear(attended, f"{own}.o", None), f"{block}.1.layer_norm")
         (q,) = writer.projections(stream, cross_prefix, "q")

@@ -6,7 +6,7 @@ Knows nothing of T5. Operators are standard (opset 23) unless a domain is given.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sbs_edge import __version__
 
-__all__ = ["CONTRIB", "FLOAT", "INT32", "INT64", "OPSET", "Graph", "Value", "save_model"]
+__all__ = ["CONTRIB", "FLOAT", "INT32", "INT64", "OPSET", "Graph", "Value", "all_nodes", "save_model"]
 
 OPSET = 23
 CONTRIB = "com.microsoft"
@@ -107,13 +107,27 @@ class Graph:
         return helper.make_graph(self.nodes, name, self.inputs, self.outputs)
 
     def model(self, name: str) -> onnx.ModelProto:
-        """Return the whole model, constants included."""
+        """Return the whole model, constants included.
+
+        Names are declared only for operator sets in use: a graph of standard operators says so.
+        """
         initializers = [numpy_helper.from_array(array, key) for key, array in self.constants.items()]
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializers)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == CONTRIB for node in all_nodes(graph)):
+            opsets.append(helper.make_opsetid(CONTRIB, 1))
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=11, producer_name="sbs-edge", producer_version=__version__
         )
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of the subgraphs inside."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from all_nodes(attribute.g)
 
 
 def save_model(model: onnx.ModelProto, path: str | Path) -> list[Path]:

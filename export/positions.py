@@ -13,7 +13,9 @@ import numpy as np
 from sbs_edge.export.graph import Graph, Value
 from sbs_edge.export.weights import T5Weights
 
-__all__ = ["bias_table", "bucket_of", "causal_row_bias", "encoder_bias", "tree_bias"]
+__all__ = ["bias_table", "bucket_of", "cache_row_bias", "causal_row_bias", "encoder_bias", "tree_bias"]
+
+MASKED = np.float32(-1e9)
 
 
 def bucket_of(distance: np.ndarray, *, bidirectional: bool, n_buckets: int, max_distance: int) -> np.ndarray:
@@ -87,6 +89,11 @@ def encoder_bias(graph: Graph, weights: T5Weights, layer: int, length: Value) ->
 
 def causal_row_bias(graph: Graph, weights: T5Weights, layer: int, position: Value) -> Value:
     """Return (1, H, 1, t + 1): the bias of the query at ``position`` t (1-element int64) to keys 0..t."""
+    owner = layer if weights.family == "umt5" else 0
+    return str(graph.once(("causal bias", owner), lambda: _causal_row_bias(graph, weights, owner, position)))
+
+
+def _causal_row_bias(graph: Graph, weights: T5Weights, layer: int, position: Value) -> Value:
     table = bias_table(weights, "decoder", layer)[:, : weights.max_distance + 1]  # distances -max .. 0
 
     def index() -> Value:
@@ -98,6 +105,31 @@ def causal_row_bias(graph: Graph, weights: T5Weights, layer: int, position: Valu
 
     row = graph.op("Gather", table, graph.once(("causal positions",), index), axis=1)
     return str(graph.op("Unsqueeze", row, np.array([0, 2], np.int64)))
+
+
+def cache_row_bias(graph: Graph, weights: T5Weights, layer: int, position: Value, length: int) -> Value:
+    """Return (1, H, 1, length): the bias of the query at ``position`` to a cache with room for ``length``.
+
+    Places after ``position`` hold nothing yet and are masked.
+    """
+    owner = layer if weights.family == "umt5" else 0
+    table = bias_table(weights, "decoder", owner)[:, : weights.max_distance + 1]
+    places = np.arange(length, dtype=np.int64)
+
+    def index() -> Value:
+        limit = np.int64(weights.max_distance)
+        distance = graph.op("Min", graph.op("Sub", places, position), np.int64(0))
+        return str(graph.op("Add", graph.op("Max", distance, -limit), limit))
+
+    def empty() -> Value:
+        return str(graph.op("Mul", graph.op("Cast", graph.op("Greater", places, position), to=1), MASKED))
+
+    def bias() -> Value:
+        row = graph.op("Gather", table, graph.once(("cache positions",), index), axis=1)  # (H, length)
+        masked = graph.op("Add", row, graph.once(("cache mask",), empty))
+        return str(graph.op("Unsqueeze", masked, np.array([0, 2], np.int64)))
+
+    return str(graph.once(("cache bias", owner), bias))
 
 
 def tree_bias(graph: Graph, weights: T5Weights, layer: int, depth: Value, ancestors: Value) -> Value:
@@ -121,7 +153,7 @@ def tree_bias(graph: Graph, weights: T5Weights, layer: int, depth: Value, ancest
 
     def mask() -> Value:
         outside = graph.op("Sub", np.float32(1), ancestors)
-        return str(graph.op("Unsqueeze", graph.op("Mul", outside, np.float32(-1e9)), np.array([1], np.int64)))
+        return str(graph.op("Unsqueeze", graph.op("Mul", outside, MASKED), np.array([1], np.int64)))
 
     gathered = graph.op("Gather", table, graph.once(("tree positions",), index), axis=1)  # (H, B, T, T)
     by_row = graph.op("Transpose", gathered, perm=[1, 0, 2, 3])

@@ -17,10 +17,26 @@ __all__ = ["Float32", "Int8", "Precision", "quantise_columns", "quantise_rows"]
 
 
 class Precision(Protocol):
-    """What the blocks need to know about number formats."""
+    """What the blocks need to know about number formats.
 
-    def linear(self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None) -> Value:
-        """Multiply (..., in) by a constant (in, out); ``norm`` names the RMSNorm that made ``x``, if one did."""
+    Attributes:
+        contrib: whether onnxruntime's own operators may be used besides the standard's.
+    """
+
+    contrib: bool
+
+    def linear(
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
+    ) -> Value:
+        """Multiply (..., in) by a constant (in, out).
+
+        Args:
+            graph: the graph to add to.
+            x: the input.
+            weight: (in, out) float32.
+            norm: the RMSNorm that made ``x``, if one did.
+            site: the checkpoint's name of the weight, if it is one of the checkpoint's.
+        """
         ...
 
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
@@ -31,9 +47,15 @@ class Precision(Protocol):
 class Float32:
     """Everything in float32."""
 
-    def linear(self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None) -> Value:
+    def __init__(self, *, contrib: bool = True) -> None:
+        """Write for onnxruntime, or with ``contrib=False`` in standard operators only."""
+        self.contrib = contrib
+
+    def linear(
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
+    ) -> Value:
         """See :class:`Precision`."""
-        del norm
+        del norm, site
         return str(graph.op("MatMul", x, np.ascontiguousarray(weight, dtype=np.float32)))
 
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
@@ -61,12 +83,17 @@ class Int8:
     whole tensor would be a little faster, and would make an answer depend on what shares its batch.
     """
 
+    contrib = True
+
     def __init__(self, norm_ranges: Mapping[str, float]) -> None:
         """Take the largest magnitude seen after every norm; a norm without one gets a scale a row."""
         self.norm_ranges = norm_ranges
 
-    def linear(self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None) -> Value:
+    def linear(
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
+    ) -> Value:
         """See :class:`Precision`."""
+        del site
         quantised, scales = quantise_columns(np.asarray(weight, np.float32))
         largest = self.norm_ranges.get(norm) if norm is not None else None
         if largest is not None:
