@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -20,6 +21,13 @@ from sbs_edge.errors import DataError, UsageError
 __all__ = ["register"]
 
 ROWS_A_CALL = 256
+
+
+class Engine(StrEnum):
+    """What runs the students."""
+
+    local = "local"
+    ray = "ray"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,24 @@ def register(app: typer.Typer) -> None:
             typer.Option("--truncate", help="Cut inputs over the limit and say so, instead of stopping."),
         ] = False,
         threads: Annotated[int | None, typer.Option(help="Threads a call may use; none: all cores.")] = None,
+        engine: Annotated[
+            Engine,
+            typer.Option(help="ray: Ray Data workers; SOURCE a pattern or URI, --out a folder of shards."),
+        ] = Engine.local,
+        workers: Annotated[int, typer.Option(min=1, help="Ray: students at work, one an actor.")] = 2,
+        worker_cpus: Annotated[
+            float | None, typer.Option(help="Ray: CPUs an actor takes, fractions too; none: its --threads.")
+        ] = None,
+        worker_gpus: Annotated[
+            float, typer.Option(min=0, help="Ray: GPUs an actor takes, fractions too.")
+        ] = 0.0,
+        shard_mb: Annotated[
+            float, typer.Option(min=0.001, help="Ray: megabytes of input a shard; what a lost actor repeats.")
+        ] = 4.0,
+        shard_format: Annotated[str, typer.Option(help="Ray: jsonl or parquet.")] = "jsonl",
+        ray_address: Annotated[
+            str | None, typer.Option(help="Ray cluster; none: one is started in this machine.")
+        ] = None,
         config: ConfigOption = None,
     ) -> None:
         """Answer every row; one JSON object a row, in the order of the input.
@@ -101,6 +127,19 @@ def register(app: typer.Typer) -> None:
         from sbs_edge import files
         from sbs_edge.runtime.student import Student
 
+        if engine is Engine.ray:
+            from sbs_edge.scale.predict import predict_with_ray
+
+            if out is None or source == "-":
+                raise UsageError("--engine ray reads files and writes a folder: give SOURCE and --out.")
+            totals = predict_with_ray(
+                bundle, source, out, target=target, field=field, labels=labels, explain=explain,
+                truncate=truncate, abstain_below=abstain_below, threads=threads or 1, workers=workers,
+                cpus_each=worker_cpus, gpus_each=worker_gpus, shard_bytes=int(shard_mb * 1e6),
+                form=shard_format, ray_address=ray_address,
+            )  # fmt: skip
+            sys.stdout.write(json.dumps(totals) + "\n")
+            return
         as_json = jsonl or source.endswith((".jsonl", ".json"))
         messages = Console(stderr=True)
         try:
