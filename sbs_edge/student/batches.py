@@ -199,7 +199,7 @@ class StreamRows:
         return self.encoder(row)
 
 
-class Batches(IterableDataset):  # type: ignore[misc]
+class Batches(IterableDataset):
     """The forward passes of one process, ``gradient_accumulation`` of them a step, ready as tensors.
 
     Args:

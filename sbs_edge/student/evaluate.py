@@ -1,199 +1,257 @@
-"""The PyTorch judge of a student: label accuracy and rationale agreement on rows never trained on."""
+"""The judge in PyTorch: how often a student's labels are right, and how close its rationales come.
+
+Labels are chosen as the runtime chooses them. A closed set whose labels differ in their first token
+is decided in one decoder step; any other set, and the choices a row brings, by the sum of log
+p(token | prefix) over the whole label with its end token, normalised over the vocabulary; open labels
+are decoded greedily. Answers are compared by :func:`sbs_edge.data.answers.same_answer`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from sbs_edge.data.answers import same_answer
-from sbs_edge.data.example import Example, TaskSpec
-from sbs_edge.student.encode import IGNORE, pad
+from sbs_edge.data.answers import normalise, same_answer
+from sbs_edge.data.example import Example
+from sbs_edge.errors import DataError
 from sbs_edge.student.student_dir import StudentDir
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-__all__ = ["evaluate", "evaluate_model", "predict_labels"]
+__all__ = ["evaluate", "predict_labels", "predict_rationales"]
 
 
-def evaluate(
-    student: str | os.PathLike[str],
-    examples: Sequence[Example],
-    *,
-    rationales: bool = True,
-    batch_size: int = 64,
-) -> dict[str, Any]:
-    """Judge a student directory.
-
-    Args:
-        student: its path.
-        examples: rows; those without a gold label do not count for accuracy.
-        rationales: also compare rationales with the rows' own, where the student writes them.
-        batch_size: rows a forward pass.
-
-    Returns:
-        ``n``, ``label_accuracy`` (None without gold labels), ``right`` (a flag a judged row), and for
-        rationales ``rationale_token_accuracy`` (teacher-forced) and ``rationale_exact`` (greedy).
-    """
-    opened = StudentDir.load(student)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = opened.load_model().to(device)
-    return evaluate_model(
-        model, opened.tokenizer(), opened.task, opened.prefixes, opened.limits, examples,
-        rationales=rationales and opened.mode.startswith("stepwise"), exact=True, batch_size=batch_size,
-    )  # fmt: skip
+def _chunks(texts: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str]]]:
+    for start in range(0, len(texts), size):
+        yield start, texts[start : start + size]
 
 
-def evaluate_model(
-    model: Any,
-    tokenizer: Tokenizer,
-    task: TaskSpec,
-    prefixes: Any,
-    limits: Any,
-    examples: Sequence[Example],
-    *,
-    rationales: bool,
-    exact: bool,
-    batch_size: int = 64,
-    gold: str = "label",
-) -> dict[str, Any]:
-    """Judge a live model; ``gold`` names the field of the row that counts as right."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            rows = [row for row in examples if getattr(row, gold) is not None]
-            answers = predict_labels(model, tokenizer, task, prefixes["label"], limits, rows, batch_size)
-            right = [
-                same_answer(answer, getattr(row, gold), task.compare)
-                for answer, row in zip(answers, rows, strict=True)
-            ]
-            result: dict[str, Any] = {
-                "n": len(rows),
-                "label_accuracy": sum(right) / len(right) if right else None,
-                "right": right,
-            }
-            explained = [row for row in examples if row.rationale] if rationales else []
-            if explained:
-                result["n_rationales"] = len(explained)
-                result["rationale_token_accuracy"] = _token_accuracy(
-                    model, tokenizer, prefixes["rationale"], limits, explained, batch_size
-                )
-                if exact:
-                    texts = _generate(
-                        model, tokenizer, [prefixes["rationale"] + row.input for row in explained],
-                        limits["max_source_tokens"], limits["max_target_tokens"], batch_size,
-                    )  # fmt: skip
-                    pairs = zip(texts, explained, strict=True)
-                    hits = [text == _normal(tokenizer, row.rationale or "") for text, row in pairs]
-                    result["rationale_exact"] = sum(hits) / len(hits)
-    finally:
-        model.train(training)
-    return result
+def _inputs(texts: Sequence[str], tokenizer: Any, limit: int, config: Any) -> tuple[Tensor, Tensor]:
+    """Tokenise and pad; ids and mask (B, S). Longer inputs are cut before their end token."""
+    rows = [tokenizer.encode(text).ids for text in texts]
+    rows = [row if len(row) <= limit else [*row[: limit - 1], config.eos_token_id] for row in rows]
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[config.pad_token_id] * (width - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return ids, (torch.arange(width) < lengths).long()
 
 
-def predict_labels(
-    model: Any,
-    tokenizer: Tokenizer,
-    task: TaskSpec,
-    prefix: str,
-    limits: Any,
-    rows: Sequence[Example],
-    batch_size: int = 64,
+def _first_step(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    start = torch.full((len(ids), 1), model.config.decoder_start_token_id, device=ids.device)
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=False
+    ).logits
+    return logits[:, 0, tokens].float()
+
+
+def _sequence_scores(
+    model: Any, ids: Tensor, mask: Tensor, candidates: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    """Return for each row the log-probability of each of its candidates (token ids with end token)."""
+    config = model.config
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
+    owner = torch.tensor([row for row, own in enumerate(candidates) for _ in own], device=ids.device)
+    flat = [list(candidate) for own in candidates for candidate in own]
+    width = max(map(len, flat))
+    wanted = torch.tensor([[*c, *[-100] * (width - len(c))] for c in flat], device=ids.device)
+    decoder = torch.full_like(wanted, config.decoder_start_token_id)
+    decoder[:, 1:] = wanted[:, :-1].masked_fill(wanted[:, :-1] == -100, config.pad_token_id)
+    scores: list[float] = []
+    step = max(1, (1 << 24) // (width * config.vocab_size))  # at most 64 MiB of float32 logits
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        logits = model(
+            encoder_outputs=(states[owner[part]],),
+            attention_mask=mask[owner[part]],
+            decoder_input_ids=decoder[part],
+            use_cache=False,
+        ).logits
+        log_p = logits.float().log_softmax(-1).gather(-1, wanted[part].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        scores += log_p.masked_fill(wanted[part] == -100, 0.0).sum(1).tolist()
+    rows, position = [], 0
+    for own in candidates:
+        rows.append(scores[position : position + len(own)])
+        position += len(own)
+    return rows
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, texts: Sequence[str], tokenizer: Any, source_limit: int, new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Answer every row as the bundle does: first tokens, label likelihoods, or greedy text."""
-    texts = [prefix + row.input for row in rows]
-    if task.label_kind == "open":
-        return _generate(
-            model, tokenizer, texts, limits["max_source_tokens"], limits["max_label_tokens"] + 1, batch_size
-        )
-    sources = _encode(tokenizer, texts, limits["max_source_tokens"])
-    sets = [task.labels if task.label_kind == "closed" else (row.choices or ()) for row in rows]
     answers: list[str] = []
-    for low in range(0, len(rows), batch_size):
-        part = slice(low, low + batch_size)
-        scores = _label_scores(model, tokenizer, sources[part], sets[part])
-        answers += [names[best] for names, best in zip(sets[part], scores, strict=True)]
+    config = model.config
+    for _, part in _chunks(texts, batch_size):
+        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config))
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
+            do_sample=False, num_beams=1,
+        )  # fmt: skip
+        for row in out[:, 1:].tolist():
+            end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
+            answers.append(tokenizer.decode(row[:end], skip_special_tokens=True))
     return answers
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> list[list[int]]:
-    rows = [item.ids for item in tokenizer.encode_batch(list(texts))]
-    return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+@torch.no_grad()
+def predict_labels(
+    model: Any, student: StudentDir, tokenizer: Any, examples: Sequence[Example], batch_size: int = 64
+) -> tuple[list[str], str]:
+    """Return the label of every example and the method used: first-token, trie or decode."""
+    texts = [student.prefixes["label"] + example.input for example in examples]
+    limit = student.limits["max_source_tokens"]
+    kind, labels = student.task.label_kind, student.task.labels
+    if kind == "open":
+        new = student.limits["max_label_tokens"]
+        return _generate(model, texts, tokenizer, limit, new, batch_size), "decode"
+    encoded = {label: tokenizer.encode(label).ids for label in labels}
+    heads = [ids[0] for ids in encoded.values()]
+    first_token = kind == "closed" and len(set(heads)) == len(heads)
+    answers: list[str] = []
+    for start, part in _chunks(texts, batch_size):
+        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, limit, model.config))
+        if first_token:
+            best = _first_step(model, ids, mask, torch.tensor(heads, device=ids.device)).argmax(1).tolist()
+            answers += [labels[index] for index in best]
+            continue
+        own: list[Sequence[str]] = []
+        for example in examples[start : start + len(part)]:
+            choices = labels if kind == "closed" else example.choices
+            if not choices:
+                raise DataError(f"{example.source or example.id} brings no choices, which its task needs.")
+            own.append(choices)
+        candidates = [[encoded.get(c) or tokenizer.encode(c).ids for c in row] for row in own]
+        for row, values in zip(own, _sequence_scores(model, ids, mask, candidates), strict=True):
+            answers.append(row[max(range(len(values)), key=values.__getitem__)])
+    return answers, "first-token" if first_token else "trie"
 
 
-def _padded(model: Any, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
-    ids = pad(rows, model.config.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        mask[index, : len(row)] = 1
-    device = model.get_input_embeddings().weight.device
-    return ids.to(device), mask.to(device)
-
-
-def _label_scores(
-    model: Any, tokenizer: Tokenizer, sources: Sequence[list[int]], sets: Sequence[Sequence[str]]
-) -> list[int]:
-    """Return the index of the best label of every row."""
-    tokens = {name: tokenizer.encode(name).ids for names in sets for name in names}
-    ids, mask = _padded(model, sources)
-    encoded = model.encoder(input_ids=ids, attention_mask=mask, return_dict=True)
-    start = model.config.decoder_start_token_id
-    first = {tuple(names): [tokens[name][0] for name in names] for names in sets}
-    if len(first) == 1 and all(len(set(f)) == len(f) for f in first.values()):
-        inputs = torch.full((len(sources), 1), start, device=ids.device)
-        out = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=inputs)
-        (columns,) = first.values()
-        return [int(i) for i in out.logits[:, 0, columns].argmax(dim=1)]
-    # One teacher-forced row for every (row, label): the sum of log-probabilities, end-of-sequence included.
-    owner = [row for row, names in enumerate(sets) for _ in names]
-    targets = pad([tokens[name] for names in sets for name in names], IGNORE).to(ids.device)
-    inputs = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1].clamp(min=0)], dim=1)
-    index = torch.tensor(owner, device=ids.device)
-    state = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
-    out = model(encoder_outputs=state, attention_mask=mask[index], decoder_input_ids=inputs)
-    log_p = out.logits.float().log_softmax(dim=-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-    totals = log_p.masked_fill(targets == IGNORE, 0.0).sum(dim=1)
-    best, offset = [], 0
-    for names in sets:
-        best.append(int(totals[offset : offset + len(names)].argmax()))
-        offset += len(names)
-    return best
-
-
-def _token_accuracy(
-    model: Any, tokenizer: Tokenizer, prefix: str, limits: Any, rows: Sequence[Example], batch_size: int
-) -> float:
-    sources = _encode(tokenizer, [prefix + row.input for row in rows], limits["max_source_tokens"])
-    targets = _encode(tokenizer, [row.rationale or "" for row in rows], limits["max_target_tokens"])
-    right = total = 0
-    for low in range(0, len(rows), batch_size):
-        ids, mask = _padded(model, sources[low : low + batch_size])
-        labels = pad(targets[low : low + batch_size], IGNORE).to(ids.device)
-        out = model(input_ids=ids, attention_mask=mask, labels=labels)
-        real = labels != IGNORE
-        right += int((out.logits.argmax(dim=-1) == labels)[real].sum())
-        total += int(real.sum())
-    return right / total if total else 0.0
-
-
-def _normal(tokenizer: Tokenizer, text: str) -> str:
-    """Return ``text`` as it looks after the tokenizer, to compare with generated text."""
-    return str(tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True)).strip()
-
-
-def _generate(
-    model: Any, tokenizer: Tokenizer, texts: Sequence[str], max_source: int, max_new: int, batch_size: int
+def predict_rationales(
+    model: Any, student: StudentDir, tokenizer: Any, examples: Sequence[Example], batch_size: int = 64
 ) -> list[str]:
-    sources = _encode(tokenizer, texts, max_source)
-    out: list[str] = []
-    for low in range(0, len(sources), batch_size):
-        ids, mask = _padded(model, sources[low : low + batch_size])
-        tokens = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False, num_beams=1
+    """Decode the rationale of every example greedily."""
+    texts = [student.prefixes["rationale"] + example.input for example in examples]
+    limits = student.limits
+    return _generate(
+        model, texts, tokenizer, limits["max_source_tokens"], limits["max_target_tokens"], batch_size
+    )
+
+
+@torch.no_grad()
+def _teacher_forced(
+    model: Any, student: StudentDir, tokenizer: Any, examples: Sequence[Example], batch_size: int
+) -> tuple[int, int, float]:
+    """Return correct tokens, tokens, and the sum of their cross-entropies, of the rationales."""
+    limits, config = student.limits, model.config
+    correct = total = 0
+    loss = 0.0
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        texts = [student.prefixes["rationale"] + example.input for example in part]
+        ids, mask = (
+            t.to(model.device) for t in _inputs(texts, tokenizer, limits["max_source_tokens"], config)
         )
-        out += [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in tokens.tolist()]
-    return out
+        targets, keep = (
+            t.to(model.device)
+            for t in _inputs(
+                [example.rationale or "" for example in part], tokenizer, limits["max_target_tokens"], config
+            )
+        )
+        decoder = torch.full_like(targets, config.decoder_start_token_id)
+        decoder[:, 1:] = targets[:, :-1]
+        logits = model(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
+        ).logits.float()
+        real = keep.bool()
+        correct += int(((logits.argmax(-1) == targets) & real).sum())
+        total += int(real.sum())
+        loss += float(torch.nn.functional.cross_entropy(logits[real], targets[real], reduction="sum"))
+    return correct, total, loss
+
+
+def evaluate(
+    student: StudentDir | str | os.PathLike[str],
+    examples: Sequence[Example] | None = None,
+    *,
+    model: Any = None,
+    batch_size: int = 64,
+    rationales: int | None = None,
+    predictions: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Judge a student on ``examples``.
+
+    Args:
+        student: a student directory.
+        examples: rows; None: its own validation rows.
+        model: judge this transformers model in place of the directory's weights.
+        batch_size: rows a forward pass.
+        rationales: decode at most this many rationales; None: all, 0: none. Only modes with
+            rationales are asked for them.
+        predictions: add ``predictions``, one row an example.
+        device: where to run; None: a GPU if there is one.
+
+    Returns:
+        ``n``, ``method``, ``label_accuracy`` over the ``label_n`` rows with a gold label (None
+        without any), ``teacher_agreement`` (share of rows with a teacher's label whose label the
+        student gives), and for rationales ``rationale_n``, ``rationale_token_accuracy`` and
+        ``rationale_loss`` (next token, given the reference so far) and ``rationale_exact`` (share
+        of decoded rationales equal to the reference up to case and white space).
+
+    """
+    opened = student if isinstance(student, StudentDir) else StudentDir.load(Path(student))
+    rows = list(opened.validation() if examples is None else examples)
+    if not rows:
+        raise DataError(f"There are no rows to evaluate {opened.path} on; give a file with examples.")
+    tokenizer = opened.tokenizer()
+    judged = opened.load_model() if model is None else model.eval()
+    judged.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    answers, method = predict_labels(judged, opened, tokenizer, rows, batch_size)
+    compare = opened.task.compare
+
+    def share(pairs: list[tuple[str, str]]) -> float | None:
+        return sum(same_answer(a, b, compare) for a, b in pairs) / len(pairs) if pairs else None
+
+    gold = [(answer, row.label) for answer, row in zip(answers, rows, strict=True) if row.label is not None]
+    taught = [
+        (answer, row.teacher_label)
+        for answer, row in zip(answers, rows, strict=True)
+        if row.teacher_label is not None
+    ]
+    report: dict[str, Any] = {
+        "n": len(rows),
+        "method": method,
+        "label_n": len(gold),
+        "label_accuracy": share(gold),
+        "teacher_agreement": share(taught),
+    }
+    explained: Mapping[str, str] = {}
+    known = [row for row in rows if row.rationale]
+    if known and opened.mode in ("stepwise", "stepwise-teacher"):
+        correct, total, loss = _teacher_forced(judged, opened, tokenizer, known, batch_size)
+        report.update(
+            rationale_n=len(known), rationale_token_accuracy=correct / total, rationale_loss=loss / total
+        )
+        asked = known if rationales is None else known[:rationales]
+        if asked:
+            texts = predict_rationales(judged, opened, tokenizer, asked, batch_size)
+            same = [
+                normalise(t) == _canonical(tokenizer, r.rationale or "")
+                for t, r in zip(texts, asked, strict=True)
+            ]
+            report.update(rationale_exact=sum(same) / len(same), rationale_decoded=len(same))
+            explained = {row.id: text for row, text in zip(asked, texts, strict=True)}
+    if predictions:
+        report["predictions"] = [
+            {"id": row.id, "label": answer, "gold": row.label, "rationale": explained.get(row.id)}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+    return report
+
+
+def _canonical(tokenizer: Any, text: str) -> str:
+    """Return ``text`` as the tokenizer would spell it, so that spacing of signs is not an error."""
+    return normalise(tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True))

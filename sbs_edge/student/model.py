@@ -47,8 +47,8 @@ def measure_logit_scale(student: Any) -> float:
             hook.remove()
         student.train(was_training)
     ratio = float(seen["in"].double().norm() / seen["out"].double().norm())
-    candidates = (1.0, student.config.d_model**-0.5)
-    return min(candidates, key=lambda value: abs(value - ratio))
+    candidates = (1.0, float(student.config.d_model) ** -0.5)
+    return float(min(candidates, key=lambda value: abs(value - ratio)))
 
 
 class TwoTaskModel(nn.Module):
@@ -76,17 +76,21 @@ class TwoTaskModel(nn.Module):
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return encoder states (B, S, D) of token ids (B, S)."""
         encoder = self.core.get_encoder()
-        return encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state
+        out = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        states: Tensor = out.last_hidden_state
+        return states
 
     def decode(self, decoder_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Return decoder states (B, T, D), before the scale of the LM head."""
-        return self.core.get_decoder()(
+        out = self.core.get_decoder()(
             input_ids=decoder_ids,
             encoder_hidden_states=states,
             encoder_attention_mask=attention_mask,
             use_cache=False,
             return_dict=True,
-        ).last_hidden_state
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
     def forward(
         self,

@@ -82,7 +82,9 @@ def checkpoint_tokenizer(name: str) -> Tokenizer:
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, pad_id: int, eos_id: int) -> None:
     """Write ``tokenizer.json`` and the small file with which transformers loads it."""
-    files.write_text(folder / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False))
+    files.write_text(
+        folder / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)
+    )
     names = {"pad_token": tokenizer.id_to_token(pad_id), "eos_token": tokenizer.id_to_token(eos_id)}
     if tokenizer.token_to_id("<unk>") is not None:
         names["unk_token"] = "<unk>"

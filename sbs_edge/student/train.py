@@ -75,7 +75,9 @@ def _fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[st
     if not streamed:
         digest = hashlib.sha256()
         for example in splits.train:
-            digest.update(repr((example.input, example.label, example.teacher_label, example.rationale)).encode())
+            digest.update(
+                repr((example.input, example.label, example.teacher_label, example.rationale)).encode()
+            )
         print_["training rows"] = digest.hexdigest()[:16]
     return print_
 
@@ -150,7 +152,11 @@ def _validation(
             if firsts is None:
                 indices.append(0)
             else:
-                same = (n for n, l in enumerate(splits.task.labels) if same_answer(l, label, splits.task.compare))
+                same = (
+                    n
+                    for n, own in enumerate(splits.task.labels)
+                    if same_answer(own, label, splits.task.compare)
+                )
                 indices.append(next(same, -1))
         answers.append(torch.tensor(indices or [-1]))
     return batches, answers
@@ -303,7 +309,10 @@ def _run(
     finally:
         if bar is not None:
             bar.close()
-    if not trainer.state.log_history or trainer.state.log_history[-1].get("step") != trainer.state.global_step:
+    if (
+        not trainer.state.log_history
+        or trainer.state.log_history[-1].get("step") != trainer.state.global_step
+    ):
         trainer.evaluate()
 
     history = [row for row in trainer.state.log_history if "tokens" in row]
@@ -377,6 +386,8 @@ def _finish(
             calibration = random.Random(config.seed).sample(calibration, CALIBRATION_ROWS)
         with files.atomic_directory(out) as folder:
             student.save_pretrained(folder)
+            for weights in folder.glob("*.safetensors"):
+                weights.chmod(0o644)  # safetensors makes files that only their owner reads
             write_tokenizer(tokenizer, folder, **ids)
             files.write_json(folder / CARD, card)
             files.write_json(folder / "history.json", history)

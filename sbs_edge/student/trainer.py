@@ -130,6 +130,9 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ data and loss
 
+    lr_scheduler: Any
+    control: Any
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the passes of this process; they come collated and need no sharding."""
         return DataLoader(self.batches, batch_size=None, collate_fn=lambda batch: batch)
@@ -192,8 +195,8 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return training and validation figures since the last evaluation; keep the best weights."""
-        metrics = self._training_part()
-        metrics["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        metrics: dict[str, float] = self._training_part()
+        metrics["learning_rate"] = float(self.lr_scheduler.get_last_lr()[0])
         metrics["tokens"] = float(self.batches.tokens)
         if self.validation:
             metrics.update(self._validate())
@@ -296,7 +299,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
     def rows_used(self) -> int:
         """Return how many rows all processes together have used."""
         each = self.config.batch_size * self.config.gradient_accumulation * self.accelerator.num_processes
-        return self.batches.start_row + (self.state.global_step - self.first_step) * each
+        return int(self.batches.start_row + (self.state.global_step - self.first_step) * each)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         work = Path(self.args.output_dir)
