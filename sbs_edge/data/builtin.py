@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sbs_edge.data.example import Example, Splits, TaskSpec
+from sbs_edge.errors import UsageError
 
 __all__ = ["LABELS", "SIZES", "BuiltinSize", "builtin_splits", "facts_to_label"]
 
@@ -82,6 +83,9 @@ NOISE = (
     "the cover is painted blue", "please answer by email", "the warranty card is missing",
     "a photo is attached", "the visitor book is full", "the key is with reception",
 )  # fmt: skip
+
+MAX_TRAIN = 1_000_000
+"""The smaller size has about 2.5 million different tickets left beside its held-out splits."""
 
 # Fixed seeds of the held-out splits: every training size is judged on the same rows.
 _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED, _TEACHER_SEED = 10_001, 20_002, 30_003, 40_004
@@ -186,7 +190,19 @@ def builtin_splits(
 
     Returns:
         Disjoint splits: no phrase triple of validation or test occurs in training.
+
+    Raises:
+        UsageError: an unknown size, a share outside [0, 1], or more rows than can differ.
+
     """
+    if size not in SIZES:
+        raise UsageError(f"The built-in task has no size {size!r}; it has {', '.join(SIZES)}.")
+    if not 0.0 <= teacher_error <= 1.0:
+        raise UsageError(f"teacher_error is a share of rows between 0 and 1, not {teacher_error}.")
+    if n_train is not None and not 1 <= n_train <= MAX_TRAIN:
+        raise UsageError(
+            f"The built-in task draws 1 to {MAX_TRAIN:,} different training rows, not {n_train}."
+        )
     chosen = SIZES[size]
     taken: set[tuple[str, ...]] = set()
     test = _split("test", chosen.n_test, _TEST_SEED, chosen, taken, teacher_error)

@@ -11,6 +11,7 @@ import pytest
 from sbs_edge.data.builtin import LABELS, PHRASES, SIZES, builtin_splits, facts_to_label
 from sbs_edge.data.splits import check_disjoint
 from sbs_edge.data.targets import teacher_agreement
+from sbs_edge.errors import UsageError
 
 VALUES = {fact: tuple(values) for fact, values in PHRASES.items()}
 
@@ -98,6 +99,21 @@ def test_a_wrong_teacher_is_wrong_at_the_set_rate_and_argues_for_its_answer():
         assert (right.input, right.label) == (wrong.input, wrong.label)
         assert wrong.teacher_label == facts_to_label(*_facts_of_rationale(wrong.rationale))
     assert teacher_agreement(builtin_splits(teacher_error=1.0).train, "text")["equal"] == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": "huge"},
+        {"teacher_error": 1.5},
+        {"teacher_error": float("nan")},
+        {"n_train": 0},
+        {"n_train": 10**8},
+    ],
+)
+def test_wrong_requests_are_refused(wrong):
+    with pytest.raises(UsageError):
+        builtin_splits(**wrong)
 
 
 def test_a_linear_model_on_words_finds_no_shortcut():
