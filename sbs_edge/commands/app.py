@@ -26,7 +26,19 @@ app = typer.Typer(
 
 # Each module under sbs_edge/commands/ registers its commands with `register(app)`; light imports
 # only, so that `--help` is fast. Order here is the order of `--help`.
-_MODULES: tuple[str, ...] = ("run", "data", "train", "evaluate", "task", "annotate", "compare_teacher", "export", "predict", "serve", "doctor")  # fmt: skip
+_MODULES: tuple[str, ...] = (
+    "run",
+    "data",
+    "train",
+    "evaluate",
+    "task",
+    "annotate",
+    "compare_teacher",
+    "export",
+    "predict",
+    "serve",
+    "doctor",
+)
 
 for _name in _MODULES:
     import_module(f"sbs_edge.commands.{_name}").register(app)
