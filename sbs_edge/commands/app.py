@@ -37,6 +37,7 @@ _MODULES: tuple[str, ...] = (
     "export",
     "predict",
     "serve",
+    "bench",
     "doctor",
 )
 
