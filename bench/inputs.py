@@ -52,7 +52,8 @@ def mixed_lengths(n: int, least: int, most: int, rng: random.Random) -> list[int
 
 def poisson_arrivals(rate: float, seconds: float, rng: random.Random, most: int = 400) -> list[float]:
     """Arrival times in seconds of a Poisson process of ``rate`` a second, at least one."""
-    now, found = 0.0, []
+    now = 0.0
+    found: list[float] = []
     while len(found) < most:
         now += rng.expovariate(rate)
         if now > seconds and found:

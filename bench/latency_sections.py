@@ -168,13 +168,13 @@ def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[
             for entry in rotated(contest.entries, number):
                 key = (entry.name, batch)
                 replies = []
-                for series, steps in ((first, 1), (whole, schedule.rationale_steps)):
-                    into = series.setdefault(key, Series())
+                for table, steps in ((first, 1), (whole, schedule.rationale_steps)):
+                    into = table.setdefault(key, Series())
                     order = {"seconds": schedule.call_seconds, "least": 1, "warm": into.warm}
                     replies.append(_asked(entry, "rationale", texts=texts, steps=steps, **order))
                 if all(reply is not None for reply in replies):
-                    for series, reply in zip((first, whole), replies, strict=True):
-                        series[key].add(reply["ns"] if reply else [])
+                    for table, reply in zip((first, whole), replies, strict=True):
+                        table[key].add(reply["ns"] if reply else [])
                     counts[key] = replies[1]["tokens"] if replies[1] else []
     rows: list[Row] = []
     for key, series in whole.items():
@@ -184,7 +184,7 @@ def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[
         case = f"batch {batch}, {source} tokens, {schedule.rationale_steps} new"
         new = max(counts[key])
         total = sum(counts[key])
-        extra = {"batch": batch, "source": source, "new_tokens": counts[key]}
+        extra: dict[str, Any] = {"batch": batch, "source": source, "new_tokens": counts[key]}
         pairs = list(zip(series.rounds, first[key].rounds, strict=True))
         rate = [total / ms * 1e3 for ms, _ in pairs]
         each = [(ms - start) / max(1, new - 1) for ms, start in pairs]
