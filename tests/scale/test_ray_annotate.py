@@ -1,0 +1,93 @@
+"""Annotation on Ray Data: one output row an input row, and no finished call asked again."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from sbs_edge.data.builtin import builtin_splits
+from sbs_edge.data.readers import read_examples
+from sbs_edge.errors import SbsEdgeError
+from sbs_edge.scale.annotate import annotate_with_ray
+from sbs_edge.teacher.annotate import Settings
+from sbs_edge.teacher.calls import Sampling
+from sbs_edge.teacher.presets import PRESETS
+
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets to the end
+
+
+@pytest.fixture
+def counting_teacher():
+    """The chat protocol and a count of calls, without any limit."""
+    rows = builtin_splits("ci", n_train=300).train
+    answers = {row.input: f"{row.rationale} So the answer is {row.teacher_label}." for row in rows}
+    calls: Counter = Counter()
+    broken: set[str] = set()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            prompt = body["messages"][-1]["content"]
+            status = 503 if prompt in broken else 200
+            calls[prompt] += status == 200
+            message = {"role": "assistant", "content": answers[prompt]}
+            content = {
+                "id": "1", "object": "chat.completion", "created": 1, "model": "desk",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
+            }  # fmt: skip
+            payload = json.dumps(content if status == 200 else {"error": {"message": "busy"}}).encode()
+            time.sleep(0.01)
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield rows, calls, broken, f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_row_once_and_a_second_run_finishes_the_first(counting_teacher, local_ray, tmp_path):
+    rows, calls, broken, url = counting_teacher
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"id": r.id, "input": r.input}) + "\n" for r in rows) + "{oops\n")
+    broken.add(rows[150].input)
+    settings = Settings("desk", Sampling(max_tokens=60), concurrency=4, max_attempts=1)
+    connection = {"backend": "openai", "base_url": url}
+
+    def run():
+        return annotate_with_ray(
+            str(data), tmp_path / "out", PRESETS["hvac"], settings, connection, shard_bytes=8000
+        )
+
+    with pytest.raises(SbsEdgeError, match="unfinished"):
+        run()  # one call stays unanswered, so its unit has no shard yet
+    finished = len(list((tmp_path / "out").glob("part-*.jsonl")))
+    broken.clear()
+    totals = run()
+    assert totals["units_run"] == totals["units"] - finished == 1
+    lines = [
+        json.loads(line)
+        for shard in sorted((tmp_path / "out").glob("part-*.jsonl"))
+        for line in shard.read_text().splitlines()
+    ]
+    assert [line["id"] for line in lines[:-1]] == [row.id for row in rows]
+    assert [line["teacher_label"] for line in lines[:-1]] == [row.teacher_label for row in rows]
+    assert "JSON" in lines[-1]["error"]
+    assert set(calls.values()) == {1}  # through both runs
+    assert len(read_examples(tmp_path / "out" / "part-*.jsonl").examples) == 300
