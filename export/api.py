@@ -11,29 +11,34 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from sbs_edge import __version__, files
-from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example
-from sbs_edge.errors import SbsEdgeError
+from sbs_edge.errors import UsageError
 from sbs_edge.export import card, guard
-from sbs_edge.export.calibrate import calibrate
-from sbs_edge.export.explainer import build_explainer
-from sbs_edge.export.graph import OPSET
-from sbs_edge.export.label_scorer import build_label_scorer
+from sbs_edge.export.assemble import Recipe, write_target
+from sbs_edge.export.checkpoint import CHECKPOINT_MODE, open_student
 from sbs_edge.export.labels import LabelPlan, plan_labels
-from sbs_edge.export.precision import Float32, Int8, Precision
+from sbs_edge.export.measure import (
+    Answers,
+    answer_rows,
+    calibration_of,
+    check_labels_known,
+    compare_with_pytorch,
+    guard_figures,
+)
+from sbs_edge.export.mixed import check_layers
 from sbs_edge.export.ranges import norm_ranges
-from sbs_edge.export.store import save_graphs
+from sbs_edge.export.sensitivity import most_sensitive
 from sbs_edge.export.targets import TARGETS, Target, targets_named
-from sbs_edge.export.trie_scorer import build_choice_scorer, build_trie_scorer
-from sbs_edge.export.weights import T5Weights, load_model, weights_of
+from sbs_edge.export.vocabulary import output_tokens
+from sbs_edge.export.weights import load_model, weights_of
 from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.manifest import FORMAT
 from sbs_edge.runtime.student import Student
@@ -41,9 +46,11 @@ from sbs_edge.student.student_dir import StudentDir
 
 __all__ = ["ExportResult", "export"]
 
-FLOAT_TOLERANCE = 1e-4
 RATIONALE_ROWS = 32
 REFERENCE = "cpu-fp32"
+COMPANIONS = ("tokenizer.json", "config.json", "generation_config.json")
+
+Layout = Literal["bundle", "optimum", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,23 @@ class ExportResult:
     path: Path
     manifest: dict[str, Any]
     report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One export: what goes in, and how far it may stray."""
+
+    opened: StudentDir
+    model: Any
+    recipe: Recipe
+    rows: list[Example]
+    max_drop: float
+    abstain_below: float
+    say: Callable[[str], None]
+
+    @property
+    def plan(self) -> LabelPlan:
+        return self.recipe.plan
 
 
 def export(
@@ -65,12 +89,20 @@ def export(
     calibration_rows: int = 256,
     abstain_below: float = 0.0,
     name: str | None = None,
+    labels: Sequence[str] | None = None,
+    label_prefix: str | None = None,
+    rationale_prefix: str | None = None,
+    keep_float: Sequence[str] = (),
+    prune_vocabulary: bool = False,
+    layout: Layout = "bundle",
+    single_file: bool = False,
+    version: str = "1",
     say: Callable[[str], None] = lambda _: None,
 ) -> ExportResult:
     """Write a bundle.
 
     Args:
-        student: a student directory.
+        student: a student directory, or a T5-family checkpoint that ``save_pretrained`` wrote.
         out: the bundle's directory; an existing bundle is replaced only by a complete one.
         targets: names from :data:`sbs_edge.export.targets.TARGETS`; the first is the default target.
         guard_data: labelled rows for the guard and for calibrated probabilities; None: the student's
@@ -79,74 +111,148 @@ def export(
         calibration_rows: at most this many training rows set the ranges of int8 activations.
         abstain_below: probability under which ``predict`` marks an answer as doubtful.
         name: the bundle's name; None: the task's.
+        labels: closed label set of a checkpoint without ``sbs_edge.json``.
+        label_prefix: prefix of such a checkpoint's label task.
+        rationale_prefix: prefix of such a checkpoint's rationale task.
+        keep_float: layers that stay in float32 in lossy targets; the guard names candidates.
+        prune_vocabulary: let the student write only tokens that its rows use, and a margin; gated.
+        layout: ``bundle``; ``optimum`` writes what ``ORTModelForSeq2SeqLM`` loads; ``triton`` a model
+            repository for NVIDIA Triton Inference Server.
+        single_file: add a graph per target that takes text and gives the label, tokenizer inside.
+        version: the bundle's version, as serving shows it.
         say: receives one line a stage.
 
     Raises:
         UsageError: the student, a target or the labels cannot be exported.
-        GuardError: a lossy target lost more than ``max_drop``; the old bundle stays.
+        DataError: a row of ``guard_data`` has a label the student cannot give.
+        GuardError: a lossy step lost more than ``max_drop``; the old bundle stays.
     """
     wanted = targets_named(tuple(targets))
-    opened = StudentDir.load(student)
+    if layout != "bundle" and single_file:
+        raise UsageError("A single file is part of a bundle; leave --single-file or --layout out.")
+    opened = open_student(student, labels, label_prefix, rationale_prefix)
     model = load_model(opened.path)
     weights = weights_of(model)
+    check_layers(weights, keep_float)
     tokenizer = opened.tokenizer()
     plan = plan_labels(opened.task, tokenizer, weights.eos_id)
     rows = list(guard_data) if guard_data is not None else opened.validation()
-    ranges = norm_ranges(model, _calibration_pairs(opened, tokenizer, calibration_rows))
-    manifest = _manifest(opened, weights, plan, wanted, abstain_below, name)
-    report: dict[str, Any] = {"targets": {}}
+    if guard_data is not None:
+        check_labels_known(rows, plan, "the guard's data")
+    calibration = opened.calibration()[:calibration_rows] or rows[:calibration_rows]
+    explains = opened.mode.startswith("stepwise") or opened.mode == CHECKPOINT_MODE or plan.method == "decode"
+    kept = None
+    if prune_vocabulary and explains:
+        seen = [*opened.calibration(), *opened.validation(), *rows]
+        kept = output_tokens(seen, tokenizer, weights.eos_id, weights.pad_id, len(weights.head))
+    recipe = Recipe(
+        weights, plan, norm_ranges(model, _calibration_pairs(opened, tokenizer, calibration)), explains, kept,
+        tuple(keep_float),
+    )  # fmt: skip
+    job = _Job(opened, model, recipe, rows, max_drop, abstain_below, say)
+    manifest = _manifest(job, wanted, name, version)
+    if layout == "bundle":
+        report = _write_bundle(Path(out), job, wanted, manifest, single_file)
+        return ExportResult(Path(out), manifest, report)
+    with tempfile.TemporaryDirectory() as scratch:
+        # The same graphs, judged as a bundle first.
+        report = _write_bundle(Path(scratch) / "bundle", job, wanted, manifest, False)
+        if layout == "optimum":
+            from sbs_edge.export.layout_optimum import write_optimum
 
-    with files.atomic_directory(out) as work, tempfile.TemporaryDirectory() as scratch:
-        for target in wanted:
-            say(f"writing graphs for {target.name}")
-            manifest["targets"][target.name] = _write_target(
-                work / target.name, target, weights, plan, ranges, _explains(opened, plan)
-            )
-        for companion in ("tokenizer.json", "config.json", "generation_config.json"):
-            if (opened.path / companion).is_file():
-                shutil.copyfile(opened.path / companion, work / companion)
-        reference_root = work
-        if REFERENCE not in manifest["targets"]:
-            # What the guard compares with; never part of the bundle.
-            reference_root = Path(scratch)
-            _write_reference(reference_root, manifest, opened, weights, plan)
-        seal(work, manifest)
-        with Student(Bundle.open(reference_root), REFERENCE) as reference:
-            say("comparing with PyTorch")
-            report["pytorch"] = _compare_with_pytorch(reference, model, opened, rows, plan)
-            answers = _answer(reference, rows, plan)
-            manifest["calibration"] = _calibration(answers, rows, abstain_below)
-            texts = [row.input for row in rows[:RATIONALE_ROWS]] if _explains(opened, plan) else []
-            rationales = [e.rationale.split() for e in reference.explain(texts, truncate=True)]
-        for target in wanted:
-            if not rows:
-                manifest["targets"][target.name]["accuracy"] = None
-                continue
-            say(f"guarding {target.name} on {len(rows)} rows")
-            with Student(Bundle.open(work, verify=False), target.name) as candidate:
-                figures = _guard_figures(candidate, answers, rationales, texts, rows, opened, plan)
-            manifest["targets"][target.name]["accuracy"] = figures
-            report["targets"][target.name] = figures
-            if target.lossy and figures is not None:
-                guard.check(target.name, figures, max_drop)
-        (work / "README.md").write_text(card.render(manifest), encoding="utf-8")
-        seal(work, manifest)
-        Bundle.open(work)
+            write_optimum(Path(out), opened, recipe, wanted, manifest)
+        else:
+            from sbs_edge.export.layout_triton import write_triton_repository
+
+            write_triton_repository(Path(scratch) / "bundle", Path(out))
     return ExportResult(Path(out), manifest, report)
 
 
-def _explains(opened: StudentDir, plan: LabelPlan) -> bool:
-    return opened.mode.startswith("stepwise") or plan.method == "decode"
+def _write_bundle(
+    out: Path, job: _Job, wanted: Sequence[Target], manifest: dict[str, Any], single_file: bool
+) -> dict[str, Any]:
+    report: dict[str, Any] = {"targets": {}}
+    with files.atomic_directory(out) as work, tempfile.TemporaryDirectory() as scratch:
+        for target in wanted:
+            job.say(f"writing graphs for {target.name}")
+            entry = write_target(work / target.name, target, job.recipe)
+            if single_file:
+                from sbs_edge.export.single_file import write_single_file
+
+                entry["single_file"] = write_single_file(work, target, job.opened, job.recipe)
+            manifest["targets"][target.name] = entry
+        for companion in COMPANIONS:
+            if (job.opened.path / companion).is_file():
+                shutil.copyfile(job.opened.path / companion, work / companion)
+        seal(work, manifest)
+        # What the guard compares with: float32, whole vocabulary. Never part of the bundle.
+        with _reference(Path(scratch), manifest, job) as reference:
+            job.say("comparing with PyTorch")
+            report["pytorch"] = compare_with_pytorch(reference, job.model, job.opened, job.rows, job.plan)
+            answers = answer_rows(reference, job.rows, job.plan)
+            manifest["calibration"] = calibration_of(answers, job.rows, job.abstain_below)
+            texts = [row.input for row in job.rows[:RATIONALE_ROWS]] if job.recipe.explains else []
+            rationales = [e.rationale.split() for e in reference.explain(texts, truncate=True)]
+        for target in wanted if job.rows else ():
+            job.say(f"guarding {target.name} on {len(job.rows)} rows")
+            with Student(Bundle.open(work, verify=False), target.name) as candidate:
+                figures = guard_figures(candidate, answers, rationales, texts, job.rows, job.opened, job.plan)
+            manifest["targets"][target.name]["accuracy"] = figures
+            report["targets"][target.name] = figures
+            _judge(target, figures, job, manifest, answers)
+        (work / "README.md").write_text(card.render(manifest), encoding="utf-8")
+        seal(work, manifest)
+        Bundle.open(work)
+    return report
 
 
-def _calibration_pairs(opened: StudentDir, tokenizer: Any, limit: int) -> list[tuple[list[int], list[int]]]:
+def _judge(
+    target: Target, figures: dict[str, Any] | None, job: _Job, manifest: dict[str, Any], answers: Answers
+) -> None:
+    """Raise :class:`GuardError` when the target lost too much, naming the layers that cost most."""
+    pruned = job.recipe.output_tokens is not None
+    if figures is None or not (target.lossy or pruned):
+        return
+    if pruned and not target.lossy:
+        guard.check_pruning(target.name, figures, job.max_drop)
+    if not guard.too_much(figures, job.max_drop):
+        return
+    layers: list[tuple[str, float]] = []
+    if target.lossy and answers.scores is not None:
+        job.say(f"{target.name} lost too much; measuring every layer")
+
+        def opened(root: Path, entry: dict[str, Any]) -> Student:
+            shutil.copyfile(job.opened.path / "tokenizer.json", root / "tokenizer.json")
+            seal(root, {**manifest, "targets": {target.name: entry}, "default_target": target.name})
+            return Student(Bundle.open(root, verify=False), target.name)
+
+        def distance(student: Student, rows: Sequence[Example]) -> float:
+            got = answer_rows(student, rows, job.plan).scores or []
+            return float(
+                np.mean([np.abs(a - b).mean() for a, b in zip(got, answers.scores or [], strict=False)])
+            )
+
+        layers = most_sensitive(target, job.recipe, job.rows, opened, distance)
+    raise guard.refusal(target.name, figures, job.max_drop, layers)
+
+
+def _reference(root: Path, manifest: dict[str, Any], job: _Job) -> Student:
+    target = TARGETS[REFERENCE]
+    entry = write_target(root / REFERENCE, target, replace(job.recipe, output_tokens=None))
+    shutil.copyfile(job.opened.path / "tokenizer.json", root / "tokenizer.json")
+    seal(root, {**manifest, "targets": {REFERENCE: entry}, "default_target": REFERENCE})
+    return Student(Bundle.open(root, verify=False), REFERENCE)
+
+
+def _calibration_pairs(
+    opened: StudentDir, tokenizer: Any, rows: Sequence[Example]
+) -> list[tuple[list[int], list[int]]]:
     """Return (source ids, target ids) of both tasks for the rows that set int8 ranges."""
     pairs = []
     most, longest = opened.limits["max_source_tokens"], opened.limits["max_target_tokens"]
-    for row in opened.calibration()[:limit]:
-        label = row.label or row.teacher_label
+    for row in rows:
         for prefix, target in (
-            (opened.prefixes["label"], label),
+            (opened.prefixes["label"], row.label or row.teacher_label),
             (opened.prefixes["rationale"], row.rationale if opened.mode.startswith("stepwise") else None),
         ):
             if target:
@@ -156,67 +262,26 @@ def _calibration_pairs(opened: StudentDir, tokenizer: Any, limit: int) -> list[t
     return pairs
 
 
-def _precision(target: Target, ranges: dict[str, float]) -> Precision:
-    return Float32() if target.numbers == "float32" else Int8(ranges)
-
-
-def _write_target(
-    folder: Path,
-    target: Target,
-    weights: T5Weights,
-    plan: LabelPlan,
-    ranges: dict[str, float],
-    explains: bool,
-) -> dict[str, Any]:
-    models = {}
-    if plan.method == "first-token":
-        models["label_scorer"] = build_label_scorer(
-            weights, _precision(target, ranges), [ids[0] for ids in plan.token_ids]
-        )
-    elif plan.method == "trie":
-        models["label_scorer"] = build_trie_scorer(weights, _precision(target, ranges), plan.token_ids)
-    elif plan.method == "choices":
-        models["choice_scorer"] = build_choice_scorer(weights, _precision(target, ranges))
-    if explains:
-        models["explainer"] = build_explainer(weights, _precision(target, ranges))
-    save_graphs(models, folder)
-    return {
-        **{name: f"{target.name}/{name}.onnx" for name in models},
-        "providers": list(target.providers),
-        "opset": OPSET,
-        "quantisation": {
-            "numbers": target.numbers,
-            "lossy": target.lossy,
-            "calibrated_norms": len(ranges) if target.numbers == "int8" else 0,
-        },
-        "accuracy": None,
-    }
-
-
-def _write_reference(
-    root: Path, manifest: dict[str, Any], opened: StudentDir, weights: T5Weights, plan: LabelPlan
-) -> None:
-    target = TARGETS[REFERENCE]
-    entry = _write_target(root / REFERENCE, target, weights, plan, {}, _explains(opened, plan))
-    shutil.copyfile(opened.path / "tokenizer.json", root / "tokenizer.json")
-    seal(root, {**manifest, "targets": {REFERENCE: entry}, "default_target": REFERENCE})
-
-
-def _manifest(
-    opened: StudentDir,
-    weights: T5Weights,
-    plan: LabelPlan,
-    wanted: Sequence[Target],
-    abstain_below: float,
-    name: str | None,
-) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
     versions = {"sbs-edge": __version__}
-    for package in ("onnx", "onnxruntime", "torch", "transformers", "tokenizers"):
-        versions[package] = metadata.version(package)
+    for package in ("onnx", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "tokenizers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _manifest(job: _Job, wanted: Sequence[Target], name: str | None, version: str) -> dict[str, Any]:
+    opened, weights = job.opened, job.recipe.weights
+    if not version or any(not (character.isalnum() or character in "._-") for character in version):
+        raise UsageError(
+            f"The version {version!r} must be made of letters, digits, dots, dashes and underscores."
+        )
     return {
         "format": FORMAT,
         "name": name or opened.task.name,
-        "version": "1",
+        "version": version,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "task": StudentDir.task_card(opened.task),
         "prefixes": dict(opened.prefixes),
@@ -225,13 +290,13 @@ def _manifest(
             "max_new_tokens": opened.limits["max_target_tokens"],
             "max_label_tokens": opened.limits["max_label_tokens"],
         },
-        "labels": plan.describe(),
-        "calibration": {"temperature": 1.0, "n": 0, "abstain_below": abstain_below},
+        "labels": job.plan.describe(),
+        "calibration": {"temperature": 1.0, "n": 0, "abstain_below": job.abstain_below},
         "targets": {},
         "default_target": wanted[0].name,
         "model": weights.describe(),
         "files": {},
-        "versions": versions,
+        "versions": _versions(),
         "seed": opened.card.get("seed"),
         "training": {
             "mode": opened.mode,
@@ -239,105 +304,3 @@ def _manifest(
             "metrics": opened.card.get("training"),
         },
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """Labels of the float32 student, and for scored labels the scores behind them."""
-
-    labels: list[str]
-    scores: list[np.ndarray] | None
-    names: list[Sequence[str]]
-
-
-def _answer(student: Student, rows: Sequence[Example], plan: LabelPlan) -> _Answers:
-    texts = [row.input for row in rows]
-    if not rows:
-        return _Answers([], None, [])
-    if plan.method in ("first-token", "trie"):
-        scores = list(student.label_scores(texts, truncate=True))
-        names: list[Sequence[str]] = [plan.labels] * len(rows)
-        return _Answers([plan.labels[int(s.argmax())] for s in scores], scores, names)
-    if plan.method == "choices":
-        choices = [list(row.choices or ()) for row in rows]
-        predictions = student.predict(texts, labels=choices, truncate=True)
-        logs = [np.log(np.maximum(list(p.probabilities.values()), 1e-300)) for p in predictions]
-        return _Answers([p.label for p in predictions], logs, list(choices))
-    return _Answers([p.label for p in student.predict(texts, truncate=True)], None, [])
-
-
-def _gold(row: Example) -> str | None:
-    return row.label if row.label is not None else row.teacher_label
-
-
-def _calibration(answers: _Answers, rows: Sequence[Example], abstain_below: float) -> dict[str, Any]:
-    if answers.scores is None:
-        return {"temperature": 1.0, "n": 0, "abstain_below": abstain_below}
-    known = [
-        (scores, list(names).index(gold))
-        for scores, names, row in zip(answers.scores, answers.names, rows, strict=True)
-        if (gold := _gold(row)) is not None and gold in names
-    ]
-    return {**calibrate([s for s, _ in known], [g for _, g in known]), "abstain_below": abstain_below}
-
-
-def _guard_figures(
-    candidate: Student,
-    reference: _Answers,
-    rationales: list[list[str]],
-    texts: list[str],
-    rows: Sequence[Example],
-    opened: StudentDir,
-    plan: LabelPlan,
-) -> dict[str, Any] | None:
-    got = _answer(candidate, rows, plan)
-    judged = [i for i, row in enumerate(rows) if _gold(row) is not None]
-    if not judged:
-        return None
-
-    def right(labels: Sequence[str]) -> list[bool]:
-        return [same_answer(labels[i], _gold(rows[i]) or "", opened.task.compare) for i in judged]
-
-    figures = guard.compare_labels(
-        [reference.labels[i] for i in judged],
-        [got.labels[i] for i in judged],
-        right(reference.labels),
-        right(got.labels),
-    )
-    if texts:
-        explained = [e.rationale.split() for e in candidate.explain(texts, truncate=True)]
-        figures["rationale_token_agreement"] = guard.token_agreement(rationales, explained)
-        figures["n_rationales"] = len(texts)
-    return figures
-
-
-def _compare_with_pytorch(
-    reference: Student, model: Any, opened: StudentDir, rows: Sequence[Example], plan: LabelPlan
-) -> dict[str, Any]:
-    """Compare the float32 graph's label scores with the PyTorch model's logits on real rows."""
-    if plan.method != "first-token" or not rows:
-        return {}
-    import torch
-
-    texts = [row.input for row in rows[:64]]
-    ours = reference.label_scores(texts, truncate=True)
-    columns = [ids[0] for ids in plan.token_ids]
-    theirs = []
-    tokenizer = opened.tokenizer()
-    start = torch.tensor([[model.config.decoder_start_token_id or 0]])
-    for text in texts:
-        ids = tokenizer.encode(opened.prefixes["label"] + text).ids
-        if len(ids) > opened.limits["max_source_tokens"]:
-            ids = [*ids[: opened.limits["max_source_tokens"] - 1], model.config.eos_token_id]
-        with torch.no_grad():
-            out = model(input_ids=torch.tensor([ids]), decoder_input_ids=start)
-        theirs.append(out.logits[0, 0, columns].numpy())
-    expected = np.stack(theirs)
-    error = float(np.abs(ours - expected).max() / max(float(np.abs(expected).max()), 1e-9))
-    same = bool((ours.argmax(axis=1) == expected.argmax(axis=1)).all())
-    if error > FLOAT_TOLERANCE or not same:
-        raise SbsEdgeError(
-            f"The exported float32 graph differs from PyTorch by {error:.2e} relative on {len(texts)} rows "
-            f"(limit {FLOAT_TOLERANCE:.0e}); nothing was replaced. Please report the checkpoint's config.json."
-        )
-    return {"max_relative_error": error, "rows": len(texts), "same_labels": same}

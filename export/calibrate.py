@@ -19,18 +19,25 @@ def _log_probabilities(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(scores: Sequence[np.ndarray], gold: Sequence[int]) -> float:
-    """Return the temperature in [0.05, 20] with the least negative log-likelihood.
+    """Return the temperature in [0.05, 20] with the least smoothed negative log-likelihood.
 
     Args:
         scores: one (K_i,) array of scores a row; K may differ between rows.
         gold: index of the right label in every row.
 
-    The likelihood is unimodal in log T, so a golden-section search finds it.
+    The likelihood is unimodal in log T, so a golden-section search finds it. As in Platt's scaling, a share
+    1 / (n + 2) of every target goes to all labels alike: where every row is answered right the plain
+    likelihood would ask for certainty, whatever the number of rows.
     """
+    smoothing = 1.0 / (len(scores) + 2)
 
     def loss(log_t: float) -> float:
         t = float(np.exp(log_t))
-        return -float(np.mean([_log_probabilities(s, t)[g] for s, g in zip(scores, gold, strict=True)]))
+        total = 0.0
+        for row, right in zip(scores, gold, strict=True):
+            log_p = _log_probabilities(row, t)
+            total -= (1.0 - smoothing) * log_p[right] + smoothing * log_p.mean()
+        return total / len(scores)
 
     low, high = np.log(0.05), np.log(20.0)
     ratio = (np.sqrt(5.0) - 1.0) / 2.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from sbs_edge.errors import GuardError
 
-__all__ = ["check", "compare_labels", "token_agreement"]
+__all__ = ["check_pruning", "compare_labels", "refusal", "token_agreement", "too_much"]
 
 RESAMPLES = 2000
 
@@ -46,13 +46,41 @@ def token_agreement(reference: Sequence[Sequence[str]], got: Sequence[Sequence[s
     return same / total if total else 1.0
 
 
-def check(target: str, figures: dict[str, Any], max_drop: float) -> None:
-    """Raise :class:`GuardError` when the drop is over ``max_drop`` points."""
-    if figures["drop_points"] > max_drop:
+def too_much(figures: dict[str, Any], max_drop: float) -> bool:
+    """Tell whether the drop is over ``max_drop`` points."""
+    return bool(figures["drop_points"] > max_drop)
+
+
+def refusal(
+    target: str, figures: dict[str, Any], max_drop: float, layers: Sequence[tuple[str, float]] = ()
+) -> GuardError:
+    """Return the error for a target that lost too much.
+
+    Args:
+        target: its name.
+        figures: what :func:`compare_labels` returned.
+        max_drop: the limit, in points.
+        layers: the layers that cost most, each with its share of the error.
+    """
+    advice = "more calibration rows (--calibration-rows), the target cpu-fp32"
+    if layers:
+        named = ", ".join(f"{layer} ({100 * share:.0f} % of the error)" for layer, share in layers)
+        flags = " ".join(f"--keep-float {layer}" for layer, _ in layers)
+        advice = f"to keep the layers that cost most in float32 ({named}): {flags}; {advice}"
+    return GuardError(
+        f"{target} answers {figures['drop_points']:.2f} points fewer rows right than the float32 student "
+        f"({100 * figures['before']:.2f} % to {100 * figures['after']:.2f} %, {figures['n']} rows, 95 % bound "
+        f"{figures['drop_bound']:.2f} points, same label on {100 * figures['label_agreement']:.2f} %); the limit is "
+        f"{max_drop:.2f}. Nothing was replaced. Try {advice}, or raise --max-drop if this loss is acceptable."
+    )
+
+
+def check_pruning(target: str, figures: dict[str, Any], max_drop: float) -> None:
+    """Raise :class:`GuardError` when fewer tokens to write changed more than ``max_drop`` % of the rationales' words."""
+    changed = 100.0 * (1.0 - figures.get("rationale_token_agreement", 1.0))
+    if changed > max_drop:
         raise GuardError(
-            f"{target} answers {figures['drop_points']:.2f} points fewer validation rows right than the float32 "
-            f"student ({100 * figures['before']:.2f} % to {100 * figures['after']:.2f} %, {figures['n']} rows, 95 % "
-            f"bound {figures['drop_bound']:.2f}); the limit is {max_drop:.2f}. Nothing was replaced. Try more "
-            "calibration rows (--calibration-rows), export cpu-fp32 instead, or raise --max-drop if this loss "
-            "is acceptable."
+            f"With the pruned vocabulary {target} writes {changed:.2f} % of the rationales' words differently "
+            f"({figures['n_rationales']} rows); the limit is {max_drop:.2f}. Nothing was replaced. Export without "
+            "--prune-vocabulary, or raise --max-drop if this loss is acceptable."
         )

@@ -1,0 +1,154 @@
+"""How the exported graphs answer the rows at hand, beside PyTorch and beside the float32 graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sbs_edge.data.answers import same_answer
+from sbs_edge.data.example import Example
+from sbs_edge.errors import DataError, SbsEdgeError
+from sbs_edge.export import guard
+from sbs_edge.export.calibrate import calibrate
+from sbs_edge.export.labels import LabelPlan
+from sbs_edge.runtime.student import Student
+from sbs_edge.student.student_dir import StudentDir
+
+__all__ = [
+    "Answers",
+    "answer_rows",
+    "calibration_of",
+    "check_labels_known",
+    "compare_with_pytorch",
+    "gold_of",
+    "guard_figures",
+]
+
+FLOAT_TOLERANCE = 1e-4
+
+
+def check_labels_known(rows: Sequence[Example], plan: LabelPlan, source: str) -> None:
+    """Raise :class:`DataError` when a row's label is none the student can give."""
+    if plan.kind == "open":
+        return
+    for number, row in enumerate(rows, start=1):
+        known = plan.labels if plan.kind == "closed" else row.choices
+        gold = gold_of(row)
+        if known is None:
+            raise DataError(
+                f"{row.source or f'{source}, row {number}'} has no choices, and this task's rows need them."
+            )
+        if gold is not None and gold not in known:
+            raise DataError(
+                f"{row.source or f'{source}, row {number}'} has the label {gold!r}, which the student cannot give; "
+                f"it knows {', '.join(map(repr, known))}. Correct the row or leave it out."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Labels of the float32 student, and for scored labels the scores behind them."""
+
+    labels: list[str]
+    scores: list[np.ndarray] | None
+    names: list[Sequence[str]]
+
+
+def answer_rows(student: Student, rows: Sequence[Example], plan: LabelPlan) -> Answers:
+    """Answer ``rows`` with ``student``, cutting inputs over the limit."""
+    texts = [row.input for row in rows]
+    if not rows:
+        return Answers([], None, [])
+    if plan.method in ("first-token", "trie"):
+        scores = list(student.label_scores(texts, truncate=True))
+        names: list[Sequence[str]] = [plan.labels] * len(rows)
+        return Answers([plan.labels[int(s.argmax())] for s in scores], scores, names)
+    if plan.method == "choices":
+        choices = [list(row.choices or ()) for row in rows]
+        predictions = student.predict(texts, labels=choices, truncate=True)
+        logs = [np.log(np.maximum(list(p.probabilities.values()), 1e-300)) for p in predictions]
+        return Answers([p.label for p in predictions], logs, list(choices))
+    return Answers([p.label for p in student.predict(texts, truncate=True)], None, [])
+
+
+def gold_of(row: Example) -> str | None:
+    """Return the row's label, or the teacher's where there is none."""
+    return row.label if row.label is not None else row.teacher_label
+
+
+def calibration_of(answers: Answers, rows: Sequence[Example], abstain_below: float) -> dict[str, Any]:
+    """Return the manifest's ``calibration``: the temperature fitted on the float32 student's scores."""
+    if answers.scores is None:
+        return {"temperature": 1.0, "n": 0, "abstain_below": abstain_below}
+    known = [
+        (scores, list(names).index(gold))
+        for scores, names, row in zip(answers.scores, answers.names, rows, strict=True)
+        if (gold := gold_of(row)) is not None and gold in names
+    ]
+    return {**calibrate([s for s, _ in known], [g for _, g in known]), "abstain_below": abstain_below}
+
+
+def guard_figures(
+    candidate: Student,
+    reference: Answers,
+    rationales: list[list[str]],
+    texts: list[str],
+    rows: Sequence[Example],
+    opened: StudentDir,
+    plan: LabelPlan,
+) -> dict[str, Any] | None:
+    """Return accuracies before and after, agreement, and agreement of rationales; None without labels."""
+    got = answer_rows(candidate, rows, plan)
+    judged = [i for i, row in enumerate(rows) if gold_of(row) is not None]
+    if not judged:
+        return None
+
+    def right(labels: Sequence[str]) -> list[bool]:
+        return [same_answer(labels[i], gold_of(rows[i]) or "", opened.task.compare) for i in judged]
+
+    figures = guard.compare_labels(
+        [reference.labels[i] for i in judged],
+        [got.labels[i] for i in judged],
+        right(reference.labels),
+        right(got.labels),
+    )
+    if texts:
+        explained = [e.rationale.split() for e in candidate.explain(texts, truncate=True)]
+        figures["rationale_token_agreement"] = guard.token_agreement(rationales, explained)
+        figures["n_rationales"] = len(texts)
+    return figures
+
+
+def compare_with_pytorch(
+    reference: Student, model: Any, opened: StudentDir, rows: Sequence[Example], plan: LabelPlan
+) -> dict[str, Any]:
+    """Compare the float32 graph's label scores with the PyTorch model's logits on real rows."""
+    if plan.method != "first-token" or not rows:
+        return {}
+    import torch
+
+    texts = [row.input for row in rows[:64]]
+    ours = reference.label_scores(texts, truncate=True)
+    columns = [ids[0] for ids in plan.token_ids]
+    theirs = []
+    tokenizer = opened.tokenizer()
+    start = torch.tensor([[model.config.decoder_start_token_id or 0]])
+    for text in texts:
+        ids = tokenizer.encode(opened.prefixes["label"] + text).ids
+        if len(ids) > opened.limits["max_source_tokens"]:
+            ids = [*ids[: opened.limits["max_source_tokens"] - 1], model.config.eos_token_id]
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([ids]), decoder_input_ids=start)
+        theirs.append(out.logits[0, 0, columns].numpy())
+    expected = np.stack(theirs)
+    error = float(np.abs(ours - expected).max() / max(float(np.abs(expected).max()), 1e-9))
+    same = bool((ours.argmax(axis=1) == expected.argmax(axis=1)).all())
+    if error > FLOAT_TOLERANCE or not same:
+        raise SbsEdgeError(
+            f"The exported float32 graph differs from PyTorch by {error:.2e} relative on {len(texts)} rows "
+            f"(limit {FLOAT_TOLERANCE:.0e}); nothing was replaced. Please report the checkpoint's config.json."
+        )
+    return {"max_relative_error": error, "rows": len(texts), "same_labels": same}
