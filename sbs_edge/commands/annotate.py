@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from sbs_edge.commands._annotate import (
+    Connection,
+    ask_teacher,
+    emit,
+    read_outputs,
+    read_rows,
+    say_estimate,
+    summary,
+)
 from sbs_edge.commands._common import ConfigOption, DryRunOption, JsonOption, print_json, save_resolved
-
-if TYPE_CHECKING:
-    from sbs_edge.data.example import Example
-    from sbs_edge.teacher.annotate import Annotation, Settings
-    from sbs_edge.teacher.calls import Teacher
-    from sbs_edge.teacher.task import TaskFile
 
 __all__ = ["register"]
 
@@ -33,15 +36,6 @@ class Engine(StrEnum):
 
     local = "local"
     ray = "ray"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Connection:
-    backend: str
-    base_url: str | None
-    api_key_env: str
-    timeout: float
-    device: str | None
 
 
 def register(app: typer.Typer) -> None:
@@ -209,9 +203,14 @@ def register(app: typer.Typer) -> None:
             retry_failed=retry_failed,
             max_attempts=max_attempts,
         )
-        connection = _Connection(backend.value, base_url, api_key_env, timeout, device)
+        connection = Connection(backend.value, base_url, api_key_env, timeout, device)
         journal_path = journal or out.with_suffix(".journal.jsonl")
         if engine is Engine.ray:
+            if outputs or emit_batch or show_prompt or dry_run or dataset or limit or keep_failed:
+                raise UsageError(
+                    "--engine ray asks a teacher for whole files: it takes none of --outputs, --emit-batch, "
+                    "--show-prompt, --dry-run, --dataset, --limit, --keep-failed. Leave --engine out for those."
+                )
             from sbs_edge.scale.annotate import annotate_with_ray
 
             report = annotate_with_ray(
@@ -220,7 +219,7 @@ def register(app: typer.Typer) -> None:
             )  # fmt: skip
             print_json(report) if json_output else console.print(report)
             return
-        rows = _rows(data, dataset, split, column or [], limit, skip_bad_rows, console)
+        rows = read_rows(data, dataset, split, column or [], limit, skip_bad_rows, console)
         if not rows:
             raise UsageError(f"{data} holds no row to annotate.")
         if show_prompt:
@@ -231,21 +230,21 @@ def register(app: typer.Typer) -> None:
             sys.stdout.write(show(render(spec, rows[row])) + "\n")
             return
         if emit_batch is not None:
-            _emit(rows, spec, settings, journal_path, emit_batch, console, json_output)
+            emit(rows, spec, settings, journal_path, emit_batch, console, json_output)
             return
         if dry_run:
-            _estimate(rows, spec, settings, journal_path, console, json_output)
+            say_estimate(rows, spec, settings, journal_path, console, json_output)
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out.with_suffix(".config.yaml"))
         if outputs:
-            annotation = annotate_outputs(rows, spec, _outputs(outputs, settings), settings)
+            annotation = annotate_outputs(rows, spec, read_outputs(outputs, settings), settings)
         else:
-            annotation = _ask(rows, spec, settings, connection, journal_path, console)
+            annotation = ask_teacher(rows, spec, settings, connection, journal_path, console)
         report = write_annotation(annotation, spec, out, model=model, keep_failed=keep_failed)
         if json_output:
             print_json({name: value for name, value in report.items() if name != "samples"})
-        _summary(report, out, console)
+        summary(report, out, console)
         stats = annotation.stats
         if stats.stopped == "budget":
             raise SbsEdgeError(
@@ -257,160 +256,3 @@ def register(app: typer.Typer) -> None:
                 f"{sum(stats.unanswered.values())} calls stayed unanswered ({stats.unanswered}); the rest is "
                 f"written to {out}. Run the same command again: it asks only what is missing."
             )
-
-
-def _rows(
-    data: str,
-    dataset: str | None,
-    split: str,
-    column: list[str],
-    limit: int | None,
-    skip_bad_rows: bool,
-    console: Console,
-) -> list[Example]:
-    from sbs_edge.data.readers import ColumnMap, read_examples, refuse
-
-    if dataset is not None:
-        from sbs_edge.data.paper import read_paper_files
-        from sbs_edge.errors import UsageError
-
-        found = read_paper_files(data, dataset)
-        if split not in found.splits:
-            raise UsageError(f"{dataset} has no split {split!r}; it has {', '.join(found.splits)}.")
-        examples, rejected = found.splits[split], found.rejected[split]
-        # The teacher whose outputs lie beside the rows is not the teacher asked here.
-        examples = [dataclasses.replace(e, teacher_label=None, rationale=None) for e in examples[:limit]]
-    else:
-        result = read_examples(data, columns=ColumnMap.parse(column), limit=limit, split=split)
-        examples, rejected = result.examples, result.rejected
-    if rejected and not skip_bad_rows:
-        refuse(rejected)
-    if rejected:
-        console.print(f"{len(rejected)} malformed rows left out; the first: {rejected[0]}", highlight=False)
-    return examples
-
-
-def _teacher(connection: _Connection, settings: Settings) -> Teacher:
-    from sbs_edge.teacher.connect import connect
-
-    return connect(settings, **dataclasses.asdict(connection))
-
-
-def _outputs(paths: list[Path], settings: Settings) -> Any:
-    from sbs_edge.errors import UsageError
-    from sbs_edge.teacher.outputs import read_batch_outputs, read_paper_outputs
-
-    found: list[Path] = []
-    for path in paths:
-        matches = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else [path]
-        if not matches:
-            raise UsageError(f"No file fits {path}.")
-        found += matches
-    kinds = {path.suffix for path in found}
-    if kinds == {".json"}:
-        return read_paper_outputs(found)
-    if kinds == {".jsonl"}:
-        return read_batch_outputs(found, settings.prices)
-    raise UsageError(
-        "--outputs takes .json files (arrays of strings) or .jsonl files (Batch output), not both."
-    )
-
-
-def _journal_records(path: Path) -> dict[str, Any]:
-    from sbs_edge.teacher.journal import Journal
-
-    if not path.exists():
-        return {}
-    with Journal(path) as journal:
-        return journal.records
-
-
-def _emit(
-    rows: list[Example],
-    spec: TaskFile,
-    settings: Settings,
-    journal_path: Path,
-    path: Path,
-    console: Console,
-    json_output: bool,
-) -> None:
-    from sbs_edge.teacher.collect import unfinished
-    from sbs_edge.teacher.outputs import emit_batch
-
-    calls = unfinished(
-        rows, spec, settings.model, settings.sampling, settings.samples, _journal_records(journal_path),
-        retry_failed=settings.retry_failed,
-    )  # fmt: skip
-    paths = emit_batch(calls, settings.model, settings.sampling, path)
-    if json_output:
-        print_json({"files": [str(item) for item in paths]})
-    console.print(
-        f"Wrote {', '.join(map(str, paths))}. Read the results with the same options and --outputs FILE.",
-        highlight=False,
-    )
-
-
-def _estimate(
-    rows: list[Example],
-    spec: TaskFile,
-    settings: Settings,
-    journal_path: Path,
-    console: Console,
-    json_output: bool,
-) -> None:
-    from sbs_edge.teacher.annotate import estimate
-
-    found = estimate(rows, spec, settings, _journal_records(journal_path))
-    if json_output:
-        print_json({"rows": len(rows), **dataclasses.asdict(found)})
-    console.print(
-        f"{found.calls:,} calls for {len(rows):,} rows: about {found.prompt_tokens:,} prompt tokens and "
-        f"{found.likely_completion_tokens:,} answer tokens (at most {found.most_completion_tokens:,}); cost "
-        f"about {found.likely_cost:.4f}, at most {found.most_cost:.4f}. Tokens are estimated from characters.",
-        highlight=False,
-    )
-
-
-def _ask(
-    rows: list[Example],
-    spec: TaskFile,
-    settings: Settings,
-    connection: _Connection,
-    journal_path: Path,
-    console: Console,
-) -> Annotation:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from sbs_edge.teacher.annotate import Progress as Figures
-    from sbs_edge.teacher.annotate import annotate
-
-    teacher = _teacher(connection, settings)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        shown = bar.add_task("", total=None)
-        step = [0]
-
-        def update(figures: Figures) -> None:
-            speed = bar.tasks[0].speed
-            text = f"{speed:.1f} rows/s  " if speed else ""
-            text += f"cost {figures.cost:.4f}  usable {figures.usable / max(figures.done, 1):.1%}"
-            if figures.known:
-                text += f"  agrees with gold {figures.agree / figures.known:.1%}"
-            bar.update(shown, completed=figures.done, total=figures.total, description=text)
-            tenth = 10 * figures.done // max(figures.total, 1)
-            if not console.is_terminal and tenth > step[0]:  # a log gets ten lines, not a bar
-                step[0] = tenth
-                console.print(f"{figures.done}/{figures.total}  {text}", highlight=False)
-
-        return annotate(rows, spec, teacher, journal_path, settings, on_progress=update)
-
-
-def _summary(report: dict[str, Any], out: Path, console: Console) -> None:
-    agreement = report["agreement"]["rate"]
-    console.print(
-        f"{report['annotated']:,} of {report['rows']:,} rows annotated -> {out}"
-        + (f"; agreement with gold {agreement:.1%}" if agreement is not None else "")
-        + (f"; without: {report['reasons']}" if report["reasons"] else "")
-        + f"; cost {report['calls']['cost']:.4f}. Read {out.with_suffix('.report.html')}.",
-        highlight=False,
-    )
