@@ -42,7 +42,7 @@ class RunConfig(BaseModel):
     mode: Mode = "stepwise"
     steps: int = Field(600, ge=1)
     controls: bool = False
-    targets: tuple[str, ...] = ("cpu-fp32", "cpu-int8")
+    targets: tuple[str, ...] = ("cpu-int8", "cpu-fp32")
     seed: int = 0
     max_drop: float = Field(1.0, ge=0)
     training: dict[str, Any] = Field(default_factory=dict)

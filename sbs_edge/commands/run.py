@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 from sbs_edge import files
@@ -18,6 +20,8 @@ from sbs_edge.commands._common import (
     resolved,
     save_resolved,
 )
+from sbs_edge.commands.train import Mode
+from sbs_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
@@ -25,13 +29,19 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 
-class Mode(StrEnum):
-    """Where labels and rationales come from."""
+class Compare(StrEnum):
+    """When two labels are the same answer."""
 
-    finetune = "finetune"
-    distill = "distill"
-    stepwise = "stepwise"
-    stepwise_teacher = "stepwise-teacher"
+    text = "text"
+    value = "value"
+
+
+class LabelKind(StrEnum):
+    """Where the labels to choose from come from."""
+
+    closed = "closed"
+    choices = "choices"
+    open = "open"
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +59,23 @@ def register(app: typer.Typer) -> None:
         ] = Path("runs/latest"),
         dataset: Annotated[
             str | None, typer.Option(help="Read DATA in the paper's layout: cqa, svamp, anli1 or esnli.")
+        ] = None,
+        validation: Annotated[
+            Path | None, typer.Option(help="File of validation rows; none: a tenth of the training inputs.")
+        ] = None,
+        test: Annotated[
+            Path | None,
+            typer.Option(help="File of test rows, read once at the end; none: a tenth of the inputs."),
+        ] = None,
+        label_kind: Annotated[
+            LabelKind | None, typer.Option(help="closed, choices or open; none: decided from the rows.")
+        ] = None,
+        compare: Annotated[
+            Compare, typer.Option(help="Labels are equal as text, or by arithmetic value.")
+        ] = Compare.text,
+        column: Annotated[
+            list[str] | None,
+            typer.Option(help="FIELD=COLUMN, for example input=question; several may be given."),
         ] = None,
         mode: Annotated[
             Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")
@@ -73,6 +100,12 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25.")
         ] = 0.0,
         train_rows: Annotated[int | None, typer.Option(help="Use at most this many training rows.")] = None,
+        training: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="FIELD=VALUE of the training configuration, such as d_model=128; may be repeated."
+            ),
+        ] = None,
         target: Annotated[list[str] | None, typer.Option(help="Export target; several may be given.")] = None,
         max_drop: Annotated[
             float,
@@ -95,18 +128,24 @@ def register(app: typer.Typer) -> None:
         """
         from sbs_edge.pipeline import RunConfig, arms_for
         from sbs_edge.pipeline import run as run_pipeline
+        from sbs_edge.student.config import make_config
 
         console = Console(stderr=True)
         settings = RunConfig(
             mode=mode.value,
             steps=steps,
             controls=controls,
-            targets=tuple(target or ("cpu-fp32", "cpu-int8")),
+            targets=tuple(target or ("cpu-int8", "cpu-fp32")),
             seed=seed,
             max_drop=max_drop,
-            training={"rationale_weight": rationale_weight, **({"model": model} if model else {})},
+            training={
+                "rationale_weight": rationale_weight,
+                **({"model": model} if model else {}),
+                **_fields(training or ()),
+            },
         )
-        splits = _load(data, dataset, out, skip_bad_rows, seed, teacher_error, train_rows)
+        make_config(None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training})
+        splits = _load(ctx.params, out)
         if dry_run:
             plan = {
                 **resolved(ctx),
@@ -132,28 +171,38 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def _load(
-    data: str,
-    dataset: str | None,
-    out: Path,
-    skip_bad_rows: bool,
-    seed: int,
-    teacher_error: float,
-    train_rows: int | None,
-) -> Splits:
+def _fields(items: Iterable[str]) -> dict[str, Any]:
+    """Turn FIELD=VALUE texts into values, read as YAML."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--training takes FIELD=VALUE, for example d_model=128; {item!r} is not that.")
+        found[name.replace("-", "_")] = yaml.safe_load(value)
+    return found
+
+
+def _load(values: dict[str, Any], out: Path) -> Splits:
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits
     from sbs_edge.data.load import load_splits
+    from sbs_edge.data.readers import ColumnMap
 
-    if data == "builtin":
-        splits = builtin_splits(
-            seed=seed, teacher_error=teacher_error, **({"n_train": train_rows} if train_rows else {})
-        )
-    else:
-        splits = load_splits(
-            data, dataset=dataset, skip_bad_rows=skip_bad_rows, seed=seed, skipped_file=out / "skipped.jsonl"
-        )
-        if train_rows:
-            splits = dataclasses.replace(splits, train=splits.train[:train_rows])
-    return splits
+    train_rows = values["train_rows"]
+    if values["data"] == "builtin":
+        size = {"n_train": train_rows} if train_rows else {}
+        return builtin_splits(seed=values["seed"], teacher_error=values["teacher_error"], **size)
+    splits = load_splits(
+        values["data"],
+        dataset=values["dataset"],
+        validation=values["validation"],
+        test=values["test"],
+        label_kind=values["label_kind"],
+        compare=values["compare"],
+        columns=ColumnMap.parse(values["column"] or ()),
+        skip_bad_rows=values["skip_bad_rows"],
+        seed=values["seed"],
+        skipped_file=out / "skipped.jsonl",
+    )
+    return dataclasses.replace(splits, train=splits.train[:train_rows]) if train_rows else splits

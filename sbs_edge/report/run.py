@@ -24,15 +24,7 @@ def _percent(value: float | None) -> str:
 def run_table(report: dict[str, Any]) -> Table:
     """Return the comparison as a rich table: one student a row, then one exported target a row."""
     table = Table(title=f"{report['task']['name']}: test split, {report['rows']['test']} rows")
-    for column in (
-        "student",
-        "steps",
-        "label accuracy",
-        "rationale tokens",
-        "size",
-        "label p50",
-        "trained in",
-    ):
+    for column in ("student", "steps", "label", "rationale", "size", "p50", "trained"):
         table.add_column(column, justify="left" if column == "student" else "right")
     for student in report["students"]:
         test = student["test"]
@@ -41,7 +33,7 @@ def run_table(report: dict[str, Any]) -> Table:
             str(student["steps"]),
             _percent(test["label_accuracy"]),
             _percent(test.get("rationale_token_accuracy")),
-            f"{student['metrics']['parameters']:,} parameters",
+            f"{student['metrics']['parameters'] / 1e6:.2f}M par.",
             "",
             f"{student['train_seconds']:.0f} s",
         )
@@ -49,7 +41,7 @@ def run_table(report: dict[str, Any]) -> Table:
     for target in report["bundle"]["targets"]:
         latency = target["label_ms"]
         table.add_row(
-            f"bundle {target['target']}",
+            target["target"],
             "",
             _percent(target["label_accuracy"]),
             "",
@@ -148,9 +140,18 @@ def run_page(report: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     page.text("Latency: one text a call, one thread, on the machine that ran this.", note=True)
-    for target in report["bundle"]["targets"]:
-        if target["guard"]:
-            page.text(f"{target['target']}, guard: {target['guard']}", note=True)
+    guarded = [(t["target"], t["guard"]) for t in report["bundle"]["targets"] if t["guard"]]
+    if guarded:
+        page.section("Guard: each target beside the float32 student, on validation rows")
+        page.table(
+            ["target", "rows", "float32", "target's", "drop, points", "95 % bound", "same label", "same rationale words"],
+            [
+                [name, g["n"], _percent(g["before"]), _percent(g["after"]), round(g["drop_points"], 2),
+                 round(g["drop_bound"], 2), _percent(g["label_agreement"]),
+                 _percent(g.get("rationale_token_agreement"))]
+                for name, g in guarded
+            ],
+        )  # fmt: skip
     calibration = report["bundle"].get("calibration") or {}
     if calibration.get("coverage"):
         page.section("Confidence")
