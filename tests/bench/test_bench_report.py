@@ -1,0 +1,94 @@
+"""Tables, page, pictures and the generated documentation."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sbs_edge.bench import docs, tables
+from sbs_edge.bench.report import markdown_report, page, write_report
+
+
+def test_every_system_has_a_row_and_a_peer_that_failed_says_why(document: dict[str, Any]) -> None:
+    found = {table.title: table for table in tables.latency_tables(document)}
+    states = {row[0]: row[-1] for row in found["Systems and their answers"].rows}
+    assert states["openvino"] == "not installed: <openvino>"
+    label = {row[0]: row[1] for row in found["Label, ms"].rows}
+    assert label["sbs-edge:cpu-int8, label"] == "10.0 / 11.0 / 13.0"
+    ratios = found["sbs-edge:cpu-int8 against each peer"].rows
+    assert ratios[0][1] == "2.00x (1.90 to 2.10)"
+    assert ratios[1][1] == "withheld: worse answers"
+
+
+def test_markdown_tables_are_rectangular(document: dict[str, Any]) -> None:
+    for table in tables.latency_tables(document):
+        lines = [line for line in tables.markdown(table).splitlines() if line.startswith("|")]
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+        assert widths == {len(table.columns) + 1}, table.title
+
+
+class _Checker(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.svgs = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.svgs += tag == "svg"
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href") and value and not value.startswith(("#", "data:")):
+                self.outside.append(value)
+
+
+def test_the_page_loads_nothing_and_escapes_what_it_was_given(document: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    text = page(document)
+    checker = _Checker()
+    checker.feed(text)
+    assert checker.outside == []
+    assert checker.svgs == 3
+    assert "&lt;openvino&gt;" in text
+    assert "<openvino>" not in text
+
+
+def test_the_report_is_written_whole(document: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = {path.name for path in write_report(document, tmp_path / "out")}
+    assert written == {
+        "result.json", "result.md", "result.html",
+        "latency-size-accuracy.png", "latency-by-length.png", "latency-percentiles.png",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == document
+    assert all((tmp_path / "out" / name).stat().st_size > 500 for name in written)
+    assert (tmp_path / "out" / "result.md").read_text() == markdown_report(document)
+
+
+def test_the_benchmarks_page_is_up_to_date(repository: Path) -> None:
+    page_file = repository / docs.PAGE
+    assert page_file.is_file(), "run: python -m sbs_edge.bench.docs"
+    assert page_file.read_text(encoding="utf-8") == docs.generate(repository / docs.RESULTS), (
+        "docs/benchmarks.md is out of date; run: python -m sbs_edge.bench.docs"
+    )
+
+
+def test_the_newest_result_is_shown_and_older_ones_are_listed(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    for day in ("01", "02"):
+        (results / f"m-2026-01-{day}.json").write_text(
+            json.dumps({**document, "created": f"2026-01-{day}T00:00:00+00:00"})
+        )
+    (results / "kernels.json").write_text(json.dumps({"kind": "kernels"}))
+    assert docs.main(tmp_path) == 0
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "Source: `bench/results/m-2026-01-02.json`" in text
+    assert "Older results of the same: `m-2026-01-01.json`" in text
+    assert text.count("Label, ms") == 1
+    assert docs.main(tmp_path / "nowhere") == 1
