@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sbs_edge.export.graph import CONTRIB, Graph, Value
+from sbs_edge.export.graph import CONTRIB, FLOAT, Graph, Value
 from sbs_edge.export.precision import Precision
 from sbs_edge.export.weights import T5Weights
 
@@ -99,6 +99,19 @@ class Writer:
         """Turn (B, T, H * d_kv) into (B, H, T, d_kv); ``length`` 0 keeps T as it is."""
         shape = np.array([0, length, self.weights.n_heads, self.weights.d_kv], np.int64)
         return str(self.graph.op("Transpose", self.graph.op("Reshape", x, shape), perm=[0, 2, 1, 3]))
+
+    def unheads(self, x: Value) -> Value:
+        """Turn (B, H, T, d_kv) into (B, T, H * d_kv)."""
+        turned = self.graph.op("Transpose", x, perm=[0, 2, 1, 3])
+        return str(self.graph.op("Reshape", turned, np.array([0, 0, self.weights.inner], np.int64)))
+
+    def widen(self, x: Value) -> Value:
+        """Mark ``x`` and what follows as float32 for graphs that are turned into half precision."""
+        if self.precision.contrib:
+            return x
+        wide = self.graph.fresh("wide")
+        self.graph.named_outputs("Cast", [x], [wide], to=FLOAT)
+        return wide
 
     def attend(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
         """Attention of (B, T, H * d_kv) inputs with an additive bias; T5 does not scale by d_kv ** -0.5."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from sbs_edge.export.blocks import Stream, Writer
 from sbs_edge.export.encoder import FINAL_NORM
 from sbs_edge.export.graph import Value
@@ -87,11 +85,7 @@ def decode_position(
         pooled = graph.op(
             "Attention", writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask, scale=1.0
         )
-        joined = graph.op(
-            "Reshape",
-            graph.op("Transpose", pooled, perm=[0, 2, 1, 3]),
-            np.array([0, 0, weights.inner], np.int64),
-        )
+        joined = writer.unheads(pooled)
         stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
         update = writer.feed_forward(stream, f"{block}.2.DenseReluDense")
         last = layer + 1 == weights.n_decoder_layers

@@ -50,7 +50,7 @@ def build_label_scorer(
     head = writer.head_weight(np.asarray(first_tokens)).T  # (K, d)
     # Multiply and sum instead of a matrix product: the runtime's kernels for one row and for many
     # add in different orders, and a score must not depend on the batch.
-    products = graph.op("Mul", normed, np.ascontiguousarray(head[None]))
+    products = graph.op("Mul", writer.widen(normed), np.ascontiguousarray(head[None]))
     scores = graph.op("ReduceSum", products, np.array([2], np.int64), keepdims=0)
     graph.output("scores", FLOAT, ["batch", len(first_tokens)], scores)
     return graph.model("label_scorer")

@@ -113,11 +113,7 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
         pooled = graph.op(
             "Attention", writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask, scale=1.0
         )
-        joined = graph.op(
-            "Reshape",
-            graph.op("Transpose", pooled, perm=[0, 2, 1, 3]),
-            np.array([0, 0, weights.inner], np.int64),
-        )
+        joined = writer.unheads(pooled)
         stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
         last = layer + 1 == weights.n_decoder_layers
         stream = writer.add(
@@ -125,7 +121,9 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
             writer.feed_forward(stream, f"{block}.2.DenseReluDense"),
             LAST_NORM if last else f"decoder.block.{layer + 1}.layer.0.layer_norm",
         )
-    logits = writer.precision.linear(graph, stream.normed, writer.head_weight(), norm=LAST_NORM)  # (B, T, V)
+    logits = writer.widen(
+        writer.precision.linear(graph, stream.normed, writer.head_weight(), norm=LAST_NORM)
+    )  # (B, T, V)
     total = graph.op("ReduceLogSumExp", logits, np.array([2], np.int64), keepdims=0)  # (B, T)
     batch_index = graph.op("Range", np.int64(0), graph.op("Squeeze", batch_of(writer, ids)), np.int64(1))
     rows = graph.op(
@@ -140,7 +138,8 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
 
     picked = graph.op("GatherND", logits, stacked(rows, trie.edge_node, trie.edge_token))  # (B, E)
     normaliser = graph.op("GatherND", total, stacked(rows, trie.edge_node))
-    log_p = graph.op("Unsqueeze", graph.op("Sub", picked, normaliser), np.array([1], np.int64))  # (B, 1, E)
-    return str(
-        graph.op("ReduceSum", graph.op("Mul", trie.label_edges, log_p), np.array([2], np.int64), keepdims=0)
-    )
+    log_p = graph.op("Unsqueeze", graph.op("Sub", picked, normaliser), np.array([2], np.int64))  # (B, E, 1)
+    # Summed over the middle axis, edge after edge: a sum over the last one is split where memory happens
+    # to be aligned, which depends on the batch.
+    chosen = graph.op("Transpose", writer.widen(trie.label_edges), perm=[0, 2, 1])  # (B, E, K)
+    return str(graph.op("ReduceSum", graph.op("Mul", chosen, log_p), np.array([1], np.int64), keepdims=0))
