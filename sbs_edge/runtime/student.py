@@ -117,6 +117,7 @@ class Student:
         *,
         truncate: bool | None = None,
         abstain_below: float | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> list[Prediction]:
         """Answer every text with a label; answers come in the order of the texts.
 
@@ -126,13 +127,14 @@ class Student:
                 bring their own choices; elsewhere None means the bundle's own label set.
             truncate: overrides the student's setting.
             abstain_below: overrides the bundle's threshold.
+            tokens: what :meth:`tokenize` gave for these texts, so that they are not tokenised again.
 
         Raises:
             UsageError: a text is over the token limit, or labels are missing or unusable.
         """
         if isinstance(texts, str):
             raise UsageError("predict takes a list of texts; wrap a single one: predict([text]).")
-        rows, cut = self._encode(texts, self.manifest["prefixes"]["label"], truncate)
+        rows, cut = self._encode(texts, self.manifest["prefixes"]["label"], truncate, tokens)
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
@@ -280,6 +282,7 @@ class Student:
         num_beams: int = 1,
         *,
         truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> list[Explanation]:
         """Write a rationale for every text.
 
@@ -288,6 +291,7 @@ class Student:
             max_new_tokens: at most this many tokens; None: the bundle's limit.
             num_beams: 1 decodes greedily; more needs a bundle exported with that width.
             truncate: overrides the student's setting.
+            tokens: what :meth:`tokenize` gave for these texts and the task "rationale".
         """
         if isinstance(texts, str):
             raise UsageError("explain takes a list of texts; wrap a single one: explain([text]).")
@@ -296,7 +300,7 @@ class Student:
             raise UsageError(
                 f"max_new_tokens must be between 1 and {self.limits['max_new_tokens']}, not {limit}."
             )
-        rows, cut = self._encode(texts, self.manifest["prefixes"]["rationale"], truncate)
+        rows, cut = self._encode(texts, self.manifest["prefixes"]["rationale"], truncate, tokens)
         decoded = self._decode(rows, limit, num_beams)
         return [
             Explanation(self._text(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row))
@@ -329,27 +333,39 @@ class Student:
 
     def count_tokens(self, texts: Sequence[str], task: str = "label") -> list[int]:
         """Return how many tokens every text has for ``task``, prefix and end-of-sequence included."""
+        return [len(ids) for ids in self.tokenize(texts, task)]
+
+    def tokenize(self, texts: Sequence[str], task: str = "label") -> list[list[int]]:
+        """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included."""
         prefix = self.manifest["prefixes"][task]
-        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch([prefix + t for t in texts])]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch([prefix + t for t in texts])]
 
     def _encode(
-        self, texts: Sequence[str], prefix: str, truncate: bool | None
+        self,
+        texts: Sequence[str],
+        prefix: str,
+        truncate: bool | None,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UsageError(f"Text {row} is a {type(text).__name__}, not a string.")
         limit = self.limits["max_source_tokens"]
         allowed = self.truncate if truncate is None else truncate
-        rows, cut = [], []
-        for row, encoding in enumerate(self._tokenizer.encode_batch([prefix + text for text in texts])):
-            ids = encoding.ids
+        if tokens is None:
+            tokens = [each.ids for each in self._tokenizer.encode_batch([prefix + text for text in texts])]
+        elif len(tokens) != len(texts):
+            raise UsageError(f"{len(texts)} text(s) came with {len(tokens)} list(s) of tokens.")
+        rows: list[list[int]] = []
+        cut: list[bool] = []
+        for row, ids in enumerate(tokens):
             too_long = len(ids) > limit
             if too_long and not allowed:
                 raise UsageError(
                     f"Text {row} has {len(ids)} tokens with its prefix; this bundle's limit is {limit}. "
                     "Shorten it, or allow cutting with truncate=True (--truncate)."
                 )
-            rows.append([*ids[: limit - 1], self._eos] if too_long else ids)
+            rows.append([*ids[: limit - 1], self._eos] if too_long else list(ids))
             cut.append(too_long)
         return rows, cut
 

@@ -26,8 +26,8 @@ class Gate:
         self._reason = reason
         self._max_wait_s = max_wait_s
 
-    def enter(self, units: int = 1, seconds_per_unit: float = 0.0) -> None:
-        """Count ``units`` in, or raise a 429 :class:`~sbs_edge.serve.errors.HttpError`.
+    def check(self, units: int = 1, seconds_per_unit: float = 0.0) -> None:
+        """Raise a 429 :class:`~sbs_edge.serve.errors.HttpError` if ``units`` would not fit.
 
         ``seconds_per_unit`` is the measured service time; an empty gate always lets a request in,
         whatever the estimate says, so that one slow measurement cannot shut the server.
@@ -37,6 +37,10 @@ class Gate:
             raise errors.overloaded(self._reason, wait_s)
         if self._max_wait_s is not None and self.inside and wait_s > self._max_wait_s:
             raise errors.overloaded("queue_time", wait_s)
+
+    def enter(self, units: int = 1, seconds_per_unit: float = 0.0) -> None:
+        """Check and count ``units`` in, in one step."""
+        self.check(units, seconds_per_unit)
         self.inside += units
 
     def leave(self, units: int = 1) -> None:

@@ -60,11 +60,13 @@ def create_app(service: Service) -> Starlette:
     """Return the ASGI application; its lifespan loads the models beside the first requests."""
     settings, registry, metrics = service.settings, service.registry, service.metrics
 
-    async def work(request: Request, answer: Callable[[bytes], Awaitable[Response]]) -> Response:
+    async def work(
+        request: Request, answer: Callable[[bytes], Awaitable[Response]], *, labels: bool = False
+    ) -> Response:
         """Admit, read and answer one request within its deadline, or give it up with its client."""
         state = request.state
         try:
-            service.enter()
+            service.enter(labels=labels)
         except errors.HttpError as error:
             metrics.rejected.labels(error.reason).inc()
             return _error(error)
@@ -103,7 +105,7 @@ def create_app(service: Service) -> Starlette:
             answers = await answer(request, version, asking)
             return _json(plain.encode_answers(version.card.name, version.card.version, answers))
 
-        return await work(request, run)
+        return await work(request, run, labels=True)
 
     async def infer(request: Request) -> Response:
         async def run(body: bytes) -> Response:

@@ -58,6 +58,7 @@ class Engine(Protocol):
         labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
         truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> Sequence[PredictionLike]: ...
 
     def explain(
@@ -66,9 +67,10 @@ class Engine(Protocol):
         max_new_tokens: int | None = None,
         *,
         truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> Sequence[ExplanationLike]: ...
 
-    def count_tokens(self, texts: Sequence[str], task: str = "label") -> Sequence[int]: ...
+    def tokenize(self, texts: Sequence[str], task: str = "label") -> list[list[int]]: ...
 
     def warm_up(self) -> None: ...
 

@@ -32,8 +32,8 @@ __all__ = ["Model", "ModelVersion", "Registry", "parse_source"]
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-LabelWork = tuple[str, list[str] | None]  # text, and its answers for tasks with choices
-RationaleWork = tuple[str, int | None]  # text, longest rationale in tokens
+LabelWork = tuple[str, list[int], list[str] | None]  # text, tokens, answers for tasks with choices
+RationaleWork = tuple[str, list[int], int | None]  # text, tokens, longest rationale in tokens
 
 
 def parse_source(argument: str) -> tuple[str | None, Path]:
@@ -175,6 +175,11 @@ class Registry:
         """Every model has a version that passed its warm-up."""
         return all(model.versions for model in self._models)
 
+    @property
+    def only(self) -> ModelVersion | None:
+        """The version every request without a name and version goes to, if one model is served."""
+        return self._models[0].newest if len(self._models) == 1 else None
+
     def find(self, name: str | None, version: str | None = None) -> ModelVersion:
         """Return a version in service, or raise 404 (unknown) or 503 (nothing ready)."""
         if name is None:
@@ -285,12 +290,13 @@ class Registry:
             return on_batch
 
         def label_batch(batch: list[LabelWork]) -> Any:
-            choices = [c for _, c in batch]
-            given = None if choices[0] is None else choices
-            return engine.predict([text for text, _ in batch], labels=given, truncate=True)  # type: ignore[arg-type]
+            texts, tokens = [text for text, _, _ in batch], [ids for _, ids, _ in batch]
+            given = [choices for _, _, choices in batch if choices is not None] or None
+            return engine.predict(texts, labels=given, truncate=True, tokens=tokens)
 
         def rationale_batch(batch: list[RationaleWork]) -> Any:
-            return engine.explain([text for text, _ in batch], max_new_tokens=batch[0][1], truncate=True)
+            texts, tokens = [text for text, _, _ in batch], [ids for _, ids, _ in batch]
+            return engine.explain(texts, max_new_tokens=batch[0][2], truncate=True, tokens=tokens)
 
         lane_options: dict[str, Any] = {
             "max_batch_tokens": settings.max_batch_tokens,

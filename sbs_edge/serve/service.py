@@ -61,12 +61,19 @@ class Service:
         """Whether requests are answered."""
         return self.started and not self.draining and self.registry.ready
 
-    def enter(self) -> None:
-        """Count one request in, or refuse it with 503 or 429; pair with :meth:`leave`."""
+    def enter(self, *, labels: bool) -> None:
+        """Count one request in, or refuse it with 503 or 429; pair with :meth:`leave`.
+
+        A request that surely wants ``labels`` is refused before its body is read when the queue of
+        the only model is full anyway; otherwise the queue is looked at once the body says whose.
+        """
         if self.draining:
             raise errors.draining()
         if not self.started:
             raise errors.not_ready()
+        version = self.registry.only
+        if labels and version is not None:
+            version.label_gate.check(1, version.labels.wait_estimate_s(1))
         self.gate.enter(1)
 
     def leave(self) -> None:
@@ -125,8 +132,8 @@ class Service:
             lane.expected += 1
         try:
             try:
-                counts = [
-                    await self._count(
+                tokens = [
+                    await self._tokenize(
                         version, asking, "label" if lane is version.labels else "rationale", timing
                     )
                     for lane in lanes
@@ -134,15 +141,20 @@ class Service:
             finally:
                 for lane in lanes:
                     lane.expected -= 1
-            for lane, n_tokens in zip(lanes, counts, strict=True):
+            limit = version.card.max_source_tokens
+            for lane, rows in zip(lanes, tokens, strict=True):
                 payloads: list[Any]
                 if lane is version.labels:
-                    rows = asking.labels
-                    payloads = [(text, rows[i] if rows else None) for i, text in enumerate(asking.texts)]
+                    given: Sequence[Any] = asking.labels or [None] * n
+                    payloads = list(zip(asking.texts, rows, given, strict=True))
                     group: Any = "label"
                 else:
-                    payloads = [(text, asking.max_new_tokens) for text in asking.texts]
+                    payloads = [
+                        (text, ids, asking.max_new_tokens)
+                        for text, ids in zip(asking.texts, rows, strict=True)
+                    ]
                     group = asking.max_new_tokens
+                n_tokens = [min(len(ids), limit) for ids in rows]
                 ticket = lane.submit(payloads, n_tokens, group)
                 tickets.append((lane, ticket))
                 ticket.future.add_done_callback(partial(_leave, held.pop(lane), n))
@@ -170,16 +182,18 @@ class Service:
             self.metrics.abstained.labels(version.card.name).inc(n_abstained)
         return answers
 
-    async def _count(self, version: ModelVersion, asking: Asking, task: str, timing: Timing) -> list[int]:
-        """Return each text's length in tokens, at most the model's limit; 400 for one over it."""
+    async def _tokenize(
+        self, version: ModelVersion, asking: Asking, task: str, timing: Timing
+    ) -> list[list[int]]:
+        """Return each text's tokens; 400 for one over the model's limit unless it may be cut."""
         started = time.perf_counter()
         texts = asking.texts
         try:
             if sum(map(len, texts)) <= _INLINE_CHARACTERS:
-                counts: Sequence[int] = version.engine.count_tokens(texts, task)
+                rows = version.engine.tokenize(texts, task)
             else:
-                counts = await asyncio.get_running_loop().run_in_executor(
-                    self._tokenizing, version.engine.count_tokens, texts, task
+                rows = await asyncio.get_running_loop().run_in_executor(
+                    self._tokenizing, version.engine.tokenize, texts, task
                 )
         except SbsEdgeError as error:
             raise errors.bad_request(str(error)) from error
@@ -190,15 +204,14 @@ class Service:
         limit = version.card.max_source_tokens
         truncate = self.settings.truncate if asking.truncate is None else asking.truncate
         if not truncate:
-            for index, count in enumerate(counts):
-                if count > limit:
+            for index, ids in enumerate(rows):
+                if len(ids) > limit:
                     raise errors.bad_request(
-                        f"texts[{index}] has {count} tokens; this model's limit is {limit} "
+                        f"texts[{index}] has {len(ids)} tokens; this model's limit is {limit} "
                         "(max_source_tokens). Shorten it, or ask for truncate."
                     )
-        lengths = [min(count, limit) for count in counts]
-        self.metrics.input_tokens.labels(name).inc(sum(lengths))
-        return lengths
+        self.metrics.input_tokens.labels(name).inc(sum(min(len(ids), limit) for ids in rows))
+        return rows
 
     def _merge(
         self, version: ModelVersion, n_texts: int, predictions: Any, explanations: Any

@@ -86,7 +86,7 @@ class HandEngine:
         odds = {label: 0.7 if i == at else rest for i, label in enumerate(labels)}
         return Predicted(labels[at], 0.7, odds, truncated=len(text.split()) > 40, n_input_tokens=len(words))
 
-    def predict(self, texts, labels=None, *, truncate=None):
+    def predict(self, texts, labels=None, *, truncate=None, tokens=None):
         assert not self.closed
         self.batches.append(list(texts))
         if self.poison and any(self.poison in text for text in texts):
@@ -95,14 +95,14 @@ class HandEngine:
             time.sleep(self.label_s)
         return [self.answer(t, labels[i] if labels else None) for i, t in enumerate(texts)]
 
-    def explain(self, texts, max_new_tokens=None, *, truncate=None):
+    def explain(self, texts, max_new_tokens=None, *, truncate=None, tokens=None):
         assert not self.closed
         if self.rationale_s:
             time.sleep(self.rationale_s)
         return [Explained("because " + t[::-1], 1 + len(t.split())) for t in texts]
 
-    def count_tokens(self, texts, task="label"):
-        return [len(t.split()) + 1 for t in texts]
+    def tokenize(self, texts, task="label"):
+        return [[len(word) for word in t.split()] + [1] for t in texts]
 
     def warm_up(self) -> None:
         self.predict(["warm"])

@@ -155,8 +155,8 @@ def test_a_burst_over_the_limit_is_429_before_any_tokenising(hand_bundle):
         engine = Running.new_engine(label_s=0.05)
         async with Running(hand_bundle, engine, max_concurrent=4) as edge:
             counted = []
-            real = engine.count_tokens
-            engine.count_tokens = lambda texts, task="label": counted.append(texts) or real(texts, task)
+            real = engine.tokenize
+            engine.tokenize = lambda texts, task="label": counted.append(texts) or real(texts, task)
             answers = await asyncio.gather(*(edge.predict([f"text {i}"]) for i in range(20)))
             codes = sorted(a.status_code for a in answers)
             assert codes == [200] * 4 + [429] * 16
