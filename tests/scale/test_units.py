@@ -51,6 +51,14 @@ def test_a_broken_line_is_a_message_at_its_place(tmp_path):
     assert kinds[2] == "not a JSON object"
 
 
+def test_a_uri_names_the_same_units_as_its_path(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"input": "a"}\n{"input": "b"}\n')
+    (tmp_path / "notes.txt").write_text("not data")
+    by_path, by_uri = (plan_units(where, 16) for where in (str(tmp_path), f"file://{tmp_path}"))
+    assert [list(read_unit(unit)) for unit in by_uri] == [list(read_unit(unit)) for unit in by_path]
+    assert [shard_name(u, "jsonl") for u in by_uri] == [shard_name(u, "jsonl") for u in by_path]
+
+
 def test_no_file_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"No \.jsonl"):
         plan_units(str(tmp_path / "*.jsonl"), 100)

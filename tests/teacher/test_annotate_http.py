@@ -71,6 +71,7 @@ def test_equal_prompts_are_paid_for_once(http_teacher, desk, tmp_path):
     assert [r.reason for r in result.results] == [None] * 5 + ["duplicate-input"] * 5
 
 
+@pytest.mark.long
 def test_sigkill_at_random_points_repeats_no_finished_call(http_teacher, desk, raw_rows, tmp_path):
     """Kill the client at random moments; every journalled answer must never be asked for again."""
     data, out = raw_rows(desk.train), tmp_path / "out.jsonl"
