@@ -46,26 +46,29 @@ class Mixed:
         """Remember where every weight lies in memory, because a graph's blocks pass arrays, not names."""
         self.base = base
         self.keep = frozenset(keep)
-        self._float = Float32()
+        self.contrib = base.contrib
+        self._float = Float32(contrib=base.contrib)
         self._place = {
             array.__array_interface__["data"][0]: name
             for name, array in weights.arrays.items()
             if array.ndim == 2
         }
 
-    def _layer(self, weight: np.ndarray, norm: str | None) -> str | None:
+    def _layer(self, weight: np.ndarray, norm: str | None, site: str | None) -> str | None:
         """Return the layer of a product: by its weight, or for a computed weight by the norm before it."""
-        name = self._place.get(weight.__array_interface__["data"][0]) or norm
+        name = site or self._place.get(weight.__array_interface__["data"][0]) or norm
         if name is None:
             return None
         if name.startswith(("lm_head", "shared", "decoder.final_layer_norm")):
             return HEAD
         return ".".join(name.split(".")[:3])
 
-    def linear(self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None) -> Value:
+    def linear(
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
+    ) -> Value:
         """See :class:`sbs_edge.export.precision.Precision`."""
-        chosen = self._float if self._layer(weight, norm) in self.keep else self.base
-        return chosen.linear(graph, x, weight, norm=norm)
+        chosen = self._float if self._layer(weight, norm, site) in self.keep else self.base
+        return chosen.linear(graph, x, weight, norm=norm, site=site)
 
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
         """See :class:`sbs_edge.export.precision.Precision`."""

@@ -1,0 +1,119 @@
+"""Text in, label out, in one graph: the tokenizer becomes an operator of onnxruntime-extensions.
+
+``text (1,) string -> label (1,) string, probabilities (1, K) float32``. One text a call. The extension's
+tokenizer reads the same ``tokenizer.json``, so only kinds it knows can be embedded (unigram and BPE), and
+only where the extension's library can be loaded: any CPU, not TensorRT. Constants are inside the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sbs_edge.errors import UsageError
+from sbs_edge.export.assemble import Recipe, precision_of
+from sbs_edge.export.label_scorer import build_label_scorer
+from sbs_edge.export.targets import Target
+from sbs_edge.export.trie_scorer import build_trie_scorer
+from sbs_edge.student.student_dir import StudentDir
+
+__all__ = ["write_single_file"]
+
+EXTENSIONS = "ai.onnx.contrib"
+KINDS = {"Unigram": "T5Tokenizer", "BPE": "GPT2Tokenizer"}
+
+
+def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Recipe) -> str:
+    """Write ``<target>/single_file.onnx`` under ``root``; return that relative path.
+
+    Raises:
+        UsageError: the target, the kind of labels or the tokenizer cannot be put into one file.
+    """
+    plan = recipe.plan
+    if "CPUExecutionProvider" not in target.providers:
+        raise UsageError(
+            f"A single file needs the tokenizer operator, which {target.name} cannot run. Use a cpu target, or leave "
+            "--single-file out."
+        )
+    if plan.kind != "closed":
+        raise UsageError(
+            "A single file answers with one of a closed label set; this student's labels are not closed."
+        )
+    saved = json.loads((opened.path / "tokenizer.json").read_text(encoding="utf-8"))
+    kind = saved["model"].get("type", "BPE")
+    if kind not in KINDS:
+        raise UsageError(
+            f"The tokenizer is of the kind {kind!r}; only {' and '.join(KINDS)} can be put into a graph. Train with "
+            "--tokenizer unigram, or leave --single-file out."
+        )
+    precision = precision_of(target, recipe)
+    if plan.method == "first-token":
+        model = build_label_scorer(recipe.weights, precision, [ids[0] for ids in plan.token_ids])
+    else:
+        model = build_trie_scorer(recipe.weights, precision, plan.token_ids)
+    _put_tokenizer_in_front(model, opened, recipe, json.dumps(saved, ensure_ascii=False), KINDS[kind])
+    _put_labels_behind(model, plan.labels)
+    name = f"{target.name}/single_file.onnx"
+    (root / name).write_bytes(model.SerializeToString())
+    return name
+
+
+def _constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
+    model.graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
+
+
+def _put_tokenizer_in_front(
+    model: onnx.ModelProto, opened: StudentDir, recipe: Recipe, tokenizer: str, kind: str
+) -> None:
+    """Make ``input_ids`` and ``attention_mask`` from a text: prefix, tokens, the end-of-sequence token."""
+    prefix = _constant(model, "prefix", np.array([opened.prefixes["label"]], dtype=object))
+    end = _constant(model, "end", np.array([recipe.weights.eos_id], np.int64))
+    room = _constant(model, "room", np.array([opened.limits["max_source_tokens"] - 1], np.int64))
+    zero, flat, axis = (
+        _constant(model, name, np.array(value, np.int64))
+        for name, value in (("zero", [0]), ("flat", [-1]), ("axis", [0]))
+    )
+    one = _constant(model, "one_id", np.array(1, np.int64))
+    front = [
+        helper.make_node("StringConcat", [prefix, "text"], ["prefixed"]),
+        helper.make_node(
+            "HfJsonTokenizer", ["prefixed"], ["raw_ids"], domain=EXTENSIONS,
+            tokenizer_vocab=tokenizer, tokenizer_config=json.dumps({"tokenizer_class": kind}),
+        ),
+        helper.make_node("Cast", ["raw_ids"], ["wide_ids"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["wide_ids", flat], ["flat_ids"]),
+        helper.make_node("Slice", ["flat_ids", zero, room], ["cut_ids"]),
+        helper.make_node("Concat", ["cut_ids", end], ["ended_ids"], axis=0),
+        helper.make_node("Unsqueeze", ["ended_ids", axis], ["input_ids"]),
+        helper.make_node("Shape", ["input_ids"], ["ids_shape"]),
+        helper.make_node("Expand", [one, "ids_shape"], ["attention_mask"]),
+    ]  # fmt: skip
+    old = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*front, *old])
+    del model.graph.input[:]
+    model.graph.input.append(helper.make_tensor_value_info("text", TensorProto.STRING, [1]))
+    model.opset_import.append(helper.make_opsetid(EXTENSIONS, 1))
+
+
+def _put_labels_behind(model: onnx.ModelProto, labels: tuple[str, ...]) -> None:
+    names = _constant(model, "label_names", np.array(list(labels), dtype=object))
+    model.graph.node.extend(
+        [
+            helper.make_node("Softmax", ["scores"], ["probabilities"], axis=-1),
+            helper.make_node("ArgMax", ["scores"], ["best"], axis=-1, keepdims=0),
+            helper.make_node("Gather", [names, "best"], ["label"]),
+        ]
+    )
+    del model.graph.output[:]
+    model.graph.output.extend(
+        [
+            helper.make_tensor_value_info("label", TensorProto.STRING, [1]),
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [1, len(labels)]),
+        ]
+    )
