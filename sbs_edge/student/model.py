@@ -132,19 +132,23 @@ class TwoTaskModel(nn.Module):
             start += ids.shape[0]
         flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in hidden])
         head = self.core.lm_head.weight
-        loss = fused_linear_cross_entropy(
-            flat,
-            head,
-            targets,
-            segment_ids=segment_ids,
-            n_segments=2,
-            segment_weights=self.segment_weights,
-            row_weights=row_weights,
-            valid_indices=valid_indices,
-            denominators=denominators,
-            logit_scale=self.logit_scale,
-            **self.options,
-        )
+        if torch.is_autocast_enabled(flat.device.type):
+            # The head's product in the low precision; the loss itself decides its own precisions.
+            flat = flat.to(torch.get_autocast_dtype(flat.device.type))
+        with torch.autocast(flat.device.type, enabled=False):
+            loss = fused_linear_cross_entropy(
+                flat,
+                head,
+                targets,
+                segment_ids=segment_ids,
+                n_segments=2,
+                segment_weights=self.segment_weights,
+                row_weights=row_weights,
+                valid_indices=valid_indices,
+                denominators=denominators,
+                logit_scale=self.logit_scale,
+                **self.options,
+            )
         result = {"loss": loss.total, "losses": loss.losses, "counts": loss.counts, "correct": loss.correct}
         if label_tokens is not None:
             first = hidden[0][:, 0].float() * self.logit_scale

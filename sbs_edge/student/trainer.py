@@ -52,6 +52,8 @@ def make_arguments(config: TrainConfig, work: Path, steps: int, *, evaluates: bo
     if config.fsdp:
         options["fsdp"] = "full_shard auto_wrap"
         options["fsdp_config"] = {"transformer_layer_cls_to_wrap": ["T5Block", "MT5Block", "UMT5Block"]}
+    # transformers leaves the precision of an earlier run of this process here, and reads it again.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
@@ -135,7 +137,10 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the passes of this process; they come collated and need no sharding."""
-        return DataLoader(self.batches, batch_size=None, collate_fn=lambda batch: batch)
+        # A generator of its own: opening the loader must not draw from the state a checkpoint restored.
+        return DataLoader(
+            self.batches, batch_size=None, collate_fn=lambda batch: batch, generator=torch.Generator()
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
