@@ -120,7 +120,7 @@ def _ray(bundle: Path, data: Path, out: Path, shard_bytes: int, workers: int) ->
         return {
             "start_ray_seconds": round(up - started, 3),
             "seconds": round(time.perf_counter() - up, 3),
-            "busy_seconds": round(totals["figures"]["seconds"], 3),
+            "busy_seconds": totals["busy_seconds"],
         }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -33,6 +34,11 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
         import ray
     except ImportError as error:
         raise MissingExtra("ray", "scale", "--engine ray") from error
+    with contextlib.suppress(ImportError, AttributeError):  # its own place, which may move
+        from ray.data._internal import logging as ray_data_logging
+
+        ray_data_logging.configure_logging()  # happens once; later it would undo the next line
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield ray
         return
@@ -112,7 +118,8 @@ def run_units(
             pool = {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(left)))}
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = sys.stderr.isatty()
-            # An actor may die (spot machines, memory): its units run again elsewhere.
+            # An actor may die (spot machines, memory): Ray Data restarts it without limit by default,
+            # and its units run again.
             data = ray.data.from_items([unit.as_dict() for unit in left], override_num_blocks=len(left))
             data = data.map_batches(
                 worker,
@@ -120,8 +127,6 @@ def run_units(
                 batch_size=1,
                 num_cpus=cpus_each,
                 num_gpus=gpus_each or None,
-                max_restarts=-1,
-                max_task_retries=-1,
                 **pool,
             )
             try:
@@ -149,7 +154,8 @@ def run_units(
         "errors": sum(int(figures["errors"]) for figures in done),
         "seconds": round(time.perf_counter() - started, 3),
         "workers": workers,
-        "figures": {k: sum(f.get(k, 0) for f in done) for k in ("cost", "seconds", "annotated")},
+        "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
+        **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
     }
     files.write_json(Path(out) / "_done.json", totals)
     return totals
