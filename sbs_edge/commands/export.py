@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,14 @@ from sbs_edge.commands._common import ConfigOption, DryRunOption, JsonOption, pr
 from sbs_edge.errors import MissingExtra, UsageError
 
 __all__ = ["register"]
+
+
+class Layout(StrEnum):
+    """What the output directory is for."""
+
+    bundle = "bundle"
+    optimum = "optimum"
+    triton = "triton"
 
 
 def register(app: typer.Typer) -> None:
@@ -46,6 +55,41 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(help="Probability under which predict marks an answer as doubtful.")
         ] = 0.0,
         name: Annotated[str | None, typer.Option(help="The bundle's name; none: the task's.")] = None,
+        label: Annotated[
+            list[str] | None,
+            typer.Option(help="A label of a checkpoint that was not trained here; give all, one a flag."),
+        ] = None,
+        label_prefix: Annotated[
+            str | None, typer.Option(help="Prefix of such a checkpoint's label task; none: no prefix.")
+        ] = None,
+        rationale_prefix: Annotated[
+            str | None, typer.Option(help="Prefix of such a checkpoint's rationale task; none: no prefix.")
+        ] = None,
+        keep_float: Annotated[
+            list[str] | None,
+            typer.Option(help="A layer to keep in float32, larger but more exact; the guard names them."),
+        ] = None,
+        prune_vocabulary: Annotated[
+            bool,
+            typer.Option(
+                "--prune-vocabulary",
+                help="Let the student write only tokens of its rows and a margin: faster rationales, gated.",
+            ),
+        ] = False,
+        layout: Annotated[
+            Layout,
+            typer.Option(
+                help="'optimum' and 'triton' write for other tools; predict and serve need 'bundle'."
+            ),
+        ] = Layout.bundle,
+        single_file: Annotated[
+            bool,
+            typer.Option(
+                "--single-file",
+                help="Add a graph that takes text, tokenizer inside; needs onnxruntime-extensions, rules out TensorRT.",
+            ),
+        ] = False,
+        version: Annotated[str, typer.Option(help="The bundle's version, as serving shows it.")] = "1",
         config: ConfigOption = None,
         json_output: JsonOption = False,
         dry_run: DryRunOption = False,
@@ -59,8 +103,8 @@ def register(app: typer.Typer) -> None:
             import torch  # noqa: F401
         except ImportError as error:
             raise MissingExtra(error.name or "onnx", "export", "sbs-edge export") from error
+        from sbs_edge.export.checkpoint import open_student
         from sbs_edge.export.targets import targets_named
-        from sbs_edge.student.student_dir import StudentDir
 
         console = Console(stderr=True)
         targets = tuple(target or ("cpu-int8",))
@@ -75,7 +119,7 @@ def register(app: typer.Typer) -> None:
             if not any(row.label or row.teacher_label for row in rows):
                 raise UsageError(f"{guard_data} has no labelled row, so it cannot guard anything.")
         if dry_run:
-            opened = StudentDir.load(student)
+            opened = open_student(student, label, label_prefix, rationale_prefix)
             plan = {**resolved(ctx), "task": opened.task.name, "mode": opened.mode, "targets": list(targets)}
             print_json(plan) if json_output else console.print(plan)
             return
@@ -83,7 +127,10 @@ def register(app: typer.Typer) -> None:
 
         result = export_student(
             student, out, targets=targets, guard_data=rows, max_drop=max_drop, calibration_rows=calibration_rows,
-            abstain_below=abstain_below, name=name, say=lambda line: console.print(f"[dim]{line}[/]"),
+            abstain_below=abstain_below, name=name, labels=label, label_prefix=label_prefix,
+            rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
+            prune_vocabulary=prune_vocabulary, layout=layout.value, single_file=single_file, version=version,
+            say=lambda line: console.print(f"[dim]{line}[/]"),
         )  # fmt: skip
         if json_output:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
