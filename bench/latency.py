@@ -99,9 +99,8 @@ def shape_student(shape: str, seed: int, say: Say) -> Path:
 
 def shape_bundle(student: Path, targets: Sequence[str], say: Say) -> Path:
     """The cached bundle of a random student; the guard's limit is lifted, for there is nothing to guard."""
-    from sbs_edge.export.api import export
-
     from sbs_edge import __version__
+    from sbs_edge.export.api import export
 
     name = f"bundle-{digest(student)[:12]}-{'-'.join(targets)}-{__version__}"
     target = cache_root() / name

@@ -18,9 +18,10 @@ from sbs_edge.bench.protocol import WorkerFailed
 from sbs_edge.bench.rows import Row
 from sbs_edge.bench.stats import percentiles
 
-__all__ = ["Schedule", "label", "open_loop", "rationale", "throughput"]
+__all__ = ["COMMON_RATE", "Schedule", "label", "open_loop", "rationale", "throughput"]
 
 _SLOW_CALL_S = 0.3
+COMMON_RATE = "common rate"
 
 
 @dataclass(slots=True)
@@ -284,7 +285,7 @@ def open_loop(contest: Contest, schedule: Schedule, share: float, say: Callable[
             if entry.name not in capacities:
                 continue
             offers = {f"{load:.0%} of its capacity": load * capacities[entry.name] for load in schedule.loads}
-            for case, rate in {**offers, "common rate": common}.items():
+            for case, rate in {**offers, COMMON_RATE: common}.items():
                 rng = random.Random(f"{contest.inputs.seed}/{case}/{number}")
                 arrivals = poisson_arrivals(rate, seconds, rng)
                 texts = contest.inputs.stream(len(arrivals))

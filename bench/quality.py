@@ -14,12 +14,15 @@ from sbs_edge.bench.protocol import WorkerFailed
 from sbs_edge.bench.rows import Row
 from sbs_edge.data.answers import same_answer
 
-__all__ = ["measure", "share_equal", "withheld"]
+__all__ = ["measure", "rationale_withheld", "share_equal", "withheld"]
 
-RATIONALE_ROWS = 4
+RATIONALE_ROWS = 8
 # Points a system may lose against its peer: the export guard's default for trained students; int8 on
 # random weights has no training to make it robust, and the peers it is compared with are int8 too.
 SLACK_TRAINED, SLACK_RANDOM = 1.0, 5.0
+# Greedy texts part at the first differing token and stay apart, so words at the same place are a harsh
+# measure: this much less than the peer (or than 75 %) is another text, not rounding.
+SLACK_RATIONALE, RATIONALE_TOP = 25.0, 75.0
 
 
 def share_equal(texts: list[str], others: list[str]) -> float | None:
@@ -110,3 +113,12 @@ def withheld(ours: Entry, peer: Entry, random_weights: bool) -> str | None:
     if other is not None and mine < other - slack:
         return f"its answers are worse: {mine:.1f} % right against {other:.1f} %"
     return None
+
+
+def rationale_withheld(ours: Entry, peer: Entry) -> str | None:
+    """Why no rationale speed of these two is compared, or None when it may be."""
+    name = "rationale agreement with fp32"
+    mine, other = (entry.facts.get("quality", {}).get(name) for entry in (ours, peer))
+    if mine is None or other is None or mine >= min(other, RATIONALE_TOP) - SLACK_RATIONALE:
+        return None
+    return f"its rationales are others: {mine:.0f} % of fp32's words against {other:.0f} %"

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sbs_edge.bench.contest import Contest, Entry
-from sbs_edge.bench.quality import withheld
+from sbs_edge.bench.latency_sections import COMMON_RATE
+from sbs_edge.bench.quality import rationale_withheld, withheld
 from sbs_edge.bench.rows import Row
 from sbs_edge.bench.stats import Ratio, paired_ratio
 
@@ -40,15 +41,27 @@ def _matches(ours: Row, peer: Row) -> bool:
     """Whether two rows of one section answer the same question."""
     if ours.section != peer.section or ours.case != peer.case:
         return False
+    if ours.section == "open_loop" and ours.case != COMMON_RATE:
+        return False  # a share of one's own capacity is another load for every system
     if ours.section in ("rationale", "memory"):
         return ours.variant == peer.variant
     return True  # label: one answer against label + EOS and one token; disk: label alone and all
+
+
+def _other_length(ours: Row, peer: Row) -> str | None:
+    """Whole rationales of different lengths are different work."""
+    mine, others = sum(ours.extra["new_tokens"]), sum(peer.extra["new_tokens"])
+    if ours.variant != "whole" or abs(mine - others) <= 0.1 * others:
+        return None
+    return f"{mine} new tokens against {others}"
 
 
 def _ratio(ours: Row, peer: Row) -> Ratio | None:
     if ours.value <= 0 or peer.value <= 0:
         return None
     top, bottom = (peer, ours) if ours.better == "lower" else (ours, peer)
+    if min([*top.rounds, *bottom.rounds], default=1.0) <= 0:
+        return None  # a difference of two times that noise has turned around
     shared = min(len(top.rounds), len(bottom.rounds))
     if not shared:
         value = top.value / bottom.value
@@ -71,6 +84,8 @@ def ratios(contest: Contest, rows: list[Row]) -> list[RatioRow]:
             why = None
             if row.section in _TIMED:
                 why = withheld(ours, peer, contest.inputs.random_weights)
+            if why is None and row.section == "rationale":
+                why = rationale_withheld(ours, peer) or _other_length(row, other)
             if why is None and (row.extra.get("saturated") or other.extra.get("saturated")):
                 why = "a queue that only grows has no latency"
             ratio = None if why else _ratio(row, other)

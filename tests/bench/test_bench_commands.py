@@ -1,0 +1,127 @@
+"""The commands end to end on a tiny model: structure and sanity, never a limit on time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from sbs_edge.bench.contest import Contest, Entry, Inputs
+from sbs_edge.bench.quality import withheld
+from sbs_edge.bench.ratios import ratios
+from sbs_edge.bench.rows import Row, load_document
+from sbs_edge.bench.train import largest_difference
+
+Cli = Callable[..., "CompletedProcess[str]"]
+
+
+def _contest(mine: float, other: float) -> tuple[Contest, list[Row]]:
+    ours = Entry("sbs-edge:cpu-int8", None, facts={"quality": {"label accuracy": mine}})
+    peer = Entry("ctranslate2", None, facts={"quality": {"label accuracy": other}})
+    inputs = Inputs([], len, [], random_weights=False, max_source_tokens=64, seed=0)
+    rows = [
+        Row("label", ours.name, "label", "batch 1", "ms", "lower", 5.0, [5.0, 5.0]),
+        Row("label", peer.name, "label+eos", "batch 1", "ms", "lower", 10.0, [10.0, 10.0]),
+    ]
+    return Contest([ours, peer], inputs, {}), rows
+
+
+def test_a_fast_wrong_answer_prints_no_speed_up() -> None:
+    (fine,) = ratios(*_contest(90.0, 90.5))
+    assert fine.ratio is not None
+    assert fine.ratio["value"] == 2.0
+    (wrong,) = ratios(*_contest(50.0, 90.0))
+    assert wrong.ratio is None
+    assert wrong.withheld is not None
+    assert "50.0 % right against 90.0 %" in wrong.withheld
+    unknown = Entry("sbs-edge:cpu-int8", None)
+    assert withheld(unknown, unknown, False) == "the accuracy of its answers is unknown"
+
+
+def test_a_share_of_ones_own_capacity_is_not_compared() -> None:
+    contest, _ = _contest(90.0, 90.0)
+    rows = [
+        Row("open_loop", entry.name, "", case, "ms", "lower", 5.0, [5.0, 5.0])
+        for entry in contest.entries
+        for case in ("50% of its capacity", "common rate")
+    ]
+    assert [row.case for row in ratios(contest, rows)] == ["common rate"]
+
+
+@pytest.mark.long
+def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
+    for package in ("ctranslate2", "transformers", "onnx", "matplotlib"):
+        pytest.importorskip(package)
+    out = tmp_path / "out"
+    done = sbs_edge_cli(
+        "bench", "latency", "--shape", "tiny", "--quick", "--against", "ctranslate2,onnxruntime-int8",
+        "--out", out, XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document == load_document(out / "result.json")
+    states = {system["name"]: system["why"] for system in document["systems"]}
+    assert states == {"sbs-edge:cpu-int8": "", "ctranslate2": "", "onnxruntime-int8": ""}
+    sections = {row["section"] for row in document["rows"] if row["system"] == "sbs-edge:cpu-int8"}
+    assert sections == {
+        "quality", "label", "rationale", "throughput", "open_loop", "cold_start", "memory", "disk", "installed",
+    }  # fmt: skip
+    rows: dict[Any, Any] = {
+        (row["section"], row["system"], row["variant"], row["case"]): row for row in document["rows"]
+    }
+    assert len(rows) == len(document["rows"]), "a row appears twice"
+    for row in document["rows"]:
+        assert row["value"] > 0 or row["section"] == "quality" or row["variant"] == "a token", row
+    label = rows["label", "sbs-edge:cpu-int8", "label", "batch 1, 32 tokens"]
+    assert label["extra"]["tokens"] == 32
+    assert len(label["rounds"]) == 2
+    assert label["extra"]["p50"] <= label["extra"]["p90"] <= label["extra"]["p99"]
+    assert rows["label", "ctranslate2", "one token", "batch 8, 16 tokens"]["extra"]["n"] >= 2
+    assert document["machine"]["cpu"]
+    assert document["versions"]["ctranslate2"]
+    text = (out / "result.md").read_text()
+    assert "sbs-edge:cpu-int8 against each peer" in text
+    config = sbs_edge_cli("bench", "compare", out / "result.json", out / "result.json", "--json")
+    assert config.returncode == 0
+    assert json.loads(config.stdout)["worse"] == 0
+
+
+def test_latency_refuses_what_it_cannot_measure(sbs_edge_cli: Cli, tmp_path: Path) -> None:
+    for arguments, message in (
+        ([], "Give bundles to measure, or --shape"),
+        ([str(tmp_path)], "is not beside it"),
+        (["--shape", "giant"], "no shape 'giant'"),
+        (["--shape", "tiny", "--sources", "a"], "--sources takes whole numbers"),
+    ):
+        done = sbs_edge_cli("bench", "latency", *arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert done.returncode == 2, done.stderr
+        assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.long
+def test_train_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    done = sbs_edge_cli(
+        "bench", "train", "--shape", "tiny", "--examples", "8", "--batch-size", "4", "--steps", "5",
+        "--rounds", "2", "--device", "cpu", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    (curves,) = document["losses"].values()
+    assert set(curves) >= {"sbs-edge", "two-forward"}
+    assert len(curves["sbs-edge"]) == 5
+    assert largest_difference(curves["sbs-edge"], curves["two-forward"]) < 1e-5
+    assert curves["sbs-edge"][-1] != curves["sbs-edge"][0], "nothing was learnt"
+    assert all(item["verdict"] == "equal within float noise" for item in document["loss_curves"])
+    mine = {row["section"]: row["value"] for row in document["rows"] if row["system"] == "sbs-edge"}
+    assert {"step", "epoch", "rate", "token_rate", "peak_memory"} <= {k.replace(" ", "_") for k in mine}
+    assert document["padding"]
+    assert (tmp_path / "out" / "result.html").is_file()
+
+
+def test_a_loss_curve_is_judged_by_its_largest_relative_difference() -> None:
+    assert largest_difference([2.0, 1.0], [2.0, 1.1]) == pytest.approx(0.1 / 1.1)
