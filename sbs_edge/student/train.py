@@ -309,10 +309,8 @@ def _run(
     finally:
         if bar is not None:
             bar.close()
-    if (
-        not trainer.state.log_history
-        or trainer.state.log_history[-1].get("step") != trainer.state.global_step
-    ):
+    evaluated = {row.get("step") for row in trainer.state.log_history if "tokens" in row}
+    if trainer.state.global_step not in evaluated:
         trainer.evaluate()
 
     history = [row for row in trainer.state.log_history if "tokens" in row]
