@@ -36,6 +36,10 @@ def _status(name: str) -> EngineStatus:
         return EngineStatus(name, True, f"any device; {what}")
     if importlib.util.find_spec("triton") is None:
         return EngineStatus(name, False, "triton is not installed; pip install 'sbs-edge[train]'")
+    if importlib.util.find_spec("sbs_edge.kernels.triton_engine") is None:
+        return EngineStatus(
+            name, False, "this version ships no Triton kernels; the torch engine is used instead"
+        )
     if _interpreted():
         return EngineStatus(
             name, True, "Triton's interpreter (TRITON_INTERPRET=1): slow, float32 and float16"
