@@ -17,7 +17,10 @@ __all__ = ["build_explainer"]
 
 
 def build_explainer(
-    weights: T5Weights, precision: Precision, output_tokens: np.ndarray | None = None
+    weights: T5Weights,
+    precision: Precision,
+    output_tokens: np.ndarray | None = None,
+    step_precision: Precision | None = None,
 ) -> onnx.ModelProto:
     """Write ``input_ids, attention_mask (B, S), max_new_tokens () int64 -> tokens (B, N), log_probability (B,)``.
 
@@ -30,7 +33,9 @@ def build_explainer(
         precision: the number format.
         output_tokens: sorted token ids the student may write, or None for all; must hold the
             end-of-sequence token.
+        step_precision: another number format for the loop's body, e.g. int4; None: ``precision``.
     """
+    step_precision = step_precision or precision
     graph = Graph()
     ids = graph.input("input_ids", INT64, ["batch", "source"])
     attention = graph.input("attention_mask", INT64, ["batch", "source"])
@@ -51,9 +56,9 @@ def build_explainer(
         body.input(f"past_{i}", FLOAT, ["batch", heads, "past", width])
         for i in range(2 * weights.n_decoder_layers)
     ]
-    inner = Writer(body, weights, precision)
+    inner = Writer(body, weights, step_precision)
     normed, present = decode_step(inner, token, past, cross, mask)
-    logits = precision.linear(body, normed, inner.head_weight(output_tokens), norm=LAST_NORM, site=HEAD)
+    logits = step_precision.linear(body, normed, inner.head_weight(output_tokens), norm=LAST_NORM, site=HEAD)
     best = body.op("ArgMax", logits, axis=-1, keepdims=0)
     if output_tokens is not None:
         best = body.op("Gather", np.asarray(output_tokens, np.int64), best)

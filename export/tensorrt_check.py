@@ -25,7 +25,7 @@ def check(trt: Any, graph: Path) -> dict[str, Any]:
     }
     messages: list[str] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps what matters."""
 
         def __init__(self) -> None:

@@ -1,0 +1,67 @@
+"""4-bit weights for the decoder's steps, where a token's cost is the reading of weights.
+
+Only steps gain: with many rows a product is bound by arithmetic, and the encoder stays in int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sbs_edge.export.gptq import pack_int4, quantise_int4
+from sbs_edge.export.graph import CONTRIB, Graph, Value
+from sbs_edge.export.precision import Int8
+from sbs_edge.export.ranges import CalibrationStats
+
+__all__ = ["GROUP", "Int4"]
+
+GROUP = 128
+_INT8_ACTIVATIONS = (
+    4  # MatMulNBits' accuracy_level: inputs rounded to int8 by block of a row, so batch-invariant
+)
+
+
+class Int4:
+    """Calibrated 4-bit products; see :class:`sbs_edge.export.precision.Precision`.
+
+    A product that was not calibrated runs in int8: plain rounding to 4 bits is never used.
+    """
+
+    contrib = True
+
+    def __init__(
+        self, stats: CalibrationStats, group: int = GROUP, kept: Mapping[str, float] | None = None
+    ) -> None:
+        """Take second moments of inputs.
+
+        Args:
+            stats: calibration with moments.
+            group: inputs that share a scale.
+            kept: sites that stay int8, e.g. because the guard named them.
+        """
+        self.stats = stats
+        self.group = group
+        self.kept = kept or {}
+        self.fallback = Int8(stats.norms)
+
+    def linear(
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
+    ) -> Value:
+        """See :class:`Precision`."""
+        moments = self.stats.moments.get(site or "")
+        if moments is None or site in self.kept:
+            return self.fallback.linear(graph, x, weight, norm=norm, site=site)
+        packed, scales = pack_int4(
+            *quantise_int4(np.asarray(weight, np.float32), moments, self.group), self.group
+        )
+        return str(
+            graph.op(
+                "MatMulNBits", x, packed, scales, domain=CONTRIB, K=weight.shape[0], N=weight.shape[1], bits=4,
+                block_size=self.group, accuracy_level=_INT8_ACTIVATIONS,
+            )
+        )  # fmt: skip
+
+    def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
+        """See :class:`Precision`."""
+        return self.fallback.embedding(graph, weight, ids)
