@@ -32,6 +32,7 @@ class Engine(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    place: str
     text: str
     labels: list[str] | None
     rest: dict[str, Any]
@@ -47,7 +48,7 @@ def _rows(lines: Iterable[bytes], source: str, as_json: bool, field: str) -> Ite
             ) from error
         if not as_json:
             if text.strip():
-                yield _Row(text, None, {})
+                yield _Row(f"{source}:{number}", text, None, {})
             continue
         if not text.strip():
             continue
@@ -64,7 +65,7 @@ def _rows(lines: Iterable[bytes], source: str, as_json: bool, field: str) -> Ite
             isinstance(choices, list) and all(isinstance(c, str) for c in choices)
         ):
             raise DataError(f"{source}:{number}: 'choices' must be a list of strings.")
-        yield _Row(row[field], choices, {"id": row["id"]} if "id" in row else {})
+        yield _Row(f"{source}:{number}", row[field], choices, {"id": row["id"]} if "id" in row else {})
 
 
 def register(app: typer.Typer) -> None:
@@ -172,6 +173,7 @@ def _answers(
 ) -> Iterator[dict[str, Any]]:
     while part := list(islice(rows, ROWS_A_CALL)):
         texts = [row.text for row in part]
+        _refuse_long(student, part, truncate, explain)
         choices: Any = labels
         if labels is None and any(row.labels for row in part):
             choices = [row.labels or list(student.labels) for row in part]
@@ -190,6 +192,18 @@ def _answers(
                 answer["rationale"] = explanation.rationale
                 answer["rationale_complete"] = explanation.complete
             yield answer
+
+
+def _refuse_long(student: Any, part: list[_Row], truncate: bool, explain: bool) -> None:
+    """Name file and line of an input over the limit; the runtime only knows its place in the call."""
+    limit = student.limits["max_source_tokens"]
+    for task in () if truncate else ("label", "rationale") if explain else ("label",):
+        for row, n_tokens in zip(part, student.count_tokens([row.text for row in part], task), strict=True):
+            if n_tokens > limit:
+                raise DataError(
+                    f"{row.place} has {n_tokens} tokens with the {task} prefix; this bundle's limit is {limit}. "
+                    "Shorten it, or allow cutting with --truncate."
+                )
 
 
 def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> None:

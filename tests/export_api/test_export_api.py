@@ -94,7 +94,7 @@ def test_kept_layers_are_float(trained, tmp_path: Path) -> None:
         graph = onnx.load(str(tmp_path / "b/cpu-int8/label_scorer.onnx"), load_external_data=False).graph
         counts[len(keep)] = sum(node.op_type == "MatMulIntegerToFloat" for node in graph.node)
     assert counts[0] > counts[1] > counts[4] == 0
-    with pytest.raises(UsageError, match="no layer 'encoder.block.7'"):
+    with pytest.raises(UsageError, match=r"no layer 'encoder\.block\.7'"):
         export(student, tmp_path / "b", keep_float=("encoder.block.7",))
 
 
