@@ -124,8 +124,8 @@ async def drain(bundle: Path, threads: int, in_flight: int = 200) -> dict[str, A
         end = time.monotonic() + 30
         inside = 0.0
         while time.monotonic() < end and inside < in_flight + len(plug):
-            inside = await asyncio.to_thread(server.metric, "sbs_edge_requests_in_flight")
-            inside += sum(task.done() for task in plug)
+            answered = sum(task.done() for task in plug)  # before the look inside: never counts twice
+            inside = answered + await asyncio.to_thread(server.metric, "sbs_edge_requests_in_flight")
         unfinished = sum(not task.done() for task in mine)
         await probe.send(_GET_READY)
         told = time.perf_counter()
@@ -339,6 +339,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Also write the document to this file.")] = None,
 ) -> None:
     """Measure the server over loopback; the last line is JSON. Exit 1 if a figure was missed."""
+    if threads == 1:  # the same single thread for the tokenizer, here and in the server
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     result = measure(scenario, bundle, seconds=seconds, requests=requests, threads=threads)
     if out:
         files.write_json(out, result)

@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
         max_queue_ms: Annotated[
             float,
             typer.Option(help="A longer estimated wait gets 429: lower refuses earlier and answers sooner."),
-        ] = 1000.0,
+        ] = 500.0,
         timeout_s: Annotated[
             float, typer.Option(help="Requests not answered in this time get 504; a header may set another.")
         ] = 30.0,

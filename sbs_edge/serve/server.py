@@ -138,6 +138,8 @@ def serve(
     :class:`~sbs_edge.errors.IntegrityError` exits with 4).
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # The tokenizer's own thread pool would take the event loop's core for a gain of microseconds.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(_M_ARENA_MAX, _ARENAS)

@@ -32,7 +32,7 @@ class ServeSettings(BaseModel):
     max_texts: int = Field(default=32, ge=1)
     max_concurrent: int = Field(default=512, ge=1)
     max_queue_texts: int = Field(default=1024, ge=1)
-    max_queue_ms: float = Field(default=1000.0, gt=0)
+    max_queue_ms: float = Field(default=500.0, gt=0)
     timeout_s: float = Field(default=30.0, gt=0)
     drain_timeout_s: float = Field(default=30.0, ge=0)
 
