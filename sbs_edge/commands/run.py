@@ -67,6 +67,10 @@ def register(app: typer.Typer) -> None:
             Path | None,
             typer.Option(help="File of test rows, read once at the end; none: a tenth of the inputs."),
         ] = None,
+        task: Annotated[
+            Path | None,
+            typer.Option(help="The task file that annotated the data: its labels and how they compare."),
+        ] = None,
         label_kind: Annotated[
             LabelKind | None, typer.Option(help="closed, choices or open; none: decided from the rows.")
         ] = None,
@@ -188,21 +192,25 @@ def _load(values: dict[str, Any], out: Path) -> Splits:
     from sbs_edge.data.builtin import builtin_splits
     from sbs_edge.data.load import load_splits
     from sbs_edge.data.readers import ColumnMap
+    from sbs_edge.teacher.task import load_task
 
     train_rows = values["train_rows"]
     if values["data"] == "builtin":
         size = {"n_train": train_rows} if train_rows else {}
         return builtin_splits(seed=values["seed"], teacher_error=values["teacher_error"], **size)
+    spec = load_task(values["task"]).spec if values["task"] else None
     splits = load_splits(
         values["data"],
         dataset=values["dataset"],
         validation=values["validation"],
         test=values["test"],
-        label_kind=values["label_kind"],
-        compare=values["compare"],
+        label_kind=spec.label_kind if spec else values["label_kind"],
+        compare=spec.compare if spec else values["compare"],
         columns=ColumnMap.parse(values["column"] or ()),
         skip_bad_rows=values["skip_bad_rows"],
         seed=values["seed"],
         skipped_file=out / "skipped.jsonl",
     )
+    if spec:
+        splits = dataclasses.replace(splits, task=spec)
     return dataclasses.replace(splits, train=splits.train[:train_rows]) if train_rows else splits
