@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import MissingExtra, UsageError
 from sbs_edge.export.assemble import Recipe, precision_of
+from sbs_edge.export.graph import OPSET
 from sbs_edge.export.label_scorer import build_label_scorer
 from sbs_edge.export.targets import Target
 from sbs_edge.export.trie_scorer import build_trie_scorer
@@ -24,6 +26,7 @@ from sbs_edge.student.student_dir import StudentDir
 __all__ = ["write_single_file"]
 
 EXTENSIONS = "ai.onnx.contrib"
+CHECKED_ROWS = 16
 KINDS = {"Unigram": "T5Tokenizer", "BPE": "GPT2Tokenizer"}
 
 
@@ -58,8 +61,37 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Re
     _put_tokenizer_in_front(model, opened, recipe, json.dumps(saved, ensure_ascii=False), KINDS[kind])
     _put_labels_behind(model, plan.labels)
     name = f"{target.name}/single_file.onnx"
-    (root / name).write_bytes(model.SerializeToString())
+    content = model.SerializeToString()
+    _check(content, root / target.name / "label_scorer.onnx", opened)
+    (root / name).write_bytes(content)
     return name
+
+
+def _check(content: bytes, scorer: Path, opened: StudentDir) -> None:
+    """Refuse when the extension's tokenizer reads a validation row otherwise than the bundle's does.
+
+    Raises:
+        UsageError: the probabilities differ on a row.
+        MissingExtra: onnxruntime-extensions is not installed.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(_library())
+    whole = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    apart = onnxruntime.InferenceSession(str(scorer), providers=["CPUExecutionProvider"])
+    tokenizer = opened.tokenizer()
+    limit = opened.limits["max_source_tokens"]
+    for text in [row.input for row in opened.validation()[:CHECKED_ROWS]] or ["a short text"]:
+        ids = tokenizer.encode(opened.prefixes["label"] + text).ids
+        row = np.array([ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]], np.int64)
+        (scores,) = apart.run(None, {"input_ids": row, "attention_mask": np.ones_like(row)})
+        chances = np.exp(scores - scores.max())
+        _, found = whole.run(None, {"text": np.array([text], dtype=object)})
+        if not np.allclose(found, chances / chances.sum(), atol=1e-3):
+            raise UsageError(
+                f"onnxruntime-extensions reads this student's tokenizer.json differently (on {text!r}), so a single "
+                "file would answer differently from the bundle. Leave --single-file out."
+            )
 
 
 def _constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
@@ -67,17 +99,55 @@ def _constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
     return name
 
 
+def _own_end(opened: StudentDir, tokenizer: str, kind: str) -> int:
+    """Return how many tokens the extension itself puts behind a text: some versions add an end of their own."""
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(_library())
+    node = helper.make_node(
+        "HfJsonTokenizer", ["text"], ["ids"], domain=EXTENSIONS,
+        tokenizer_vocab=tokenizer, tokenizer_config=json.dumps({"tokenizer_class": kind}),
+    )  # fmt: skip
+    text = helper.make_tensor_value_info("text", TensorProto.STRING, [1])
+    graph = helper.make_graph(
+        [node], "probe", [text], [helper.make_tensor_value_info("ids", TensorProto.INT64, None)]
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(EXTENSIONS, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (ids,) = session.run(None, {"text": np.array(["a short text"], dtype=object)})
+    return 1 if ids.size == len(opened.tokenizer().encode("a short text").ids) else 0
+
+
+def _library() -> str:
+    try:
+        import onnxruntime_extensions
+    except ImportError as error:
+        raise MissingExtra("onnxruntime-extensions", "single-file", "Embedding the tokenizer") from error
+    return str(onnxruntime_extensions.get_library_path())
+
+
 def _put_tokenizer_in_front(
     model: onnx.ModelProto, opened: StudentDir, recipe: Recipe, tokenizer: str, kind: str
 ) -> None:
     """Make ``input_ids`` and ``attention_mask`` from a text: prefix, tokens, the end-of-sequence token."""
-    prefix = _constant(model, "prefix", np.array([opened.prefixes["label"]], dtype=object))
+    text_tokenizer = opened.tokenizer()
+    known = set(text_tokenizer.get_added_tokens_decoder())
+    prefix_ids = text_tokenizer.encode(opened.prefixes["label"].rstrip()).ids[:-1]
+    special = bool(prefix_ids) and all(index in known for index in prefix_ids)
+    # The extension splits special tokens like any text: a prefix made of them goes in as ids.
+    before = _constant(model, "before", np.array(prefix_ids if special else [], np.int64))
+    prefix_text = "" if special else opened.prefixes["label"]
+    prefix = _constant(model, "prefix", np.array([prefix_text], dtype=object))
     end = _constant(model, "end", np.array([recipe.weights.eos_id], np.int64))
     room = _constant(model, "room", np.array([opened.limits["max_source_tokens"] - 1], np.int64))
     zero, flat, axis = (
         _constant(model, name, np.array(value, np.int64))
         for name, value in (("zero", [0]), ("flat", [-1]), ("axis", [0]))
     )
+    strip = _own_end(opened, tokenizer, kind)
+    own_end = _constant(model, "own_end", np.array([-1 if strip else np.iinfo(np.int64).max], np.int64))
     one = _constant(model, "one_id", np.array(1, np.int64))
     front = [
         helper.make_node("StringConcat", [prefix, "text"], ["prefixed"]),
@@ -87,7 +157,9 @@ def _put_tokenizer_in_front(
         ),
         helper.make_node("Cast", ["raw_ids"], ["wide_ids"], to=TensorProto.INT64),
         helper.make_node("Reshape", ["wide_ids", flat], ["flat_ids"]),
-        helper.make_node("Slice", ["flat_ids", zero, room], ["cut_ids"]),
+        helper.make_node("Slice", ["flat_ids", zero, own_end], ["text_ids"]),
+        helper.make_node("Concat", [before, "text_ids"], ["all_ids"], axis=0),
+        helper.make_node("Slice", ["all_ids", zero, room], ["cut_ids"]),
         helper.make_node("Concat", ["cut_ids", end], ["ended_ids"], axis=0),
         helper.make_node("Unsqueeze", ["ended_ids", axis], ["input_ids"]),
         helper.make_node("Shape", ["input_ids"], ["ids_shape"]),

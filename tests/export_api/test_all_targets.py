@@ -1,0 +1,88 @@
+"""One student exported for every target at once: what runs here is judged, what cannot is said to be unjudged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from sbs_edge.errors import UsageError
+from sbs_edge.export.api import export
+from sbs_edge.export.targets import TARGETS, providers_here
+from sbs_edge.runtime.student import Student
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSORRT = os.environ.get("SBS_EDGE_TENSORRT_PYTHON", sys.executable)
+
+
+@pytest.fixture(scope="module")
+def everything(
+    trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A bundle with all targets, and its manifest."""
+    out = tmp_path_factory.mktemp("all") / "bundle"
+    result = export(trained[0], out, targets=list(TARGETS))
+    return out, result.manifest
+
+
+def test_every_target_is_in_the_bundle(everything: tuple[Path, dict[str, Any]]) -> None:
+    path, manifest = everything
+    assert list(manifest["targets"]) == list(TARGETS)
+    for name, entry in manifest["targets"].items():
+        target = TARGETS[name]
+        roles = {"encoder", "decoder_step"} if target.steps else {"explainer"}
+        assert roles | {"label_scorer"} <= set(entry)
+        assert (entry["accuracy"] is not None) == bool(providers_here(target))
+        for role in (*roles, "label_scorer"):
+            graph = onnx.load(path / entry[role], load_external_data=True)
+            kinds = {tensor.data_type for tensor in graph.graph.initializer}
+            half = {"fp16": onnx.TensorProto.FLOAT16, "int8-pairs": onnx.TensorProto.FLOAT16}.get(
+                target.numbers
+            )
+            if target.numbers == "bf16":
+                half = onnx.TensorProto.BFLOAT16
+            assert half is None or half in kinds
+            if target.standard:
+                assert {entry.domain for entry in graph.opset_import} == {""}
+            profile = path / f"{entry[role]}.profile.json"
+            assert profile.exists() == target.profiles
+
+
+def test_int4_answers_like_float(everything: tuple[Path, dict[str, Any]], trained: tuple[Path, Any]) -> None:
+    path, manifest = everything
+    texts = [json.loads(line)["input"] for line in (trained[0] / "validation.jsonl").read_text().splitlines()]
+    with Student.load(path, "cpu-fp32") as exact, Student.load(path, "cpu-int4") as small:
+        same = [a.label == b.label for a, b in zip(exact.predict(texts), small.predict(texts), strict=True)]
+        words = [
+            a.rationale == b.rationale
+            for a, b in zip(exact.explain(texts[:20]), small.explain(texts[:20]), strict=True)
+        ]
+    assert sum(same) >= 0.98 * len(same)
+    assert sum(words) >= 16
+    assert manifest["targets"]["cpu-int4"]["quantisation"]["numbers"] == "int4"
+
+
+def test_a_target_whose_provider_is_absent_is_a_clear_error(everything: tuple[Path, dict[str, Any]]) -> None:
+    if providers_here(TARGETS["cuda-fp16"]):
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UsageError, match="CUDAExecutionProvider"):
+        Student.load(everything[0], "cuda-fp16")
+
+
+@pytest.mark.tensorrt
+def test_tensorrt_builds_what_was_exported(everything: tuple[Path, dict[str, Any]]) -> None:
+    if subprocess.run([TENSORRT, "-c", "import tensorrt_rtx"], capture_output=True, check=False).returncode:
+        pytest.skip("no tensorrt-rtx: set SBS_EDGE_TENSORRT_PYTHON to a Python with constraints/tensorrt.txt")
+    graphs = sorted(everything[0].glob("tensorrt-*/*.onnx"))
+    assert len(graphs) == 6
+    ran = subprocess.run(
+        [TENSORRT, str(ROOT / "export" / "tensorrt_check.py"), *map(str, graphs)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
