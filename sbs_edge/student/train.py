@@ -313,7 +313,12 @@ def _run(
     if trainer.state.global_step not in evaluated:
         trainer.evaluate()
 
-    history = [row for row in trainer.state.log_history if "tokens" in row]
+    # transformers counts epochs of the loader it was given, which is shorter after a resume: left out
+    history = [
+        {name: value for name, value in row.items() if name != "epoch"}
+        for row in trainer.state.log_history
+        if "tokens" in row
+    ]
     result = _finish(trainer, model, splits, tokenizer, config, out, work, history, ids, {
         "mode": config.mode,
         "rationale_weight": config.lambda_,

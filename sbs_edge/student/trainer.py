@@ -298,6 +298,14 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         else:
             self.load_state(Path(resume_from_checkpoint) / WEIGHTS)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.args.device.type != "cpu":
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # transformers maps to this process's "cpu:0", a place torch.load does not know.
+        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
+            part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / ".partial")
 

@@ -131,6 +131,7 @@ RUN = """
 """
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, repository):
     """SIGKILL between checkpoints; dropout is on, so the random state must come back as well."""
     script = tmp_path / "run.py"
