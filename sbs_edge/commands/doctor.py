@@ -22,7 +22,7 @@ _PACKAGES: tuple[tuple[str, str, str, str], ...] = (
     ("onnxruntime", "onnxruntime", "cpu", "predict and serve on CPU"),
     ("onnxruntime-gpu", "onnxruntime", "gpu", "predict and serve on NVIDIA GPUs"),
     ("torch", "torch", "train", "training and export"),
-    ("triton", "triton", "train", "the fused loss on NVIDIA GPUs"),
+    ("triton", "triton", "train", "kernels on NVIDIA GPUs"),
     ("transformers", "transformers", "train", "training and export"),
     ("accelerate", "accelerate", "train", "training"),
     ("datasets", "datasets", "train", "Hugging Face data sets"),
