@@ -34,9 +34,9 @@ from sbs_edge.export.measure import (
     guard_figures,
 )
 from sbs_edge.export.mixed import check_layers
-from sbs_edge.export.ranges import norm_ranges
+from sbs_edge.export.ranges import collect_calibration
 from sbs_edge.export.sensitivity import most_sensitive
-from sbs_edge.export.targets import TARGETS, Target, targets_named
+from sbs_edge.export.targets import TARGETS, Target, providers_here, targets_named
 from sbs_edge.export.vocabulary import output_tokens
 from sbs_edge.export.weights import load_model, weights_of
 from sbs_edge.runtime.bundle import Bundle, seal
@@ -130,6 +130,12 @@ def export(
     wanted = targets_named(tuple(targets))
     if layout != "bundle" and single_file:
         raise UsageError("A single file is part of a bundle; leave --single-file or --layout out.")
+    for target in wanted:
+        if (layout == "optimum" or single_file) and target.numbers not in ("float32", "int8"):
+            raise UsageError(
+                f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8 and "
+                f"rules {target.name} out; choose cpu-fp32 or cpu-int8 with it."
+            )
     opened = open_student(student, labels, label_prefix, rationale_prefix)
     model = load_model(opened.path)
     weights = weights_of(model)
@@ -145,9 +151,19 @@ def export(
     if prune_vocabulary and explains:
         seen = [*opened.calibration(), *opened.validation(), *rows]
         kept = output_tokens(seen, tokenizer, weights.eos_id, weights.pad_id, len(weights.head))
+    stats = collect_calibration(
+        model, _calibration_pairs(opened, tokenizer, calibration),
+        moments=any(target.numbers == "int4" for target in wanted),
+    )  # fmt: skip
+    for target in wanted:
+        if not stats.rows and target.numbers in ("int4", "fp16", "int8-pairs"):
+            raise UsageError(
+                f"{target.name} is calibrated on rows, and this student kept none; give labelled rows as guard data, "
+                "or choose cpu-int8 or cuda-bf16."
+            )
     recipe = Recipe(
-        weights, plan, norm_ranges(model, _calibration_pairs(opened, tokenizer, calibration)), explains, kept,
-        tuple(keep_float),
+        weights, plan, stats.norms, explains, kept, tuple(keep_float), stats,
+        opened.limits["max_source_tokens"], opened.limits["max_target_tokens"],
     )  # fmt: skip
     job = _Job(opened, model, recipe, rows, max_drop, abstain_below, say)
     manifest = _manifest(job, wanted, name, version)
@@ -194,6 +210,11 @@ def _write_bundle(
             texts = [row.input for row in job.rows[:RATIONALE_ROWS]] if job.recipe.explains else []
             rationales = [e.rationale.split() for e in reference.explain(texts, truncate=True)]
         for target in wanted if job.rows else ():
+            if not providers_here(target):
+                job.say(
+                    f"{target.name} cannot run on this machine ({' or '.join(target.providers)}): not guarded"
+                )
+                continue
             job.say(f"guarding {target.name} on {len(job.rows)} rows")
             with Student(Bundle.open(work, verify=False), target.name) as candidate:
                 figures = guard_figures(candidate, answers, rationales, texts, job.rows, job.opened, job.plan)

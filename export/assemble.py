@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from sbs_edge.export.explainer import build_explainer
 from sbs_edge.export.graph import OPSET
+from sbs_edge.export.half import HalfType, to_half
+from sbs_edge.export.int4 import Int4
 from sbs_edge.export.label_scorer import build_label_scorer
 from sbs_edge.export.labels import LabelPlan
 from sbs_edge.export.mixed import Mixed
 from sbs_edge.export.precision import Float32, Int8, Precision
+from sbs_edge.export.profiles import profile_of
+from sbs_edge.export.qdq import Int8Pairs
+from sbs_edge.export.ranges import CalibrationStats
+from sbs_edge.export.rescale import Rescale, fp16_rescale, rescale
+from sbs_edge.export.step import build_decoder_step, build_encoder
 from sbs_edge.export.store import save_graphs
 from sbs_edge.export.targets import Target
 from sbs_edge.export.trie_scorer import build_choice_scorer, build_trie_scorer
 from sbs_edge.export.weights import T5Weights
 
-__all__ = ["Recipe", "precision_of", "write_target"]
+__all__ = ["Recipe", "half_of", "precision_of", "write_target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,9 @@ class Recipe:
         explains: write the graph that generates.
         output_tokens: sorted token ids the student may write; None: all.
         keep_float: layers that stay in float32 in lossy targets.
+        stats: everything calibration measured, for int4, fp16 and TensorRT's int8.
+        max_source_tokens: longest input, for TensorRT's profiles.
+        max_new_tokens: places in the cache of a step graph.
     """
 
     weights: T5Weights
@@ -42,31 +54,45 @@ class Recipe:
     explains: bool
     output_tokens: np.ndarray | None = None
     keep_float: Collection[str] = field(default=())
+    stats: CalibrationStats = field(default_factory=CalibrationStats)
+    max_source_tokens: int = 512
+    max_new_tokens: int = 128
 
 
 def precision_of(target: Target, recipe: Recipe) -> Precision:
-    """Return the number format of ``target``."""
-    if target.numbers == "float32":
-        return Float32()
-    quantised = Int8(dict(recipe.ranges))
+    """Return the number format of ``target``; half-precision graphs are written in float32 and converted."""
+    if target.numbers in ("float32", "fp16", "bf16"):
+        return Float32(contrib=not target.standard)
+    quantised: Precision = (
+        Int8Pairs(recipe.stats) if target.numbers == "int8-pairs" else Int8(dict(recipe.ranges))
+    )
+    return _mixed(quantised, recipe)
+
+
+def _mixed(quantised: Precision, recipe: Recipe) -> Precision:
     return Mixed(quantised, recipe.weights, recipe.keep_float) if recipe.keep_float else quantised
+
+
+def half_of(target: Target) -> HalfType | None:
+    """Return the half type of a target's graphs, if they have one."""
+    if target.numbers in ("fp16", "int8-pairs"):
+        return "fp16"
+    return "bf16" if target.numbers == "bf16" else None
 
 
 def write_target(folder: Path, target: Target, recipe: Recipe) -> dict[str, Any]:
     """Write the graphs; return the target's entry in the manifest, paths relative to the bundle."""
-    weights, plan = recipe.weights, recipe.plan
-    models = {}
-    if plan.method == "first-token":
-        models["label_scorer"] = build_label_scorer(
-            weights, precision_of(target, recipe), [ids[0] for ids in plan.token_ids]
-        )
-    elif plan.method == "trie":
-        models["label_scorer"] = build_trie_scorer(weights, precision_of(target, recipe), plan.token_ids)
-    elif plan.method == "choices":
-        models["choice_scorer"] = build_choice_scorer(weights, precision_of(target, recipe))
-    if recipe.explains:
-        models["explainer"] = build_explainer(weights, precision_of(target, recipe), recipe.output_tokens)
+    half = half_of(target)
+    by = fp16_rescale(recipe.stats, recipe.weights) if half == "fp16" else Rescale()
+    models = _models(target, replace(recipe, weights=rescale(recipe.weights, by)))
+    if half is not None:
+        models = {name: to_half(model, half) for name, model in models.items()}
+    profiles = {name: profile_of(model, _limits(recipe)) for name, model in models.items()}
     save_graphs(models, folder)
+    if target.profiles:
+        for name, profile in profiles.items():
+            path = folder / f"{name}.onnx.profile.json"
+            path.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
     return {
         **{name: f"{target.name}/{name}.onnx" for name in models},
         "providers": list(target.providers),
@@ -74,9 +100,42 @@ def write_target(folder: Path, target: Target, recipe: Recipe) -> dict[str, Any]
         "quantisation": {
             "numbers": target.numbers,
             "lossy": target.lossy,
-            "calibrated_norms": len(recipe.ranges) if target.numbers == "int8" else 0,
+            "calibrated_norms": len(recipe.ranges) if target.numbers.startswith("int") else 0,
             "float32_layers": sorted(recipe.keep_float) if target.lossy else [],
             "output_tokens": None if recipe.output_tokens is None else len(recipe.output_tokens),
+            "residual_divided_by": by.residual,
+            "hidden_divided_by": by.hidden,
         },
         "accuracy": None,
     }
+
+
+def _models(target: Target, recipe: Recipe) -> dict[str, onnx.ModelProto]:
+    weights, plan = recipe.weights, recipe.plan
+    precision = precision_of(target, recipe)
+    models: dict[str, onnx.ModelProto] = {}
+    if plan.method == "first-token":
+        models["label_scorer"] = build_label_scorer(weights, precision, [ids[0] for ids in plan.token_ids])
+    elif plan.method == "trie":
+        models["label_scorer"] = build_trie_scorer(weights, precision, plan.token_ids)
+    elif plan.method == "choices":
+        models["choice_scorer"] = build_choice_scorer(weights, precision)
+    if recipe.explains and target.steps:
+        models["encoder"] = build_encoder(weights, precision)
+        models["decoder_step"] = build_decoder_step(
+            weights, precision, recipe.max_new_tokens, recipe.output_tokens
+        )
+    elif recipe.explains:
+        steps = _mixed(Int4(recipe.stats), recipe) if target.numbers == "int4" else None
+        models["explainer"] = build_explainer(weights, precision, recipe.output_tokens, steps)
+    return models
+
+
+def _limits(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
+    """Return (least, usual, most) of every free dimension, for TensorRT's profiles."""
+    most = recipe.max_source_tokens
+    tokens = max(2, *(len(ids) for ids in recipe.plan.token_ids or ((0, 0),)))
+    return {
+        "batch": (1, 1, 16), "source": (1, min(64, most), most), "nodes": (1, 8, 32 * tokens),
+        "edges": (1, 8, 32 * tokens), "labels": (1, 4, 32),
+    }  # fmt: skip

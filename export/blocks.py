@@ -115,10 +115,26 @@ class Writer:
 
     def attend(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
         """Attention of (B, T, H * d_kv) inputs with an additive bias; T5 does not scale by d_kv ** -0.5."""
+        if self._plain_attention:
+            return self.unheads(self.attend_heads(self.heads(q), self.heads(k), self.heads(v), bias))
         heads = self.weights.n_heads
         return str(
             self.graph.op("Attention", q, k, v, bias, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
         )
+
+    def attend_heads(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
+        """Attention of (B, H, T, d_kv) inputs with an additive bias."""
+        graph = self.graph
+        if not self._plain_attention:
+            return str(graph.op("Attention", q, k, v, bias, scale=1.0))
+        products = graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2]))
+        shares = graph.op("Softmax", graph.op("Add", products, bias), axis=-1)
+        return str(graph.op("MatMul", shares, v))
+
+    @property
+    def _plain_attention(self) -> bool:
+        """Whether to spell attention out: TensorRT has fused kernels only for heads of whole 16s."""
+        return not self.precision.contrib and self.weights.d_kv % 16 != 0
 
     def head_weight(self, columns: np.ndarray | None = None) -> np.ndarray:
         """Return (d_model, columns) of the LM head, with the decoder's output scale folded in."""

@@ -82,9 +82,7 @@ def decode_position(
         present += [key, value]
         stream = writer.add(stream, writer.linear(attended, f"{own}.o", None), f"{block}.1.layer_norm")
         (q,) = writer.projections(stream, cross_prefix, "q")
-        pooled = graph.op(
-            "Attention", writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask, scale=1.0
-        )
+        pooled = writer.attend_heads(writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask)
         joined = writer.unheads(pooled)
         stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
         update = writer.feed_forward(stream, f"{block}.2.DenseReluDense")

@@ -85,9 +85,10 @@ def pack_int4(quantised: np.ndarray, scales: np.ndarray, group: int) -> tuple[np
     full = np.zeros((groups * group, n_out), np.int8)
     full[:n_in] = quantised
     shifted = (full + _LEVELS).astype(np.uint8).T.reshape(n_out, groups, group)
-    return shifted[..., 0::2] | (shifted[..., 1::2] << 4), np.ascontiguousarray(scales.T)
+    packed = np.asarray(shifted[..., 0::2] | (shifted[..., 1::2] << 4), np.uint8)
+    return packed, np.ascontiguousarray(scales.T)
 
 
 def unpack_int4(quantised: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
     """Return the (in, out) float32 weight the rounded values stand for."""
-    return quantised.astype(np.float32) * np.repeat(scales, group, axis=0)[: len(quantised)]
+    return np.asarray(quantised.astype(np.float32) * np.repeat(scales, group, axis=0)[: len(quantised)])

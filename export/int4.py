@@ -5,8 +5,6 @@ Only steps gain: with many rows a product is bound by arithmetic, and the encode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from sbs_edge.export.gptq import pack_int4, quantise_int4
@@ -30,19 +28,15 @@ class Int4:
 
     contrib = True
 
-    def __init__(
-        self, stats: CalibrationStats, group: int = GROUP, kept: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, stats: CalibrationStats, group: int = GROUP) -> None:
         """Take second moments of inputs.
 
         Args:
             stats: calibration with moments.
             group: inputs that share a scale.
-            kept: sites that stay int8, e.g. because the guard named them.
         """
         self.stats = stats
         self.group = group
-        self.kept = kept or {}
         self.fallback = Int8(stats.norms)
 
     def linear(
@@ -50,7 +44,7 @@ class Int4:
     ) -> Value:
         """See :class:`Precision`."""
         moments = self.stats.moments.get(site or "")
-        if moments is None or site in self.kept:
+        if moments is None:
             return self.fallback.linear(graph, x, weight, norm=norm, site=site)
         packed, scales = pack_int4(
             *quantise_int4(np.asarray(weight, np.float32), moments, self.group), self.group

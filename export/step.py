@@ -64,7 +64,7 @@ def build_decoder_step(
         key = graph.op("Where", here, writer.heads(k), past[2 * layer])
         value = graph.op("Where", here, writer.heads(v), past[2 * layer + 1])
         bias = cache_row_bias(graph, weights, layer, position, max_new_tokens)
-        pooled = graph.op("Attention", writer.heads(q), key, value, bias, scale=1.0)
+        pooled = writer.attend_heads(writer.heads(q), key, value, bias)
         return writer.unheads(pooled), key, value
 
     normed, present = decode_position(writer, token, attend, cross, mask_bias(graph, attention))

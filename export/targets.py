@@ -7,7 +7,7 @@ from typing import Literal
 
 from sbs_edge.errors import UsageError
 
-__all__ = ["TARGETS", "Target", "targets_named"]
+__all__ = ["TARGETS", "Target", "providers_here", "targets_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +20,19 @@ class Target:
         providers: onnxruntime providers, the first that is installed is used.
         lossy: the guard compares it with the float32 student.
         summary: one sentence for help texts and model cards.
+        steps: rationales are an encoder and a step graph with a loop on the host, instead of one graph.
+        standard: operators of the ONNX standard only, as TensorRT wants them.
+        profiles: TensorRT's optimisation profiles are written beside the graphs.
     """
 
     name: str
-    numbers: Literal["float32", "int8"]
+    numbers: Literal["float32", "int8", "int4", "fp16", "bf16", "int8-pairs"]
     providers: tuple[str, ...]
     lossy: bool
     summary: str
+    steps: bool = False
+    standard: bool = False
+    profiles: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -37,8 +43,35 @@ TARGETS: dict[str, Target] = {
             "cpu-int8", "int8", ("CPUExecutionProvider",), True,
             "int8 weights and activations; an answer does not depend on what shares its batch",
         ),
+        Target(
+            "cpu-int4", "int4", ("CPUExecutionProvider",), True,
+            "cpu-int8 with calibrated 4-bit weights in the decoder's steps: quicker rationales one at a time",
+        ),
+        Target(
+            "cuda-fp16", "fp16", ("CUDAExecutionProvider",), True,
+            "fp16 on NVIDIA GPUs, rescaled so that it cannot overflow", steps=True, standard=True,
+        ),
+        Target(
+            "cuda-bf16", "bf16", ("CUDAExecutionProvider",), True,
+            "bf16 on NVIDIA GPUs from Ampere on", steps=True, standard=True,
+        ),
+        Target(
+            "tensorrt-fp16", "fp16", ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"), True,
+            "fp16 for TensorRT, rescaled so that it cannot overflow", steps=True, standard=True, profiles=True,
+        ),
+        Target(
+            "tensorrt-int8", "int8-pairs", ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"), True,
+            "fp16 for TensorRT with explicit calibrated int8 pairs", steps=True, standard=True, profiles=True,
+        ),
     )
 }  # fmt: skip
+
+
+def providers_here(target: Target) -> list[str]:
+    """Return the target's providers that the installed onnxruntime has."""
+    import onnxruntime
+
+    return [name for name in target.providers if name in onnxruntime.get_available_providers()]
 
 
 def targets_named(names: tuple[str, ...]) -> list[Target]:

@@ -110,9 +110,7 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
             stream, writer.linear(writer.attend(q, k, v, bias), f"{own}.o", None), f"{block}.1.layer_norm"
         )
         (q,) = writer.projections(stream, cross_prefix, "q")
-        pooled = graph.op(
-            "Attention", writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask, scale=1.0
-        )
+        pooled = writer.attend_heads(writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask)
         joined = writer.unheads(pooled)
         stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
         last = layer + 1 == weights.n_decoder_layers
