@@ -7,7 +7,7 @@ export PYTHONSAFEPATH = 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo install test test-long test-interpreter test-transformers5 aot tensorrt lint format types docs clean
+.PHONY: demo install test test-long lint format types clean
 
 # From nothing to a bundle that answers without torch.
 demo: $(VENV)/.demo
@@ -30,14 +30,10 @@ $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 
 # The default run: under 15 minutes on two cores.
 test: install
-	$(PY) -m pytest -m "not long and not interpreter and not tensorrt"
+	$(PY) -m pytest -m "not long and not tensorrt"
 
 test-long: install
-	$(PY) -m pytest -m "long and not interpreter and not tensorrt"
-
-# Triton kernels in its interpreter, which must be switched on before triton is imported.
-test-interpreter: install
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter tests/kernels
+	$(PY) -m pytest -m "long and not tensorrt"
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -16,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, Splits
 
 __all__ = ["main", "measure", "rows", "rss_mb"]
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "d_model": 8, "d_ff": 16, "n_heads": 1, "n_layers": 1, "n_decoder_layers": 1, "batch_size": 500,
     "shuffle_buffer": 2000, "save_steps": 0, "trackers": (), "progress": False,
 }  # fmt: skip
@@ -58,7 +59,7 @@ def measure(count: int, out: Path, samples: int = 20) -> dict[str, object]:
             yield example
 
     started = time.perf_counter()
-    steps = -(-count // int(OPTIONS["batch_size"]))  # type: ignore[call-overload]
+    steps = -(-count // int(OPTIONS["batch_size"]))
     result = train(small, out, stream=watched, max_steps=steps, **OPTIONS)
     taken.append((count, round(rss_mb(), 1)))
     seconds = time.perf_counter() - started

@@ -66,11 +66,9 @@ def _forward(
 
 
 def _run(engine: str) -> Any:
-    if engine == "torch":
-        return torch_engine.run
-    from sbs_edge.kernels import triton_engine
-
-    return triton_engine.run_tiles if engine == "triton" else triton_engine.run_cublas
+    if engine != "torch":
+        raise RuntimeError(f"This version ships no {engine!r} engine.")
+    return torch_engine.run
 
 
 @_forward.register_fake

@@ -80,10 +80,7 @@ def _engines() -> list[dict[str, Any]]:
         return []
     from sbs_edge.kernels.cross_entropy import available_engines
 
-    return [
-        dict(engine._asdict()) if hasattr(engine, "_asdict") else dict(engine)
-        for engine in available_engines()
-    ]
+    return [engine._asdict() for engine in available_engines()]
 
 
 def _gpus() -> list[dict[str, Any]]:
