@@ -238,7 +238,9 @@ def _run(
         tokenizer = checkpoint_tokenizer(config.model)
         student = models.load_checkpoint(config.model, config.dropout)
     if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 renamed the method
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     n_parameters = sum(value.numel() for value in student.parameters())
     settings = student.config
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
