@@ -94,6 +94,7 @@ def export(
     rationale_prefix: str | None = None,
     keep_float: Sequence[str] = (),
     prune_vocabulary: bool = False,
+    beams: Sequence[int] = (),
     layout: Layout = "bundle",
     single_file: bool = False,
     version: str = "1",
@@ -116,6 +117,7 @@ def export(
         rationale_prefix: prefix of such a checkpoint's rationale task.
         keep_float: layers that stay in float32 in lossy targets; the guard names candidates.
         prune_vocabulary: let the student write only tokens that its rows use, and a margin; gated.
+        beams: widths of beam search to write a graph for, on CPU targets; greedy decoding is always there.
         layout: ``bundle``; ``optimum`` writes what ``ORTModelForSeq2SeqLM`` loads; ``triton`` a model
             repository for NVIDIA Triton Inference Server.
         single_file: add a graph per target that takes text and gives the label, tokenizer inside.
@@ -128,6 +130,10 @@ def export(
         GuardError: a lossy step lost more than ``max_drop``; the old bundle stays.
     """
     wanted = targets_named(tuple(targets))
+    if any(width < 2 for width in beams):
+        raise UsageError(
+            f"A beam has a width of at least 2, not {min(beams)}; greedy decoding needs no option."
+        )
     if layout != "bundle" and single_file:
         raise UsageError("A single file is part of a bundle; leave --single-file or --layout out.")
     for target in wanted:
@@ -164,6 +170,7 @@ def export(
     recipe = Recipe(
         weights, plan, stats.norms, explains, kept, tuple(keep_float), stats,
         opened.limits["max_source_tokens"], opened.limits["max_target_tokens"],
+        tuple(sorted(set(beams))),
     )  # fmt: skip
     job = _Job(opened, model, recipe, rows, max_drop, abstain_below, say)
     manifest = _manifest(job, wanted, name, version)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sbs_edge.export.beams import build_beam_explainer
 from sbs_edge.export.explainer import build_explainer
 from sbs_edge.export.graph import OPSET
 from sbs_edge.export.half import HalfType, to_half
@@ -46,6 +47,7 @@ class Recipe:
         stats: everything calibration measured, for int4, fp16 and TensorRT's int8.
         max_source_tokens: longest input, for TensorRT's profiles.
         max_new_tokens: places in the cache of a step graph.
+        beams: widths of beam search to write a graph for, besides the greedy one.
     """
 
     weights: T5Weights
@@ -57,6 +59,7 @@ class Recipe:
     stats: CalibrationStats = field(default_factory=CalibrationStats)
     max_source_tokens: int = 512
     max_new_tokens: int = 128
+    beams: tuple[int, ...] = ()
 
 
 def precision_of(target: Target, recipe: Recipe) -> Precision:
@@ -128,6 +131,10 @@ def _models(target: Target, recipe: Recipe) -> dict[str, onnx.ModelProto]:
     elif recipe.explains:
         steps = _mixed(Int4(recipe.stats), recipe) if target.numbers == "int4" else None
         models["explainer"] = build_explainer(weights, precision, recipe.output_tokens, steps)
+        for width in recipe.beams:
+            models[f"explainer_beam{width}"] = build_beam_explainer(
+                weights, precision, width, recipe.output_tokens, steps
+            )
     return models
 
 

@@ -36,7 +36,10 @@ def register(app: typer.Typer) -> None:
         ],
         target: Annotated[
             list[str] | None,
-            typer.Option(help="cpu-fp32 or cpu-int8; several may be given, the first is the default."),
+            typer.Option(
+                help="cpu-fp32, cpu-int8, cpu-int4, cuda-fp16, cuda-bf16, tensorrt-fp16, tensorrt-int8; several "
+                "may be given, the first is the default."
+            ),
         ] = None,
         guard_data: Annotated[
             Path | None,
@@ -54,6 +57,12 @@ def register(app: typer.Typer) -> None:
         abstain_below: Annotated[
             float, typer.Option(help="Probability under which predict marks an answer as doubtful.")
         ] = 0.0,
+        beam: Annotated[
+            list[int] | None,
+            typer.Option(
+                help="Width of a beam search to add on CPU targets; several may be given, each a graph."
+            ),
+        ] = None,
         name: Annotated[str | None, typer.Option(help="The bundle's name; none: the task's.")] = None,
         label: Annotated[
             list[str] | None,
@@ -126,7 +135,8 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.export.api import export as export_student
 
         result = export_student(
-            student, out, targets=targets, guard_data=rows, max_drop=max_drop, calibration_rows=calibration_rows,
+            student, out, targets=targets, beams=tuple(beam or ()),
+            guard_data=rows, max_drop=max_drop, calibration_rows=calibration_rows,
             abstain_below=abstain_below, name=name, labels=label, label_prefix=label_prefix,
             rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
             prune_vocabulary=prune_vocabulary, layout=layout.value, single_file=single_file, version=version,

@@ -27,7 +27,7 @@ def everything(
 ) -> tuple[Path, dict[str, Any]]:
     """A bundle with all targets, and its manifest."""
     out = tmp_path_factory.mktemp("all") / "bundle"
-    result = export(trained[0], out, targets=list(TARGETS))
+    result = export(trained[0], out, targets=list(TARGETS), beams=(3,))
     return out, result.manifest
 
 
@@ -66,6 +66,14 @@ def test_int4_answers_like_float(everything: tuple[Path, dict[str, Any]], traine
     assert sum(same) >= 0.98 * len(same)
     assert sum(words) >= 16
     assert manifest["targets"]["cpu-int4"]["quantisation"]["numbers"] == "int4"
+
+
+def test_beams_write_rationales(everything: tuple[Path, dict[str, Any]]) -> None:
+    with Student.load(everything[0], "cpu-int8") as student:
+        greedy, beam = student.explain(["pump hot"]), student.explain(["pump hot"], num_beams=3)
+        assert beam[0].rationale == greedy[0].rationale  # an easy task: the best beam is the greedy one
+        with pytest.raises(UsageError, match="beam of width 5"):
+            student.explain(["pump hot"], num_beams=5)
 
 
 def test_a_target_whose_provider_is_absent_is_a_clear_error(everything: tuple[Path, dict[str, Any]]) -> None:
