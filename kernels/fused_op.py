@@ -40,18 +40,20 @@ def _forward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = plan_rows(targets, valid_indices, segment_ids, row_weights, lambdas, denominators, ignore_index)
-    result = _run(engine)(
-        hidden,
-        weight,
-        bias,
-        plan,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        workspace_mb=workspace_mb,
-        need=(need_hidden, need_weight, need_bias),
-    )
+    # The engine chooses its own precision; autocast would turn its products to 16 bits behind its back.
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = _run(engine)(
+            hidden,
+            weight,
+            bias,
+            plan,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            workspace_mb=workspace_mb,
+            need=(need_hidden, need_weight, need_bias),
+        )
     means, correct = segment_means(plan, result.losses, result.correct, lambdas.shape[0])
     nothing = lambdas.new_empty(0)
     return (
