@@ -63,8 +63,8 @@ def build_explainer(
     if output_tokens is not None:
         best = body.op("Gather", np.asarray(output_tokens, np.int64), best)
     following = body.op("Where", finished, np.int64(weights.pad_id), best)
-    largest = body.op("ReduceMax", logits, np.array([2], np.int64), keepdims=0)
-    gain = body.op("Sub", largest, body.op("ReduceLogSumExp", logits, np.array([2], np.int64), keepdims=0))
+    # LogSoftmax has a vectorised kernel, ReduceLogSumExp has none: 250 microseconds a token with 32k tokens.
+    gain = body.op("ReduceMax", body.op("LogSoftmax", logits, axis=-1), np.array([2], np.int64), keepdims=0)
     gain = body.op("Where", finished, np.float32(0), gain)
     ended = body.op("Or", finished, body.op("Equal", best, np.int64(weights.eos_id)))
     alive = body.op("ReduceMax", body.op("Cast", body.op("Not", ended), to=6), keepdims=0)

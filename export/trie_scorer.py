@@ -122,7 +122,7 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
     logits = writer.widen(
         writer.precision.linear(graph, stream.normed, writer.head_weight(), norm=LAST_NORM)
     )  # (B, T, V)
-    total = graph.op("ReduceLogSumExp", logits, np.array([2], np.int64), keepdims=0)  # (B, T)
+    log_softmax = graph.op("LogSoftmax", logits, axis=-1)
     batch_index = graph.op("Range", np.int64(0), graph.op("Squeeze", batch_of(writer, ids)), np.int64(1))
     rows = graph.op(
         "Expand",
@@ -130,13 +130,12 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
         graph.op("Shape", trie.edge_node),
     )
 
-    def stacked(*parts: Value) -> Value:
-        lifted = [graph.op("Unsqueeze", part, np.array([2], np.int64)) for part in parts]
-        return str(graph.op("Concat", *lifted, axis=2))
-
-    picked = graph.op("GatherND", logits, stacked(rows, trie.edge_node, trie.edge_token))  # (B, E)
-    normaliser = graph.op("GatherND", total, stacked(rows, trie.edge_node))
-    log_p = graph.op("Unsqueeze", graph.op("Sub", picked, normaliser), np.array([2], np.int64))  # (B, E, 1)
+    lifted = [
+        graph.op("Unsqueeze", part, np.array([2], np.int64))
+        for part in (rows, trie.edge_node, trie.edge_token)
+    ]
+    picked = graph.op("GatherND", log_softmax, graph.op("Concat", *lifted, axis=2))  # (B, E)
+    log_p = graph.op("Unsqueeze", picked, np.array([2], np.int64))  # (B, E, 1)
     # Summed over the middle axis, edge after edge: a sum over the last one is split where memory happens
     # to be aligned, which depends on the batch.
     chosen = graph.op("Transpose", writer.widen(trie.label_edges), perm=[0, 2, 1])  # (B, E, K)
