@@ -36,10 +36,8 @@ def _status(name: str) -> EngineStatus:
         return EngineStatus(name, True, f"any device; {what}")
     if importlib.util.find_spec("triton") is None:
         return EngineStatus(name, False, "triton is not installed; pip install 'sbs-edge[train]'")
-    if importlib.util.find_spec("sbs_edge.kernels.triton_engine") is None:
-        return EngineStatus(
-            name, False, "this version ships no Triton kernels; the torch engine is used instead"
-        )
+    if name == "triton":
+        return EngineStatus(name, False, "this version ships no Triton tiles; the torch engine is used")
     if _interpreted():
         return EngineStatus(
             name, True, "Triton's interpreter (TRITON_INTERPRET=1): slow, float32 and float16"
@@ -47,11 +45,9 @@ def _status(name: str) -> EngineStatus:
     if capability is None:
         return EngineStatus(name, False, "no CUDA device that torch can use")
     shown = f"sm_{capability[0]}{capability[1]}"
-    if name == "triton" and capability < (8, 0):
-        return EngineStatus(name, False, f"{shown}: Triton has no tensor-core path before sm_80; use cublas")
-    if name == "cublas" and capability < (7, 0):
+    if capability < (7, 0):
         return EngineStatus(name, False, f"{shown}: Triton needs sm_70 or newer")
-    return EngineStatus(name, True, shown)
+    return EngineStatus(name, True, f"{shown}; on request only: checked in the interpreter, not yet on a GPU")
 
 
 def available_engines() -> list[EngineStatus]:
@@ -62,12 +58,9 @@ def available_engines() -> list[EngineStatus]:
 def select_engine(device: torch.device, dtype: torch.dtype) -> str:
     """Return the engine that ``engine="auto"`` takes for tensors of ``dtype`` on ``device``.
 
-    Triton tiles on sm_80 and newer, cuBLAS slices with Triton pointwise kernels on sm_70 and sm_75,
-    sliced torch everywhere else and for float64.
+    Sliced torch everywhere, until a measurement on a GPU shows that the ``cublas`` engine is faster.
     """
-    if device.type != "cuda" or dtype == torch.float64:
-        return "torch"
-    return next((name for name in ("triton", "cublas") if _status(name).available), "torch")
+    return "torch"
 
 
 def resolve(engine: str, device: torch.device, dtype: torch.dtype) -> str:

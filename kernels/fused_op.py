@@ -68,6 +68,10 @@ def _forward(
 
 
 def _run(engine: str) -> Any:
+    if engine == "cublas":
+        from sbs_edge.kernels.triton_engine import run_cublas
+
+        return run_cublas
     if engine != "torch":
         raise RuntimeError(f"This version ships no {engine!r} engine.")
     return torch_engine.run
