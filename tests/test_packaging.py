@@ -123,3 +123,5 @@ def test_the_public_surface_is_what_it_says() -> None:
     assert sorted(sbs_edge.__all__) == ["Student", "__version__", "export", "train"]
     for name in sbs_edge.__all__:
         assert getattr(sbs_edge, name) is not None
+    code = "from sbs_edge import Student, export, train; assert all(map(callable, (Student, export, train)))"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
