@@ -43,7 +43,7 @@ def rows(base: list[Example], count: int) -> Iterator[Example]:
         yield Example(f"g{index}", f"{example.input} ticket {index}", example.label, None, example.rationale)
 
 
-def measure(count: int, out: Path, samples: int = 20) -> dict[str, object]:
+def measure(count: int, out: Path, samples: int = 20) -> dict[str, Any]:
     """Train one pass over ``count`` generated rows and return memory and speed."""
     from sbs_edge.student.train import train
 
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = measure(options.rows, Path(folder) / "student")
     report["max_rss_mb"] = options.max_rss_mb
     sys.stdout.write(json.dumps(report) + "\n")
-    return int(float(report["peak_rss_mb"]) > options.max_rss_mb)  # type: ignore[arg-type]
+    return int(report["peak_rss_mb"] > options.max_rss_mb)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def answer_rows(student: Student, rows: Sequence[Example], plan: LabelPlan) -> A
         names: list[Sequence[str]] = [plan.labels] * len(rows)
         return Answers([plan.labels[int(s.argmax())] for s in scores], scores, names)
     if plan.method == "choices":
-        choices = [list(row.choices or ()) for row in rows]
+        choices = [list(row.distinct_choices) for row in rows]
         predictions = student.predict(texts, labels=choices, truncate=True)
         logs = [np.log(np.maximum(list(p.probabilities.values()), 1e-300)) for p in predictions]
         return Answers([p.label for p in predictions], logs, list(choices))

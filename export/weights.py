@@ -112,34 +112,10 @@ def load_model(folder: str | Path) -> Any:
     return AutoModelForSeq2SeqLM.from_pretrained(str(path), use_safetensors=True).float().eval()
 
 
-def _measured_logit_scale(model: Any) -> float:
-    """Return the factor between the decoder's output and the head's input.
-
-    Measured, because it depends on the transformers version and the family: 4.57 scales when the
-    embeddings are tied, 5.x has a configuration field, and the fields of old checkpoints disagree.
-    A wrong scale keeps the largest logit where it is, so only probabilities would show it.
-    """
-    import torch
-
-    seen: dict[str, Any] = {}
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: seen.__setitem__("head", args[0])
-    )
-    try:
-        with torch.no_grad():
-            ids = torch.tensor([[model.config.decoder_start_token_id or 0]])
-            out = model(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True, return_dict=True)
-    finally:
-        hook.remove()
-    last = out.decoder_hidden_states[-1]
-    largest = last.abs().flatten().argmax()
-    ratio = float(seen["head"].flatten()[largest] / last.flatten()[largest])
-    scale = float(model.config.d_model**-0.5)
-    return scale if abs(ratio - scale) < 0.01 * scale else 1.0
-
-
 def weights_of(model: Any) -> T5Weights:
     """Take shapes and arrays out of a live transformers model (on CPU, any floating dtype)."""
+    from sbs_edge.student.model import measure_logit_scale
+
     config = model.config
     arrays = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
     activation = config.dense_act_fn
@@ -164,7 +140,7 @@ def weights_of(model: Any) -> T5Weights:
         start_id=config.decoder_start_token_id or 0,
         eos_id=config.eos_token_id,
         pad_id=config.pad_token_id,
-        logit_scale=_measured_logit_scale(model),
+        logit_scale=measure_logit_scale(model),
         arrays=arrays,
         head=model.get_output_embeddings().weight.detach().float().numpy(),
     )

@@ -143,7 +143,7 @@ def _student_arm(
     exported = export(trained.student_dir, out / "bundle", targets=(target,))
     with Student.load(exported.path, threads=1) as student:
         rows = [without_teacher(row) for row in judged]
-        choices = [list(row.choices) for row in rows if row.choices]
+        choices = [list(row.distinct_choices) for row in rows if row.choices]
         answers = student.predict(
             [row.input for row in rows], labels=choices if len(choices) == len(rows) else None, truncate=True
         )
@@ -173,7 +173,7 @@ def without_teacher(row: Example) -> Example:
 def _p50_ms(student: Any, rows: Sequence[Example]) -> float:
     taken = []
     for number, row in enumerate([*rows[:10], *rows[:LATENCY_CALLS]]):
-        labels = [list(row.choices)] if row.choices else None
+        labels = [list(row.distinct_choices)] if row.choices else None
         start = time.perf_counter()
         student.predict([row.input], labels=labels, truncate=True)
         if number >= 10:  # the first calls warm caches up

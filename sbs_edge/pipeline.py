@@ -105,7 +105,7 @@ def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
 
 
 def _answers(student: Any, rows: Sequence[Example]) -> list[str]:
-    choices = [list(row.choices or ()) for row in rows]
+    choices = [list(row.distinct_choices) for row in rows]
     labels = choices if any(choices) else None
     return [answer.label for answer in student.predict([row.input for row in rows], labels=labels)]
 

@@ -65,6 +65,8 @@ def _rows(lines: Iterable[bytes], source: str, as_json: bool, field: str) -> Ite
             isinstance(choices, list) and all(isinstance(c, str) for c in choices)
         ):
             raise DataError(f"{source}:{number}: 'choices' must be a list of strings.")
+        if choices is not None:
+            choices = list(dict.fromkeys(choices))  # real rows name a choice twice; it is one answer
         yield _Row(f"{source}:{number}", row[field], choices, {"id": row["id"]} if "id" in row else {})
 
 

@@ -37,6 +37,11 @@ class Example:
     confidence: float = 1.0
     source: str = ""
 
+    @property
+    def distinct_choices(self) -> tuple[str, ...]:
+        """The labels to choose from, each once: 146 rows of the paper's cqa name one of theirs twice."""
+        return tuple(dict.fromkeys(self.choices or ()))
+
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:

@@ -203,7 +203,9 @@ def load_checkpoint(name: str, dropout: float | None = None) -> Any:
             )
         if dropout is not None:
             settings.dropout_rate = dropout
-        return AutoModelForSeq2SeqLM.from_pretrained(name, config=settings, dtype=torch.float32)
+        return AutoModelForSeq2SeqLM.from_pretrained(
+            name, config=settings, dtype=torch.float32, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"The checkpoint {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a directory with "
