@@ -380,7 +380,10 @@ def _finish(
             "rationale_weight": config.lambda_,
             "max_source_tokens": config.max_source_tokens,
             "max_target_tokens": config.max_target_tokens,
-            "max_label_tokens": min(max(longest, 2), config.max_target_tokens),
+            # Choices come with the row: one asked about later may be longer than any trained on.
+            "max_label_tokens": config.max_target_tokens
+            if splits.task.label_kind == "choices"
+            else min(max(longest, 2), config.max_target_tokens),
             "seed": config.seed,
             "versions": _versions(),
             "config": config.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""Rows that name a choice twice, as 146 rows of the paper's cqa do, go through evaluation, export and predict."""
+"""Choices as the paper's cqa has them, named twice in 146 rows or longer than any trained on, are answered."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ def test_a_choice_named_twice_is_one_answer(tmp_path: Path, sbs_edge_cli: Run) -
     assert evaluate(student, splits.test)["n"] == 6
     result = export(student, tmp_path / "bundle", targets=("cpu-fp32",))
     assert result.manifest["targets"]["cpu-fp32"]["accuracy"]["n"] == 6
-    row = {"id": "a", "input": "where does the bus stop", "choices": ["beach", "bridge", "bridge"]}
+    row = {
+        "id": "a",
+        "input": "where does the bus stop",
+        "choices": ["beach", "bridge", "bridge", "a bridge " * 9],
+    }
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     done = sbs_edge_cli("predict", tmp_path / "bundle", tmp_path / "rows.jsonl")
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)["probabilities"]) == {"beach", "bridge"}
+    assert set(json.loads(done.stdout)["probabilities"]) == {"beach", "bridge", "a bridge " * 9}
