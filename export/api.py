@@ -215,7 +215,9 @@ def _write_bundle(
             answers = answer_rows(reference, job.rows, job.plan)
             manifest["calibration"] = calibration_of(answers, job.rows, job.abstain_below)
             texts = [row.input for row in job.rows[:RATIONALE_ROWS]] if job.recipe.explains else []
-            rationales = [e.rationale.split() for e in reference.explain(texts, truncate=True)]
+            rationales = [
+                e.rationale.split() for e in (reference.explain(texts, truncate=True) if texts else [])
+            ]
         for target in wanted if job.rows else ():
             if not providers_here(target):
                 job.say(

@@ -141,7 +141,9 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
                     "label_ms": _latency_ms(student, [row.input for row in test])
                     if splits.task.label_kind != "choices"
                     else None,
-                    "example_rationale": student.explain([first])[0].rationale if first else "",
+                    "example_rationale": student.explain([first])[0].rationale
+                    if first and "explainer" in entry
+                    else "",
                     "guard": entry.get("accuracy"),
                 }
             )

@@ -69,3 +69,18 @@ def test_a_wrong_configuration_file_is_one_paragraph_and_exit_2(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert "Traceback" in sbs_edge_cli("--debug", "run", "--dry-run", "--config", config).stderr
+
+
+@pytest.mark.parametrize("mode", ["finetune", "distill"])
+def test_run_without_rationales_ends_with_a_bundle_and_a_report(
+    sbs_edge_cli: Run, tmp_path: Path, mode: str
+) -> None:
+    done = sbs_edge_cli(
+        "run", "--mode", mode, "--steps", "4", "--train-rows", "64", "--max-drop", "100", "--json",
+        "--training", "validation_rows=32", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [student["mode"] for student in report["students"]] == [mode]
+    assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
+    assert "rationale, as the bundle" not in (tmp_path / "out" / "report.html").read_text()

@@ -161,8 +161,12 @@ def run_page(report: dict[str, Any]) -> str:
             f"{calibration['ece_after']:.4f} after."
         )
         page.figure(_coverage(calibration), "Accuracy against coverage when doubtful rows are passed on.")
-    page.section("A rationale, as the bundle gives it")
-    page.preformatted(
-        "\n".join(f"{t['target']}: {t['example_rationale']}" for t in report["bundle"]["targets"])
-    )
+    rationales = [
+        f"{t['target']}: {t['example_rationale']}"
+        for t in report["bundle"]["targets"]
+        if t["example_rationale"]
+    ]
+    if rationales:
+        page.section("A rationale, as the bundle gives it")
+        page.preformatted("\n".join(rationales))
     return page.html()
