@@ -41,9 +41,10 @@ class Writer:
         self.weights = weights
         self.precision = precision
 
-    def linear(self, x: Value, name: str, norm: str | None) -> Value:
-        """Multiply ``x`` by the weight ``name``."""
-        return self.precision.linear(self.graph, x, self.weights.linear(name), norm=norm, site=name)
+    def linear(self, x: Value, name: str, norm: str | None, *, relu: bool = False) -> Value:
+        """Multiply ``x``, or with ``relu`` max(x, 0), by the weight ``name``."""
+        weight = self.weights.linear(name)
+        return self.precision.linear(self.graph, x, weight, norm=norm, site=name, relu=relu)
 
     def start(self, x: Value, norm: str) -> Stream:
         """Normalise a fresh residual stream."""
@@ -74,7 +75,10 @@ class Writer:
             gate = self._activate(self.linear(stream.normed, prefix + ".wi_0", stream.norm))
             hidden = graph.op("Mul", gate, self.linear(stream.normed, prefix + ".wi_1", stream.norm))
         else:
-            hidden = self._activate(self.linear(stream.normed, prefix + ".wi", stream.norm))
+            hidden = self.linear(stream.normed, prefix + ".wi", stream.norm)
+            if self.weights.activation == "relu":
+                return self.linear(hidden, prefix + ".wo", None, relu=True)
+            hidden = self._activate(hidden)
         return self.linear(hidden, prefix + ".wo", None)
 
     def _activate(self, x: Value) -> Value:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sbs_edge.export.gptq import pack_int4, quantise_int4
 from sbs_edge.export.graph import CONTRIB, Graph, Value
-from sbs_edge.export.precision import Int8
+from sbs_edge.export.precision import Int8, rectified
 from sbs_edge.export.ranges import CalibrationStats
 
 __all__ = ["GROUP", "Int4"]
@@ -40,12 +40,14 @@ class Int4:
         self.fallback = Int8(stats.norms)
 
     def linear(
-        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
-    ) -> Value:
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None,
+        relu: bool = False,
+    ) -> Value:  # fmt: skip
         """See :class:`Precision`."""
         moments = self.stats.moments.get(site or "")
         if moments is None:
-            return self.fallback.linear(graph, x, weight, norm=norm, site=site)
+            return self.fallback.linear(graph, x, weight, norm=norm, site=site, relu=relu)
+        x = rectified(graph, x, relu)
         packed, scales = pack_int4(
             *quantise_int4(np.asarray(weight, np.float32), moments, self.group), self.group
         )

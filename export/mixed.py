@@ -64,11 +64,12 @@ class Mixed:
         return ".".join(name.split(".")[:3])
 
     def linear(
-        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
-    ) -> Value:
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None,
+        relu: bool = False,
+    ) -> Value:  # fmt: skip
         """See :class:`sbs_edge.export.precision.Precision`."""
         chosen = self._float if self._layer(weight, norm, site) in self.keep else self.base
-        return chosen.linear(graph, x, weight, norm=norm, site=site)
+        return chosen.linear(graph, x, weight, norm=norm, site=site, relu=relu)
 
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
         """See :class:`sbs_edge.export.precision.Precision`."""

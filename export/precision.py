@@ -13,7 +13,7 @@ import numpy as np
 
 from sbs_edge.export.graph import CONTRIB, FLOAT, Graph, Value
 
-__all__ = ["Float32", "Int8", "Precision", "quantise_columns", "quantise_rows"]
+__all__ = ["Float32", "Int8", "Precision", "quantise_columns", "quantise_rows", "rectified"]
 
 
 class Precision(Protocol):
@@ -26,8 +26,9 @@ class Precision(Protocol):
     contrib: bool
 
     def linear(
-        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
-    ) -> Value:
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None,
+        relu: bool = False,
+    ) -> Value:  # fmt: skip
         """Multiply (..., in) by a constant (in, out).
 
         Args:
@@ -36,6 +37,7 @@ class Precision(Protocol):
             weight: (in, out) float32.
             norm: the RMSNorm that made ``x``, if one did.
             site: the checkpoint's name of the weight, if it is one of the checkpoint's.
+            relu: multiply max(x, 0) instead: rounding to unsigned integers may do both in one step.
         """
         ...
 
@@ -52,15 +54,22 @@ class Float32:
         self.contrib = contrib
 
     def linear(
-        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
-    ) -> Value:
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None,
+        relu: bool = False,
+    ) -> Value:  # fmt: skip
         """See :class:`Precision`."""
         del norm, site
+        x = rectified(graph, x, relu)
         return str(graph.op("MatMul", x, np.ascontiguousarray(weight, dtype=np.float32)))
 
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
         """See :class:`Precision`."""
         return str(graph.op("Gather", np.asarray(weight, dtype=np.float32), ids))
+
+
+def rectified(graph: Graph, x: Value, relu: bool) -> Value:
+    """Return max(x, 0) if ``relu``, else ``x``."""
+    return str(graph.op("Relu", x)) if relu else x
 
 
 def quantise_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,16 +99,18 @@ class Int8:
         self.norm_ranges = norm_ranges
 
     def linear(
-        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
-    ) -> Value:
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None,
+        relu: bool = False,
+    ) -> Value:  # fmt: skip
         """See :class:`Precision`."""
-        del site
         quantised, scales = quantise_columns(np.asarray(weight, np.float32))
+        if relu:
+            return self._rectified(graph, x, quantised, scales, many=(site or "").startswith("encoder."))
         largest = self.norm_ranges.get(norm) if norm is not None else None
         if largest is not None:
             step = np.float32(max(largest, 1e-6) / 127.0)
             rounded = graph.once(("rounded", x), lambda: graph.op("QuantizeLinear", x, step, np.uint8(128)))
-            return self._product(graph, rounded, step, quantised, scales)
+            return self._product(graph, rounded, step, quantised, scales, np.uint8(128))
         unit = np.float32(1.0 / 127.0)
 
         def by_row() -> tuple[Value, Value]:
@@ -108,11 +119,46 @@ class Int8:
             return graph.op("QuantizeLinear", graph.op("Div", x, size), unit, np.uint8(128)), size
 
         rounded, size = graph.once(("rounded", x), by_row)
-        return str(graph.op("Mul", self._product(graph, rounded, unit, quantised, scales), size))
+        return str(
+            graph.op("Mul", self._product(graph, rounded, unit, quantised, scales, np.uint8(128)), size)
+        )
+
+    def _rectified(
+        self, graph: Graph, x: Value, weight: np.ndarray, scales: np.ndarray, *, many: bool
+    ) -> Value:
+        """Multiply max(x, 0): with zero point 0 the rounding itself cuts negative numbers off.
+
+        What is left has no sign, so that a row is told apart in 255 steps, not 127, and its largest value
+        needs no magnitudes.
+
+        Args:
+            graph: the graph to add to.
+            x: (..., in).
+            weight: (in, out) int8.
+            scales: (out,) float32.
+            many: whether ``x`` has so many rows that a pass over it costs more than two small operators.
+        """
+        one, zero = np.float32(1.0), np.uint8(0)
+        flat = graph.op("Reshape", x, np.array([-1, weight.shape[0]], np.int64)) if many else x
+        largest = graph.op("ReduceMax", flat, np.array([-1], np.int64), keepdims=1)
+        step = graph.op("Max", graph.op("Mul", largest, np.float32(1.0 / 255.0)), np.float32(1e-12))
+        if not many:
+            rounded = graph.op("QuantizeLinear", graph.op("Div", x, step), one, zero)
+            return str(graph.op("Mul", self._product(graph, rounded, one, weight, scales, zero), step))
+        by_row = graph.op("Reshape", step, np.array([-1], np.int64))
+        rounded = graph.op("QuantizeLinear", flat, by_row, axis=0)
+        product = graph.op("Mul", self._product(graph, rounded, one, weight, scales, zero), step)
+        width = np.array([weight.shape[1]], np.int64)
+        return str(
+            graph.op("Reshape", product, graph.op("Concat", graph.op("Shape", x, end=-1), width, axis=0))
+        )
 
     @staticmethod
-    def _product(graph: Graph, x: Value, step: np.float32, weight: np.ndarray, scales: np.ndarray) -> Value:
-        return str(graph.op("MatMulIntegerToFloat", x, weight, step, scales, np.uint8(128), domain=CONTRIB))
+    def _product(
+        graph: Graph, x: Value, step: np.float32, weight: np.ndarray, scales: np.ndarray,
+        zero: np.uint8,
+    ) -> Value:  # fmt: skip
+        return str(graph.op("MatMulIntegerToFloat", x, weight, step, scales, zero, domain=CONTRIB))
 
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
         """See :class:`Precision`."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from sbs_edge.export.graph import Graph, Value
 from sbs_edge.export.half import HalfType, numpy_half
+from sbs_edge.export.precision import rectified
 from sbs_edge.export.ranges import CalibrationStats
 
 __all__ = ["Int8Pairs"]
@@ -26,10 +27,12 @@ class Int8Pairs:
         self.half = half
 
     def linear(
-        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None
-    ) -> Value:
+        self, graph: Graph, x: Value, weight: np.ndarray, *, norm: str | None, site: str | None = None,
+        relu: bool = False,
+    ) -> Value:  # fmt: skip
         """See :class:`Precision`."""
         weight = np.ascontiguousarray(weight, dtype=np.float32)
+        x = rectified(graph, x, relu)
         largest = self.stats.norms.get(norm) if norm else self.stats.inputs.get(site or "")
         if not largest:
             return str(graph.op("MatMul", x, weight))

@@ -62,11 +62,10 @@ def test_the_guard_refuses_and_keeps_the_old_bundle(
     class Coarse(assemble.Int8):
         """An int8 so crude that answers change."""
 
-        def linear(self, graph, x, weight, *, norm, site=None):
+        def linear(self, graph, x, weight, *, norm, site=None, relu=False):
             step = np.abs(weight).max() / 1.2
-            return super().linear(
-                graph, x, (np.rint(weight / step) * step).astype(np.float32), norm=norm, site=site
-            )
+            coarse = (np.rint(weight / step) * step).astype(np.float32)
+            return super().linear(graph, x, coarse, norm=norm, site=site, relu=relu)
 
     monkeypatch.setattr(assemble, "Int8", Coarse)
     with pytest.raises(
