@@ -1,7 +1,6 @@
 """Generates ``docs/benchmarks.md`` from the committed results: ``python -m sbs_edge.bench.docs``.
 
-Latency and training results are written here; kernel results have a page of their own. The newest
-result of each kind, machine and model is shown in full, older ones are listed.
+The newest result of each kind, machine and model is shown in full, older ones are listed.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 
 from sbs_edge import files
 from sbs_edge.bench import tables
+from sbs_edge.bench.kinds import HEADINGS, tables_of
 from sbs_edge.errors import DataError
 
 __all__ = ["generate", "main"]
@@ -31,17 +31,18 @@ one token. Ratios are of medians, with the 95 % bootstrap interval over the inte
 answers are worse than the peer's (by more than 1 point on a trained student, 5 on random weights) gets no
 ratio. Repeat it with the command given under each result.
 
+The kernel bench times losses, not answers: all of them in one process on the same tensors, in the same
+interleaved rounds, with their gradient errors against float64 beside their times.
+
 Differences under about 15 % are noise on an ordinary machine. Random weights give real latency, size and
 memory; they say nothing about accuracy after quantisation, which `sbs-edge export` guards on trained ones.
 """
-_KINDS = {"latency": "Latency, load, memory, size", "train": "Training"}
 
 
 def _shown(document: dict[str, Any]) -> str:
-    make = tables.train_tables if document["kind"] == "train" else tables.latency_tables
     parts = [f"### {tables.headline(document)}", ""]
     parts += [f"- {line}" for line in tables.provenance_lines(document)] + [""]
-    parts += [tables.markdown(table, level=4) for table in make(document)]
+    parts += [tables.markdown(table, level=4) for table in tables_of(document)]
     return "\n".join(parts)
 
 
@@ -59,12 +60,13 @@ def generate(results: Path) -> str:
         except ValueError as error:
             raise DataError(f"The result file {path} is not JSON: {error}.") from error
         kind = document.get("kind")
-        if kind in _KINDS:
-            same = f"{tables.headline(document)[:-12]} threads {document.get('threads')}"
+        if kind in HEADINGS:
+            points = [case["name"] for case in document.get("cases", [])]
+            same = f"{tables.headline(document)[:-12]} threads {document.get('threads')} {points}"
             group = found.setdefault(kind, {}).setdefault(same, [])
             group.append((document["created"], path.name, document))
     parts = [_INTRO]
-    for kind, title in _KINDS.items():
+    for kind, title in HEADINGS.items():
         if kind not in found:
             continue
         parts.append(f"## {title}\n")

@@ -1,88 +1,288 @@
-"""Time, extra memory and gradient error of the fused loss beside its peers on this CPU, in one run."""
+"""``sbs-edge bench kernels``: the fused loss beside its peers, every case in interleaved rounds.
+
+All losses of a case live in one process, asked in turn (A B C, then B C A, ...). A loss that ends that
+process or leaves its device unusable becomes a row with the reason, and the others go on in a new one.
+"""
 
 from __future__ import annotations
 
-import statistics
+import os
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PEERS", "measure"]
+from sbs_edge.bench.kernel_case import CaseRecord, Entry
+from sbs_edge.bench.kernel_cases import Case
+from sbs_edge.bench.kernel_peers import OURS, PEERS
+from sbs_edge.bench.kernel_truth import judge
+from sbs_edge.bench.machine import provenance
+from sbs_edge.bench.protocol import Worker, WorkerFailed
+from sbs_edge.bench.rows import FORMAT
+from sbs_edge.bench.system import Spec
+from sbs_edge.errors import UsageError
 
-PEERS = ("eager", "torch-linear-cross-entropy", "sbs-edge")
+__all__ = ["KernelOptions", "measure_kernels", "new_document"]
 
-
-def _loss(peer: str) -> Callable[[Any, Any, Any], Any]:
-    """The mean loss of ``peer``; raises AttributeError where this torch has no such function."""
-    import torch.nn.functional as F
-
-    from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
-
-    if peer == "eager":
-        return lambda h, w, t: F.cross_entropy(h @ w.t(), t)
-    if peer == "sbs-edge":
-        return lambda h, w, t: fused_linear_cross_entropy(h, w, t).total
-    function = F.linear_cross_entropy  # type: ignore[attr-defined,unused-ignore]
-    return lambda h, w, t: function(h, w, t)
-
-
-def _inputs(n: int, d: int, v: int) -> tuple[Any, Any, Any]:
-    import torch
-
-    torch.manual_seed(0)
-    hidden = torch.randn(n, d, requires_grad=True)
-    weight = (torch.randn(v, d) * d**-0.5).requires_grad_()
-    return hidden, weight, torch.randint(0, v, (n,))
+Say = Callable[[str], None]
+Save = Callable[[dict[str, Any]], None]
+Start = Callable[[Spec], Any]
+_MODULE = "sbs_edge.bench.kernel_worker"
+_NOT_REACHED = "not reached: the time was over"
 
 
-def _gradients(peer: str, inputs: tuple[Any, Any, Any]) -> tuple[Any, ...]:
-    import torch
+@dataclass(slots=True)
+class KernelOptions:
+    """What is measured; see the command's help.
 
-    return torch.autograd.grad(_loss(peer)(*inputs), inputs[:2])
+    Attributes:
+        cases: in order of importance; those that the time does not allow for become rows that say so.
+        peers: names of :data:`~sbs_edge.bench.kernel_peers.PEERS`.
+        device: ``cpu`` or ``cuda``.
+        rounds: interleaved rounds of every case at most; at least three are run.
+        calls: timed calls of each loss in a round.
+        minutes: time for everything.
+        threads: compute threads.
+        seed: of the inputs.
+        student: the student behind the data kind ``student``.
+        prepare_s: limit on the first call of one loss, compiling included.
+        slow_cases: losses that compile for most of a minute take part in this many of the first cases.
+
+    """
+
+    cases: list[Case]
+    peers: tuple[str, ...]
+    device: str = "cpu"
+    rounds: int = 10
+    calls: int = 1
+    minutes: float = 30.0
+    threads: int = 1
+    seed: int = 0
+    student: Path | None = None
+    prepare_s: float = 300.0
+    slow_cases: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain form for JSON."""
+        return {
+            **asdict(self),
+            "peers": list(self.peers),
+            "student": str(self.student) if self.student else None,
+        }
 
 
-def _high_water() -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+def _start(spec: Spec) -> Worker:
+    return Worker(spec, _MODULE)
 
 
-def _extra_mib(peer: str, shape: tuple[int, int, int]) -> float:
-    """Peak growth of a fresh process over one pass, the gradients themselves left out, in MiB."""
-    n, d, v = shape
-    _gradients(peer, _inputs(4, d, 8))  # the library's own buffers are not the method's
-    inputs = _inputs(n, d, v)
-    before = _high_water()
-    _gradients(peer, inputs)
-    return max(0.0, _high_water() - before - (n * d + v * d) * 4 / 2**20)
+class _Losses:
+    """The process that holds a case's losses; started again without the one that ended it."""
 
+    def __init__(self, spec: Spec, record: CaseRecord, start: Start, prepare_s: float) -> None:
+        self.spec, self.record, self.start, self.prepare_s = spec, record, start, prepare_s
+        self.worker: Any = None
+        self.ready: list[Entry] = []
 
-def measure(n: int = 2048, d: int = 512, v: int = 32128, repeats: int = 3) -> dict[str, Any]:
-    """Return one row a peer: seconds (median, forward + backward), extra MiB, gradient error to float64."""
-    import torch
+    def open(self, truth: bool = True) -> dict[str, Any]:
+        self.worker = self.start(self.spec)
+        reply: dict[str, Any] = self.worker.ask("open", timeout_s=600, truth=truth)
+        return reply
 
-    inputs = _inputs(n, d, v)
-    exact = _gradients("eager", tuple(x.detach().double().requires_grad_() for x in inputs[:2]) + inputs[2:])
-    rows: list[dict[str, Any]] = []
-    for peer in PEERS:
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+
+    def ask(self, entry: Entry, do: str, timeout_s: float = 300.0, **order: Any) -> dict[str, Any] | None:
+        """The worker's answer, or None where it failed: then ``entry`` has its reason."""
+        asked = {"peer": entry.peer, "variant": entry.variant, **order}
         try:
-            found = _gradients(peer, inputs)
-        except AttributeError as error:
-            rows.append({"peer": peer, "absent": str(error)})
+            reply: dict[str, Any] = self.worker.ask(do, timeout_s=timeout_s, **asked)
+            return reply
+        except WorkerFailed as failure:
+            self.record.fail(entry, str(failure))
+            if entry in self.ready:
+                self.ready.remove(entry)
+            if not self.worker.alive or _unusable(str(failure)):
+                self._again()
+            return None
+
+    def prepare(self, entry: Entry, check: bool) -> dict[str, Any] | None:
+        reply = self.ask(entry, "prepare", self.prepare_s, check=check)
+        if reply is not None and entry not in self.ready:
+            self.ready.append(entry)
+        return reply
+
+    def _again(self) -> None:
+        self.close()
+        self.open(truth=False)
+        for entry in list(self.ready):
+            self.prepare(entry, check=False)
+
+
+def _unusable(reason: str) -> bool:
+    """Whether a device error has left the process's device broken for everyone."""
+    broken = any(word in reason for word in ("CUDA error", "cudaError", "CUDA driver error"))
+    return broken and "out of memory" not in reason.lower()
+
+
+def _spec(options: KernelOptions, case: Case) -> Spec:
+    given = {
+        "case": case.as_dict(),
+        "device": options.device,
+        "seed": options.seed,
+        "student": str(options.student) if options.student else None,
+    }
+    allowed = sorted(os.sched_getaffinity(0))
+    cpus = allowed[-options.threads :] if options.device == "cpu" else allowed
+    return Spec("kernels", "", "", threads=options.threads, cpus=cpus, options=given)
+
+
+def _timed_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, end: float) -> None:
+    for number in range(options.rounds):
+        if number >= 3 and time.monotonic() > end:
+            break
+        at = number % max(1, len(losses.ready))
+        try:
+            record.roofs.append(losses.worker.ask("roof", repeats=1 if options.device == "cpu" else 3))
+        except WorkerFailed as failure:
+            record.roof_failure = str(failure)
+        for entry in [*losses.ready[at:], *losses.ready[:at]]:
+            for what in ("forward", "step"):
+                series = record.series(entry, what)
+                # The first call already ran: one more warms what a compiler put off.
+                warm = series.warm if number == 0 or options.device == "cuda" else 0
+                reply = losses.ask(entry, "time", what=what, calls=options.calls, warm=warm)
+                if reply is None:
+                    break
+                series.add([int(ms * 1e6) for ms in reply["ms"]])
+                record.host[(entry, what)] = min(reply["host_ms"])
+
+
+def _memory(losses: _Losses, record: CaseRecord, options: KernelOptions) -> None:
+    for entry in list(losses.ready):
+        if options.device == "cuda":
+            reply = losses.ask(entry, "memory")
+        else:
+            worker = losses.start(losses.spec)
+            try:
+                worker.ask("open", timeout_s=600, truth=False)
+                reply = worker.ask("memory", peer=entry.peer, variant=entry.variant)
+            except WorkerFailed as failure:
+                record.memory_failures[entry] = str(failure)
+                reply = None
+            finally:
+                worker.close()
+        if reply is not None:
+            record.memory[entry] = reply
+
+
+def _case(
+    options: KernelOptions, case: Case, end: float, start: Start, say: Say, slow: bool = True
+) -> CaseRecord:
+    record = CaseRecord(case, options.device)
+    losses = _Losses(_spec(options, case), record, start, options.prepare_s)
+    # What compiles for long comes last: it shall not take the others' time.
+    peers = sorted(options.peers, key=lambda name: PEERS[name].slow_start)
+    entries = [Entry(peer, variant) for peer in peers for variant in case.variants]
+    try:
+        try:
+            record.facts = losses.open()
+        except WorkerFailed as failure:
+            for entry in entries:
+                record.fail(entry, f"the case could not be set up: {failure}")
+            return record
+        for entry in entries:
+            if time.monotonic() > end and not entry.peer.startswith(OURS):
+                record.fail(entry, _NOT_REACHED)
+                continue
+            if PEERS[entry.peer].slow_start and not slow:
+                record.fail(entry, "left out: it compiles for too long to be in every case")
+                continue
+            say(f"{case.name}: {entry.name}")
+            reply = losses.prepare(entry, check=True)
+            if reply is None:
+                say(f"{case.name}: {entry.name}: {record.failures[entry]}")
+                continue
+            record.first_ms[entry] = reply["first_ms"]
+            if "errors" in reply:
+                record.errors[entry] = reply["errors"]
+                why = judge(reply["errors"], record.facts["plain"], record.facts["epsilon"])
+                if why is not None:
+                    record.wrong[entry] = why
+        say(f"{case.name}: {len(losses.ready)} losses in turn")
+        _timed_rounds(losses, record, options, end)
+        _memory(losses, record, options)
+    except WorkerFailed as failure:  # the process could not be started again
+        for entry in losses.ready:
+            record.fail(entry, str(failure))
+    finally:
+        losses.close()
+    return record
+
+
+def new_document(options: KernelOptions, command: list[str] | None = None) -> dict[str, Any]:
+    """A document without a measurement."""
+    return {
+        "format": FORMAT,
+        "kind": "kernels",
+        **provenance(command),
+        "model": {"shape": f"linear + cross-entropy on {options.device}"},
+        "threads": options.threads,
+        "cpus": sorted(os.sched_getaffinity(0))[-options.threads :],
+        "seed": options.seed,
+        "options": options.as_dict(),
+        "systems": [],
+        "cases": [],
+        "rows": [],
+        "ratios": [],
+    }
+
+
+def measure_kernels(
+    options: KernelOptions,
+    say: Say = lambda _: None,
+    command: list[str] | None = None,
+    save: Save = lambda _: None,
+    start: Start = _start,
+) -> dict[str, Any]:
+    """Run the bench; return its document (see :mod:`sbs_edge.bench.rows`).
+
+    Args:
+        options: what to measure.
+        say: takes a line of progress.
+        command: what was run, for the provenance.
+        save: takes the unfinished document after every case, so that a crash loses at most one.
+        start: starts a worker; tests give one of their own.
+
+    Raises:
+        UsageError: no case, no peer, or a peer that does not exist.
+
+    """
+    unknown = [name for name in options.peers if name not in PEERS]
+    if unknown or not options.peers or not options.cases:
+        raise UsageError(
+            f"There is nothing to measure, or an unknown peer: {', '.join(unknown) or 'none given'}."
+        )
+    document = new_document(options, command)
+    deadline = time.monotonic() + 60.0 * options.minutes
+    for number, case in enumerate(options.cases):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            document["systems"].append(
+                {
+                    "name": "every loss",
+                    "case": case.name,
+                    "variant": "",
+                    "status": "failed",
+                    "why": _NOT_REACHED,
+                }
+            )
             continue
-        errors = [float((g - e).norm() / e.norm()) for g, e in zip(found, exact, strict=True)]
-        with get_context("spawn").Pool(1) as pool:
-            extra = pool.apply(_extra_mib, (peer, (n, d, v)))
-        rows.append({"peer": peer, "gradient_error": max(errors), "extra_mib": extra, "seconds": []})
-    for _ in range(repeats):
-        for row in rows:
-            if "seconds" in row:
-                start = time.perf_counter()
-                _gradients(row["peer"], inputs)
-                row["seconds"].append(time.perf_counter() - start)
-    for row in rows:
-        if "seconds" in row:
-            row["seconds"] = statistics.median(row["seconds"])
-    shape = {"n": n, "d": d, "v": v, "dtype": "float32", "threads": torch.get_num_threads()}
-    return {"kind": "kernels", "torch": torch.__version__, "shape": shape, "repeats": repeats, "rows": rows}
+        # The first cases matter most: each may take a quarter of what is left, however many follow.
+        end = time.monotonic() + left / min(len(options.cases) - number, 4)
+        slow = options.slow_cases is None or number < options.slow_cases
+        record = _case(options, case, end, start, say, slow)
+        record.write(document)
+        save(document)
+    return document

@@ -30,7 +30,12 @@ VERSIONED = (
     "nncf",
     "onnx",
     "triton",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "onnxruntime-gpu",
 )
+_GPU_STATE = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,pstate"
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 
 
@@ -59,11 +64,11 @@ def _caches() -> dict[str, str]:
     return found
 
 
-def _gpus() -> list[str]:
-    """Names, drivers and memory of the GPUs, without importing torch."""
+def _gpus(fields: str = "name,driver_version,memory.total") -> list[str]:
+    """One line a GPU with the fields asked of nvidia-smi, without importing torch."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             timeout=20,
@@ -93,6 +98,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(pages / 1e9, 1),
         "kernel": platform.release(),
         "gpus": _gpus(),
+        "gpu_state": _gpus(_GPU_STATE),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
 

@@ -59,6 +59,11 @@ class Worker:
         """The worker's process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
     def _send(self, content: dict[str, Any]) -> None:
         if self._process.stdin is None:
             raise WorkerFailed("the worker has no input")

@@ -275,5 +275,7 @@ def provenance_lines(document: dict[str, Any]) -> list[str]:
         f"seed: {document.get('seed')}; command: {' '.join(document['command'])}",
     ]
     if machine.get("gpus"):
-        lines.insert(1, "GPU: " + "; ".join(machine["gpus"]))
+        state = machine.get("gpu_state") or []
+        asked = " (SM clock, its maximum, memory clock, power, its limit, temperature, state at start)"
+        lines.insert(1, "GPU: " + "; ".join([*machine["gpus"], *state]) + (asked if state else ""))
     return lines

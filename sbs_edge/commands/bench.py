@@ -42,10 +42,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _show(document: dict[str, Any], console: Console) -> None:
     from sbs_edge.bench import tables
+    from sbs_edge.bench.kinds import tables_of
 
-    make = tables.train_tables if document["kind"] == "train" else tables.latency_tables
     console.print(tables.headline(document), style="bold")
-    for table in make(document):
+    for table in tables_of(document):
         drawn = RichTable(title=table.title, title_justify="left", caption=table.note or None)
         for index, name in enumerate(table.columns):
             drawn.add_column(name, justify="left" if index == 0 else "right")
@@ -267,5 +267,5 @@ def register(app: typer.Typer) -> None:
     _train(bench)
     _compare(bench)
     with contextlib.suppress(ModuleNotFoundError):
-        import_module("sbs_edge.commands.bench_kernels").register(bench)
+        import_module("sbs_edge.commands.bench_kernels").register(bench, _finish)
     app.add_typer(bench, name="bench")

@@ -85,7 +85,7 @@ def test_the_newest_result_is_shown_and_older_ones_are_listed(
         (results / f"m-2026-01-{day}.json").write_text(
             json.dumps({**document, "created": f"2026-01-{day}T00:00:00+00:00"})
         )
-    (results / "kernels.json").write_text(json.dumps({"kind": "kernels"}))
+    (results / "other.json").write_text(json.dumps({"kind": "of another program"}))
     assert docs.main(tmp_path) == 0
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "Source: `bench/results/m-2026-01-02.json`" in text
