@@ -82,6 +82,17 @@ def register(app: typer.Typer) -> None:
         timeout_s: Annotated[
             float, typer.Option(help="Requests not answered in this time get 504; a header may set another.")
         ] = 30.0,
+        body_timeout_s: Annotated[
+            float,
+            typer.Option(help="Bodies that take longer to arrive get 408: a slow link may need more."),
+        ] = 10.0,
+        head_timeout_s: Annotated[
+            float,
+            typer.Option(help="Connections whose request line and headers take longer are closed."),
+        ] = 10.0,
+        max_head_bytes: Annotated[
+            int, typer.Option(help="Longer request lines and headers get 431; more is memory for strangers.")
+        ] = 65_536,
         drain_timeout: Annotated[
             float,
             typer.Option(help="Seconds running requests get after SIGTERM; then they are cut (exit 1)."),
@@ -120,7 +131,7 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--log-inputs", help="Write the texts into the log: personal data may follow.")
         ] = False,
         access_log: Annotated[
-            bool, typer.Option(help="One log line for each request; off saves about 30 us of each.")
+            bool, typer.Option(help="One log line for each answered request; off saves about 30 us of each.")
         ] = True,
         otel_endpoint: Annotated[
             str | None, typer.Option(help="Send OpenTelemetry traces to this OTLP/HTTP URL (extra 'otel').")
@@ -170,6 +181,9 @@ def register(app: typer.Typer) -> None:
                 max_queue_texts=max_queue_texts,
                 max_queue_ms=max_queue_ms,
                 timeout_s=timeout_s,
+                body_timeout_s=body_timeout_s,
+                head_timeout_s=head_timeout_s,
+                max_head_bytes=max_head_bytes,
                 drain_timeout_s=drain_timeout,
                 token=token,  # type: ignore[arg-type]  # pydantic wraps it
                 tls_cert=tls_cert,

@@ -26,21 +26,24 @@ class Gate:
         self._reason = reason
         self._max_wait_s = max_wait_s
 
-    def check(self, units: int = 1, seconds_per_unit: float = 0.0) -> None:
-        """Raise a 429 :class:`~sbs_edge.serve.errors.HttpError` if ``units`` would not fit.
+    def refusal(self, units: int = 1, seconds_per_unit: float = 0.0) -> errors.HttpError | None:
+        """Return the 429 ``units`` would be answered with, or ``None`` where they fit.
 
         ``seconds_per_unit`` is the measured service time; an empty gate always lets a request in,
         whatever the estimate says, so that one slow measurement cannot shut the server.
         """
         wait_s = self.inside * seconds_per_unit
         if self.inside + units > self.limit:
-            raise errors.overloaded(self._reason, wait_s)
+            return errors.overloaded(self._reason, wait_s)
         if self._max_wait_s is not None and self.inside and wait_s > self._max_wait_s:
-            raise errors.overloaded("queue_time", wait_s)
+            return errors.overloaded("queue_time", wait_s)
+        return None
 
     def enter(self, units: int = 1, seconds_per_unit: float = 0.0) -> None:
-        """Check and count ``units`` in, in one step."""
-        self.check(units, seconds_per_unit)
+        """Check and count ``units`` in, in one step; raise the 429 where they do not fit."""
+        refusal = self.refusal(units, seconds_per_unit)
+        if refusal is not None:
+            raise refusal
         self.inside += units
 
     def leave(self, units: int = 1) -> None:

@@ -5,7 +5,9 @@ long rationale never holds up a label. A batch costs ``len(batch) * longest text
 to 512 tokens a call measured best on CPUs (larger batches add latency, not throughput).
 
 A free worker takes work at once. It waits for company, at most ``max_wait_s``, only while requests
-that were already admitted are still being tokenised: a lone request at low load never waits.
+that were already admitted are still being tokenised: a lone request at low load never waits. With a
+backlog the next whole batch is handed over while the last one runs, so that a worker does not stand
+still until a busy event loop comes round to it.
 
 Runs on the event loop's thread except for ``work``; so nothing here needs a lock. Knows nothing of
 HTTP or of what the work is.
@@ -18,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = ["Lane", "Ticket"]
 
@@ -65,6 +67,18 @@ class Ticket(Generic[Payload, Result]):
             self.future.exception()  # its reader may have left; then nobody else will look at it
 
 
+Share = tuple[Ticket[Any, Any], int]  # a ticket and the place of one of its texts
+
+
+class _Ran(NamedTuple):
+    """What a worker did: the texts still wanted, their results, and when (``perf_counter`` seconds)."""
+
+    wanted: list[Share]
+    results: Sequence[Any]
+    started_s: float
+    finished_s: float
+
+
 class Lane(Generic[Payload, Result]):
     """Queue, batcher and threads of one kind of work.
 
@@ -73,6 +87,8 @@ class Lane(Generic[Payload, Result]):
         max_batch_tokens: bound on ``len(batch) * longest`` (a single longer text runs alone).
         max_wait_s: longest time a text is held back for company.
         workers: threads; each runs one batch at a time.
+        ahead: whole batches that may stand ready behind those that run. Texts given up meanwhile are
+            still left out.
         on_batch: called after each batch with (texts, seconds, waited seconds of each text).
     """
 
@@ -83,6 +99,7 @@ class Lane(Generic[Payload, Result]):
         max_batch_tokens: int = 512,
         max_wait_s: float = 0.002,
         workers: int = 1,
+        ahead: int = 0,
         name: str = "lane",
         on_batch: Callable[[int, float, list[float]], None] | None = None,
     ) -> None:
@@ -92,9 +109,10 @@ class Lane(Generic[Payload, Result]):
         self._on_batch = on_batch
         self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix=name)
         self._workers = workers
-        self._idle = workers
+        self._idle = workers  # below zero: batches that stand ready
+        self._ahead = ahead
         # Waiting texts by (group, token count): a batch holds one group, and like lengths.
-        self._waiting: dict[Hashable, dict[int, deque[tuple[Ticket[Payload, Result], int]]]] = {}
+        self._waiting: dict[Hashable, dict[int, deque[Share]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._pump_due = False
         self._closed = False
@@ -155,11 +173,14 @@ class Lane(Generic[Payload, Result]):
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        while self._idle and self.queued and not self._closed:
+        while self._idle > -self._ahead and self.queued and not self._closed:
             group, oldest = self._oldest()
             if oldest is None:
                 return
-            if self.expected and self.queued * self._shortest(group) < self._max_batch_tokens:
+            full = self.queued * self._shortest(group) >= self._max_batch_tokens
+            if not full and self._idle <= 0:
+                return
+            if not full and self.expected:
                 remaining = oldest[0].enqueued_s + self._max_wait_s - time.perf_counter()
                 if remaining > 0:
                     self._timer = asyncio.get_running_loop().call_later(remaining, self._pump)
@@ -189,10 +210,10 @@ class Lane(Generic[Payload, Result]):
     def _shortest(self, group: Hashable) -> int:
         return min(self._waiting[group])
 
-    def _take(self, group: Hashable, len_of_oldest: int) -> list[tuple[Ticket[Payload, Result], int]]:
+    def _take(self, group: Hashable, len_of_oldest: int) -> list[Share]:
         """Remove one batch: the oldest text, then those nearest to it in length, within the budget."""
         lengths = self._waiting[group]
-        batch: list[tuple[Ticket[Payload, Result], int]] = []
+        batch: list[Share] = []
         longest = 0
         for length in sorted(lengths, key=lambda n: abs(n - len_of_oldest)):
             row = lengths[length]
@@ -213,36 +234,38 @@ class Lane(Generic[Payload, Result]):
             del self._waiting[group]
         return batch
 
-    def _start(self, batch: list[tuple[Ticket[Payload, Result], int]]) -> None:
+    def _start(self, batch: list[Share]) -> None:
         self._idle -= 1
-        now = time.perf_counter()
-        for ticket, _ in batch:
-            if not ticket.started_s:
-                ticket.started_s = now
-        payloads = [ticket.payloads[index] for ticket, index in batch]
-        done = asyncio.get_running_loop().run_in_executor(self._pool, self._work, payloads)
-        done.add_done_callback(lambda future: self._finish(batch, now, future))
+        done = asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch)
+        done.add_done_callback(lambda future: self._finish(batch, future))
 
-    def _finish(
-        self,
-        batch: list[tuple[Ticket[Payload, Result], int]],
-        started_s: float,
-        done: asyncio.Future[Sequence[Result]],
-    ) -> None:
+    def _run(self, batch: list[Share]) -> _Ran:
+        """On a worker: answer what is still wanted, and say when."""
+        started_s = time.perf_counter()
+        wanted = [(ticket, index) for ticket, index in batch if not ticket.abandoned]
+        results = self._work([ticket.payloads[index] for ticket, index in wanted]) if wanted else ()
+        return _Ran(wanted, results, started_s, time.perf_counter())
+
+    def _finish(self, batch: list[Share], done: asyncio.Future[_Ran]) -> None:
         self._idle += 1
-        elapsed = time.perf_counter() - started_s
         error = RuntimeError("The server stopped.") if done.cancelled() else done.exception()
-        if error is None:
-            for (ticket, index), result in zip(batch, done.result(), strict=True):
-                ticket._put(index, result)
-            each = elapsed / len(batch)
-            self.seconds_per_text = (
-                each if not self.seconds_per_text else 0.9 * self.seconds_per_text + 0.1 * each
-            )
-            if self._on_batch:
-                self._on_batch(len(batch), elapsed, [started_s - t.enqueued_s for t, _ in batch])
-        else:
+        if error is not None:
             for ticket, _ in batch:
                 ticket._fail(error)
+        elif done.result().wanted:
+            self._answer(done.result())
         if self.queued and not self._closed:
             self._pump()
+
+    def _answer(self, ran: _Ran) -> None:
+        for (ticket, index), result in zip(ran.wanted, ran.results, strict=True):
+            ticket.started_s = min(ticket.started_s or ran.started_s, ran.started_s)
+            ticket._put(index, result)
+        elapsed = ran.finished_s - ran.started_s
+        each = elapsed / len(ran.wanted)
+        self.seconds_per_text = (
+            each if not self.seconds_per_text else 0.9 * self.seconds_per_text + 0.1 * each
+        )
+        if self._on_batch:
+            waited = [ran.started_s - ticket.enqueued_s for ticket, _ in ran.wanted]
+            self._on_batch(len(ran.wanted), elapsed, waited)

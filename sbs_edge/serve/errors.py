@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["ClientLeft", "HttpError", "bad_request", "draining", "not_ready", "overloaded", "too_large"]
+__all__ = [
+    "ClientLeft",
+    "HttpError",
+    "bad_request",
+    "draining",
+    "not_ready",
+    "overloaded",
+    "slow_body",
+    "too_large",
+]
 
 
 class HttpError(Exception):
@@ -43,6 +52,16 @@ def too_large(limit_bytes: int) -> HttpError:
         f"The request body is over the limit of {limit_bytes} bytes (counted after decompression). "
         "Send fewer or shorter texts in each request.",
         reason="body",
+        headers={"Connection": "close"},
+    )
+
+
+def slow_body(limit_s: float) -> HttpError:
+    """408: the body did not arrive within ``limit_s`` seconds of its head."""
+    return HttpError(
+        408,
+        f"The request body did not arrive within {limit_s:g} s (--body-timeout-s).",
+        reason="slow_body",
         headers={"Connection": "close"},
     )
 

@@ -96,6 +96,15 @@ class Metrics:
             registry=registry,
         )
 
+        self._answered: dict[tuple[str, int], Counter] = {}
+
+    def answered(self, model: str, code: int) -> Counter:
+        """Return the child of ``requests`` for a model and a status, looked up once."""
+        child = self._answered.get((model, code))
+        if child is None:
+            child = self._answered[model, code] = self.requests.labels(model, str(code))
+        return child
+
     def render(self) -> bytes:
         """Return the exposition text."""
         return generate_latest(self.registry)

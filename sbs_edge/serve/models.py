@@ -309,6 +309,7 @@ class Registry:
             labels=Lane(
                 lambda batch: _isolated(label_batch, batch),
                 workers=settings.label_workers,
+                ahead=settings.label_workers,
                 name="labels",
                 on_batch=watch("label"),
                 **lane_options,

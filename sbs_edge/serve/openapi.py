@@ -95,6 +95,7 @@ _METADATA = {
 _REFUSALS = {
     "400": "The request is malformed or over a limit; the message names which.",
     "404": "No such model or version.",
+    "408": "The body took longer than --body-timeout-s to arrive.",
     "413": "The body is over --max-body-bytes after decompression.",
     "415": "Unknown Content-Encoding.",
     "429": "Too much queued work; Retry-After says when to come back.",

@@ -24,6 +24,7 @@ from sbs_edge.serve.escalate import Escalation
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import Registry
+from sbs_edge.serve.protocol import bounded_heads
 from sbs_edge.serve.service import Service
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.telemetry import tracing_to
@@ -89,7 +90,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            logger.info("listening", host=host, port=port, tls=self.config.is_ssl)
+            loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+            logger.info("listening", host=host, port=port, tls=self.config.is_ssl, loop=loop)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -152,6 +154,7 @@ def serve(
         access_log=False,
         server_header=False,
         lifespan="on",
+        http=bounded_heads(settings.head_timeout_s, settings.max_head_bytes),
         ws="none",
         timeout_keep_alive=75,
         backlog=2048,

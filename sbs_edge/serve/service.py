@@ -20,6 +20,7 @@ from sbs_edge.serve.batching import Lane, Ticket
 from sbs_edge.serve.escalate import Escalation
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import ModelVersion, Registry
+from sbs_edge.serve.refusals import Refusals
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.telemetry import Tracing
 
@@ -51,6 +52,7 @@ class Service:
         self.escalation = escalation
         self.tracing = tracing
         self.gate = Gate(settings.max_concurrent, "concurrency")
+        self.refusals = Refusals(metrics, log=settings.access_log)
         self.started = False
         self.draining = False
         self.failure: BaseException | None = None
@@ -61,19 +63,29 @@ class Service:
         """Whether requests are answered."""
         return self.started and not self.draining and self.registry.ready
 
-    def enter(self, *, labels: bool) -> None:
-        """Count one request in, or refuse it with 503 or 429; pair with :meth:`leave`.
+    def refusal(self, *, labels: bool) -> errors.HttpError | None:
+        """Return what a request arriving now would be refused with (503 or 429), or ``None``.
 
-        A request that surely wants ``labels`` is refused before its body is read when the queue of
-        the only model is full anyway; otherwise the queue is looked at once the body says whose.
+        Costs a few comparisons, so it is asked before a request is read. One that surely wants
+        ``labels`` is refused when the queue of the only model's newest version is full; otherwise
+        the queue is looked at once the body says whose.
         """
         if self.draining:
-            raise errors.draining()
+            return errors.draining()
         if not self.started:
-            raise errors.not_ready()
-        version = self.registry.only
-        if labels and version is not None:
-            version.label_gate.check(1, version.labels.wait_estimate_s(1))
+            return errors.not_ready()
+        version = self.registry.only if labels else None
+        if version is not None:
+            refusal = version.label_gate.refusal(1, version.labels.wait_estimate_s(1))
+            if refusal is not None:
+                return refusal
+        return self.gate.refusal(1)
+
+    def enter(self, *, labels: bool) -> None:
+        """Count one request in, or raise :meth:`refusal`; pair with :meth:`leave`."""
+        refusal = self.refusal(labels=labels)
+        if refusal is not None:
+            raise refusal
         self.gate.enter(1)
 
     def leave(self) -> None:
@@ -258,6 +270,7 @@ class Service:
 
     async def close(self) -> None:
         """Free threads, models and connections."""
+        self.refusals.flush()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         self.registry.close()
         if self.escalation:

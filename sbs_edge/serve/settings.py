@@ -34,6 +34,9 @@ class ServeSettings(BaseModel):
     max_queue_texts: int = Field(default=1024, ge=1)
     max_queue_ms: float = Field(default=500.0, gt=0)
     timeout_s: float = Field(default=30.0, gt=0)
+    body_timeout_s: float = Field(default=10.0, gt=0)
+    head_timeout_s: float = Field(default=10.0, gt=0)
+    max_head_bytes: int = Field(default=65_536, ge=1024)
     drain_timeout_s: float = Field(default=30.0, ge=0)
 
     # Access

@@ -24,11 +24,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import structlog
 
 from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.serve import logs
+from sbs_edge.serve.app import create_app
+from sbs_edge.serve.server import create_service
+from sbs_edge.serve.settings import ServeSettings
 
 
 @dataclass
@@ -139,6 +143,45 @@ def json_logs() -> Iterator[io.StringIO]:
     root.setLevel(level)
 
 
+class Running:
+    """An application with its lifespan, and a client that calls it in this event loop."""
+
+    new_engine = HandEngine
+
+    def __init__(self, path, engine=None, escalation=None, **options):
+        self.engine = engine or HandEngine()
+        self.service = create_service([(None, path)], ServeSettings(**options), lambda _: self.engine)
+        if escalation:
+            self.service.escalation = escalation
+        self.app = create_app(self.service)
+
+    async def __aenter__(self):
+        self._life = self.app.router.lifespan_context(self.app)
+        await self._life.__aenter__()
+        await self.app.state.loading
+        transport = httpx.ASGITransport(self.app)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://edge")
+        return self
+
+    async def __aexit__(self, *error):
+        await self.client.aclose()
+        await self._life.__aexit__(*error)
+
+    async def predict(self, texts, headers=None, **body):
+        return await self.client.post("/v1/predict", json={"texts": texts, **body}, headers=headers)
+
+    def rejected(self, reason):
+        return (
+            self.service.metrics.registry.get_sample_value("sbs_edge_rejected_total", {"reason": reason})
+            or 0.0
+        )
+
+
+@pytest.fixture
+def running() -> type[Running]:
+    return Running
+
+
 @pytest.fixture
 def hand() -> SimpleNamespace:
     return SimpleNamespace(Engine=HandEngine, load=hand_loader, write=write_hand_bundle)
@@ -172,18 +215,20 @@ def _student(folder: Path, kind: str) -> Path:
     )  # fmt: skip
     T5ForConditionalGeneration(config).save_pretrained(folder)
     task = splits.task if kind == "closed" else replace(splits.task, label_kind=kind, labels=())
-    rows = [
-        e if kind == "closed" else replace(e, choices=tuple(splits.task.labels))
-        for e in splits.validation[:48]
-    ]
+
+    def rows(examples):
+        if kind == "closed":
+            return examples
+        return [replace(e, choices=tuple(splits.task.labels)) for e in examples]
+
     card = {
         "format": 1, "task": StudentDir.task_card(task), "prefixes": prefixes, "mode": "stepwise",
         "rationale_weight": 1.0, "max_source_tokens": 128, "max_target_tokens": 32, "max_label_tokens": 4,
         "seed": 0, "versions": {}, "training": {},
     }  # fmt: skip
     (folder / "sbs_edge.json").write_text(json.dumps(card))
-    write_examples(folder / "validation.jsonl", rows)
-    write_examples(folder / "calibration.jsonl", splits.train[:64])
+    write_examples(folder / "validation.jsonl", rows(splits.validation[:48]))
+    write_examples(folder / "calibration.jsonl", rows(splits.train[:64]))
     return folder
 
 
@@ -257,6 +302,11 @@ class ServerProcess:
             raise
         finally:
             self._log.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def server_class() -> type[ServerProcess]:
+    return ServerProcess
 
 
 @pytest.fixture

@@ -149,3 +149,57 @@ def test_closing_fails_what_still_waits():
         assert await running.future == [("running", 2)]
 
     asyncio.run(go())
+
+
+def test_a_worker_begins_the_next_whole_batch_without_the_event_loop():
+    """The loop's thread is blocked from the hand-over on; only what stands ready can run then."""
+
+    async def go(ahead):
+        begun = [threading.Event(), threading.Event()]
+        go_on = threading.Event()
+        batches = []
+
+        def work(batch):
+            batches.append(list(batch))
+            begun[min(len(batches), 2) - 1].set()
+            go_on.wait(10)
+            return batch
+
+        lane = Lane(work, max_batch_tokens=8, max_wait_s=0, ahead=ahead)
+        tickets = [lane.submit([f"{i}a", f"{i}b"], [4, 4]) for i in range(4)]
+        while not begun[0].is_set():
+            await asyncio.sleep(0)
+        go_on.set()
+        without_loop = begun[1].wait(1 if ahead == 0 else 10)  # blocks this thread, and so the loop
+        for ticket in tickets:
+            assert await asyncio.wait_for(ticket.future, 10) == list(ticket.payloads)
+        lane.close()
+        assert sorted(map(len, batches)) == [2, 2, 2, 2]
+        return without_loop
+
+    assert asyncio.run(go(1)) is True
+    assert asyncio.run(go(0)) is False
+
+
+def test_what_stands_ready_is_whole_and_still_drops_what_is_given_up():
+    async def go():
+        worker = Worker()
+        lane = Lane(worker, max_batch_tokens=8, max_wait_s=0, ahead=1)
+        hold = lane.submit([("hold", 8)], [8])
+        while not worker.batches:
+            await asyncio.sleep(0)
+        gone = lane.submit([("gone", 4)], [4])
+        await asyncio.sleep(0.01)
+        assert lane.queued == 1  # half a batch does not stand ready: others may still join it
+        kept = lane.submit([("kept", 4)], [4])
+        late = lane.submit([("late", 4)], [4])
+        while lane.queued != 1:
+            await asyncio.sleep(0)
+        lane.abandon(gone)  # from the batch that stands ready
+        worker.go.set()
+        await asyncio.gather(hold.future, kept.future, late.future)
+        lane.close()
+        assert [[name for name, _ in batch] for batch in worker.batches] == [["hold"], ["kept"], ["late"]]
+        assert 0 < kept.enqueued_s <= kept.started_s <= kept.finished_s
+
+    asyncio.run(go())

@@ -10,56 +10,16 @@ import zlib
 import httpx
 import pytest
 
-from sbs_edge.serve.app import create_app
 from sbs_edge.serve.escalate import Escalation, match_label
-from sbs_edge.serve.server import create_service
-from sbs_edge.serve.settings import ServeSettings
-
-
-class Running:
-    """An application with its lifespan, and a client that calls it in this event loop."""
-
-    def __init__(self, path, engine=None, escalation=None, **options):
-        self.engine = engine or self.new_engine()
-        self.service = create_service([(None, path)], ServeSettings(**options), lambda _: self.engine)
-        if escalation:
-            self.service.escalation = escalation
-        self.app = create_app(self.service)
-
-    async def __aenter__(self):
-        self._life = self.app.router.lifespan_context(self.app)
-        await self._life.__aenter__()
-        await self.app.state.loading
-        transport = httpx.ASGITransport(self.app)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://edge")
-        return self
-
-    async def __aexit__(self, *error):
-        await self.client.aclose()
-        await self._life.__aexit__(*error)
-
-    async def predict(self, texts, headers=None, **body):
-        return await self.client.post("/v1/predict", json={"texts": texts, **body}, headers=headers)
-
-    def rejected(self, reason):
-        return (
-            self.service.metrics.registry.get_sample_value("sbs_edge_rejected_total", {"reason": reason})
-            or 0.0
-        )
-
-
-@pytest.fixture(autouse=True)
-def _engines(hand):
-    Running.new_engine = hand.Engine
 
 
 def run(work):
     return asyncio.run(asyncio.wait_for(work, 30))
 
 
-def test_plain_route_answers_what_the_engine_answers(hand_bundle):
+def test_plain_route_answers_what_the_engine_answers(hand_bundle, running):
     async def go():
-        async with Running(hand_bundle) as edge:
+        async with running(hand_bundle) as edge:
             texts = ["no heat at all", "filter is due", "a b c"]
             answer = (await edge.predict(texts, explain=True)).json()
             assert answer["model"] == "hand"
@@ -73,9 +33,9 @@ def test_plain_route_answers_what_the_engine_answers(hand_bundle):
     run(go())
 
 
-def test_every_limit_names_itself(hand_bundle):
+def test_every_limit_names_itself(hand_bundle, running):
     async def go():
-        async with Running(hand_bundle, max_body_bytes=4000, max_texts=4) as edge:
+        async with running(hand_bundle, max_body_bytes=4000, max_texts=4) as edge:
             many = await edge.predict(["a"] * 5)
             assert (many.status_code, "limit is 4" in many.json()["error"]) == (400, True)
             long = await edge.predict(["ok", "word " * 50])
@@ -91,7 +51,7 @@ def test_every_limit_names_itself(hand_bundle):
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "raw"])
-def test_compressed_bodies_are_counted_after_decompression(hand_bundle, encoding):
+def test_compressed_bodies_are_counted_after_decompression(hand_bundle, running, encoding):
     def packed(raw: bytes) -> bytes:
         if encoding == "gzip":
             return gzip.compress(raw)
@@ -101,7 +61,7 @@ def test_compressed_bodies_are_counted_after_decompression(hand_bundle, encoding
         return deflate.compress(raw) + deflate.flush()
 
     async def go():
-        async with Running(hand_bundle, max_body_bytes=100_000) as edge:
+        async with running(hand_bundle, max_body_bytes=100_000) as edge:
             headers = {"Content-Encoding": "gzip" if encoding == "gzip" else "deflate"}
 
             async def post(raw):
@@ -140,9 +100,9 @@ def test_compressed_bodies_are_counted_after_decompression(hand_bundle, encoding
     ],
     ids=lambda body: repr(body[:30]),
 )
-def test_malformed_bodies_are_400_with_a_reason(hand_bundle, body):
+def test_malformed_bodies_are_400_with_a_reason(hand_bundle, running, body):
     async def go():
-        async with Running(hand_bundle) as edge:
+        async with running(hand_bundle) as edge:
             answer = await edge.client.post("/v1/predict", content=body)
             assert answer.status_code == 400
             assert list(answer.json()) == ["error"]
@@ -150,10 +110,10 @@ def test_malformed_bodies_are_400_with_a_reason(hand_bundle, body):
     run(go())
 
 
-def test_a_burst_over_the_limit_is_429_before_any_tokenising(hand_bundle):
+def test_a_burst_over_the_limit_is_429_before_any_tokenising(hand_bundle, running):
     async def go():
-        engine = Running.new_engine(label_s=0.05)
-        async with Running(hand_bundle, engine, max_concurrent=4) as edge:
+        engine = running.new_engine(label_s=0.05)
+        async with running(hand_bundle, engine, max_concurrent=4) as edge:
             counted = []
             real = engine.tokenize
             engine.tokenize = lambda texts, task="label": counted.append(texts) or real(texts, task)
@@ -170,10 +130,10 @@ def test_a_burst_over_the_limit_is_429_before_any_tokenising(hand_bundle):
     run(go())
 
 
-def test_a_full_queue_of_texts_is_429_and_labels_do_not_wait_for_rationales(hand_bundle):
+def test_a_full_queue_of_texts_is_429_and_labels_do_not_wait_for_rationales(hand_bundle, running):
     async def go():
-        engine = Running.new_engine(rationale_s=0.4)
-        async with Running(hand_bundle, engine, max_queue_texts=32, max_queue_ms=60_000) as edge:
+        engine = running.new_engine(rationale_s=0.4)
+        async with running(hand_bundle, engine, max_queue_texts=32, max_queue_ms=60_000) as edge:
             slow = asyncio.create_task(edge.predict(["x"] * 32, explain=True))
             await asyncio.sleep(0.1)
             full = await edge.predict(["y"], explain=True)
@@ -186,10 +146,10 @@ def test_a_full_queue_of_texts_is_429_and_labels_do_not_wait_for_rationales(hand
     run(go())
 
 
-def test_estimated_wait_refuses_before_the_count_does(hand_bundle):
+def test_estimated_wait_refuses_before_the_count_does(hand_bundle, running):
     async def go():
-        engine = Running.new_engine(label_s=0.05)
-        async with Running(hand_bundle, engine, max_queue_ms=100, max_batch_tokens=3) as edge:
+        engine = running.new_engine(label_s=0.05)
+        async with running(hand_bundle, engine, max_queue_ms=100, max_batch_tokens=3) as edge:
             assert (await edge.predict(["learn the pace"])).status_code == 200
             answers = await asyncio.gather(*(edge.predict([f"text {i}"]) for i in range(10)))
             codes = [a.status_code for a in answers]
@@ -199,10 +159,10 @@ def test_estimated_wait_refuses_before_the_count_does(hand_bundle):
     run(go())
 
 
-def test_deadline_is_504_and_frees_its_place(hand_bundle):
+def test_deadline_is_504_and_frees_its_place(hand_bundle, running):
     async def go():
-        engine = Running.new_engine(label_s=0.3)
-        async with Running(hand_bundle, engine) as edge:
+        engine = running.new_engine(label_s=0.3)
+        async with running(hand_bundle, engine) as edge:
             for headers in ({"X-Request-Timeout-Ms": "50"}, {"Request-Timeout": "0.05"}):
                 late = await edge.predict(["a"], headers=headers)
                 assert late.status_code == 504
@@ -214,10 +174,10 @@ def test_deadline_is_504_and_frees_its_place(hand_bundle):
     run(go())
 
 
-def test_a_client_that_leaves_frees_its_place_and_its_queued_work(hand_bundle):
+def test_a_client_that_leaves_frees_its_place_and_its_queued_work(hand_bundle, running):
     async def go():
-        engine = Running.new_engine(label_s=0.2)
-        async with Running(hand_bundle, engine) as edge:
+        engine = running.new_engine(label_s=0.2)
+        async with running(hand_bundle, engine) as edge:
             first = asyncio.create_task(edge.predict(["running"]))
             await asyncio.sleep(0.05)
             left = asyncio.Event()
@@ -264,10 +224,10 @@ def test_a_client_that_leaves_frees_its_place_and_its_queued_work(hand_bundle):
     run(go())
 
 
-def test_one_bad_text_does_not_fail_its_neighbours(hand_bundle):
+def test_one_bad_text_does_not_fail_its_neighbours(hand_bundle, running):
     async def go():
-        engine = Running.new_engine(label_s=0.03, poison="poison")
-        async with Running(hand_bundle, engine) as edge:
+        engine = running.new_engine(label_s=0.03, poison="poison")
+        async with running(hand_bundle, engine) as edge:
             first = asyncio.create_task(edge.predict(["hold the worker"]))
             await asyncio.sleep(0.01)
             texts = ["good one", "poison one", "good two"]
@@ -279,9 +239,9 @@ def test_one_bad_text_does_not_fail_its_neighbours(hand_bundle):
     run(go())
 
 
-def test_not_ready_draining_and_unknown_names(hand_bundle):
+def test_not_ready_draining_and_unknown_names(hand_bundle, running):
     async def go():
-        async with Running(hand_bundle) as edge:
+        async with running(hand_bundle) as edge:
             get = edge.client.get
             assert (await get("/v2/health/ready")).status_code == 200
             assert (await get("/v2/models/other")).status_code == 404
@@ -299,9 +259,9 @@ def test_not_ready_draining_and_unknown_names(hand_bundle):
     run(go())
 
 
-def test_bearer_token_guards_all_but_probes_and_page(hand_bundle):
+def test_bearer_token_guards_all_but_probes_and_page(hand_bundle, running):
     async def go():
-        async with Running(hand_bundle, token="s3cret") as edge:
+        async with running(hand_bundle, token="s3cret") as edge:
             for path in ("/", "/openapi.json", "/v2/health/live", "/v2/health/ready"):
                 assert (await edge.client.get(path)).status_code == 200
             for path in ("/metrics", "/v2", "/v2/models/hand"):
@@ -315,9 +275,9 @@ def test_bearer_token_guards_all_but_probes_and_page(hand_bundle):
     run(go())
 
 
-def test_request_ids_are_echoed_and_texts_stay_out_of_the_log(hand_bundle, json_logs):
+def test_request_ids_are_echoed_and_texts_stay_out_of_the_log(hand_bundle, running, json_logs):
     async def go(**options):
-        async with Running(hand_bundle, **options) as edge:
+        async with running(hand_bundle, **options) as edge:
             answer = await edge.predict(["a very private text"], headers={"X-Request-Id": "abc-1"})
             assert answer.headers["X-Request-Id"] == "abc-1"
             forged = await edge.predict(["b"], headers={"X-Request-Id": 'x" injected'})
@@ -342,20 +302,20 @@ def teacher(reply, calls):
     return Escalation("http://teacher/v1", "big", transport=httpx.MockTransport(handle))
 
 
-def test_cascade_replaces_only_unsure_answers_and_says_so(hand_bundle):
+def test_cascade_replaces_only_unsure_answers_and_says_so(hand_bundle, running):
     async def go():
         calls: list = []
-        async with Running(hand_bundle, escalation=teacher(" Wait. ", calls), abstain_below=0.9) as edge:
+        async with running(hand_bundle, escalation=teacher(" Wait. ", calls), abstain_below=0.9) as edge:
             got = (await edge.predict(["some text"])).json()["predictions"][0]
             assert (got["label"], got["escalated"], got["abstained"]) == ("wait", True, False)
             assert calls[0]["messages"][1]["content"] == "some text"
             assert calls[0]["model"] == "big"
         calls.clear()
-        async with Running(hand_bundle, escalation=teacher("wait", calls), abstain_below=0.5) as edge:
+        async with running(hand_bundle, escalation=teacher("wait", calls), abstain_below=0.5) as edge:
             got = (await edge.predict(["some text"])).json()["predictions"][0]
             assert (got["escalated"], calls) == (False, [])
         for reply, result in (("I think so", "unusable"), (500, "failed")):
-            async with Running(hand_bundle, escalation=teacher(reply, []), abstain_below=0.9) as edge:
+            async with running(hand_bundle, escalation=teacher(reply, []), abstain_below=0.9) as edge:
                 got = (await edge.predict(["some text"])).json()["predictions"][0]
                 assert got["label"] == edge.engine.answer("some text").label
                 assert (got["escalated"], got["abstained"]) == (False, True)
@@ -376,9 +336,9 @@ def test_match_label_takes_a_label_and_nothing_else():
     assert match_label(" 42 ", []) == "42"
 
 
-def test_metrics_carry_the_agreed_names(hand_bundle):
+def test_metrics_carry_the_agreed_names(hand_bundle, running):
     async def go():
-        async with Running(hand_bundle) as edge:
+        async with running(hand_bundle) as edge:
             await edge.predict(["one two", "three"], explain=True)
             text = (await edge.client.get("/metrics")).text
             for line in (

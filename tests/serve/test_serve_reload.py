@@ -7,6 +7,8 @@ import json
 import shutil
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.serve.asking import Asking, Timing
@@ -161,3 +163,66 @@ def test_sources_are_names_and_paths():
     for name in ("", "..", "a/b", "-x"):
         with pytest.raises(UsageError):
             parse_source(f"{name}=path")
+
+
+def publish(hand, folder, version, broken):
+    """Replace a version's bundle as a careful operator does: written aside, then renamed."""
+    aside = hand.write(folder / f".{version}", version, **({"broken": True} if broken else {}))
+    shutil.rmtree(folder / version, ignore_errors=True)
+    aside.rename(folder / version)
+
+
+versions = st.sampled_from(["1", "2", "3", "10"])
+steps = st.lists(
+    st.tuples(st.just("publish"), versions, st.booleans())
+    | st.tuples(st.just("remove"), versions)
+    | st.tuples(st.just("damage"), versions)
+    | st.tuples(st.just("ask"), st.integers(1, 12))
+    | st.tuples(st.just("settle")),
+    min_size=3,
+    max_size=14,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=steps)
+def test_no_order_of_changes_fails_a_request(hand, tmp_path_factory, steps):
+    """Whatever appears, breaks or goes, at whatever moment: requests are answered by a version that loaded."""
+    folder = tmp_path_factory.mktemp("models")
+    hand.write(folder / "1", "1")
+
+    async def go():
+        service = served(hand, ("desk", folder))
+        await service.registry.refresh(first=True)
+        refreshes, asked = [], []
+
+        async def ask(text):
+            version = service.registry.find("desk")
+            return text, version, await service.answer(version, Asking([text], explain=True), Timing())
+
+        for step in steps:
+            match step:
+                case ("publish", version, broken):
+                    publish(hand, folder, version, broken)
+                case ("remove", version):
+                    shutil.rmtree(folder / version, ignore_errors=True)
+                case ("damage", version):
+                    if (folder / version).is_dir():
+                        (folder / version / "manifest.json").write_text("{")
+                case ("ask", n):
+                    asked += [asyncio.create_task(ask(f"text {len(asked)} {i}")) for i in range(n)]
+                case _:
+                    await asyncio.gather(*refreshes)
+            refreshes.append(asyncio.create_task(service.registry.refresh()))
+            await asyncio.sleep(0)
+            assert service.registry.ready
+        for text, version, answers in await asyncio.gather(*asked):
+            assert answers[0].label == version.engine.answer(text).label
+            assert answers[0].rationale == "because " + text[::-1]
+        await asyncio.gather(*refreshes)
+        alive = [engine for engine in service.engines if not engine.closed]
+        serving = [v.engine for v in service.registry.by_name["desk"].versions.values()]
+        assert sorted(map(id, alive)) == sorted(map(id, serving))
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(go(), 30))

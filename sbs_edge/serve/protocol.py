@@ -1,0 +1,111 @@
+"""HTTP/1.1 connections: uvicorn's httptools protocol with the two limits it leaves to a proxy.
+
+A request's line and headers must arrive within a time and within a size; otherwise a client that sends
+one byte a minute, or headers without end, holds a connection or the memory of the process. Bodies are
+bounded where they are read (:mod:`sbs_edge.serve.body`); the rest of a body whose request was already
+answered has the time of a head.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__all__ = ["BoundedHeads", "bounded_heads"]
+
+_TOO_LARGE = b"Request line and headers are over the limit."
+
+
+class BoundedHeads(HttpToolsProtocol):
+    """One connection; subclasses made by :func:`bounded_heads` carry the limits."""
+
+    head_timeout_s = 10.0
+    max_head_bytes = 65_536
+
+    _late: asyncio.TimerHandle | None = None  # closes the connection when it fires
+    _in_head = True  # from the connection, or a request's first byte, to the end of its headers
+    _in_body = False
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock of the first request."""
+        super().connection_made(transport)
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, unless the head is too long; then time a head that is still open."""
+        if not self._in_body and self._head_bytes + len(data) > self.max_head_bytes:
+            end = data.find(b"\r\n\r\n")
+            if self._head_bytes + (len(data) if end < 0 else end) > self.max_head_bytes:
+                self._refuse_head()
+                return
+        super().data_received(data)
+        if self.parser is None or self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        # Bytes that begin nothing (empty lines) have also ended the wait of an idle connection.
+        if self._in_head or (not self._busy() and self.timeout_keep_alive_task is None):
+            self._start_clock()
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._in_head, self._in_body = False, True
+        self._head_bytes = 0
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is whole."""
+        self._in_body = False
+        self._stop_clock()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is written; what is left of an unread body has the time of a head."""
+        super().on_response_complete()
+        if self._in_body and not self.transport.is_closing():
+            self._start_clock()
+
+    def _busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _start_clock(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(self.head_timeout_s, self._close_late)
+
+    def _stop_clock(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _close_late(self) -> None:
+        self._late = None
+        if self._busy():  # an earlier request on this connection is still being answered
+            self._start_clock()
+        elif not self.transport.is_closing():
+            self.transport.close()
+
+    def _refuse_head(self) -> None:
+        head = (
+            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(_TOO_LARGE)
+        )
+        self.transport.write(head + _TOO_LARGE)
+        self.transport.close()
+
+
+def bounded_heads(timeout_s: float, max_bytes: int) -> type[BoundedHeads]:
+    """Return the protocol with its limits: seconds and bytes of a request's line and headers."""
+    return type("Bounded", (BoundedHeads,), {"head_timeout_s": timeout_s, "max_head_bytes": max_bytes})

@@ -1,0 +1,145 @@
+"""The door: what there is no room for is refused unread, counted, and summed up in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+
+def scope(path="/v1/predict", method="POST", **headers):
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": raw,
+        "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("edge", 80),
+        "client": ("c", 1), "root_path": "", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+
+
+async def call(edge, given):
+    """Call the application with a body that must not be asked for."""
+    sent = []
+
+    async def receive():
+        raise AssertionError("the request was read")
+
+    async def send(message):
+        sent.append(message)
+
+    await edge.app(given, receive, send)
+    start, body = sent
+    assert int(dict(start["headers"])[b"content-length"]) == len(body["body"])
+    return start["status"], dict(start["headers"]), json.loads(body["body"])
+
+
+def run(work):
+    return asyncio.run(asyncio.wait_for(work, 30))
+
+
+def test_a_full_server_refuses_before_it_reads(hand_bundle, running):
+    async def go():
+        async with running(hand_bundle, max_concurrent=1) as edge:
+            edge.service.gate.enter(1)
+            for path in ("/v1/predict", "/v2/models/hand/infer", "/v2/models/hand/versions/1/infer"):
+                status, headers, answer = await call(edge, scope(path, x_request_id="mine-1"))
+                assert (status, headers[b"x-request-id"]) == (429, b"mine-1")
+                assert int(headers[b"retry-after"]) >= 1
+                assert "try again" in answer["error"]
+            assert edge.rejected("concurrency") == 3
+            value = edge.service.metrics.registry.get_sample_value
+            assert value("sbs_edge_requests_total", {"model": "", "code": "429"}) == 3
+            assert (await edge.client.get("/v2/health/live")).status_code == 200  # not work: never refused
+            assert (await edge.client.post("/v1/other")).status_code == 404
+            edge.service.leave()
+            assert (await edge.predict(["a"])).status_code == 200
+
+    run(go())
+
+
+def test_a_full_label_queue_refuses_labels_at_the_door_and_lets_rationales_in(hand_bundle, running):
+    async def go():
+        async with running(hand_bundle, max_queue_texts=32) as edge:
+            version = edge.service.registry.find("hand")
+            version.label_gate.enter(32)
+            status, _, _ = await call(edge, scope())
+            assert (status, edge.rejected("label_queue")) == (429, 1)
+            body = {
+                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}],
+                "outputs": [{"name": "rationale"}],
+            }
+            rationale = await edge.client.post("/v2/models/hand/infer", json=body)
+            assert rationale.status_code == 200
+            body.pop("outputs")
+            label = await edge.client.post("/v2/models/hand/infer", json=body)
+            assert (label.status_code, edge.rejected("label_queue")) == (429, 2)
+            version.label_gate.leave(32)
+
+    run(go())
+
+
+def test_draining_and_loading_close_or_keep_the_connection_as_they_say(hand_bundle, running):
+    async def go():
+        async with running(hand_bundle) as edge:
+            edge.service.draining = True
+            status, headers, _ = await call(edge, scope())
+            assert (status, headers[b"connection"]) == (503, b"close")
+            edge.service.draining, edge.service.started = False, False
+            status, headers, _ = await call(edge, scope())
+            assert (status, b"connection" in headers) == (503, False)
+
+    run(go())
+
+
+def test_strangers_are_told_401_whether_or_not_there_is_room(hand_bundle, running):
+    async def go():
+        async with running(hand_bundle, max_concurrent=1, token="s3cret") as edge:
+            edge.service.gate.enter(1)
+            for given in ({}, {"authorization": "Bearer s3cre"}):
+                status, headers, _ = await call(edge, scope(**given))
+                assert (status, headers[b"www-authenticate"]) == (401, b"Bearer")
+            assert edge.rejected("concurrency") == 0
+            status, _, _ = await call(edge, scope(authorization="Bearer s3cret"))
+            assert status == 429
+            edge.service.leave()
+
+    run(go())
+
+
+@pytest.mark.parametrize("access_log", [True, False])
+def test_refusals_are_one_line_a_second_not_one_each(hand_bundle, running, json_logs, access_log):
+    async def go():
+        async with running(hand_bundle, max_concurrent=1, access_log=access_log) as edge:
+            edge.service.gate.enter(1)
+            for _ in range(500):
+                await call(edge, scope())
+            edge.service.leave()
+
+    run(go())
+    lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
+    refused = [line for line in lines if line["event"] == "refused"]
+    assert sum(line["n_requests"] for line in refused) == (500 if access_log else 0)
+    assert {(line["reason"], line["code"]) for line in refused} <= {("concurrency", 429)}
+    assert len(refused) < 50
+    assert not any(line["event"] == "request" for line in lines)
+
+
+def test_unknown_names_make_no_new_series(hand_bundle, running):
+    """Labels come from what is served and from fixed sets, never from a request."""
+
+    async def go():
+        async with running(hand_bundle) as edge:
+
+            async def ask(i):
+                assert (await edge.predict([f"text {i}"], model=f"m{i}")).status_code == 404
+                assert (await edge.predict([f"text {i}"], version=f"9{i}")).status_code == 404
+                assert (await edge.client.post(f"/v2/models/m{i}/infer", json={})).status_code == 404
+                assert (await edge.client.get(f"/v2/models/m{i}/versions/{i}")).status_code == 404
+                assert (await edge.client.request(f"M{i}", f"/x{i}")).status_code in (404, 405)
+                assert (await edge.predict([f"text {i}"])).status_code == 200
+                return len((await edge.client.get("/metrics")).text.splitlines())
+
+            await ask(0)  # the first of each status makes its series
+            assert await ask(1) == await ask(2) == await ask(3)
+
+    run(go())

@@ -1,0 +1,96 @@
+"""What people send stays out of the log: at DEBUG, in refusals, and when the server itself fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from sbs_edge.serve import logs
+from sbs_edge.serve.escalate import Escalation
+
+SECRET = "the-patient-is-called-Zoltan"
+
+
+class Failing:
+    """Raises what libraries raise: messages that quote their input."""
+
+    def __init__(self, engine, where):
+        self._engine, self._where = engine, where
+
+    def __getattr__(self, name):
+        if name != self._where:
+            return getattr(self._engine, name)
+
+        def fail(texts, *args, **kwargs):
+            if any(SECRET in text for text in texts):
+                raise ValueError(f"cannot take {texts!r}")
+            return getattr(self._engine, name)(texts, *args, **kwargs)
+
+        return fail
+
+
+async def everything(edge):
+    """Send the secret through every kind of answer; return their statuses."""
+    text = f"{SECRET} sits here"
+    post = edge.client.post
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}
+    answers = [
+        await edge.predict([text], explain=True),
+        await edge.predict([f"{text} " * 50]),
+        await edge.predict([text], labels=[text, "b"]),
+        await edge.predict([text], extra=text),
+        await edge.predict([text], model=SECRET),
+        await edge.predict([text] * 33),
+        await edge.predict([text], headers={"X-Request-Timeout-Ms": SECRET}),
+        await edge.predict([text], headers={"X-Request-Id": f"{SECRET} {SECRET}"}),
+        await post("/v1/predict", content=f'{{"texts": ["{text}"'.encode()),
+        await post("/v1/predict", content=text.encode(), headers={"Content-Encoding": "gzip"}),
+        await post("/v1/predict", content=(text * 100_000).encode()),
+        await post("/v2/models/hand/infer", json={"inputs": [tensor]}),
+        await post("/v2/models/hand/infer", json={"inputs": [{**tensor, "name": text}]}),
+    ]
+    edge.service.gate.enter(edge.service.settings.max_concurrent)
+    answers.append(await edge.predict([text]))
+    edge.service.gate.leave(edge.service.settings.max_concurrent)
+    return {answer.status_code for answer in answers}
+
+
+@pytest.mark.parametrize("where", ["nothing", "predict", "explain", "tokenize"])
+def test_texts_are_never_logged(hand_bundle, running, json_logs, where):
+    async def go():
+        logs.configure("debug", json_logs)
+        engine = Failing(running.new_engine(), where)
+        reply = httpx.MockTransport(lambda request: httpx.Response(500, text=request.content.decode()))
+        teacher = Escalation("http://teacher/v1", "big", transport=reply)
+        async with running(hand_bundle, engine, teacher, abstain_below=0.9) as edge:
+            statuses = await everything(edge)
+        assert {400, 404, 413, 429} <= statuses
+        assert (500 in statuses) == (where != "nothing")
+        assert (200 in statuses) == (where in ("nothing", "explain"))
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+    text = json_logs.getvalue()
+    events = {json.loads(line)["event"] for line in text.splitlines()}
+    assert "request" in events
+    assert ("request_failed" in events) == (where != "nothing")
+    assert "Zoltan" not in text
+
+
+def test_a_failure_says_what_failed_and_where(hand_bundle, running, json_logs):
+    async def go(**options):
+        engine = Failing(running.new_engine(), "predict")
+        async with running(hand_bundle, engine, **options) as edge:
+            answer = await edge.predict([SECRET], headers={"X-Request-Id": "r1"})
+            assert (answer.status_code, "Zoltan" in answer.text) == (500, False)
+
+    asyncio.run(go())
+    lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
+    (failed,) = [line for line in lines if line["event"] == "request_failed"]
+    assert (failed["error"], failed["request_id"]) == ("ValueError", "r1")
+    assert any("test_serve_privacy.py" in frame and frame.endswith(" fail") for frame in failed["at"])
+    assert "message" not in failed
+    asyncio.run(go(log_inputs=True))
+    assert "cannot take" in json_logs.getvalue()
