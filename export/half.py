@@ -42,7 +42,6 @@ def to_half(model: onnx.ModelProto, kind: HalfType) -> onnx.ModelProto:
     floats = {t.name: t for t in model.graph.initializer if t.data_type == FLOAT}
     made: dict[str, onnx.TensorProto] = {}
     wide: set[str] = set()
-    head: list[onnx.NodeProto] = []
     half_inputs: dict[str, str] = {}
     for value in model.graph.input:
         if value.type.tensor_type.elem_type == FLOAT:
@@ -50,7 +49,6 @@ def to_half(model: onnx.ModelProto, kind: HalfType) -> onnx.ModelProto:
                 value.type.tensor_type.elem_type = code
             else:
                 half_inputs[value.name] = f"{value.name}_half"
-                head.append(helper.make_node("Cast", [value.name], [f"{value.name}_half"], to=code))
     for node in model.graph.node:
         starts = node.op_type == "Cast" and node.output[0].startswith(WIDE)
         is_wide = starts or any(name in wide for name in node.input)
@@ -83,6 +81,12 @@ def to_half(model: onnx.ModelProto, kind: HalfType) -> onnx.ModelProto:
             if value.name in node.output:
                 node.output[list(node.output).index(value.name)] = source
         tail.append(helper.make_node("Cast", [source], [value.name], to=FLOAT))
+    read = {name for node in model.graph.node for name in node.input}
+    head = [
+        helper.make_node("Cast", [name], [half], to=code)
+        for name, half in half_inputs.items()
+        if half in read
+    ]
     kept = [t for t in model.graph.initializer if t.name not in floats]
     nodes = [*head, *model.graph.node, *tail]
     del model.graph.initializer[:], model.graph.node[:]

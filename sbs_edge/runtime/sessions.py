@@ -71,6 +71,11 @@ class Session:
                 raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
         self._session = session
 
+    @property
+    def inference(self) -> Any:
+        """The runtime's own session, for callers that bind buffers themselves."""
+        return self._session
+
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """Run the graph; returns its outputs in order."""
         return list(self._session.run(None, dict(inputs)))

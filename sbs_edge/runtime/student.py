@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,13 @@ from sbs_edge.errors import UsageError
 from sbs_edge.runtime.answers import Explanation, Prediction
 from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
+from sbs_edge.runtime.generation import StepLoop
 from sbs_edge.runtime.sessions import Session, default_threads
 from sbs_edge.runtime.trie import Trie, batch_tries, build_trie
 
 __all__ = ["Student"]
+
+_ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step")
 
 
 class Student:
@@ -35,6 +38,7 @@ class Student:
         max_batch_tokens: int = 512,
         truncate: bool = False,
         prepacked_cache: bool = False,
+        providers: Sequence[str] | None = None,
     ) -> None:
         """Load the graphs of one target; use :meth:`load` unless the bundle is already open."""
         from tokenizers import Tokenizer
@@ -66,12 +70,12 @@ class Student:
         self._sessions = {
             role: Session(
                 bundle.member(name),
-                self._entry["providers"],
+                self._entry["providers"] if providers is None else providers,
                 self.threads,
                 bundle.weight_digests(name) if prepacked_cache else None,
             )
             for role, name in self._entry.items()
-            if role in ("label_scorer", "choice_scorer", "explainer") or role.startswith("explainer_beam")
+            if role in _ROLES or role.startswith("explainer_beam")
         }
 
     @classmethod
@@ -85,6 +89,7 @@ class Student:
         max_batch_tokens: int = 512,
         truncate: bool = False,
         prepacked_cache: bool = True,
+        providers: Sequence[str] | None = None,
     ) -> Student:
         """Open a bundle, check it and load one target's graphs.
 
@@ -97,6 +102,9 @@ class Student:
             truncate: cut inputs over the limit (and say so in the answer) instead of refusing them.
             prepacked_cache: keep this machine's arrangement of larger weights in the user's cache
                 directory and map it from there: quicker starts, memory shared between processes.
+            providers: onnxruntime providers to use instead of the target's own. ``["CPUExecutionProvider"]``
+                runs an fp16 GPU target slowly on a machine without a GPU, to check what it answers;
+                bf16 has no kernels there.
 
         Raises:
             IntegrityError: the bundle is damaged.
@@ -105,7 +113,7 @@ class Student:
         bundle = Bundle.open(path, verify=verify)
         return cls(
             bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate,
-            prepacked_cache=prepacked_cache,
+            prepacked_cache=prepacked_cache, providers=providers,
         )  # fmt: skip
 
     # -- labels ---------------------------------------------------------------------------------------
@@ -310,21 +318,30 @@ class Student:
     def _decode(
         self, rows: Sequence[Sequence[int]], limit: int, num_beams: int = 1
     ) -> list[tuple[list[int], float]]:
-        if num_beams == 1:
-            session = self._session("explainer", "rationales and open labels")
-        else:
-            session = self._session(f"explainer_beam{num_beams}", f"a beam of width {num_beams}")
+        generate = self._generator(num_beams)
         out: list[Any] = [None] * len(rows)
         for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
-            tokens, log_probability = session.run(
-                {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(limit, np.int64)}
-            )
+            tokens, log_probability = generate(ids, mask, limit)
             for position, i in enumerate(batch):
                 row = tokens[position].tolist()
                 stop = row.index(self._eos) + 1 if self._eos in row else len(row)
                 out[i] = (row[:stop], float(log_probability[position]))
         return out
+
+    def _generator(self, num_beams: int) -> Callable[[np.ndarray, np.ndarray, int], Sequence[np.ndarray]]:
+        """Return what turns ids, mask and a limit into tokens (B, N) and their log-probabilities (B,)."""
+        if num_beams == 1 and "decoder_step" in self._entry:
+            purpose = "rationales and open labels"
+            encoder, step = self._session("encoder", purpose), self._session("decoder_step", purpose)
+            return StepLoop(encoder, step, self._start, self._eos).run
+        if num_beams == 1:
+            session = self._session("explainer", "rationales and open labels")
+        else:
+            session = self._session(f"explainer_beam{num_beams}", f"a beam of width {num_beams}")
+        return lambda ids, mask, limit: session.run(
+            {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(limit, np.int64)}
+        )
 
     # -- text -----------------------------------------------------------------------------------------
 
@@ -400,7 +417,7 @@ class Student:
             self._sessions["choice_scorer"].run(
                 {"input_ids": ids, "attention_mask": mask, **batch_tries([trie])}
             )
-        if "explainer" in self._sessions:
+        if "explainer" in self._sessions or "decoder_step" in self._sessions:
             self.explain(text, 1, truncate=True)
 
     def close(self) -> None:

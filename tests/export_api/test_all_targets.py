@@ -79,8 +79,50 @@ def test_beams_write_rationales(everything: tuple[Path, dict[str, Any]]) -> None
 def test_a_target_whose_provider_is_absent_is_a_clear_error(everything: tuple[Path, dict[str, Any]]) -> None:
     if providers_here(TARGETS["cuda-fp16"]):
         pytest.skip("this machine has CUDA")
-    with pytest.raises(UsageError, match="CUDAExecutionProvider"):
+    with pytest.raises(UsageError, match="CUDAExecutionProvider") as caught:
         Student.load(everything[0], "cuda-fp16")
+    assert caught.value.exit_code == 2
+
+
+ON_HOST = {"providers": ["CPUExecutionProvider"], "threads": 1}
+
+
+@pytest.mark.parametrize("target", ["cuda-fp16", "tensorrt-fp16", "tensorrt-int8"])
+def test_gpu_targets_can_be_asked_on_the_host(
+    everything: tuple[Path, dict[str, Any]], trained: tuple[Path, Any], target: str
+) -> None:
+    texts = [json.loads(line)["input"] for line in (trained[0] / "validation.jsonl").read_text().splitlines()]
+    with (
+        Student.load(everything[0], "cpu-fp32") as exact,
+        Student.load(everything[0], target, **ON_HOST) as gpu,
+    ):
+        gpu.warm_up()
+        same = [a.label == b.label for a, b in zip(exact.predict(texts), gpu.predict(texts), strict=True)]
+        assert sum(same) >= 0.98 * len(same)
+        ours, theirs = gpu.explain(texts[:20]), exact.explain(texts[:20])
+        assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 18
+        # Company and limits, through the loop on the host.
+        assert gpu.explain(texts[3:4]) == ours[3:4]
+        assert [e.n_tokens for e in gpu.explain(texts[:5], 2)] == [2] * 5
+        assert not any(e.complete for e in gpu.explain(texts[:5], 2))
+        with pytest.raises(UsageError, match="beam of width 3"):
+            gpu.explain(texts[:1], num_beams=3)
+
+
+def test_open_labels_are_decoded_by_the_step_graph(make_student, tmp_path: Path, rows) -> None:
+    student = make_student(tmp_path / "open", kind="open", labels=())
+    export(
+        student, tmp_path / "b", targets=("cpu-fp32", "cuda-fp16"), max_drop=100,
+        guard_data=[],
+    )  # fmt: skip
+    texts = [row["input"] for row in rows(12)]
+    with Student.load(tmp_path / "b") as exact, Student.load(tmp_path / "b", "cuda-fp16", **ON_HOST) as gpu:
+        same = 0
+        for a, b in zip(exact.predict(texts), gpu.predict(texts), strict=True):
+            same += a.label == b.label
+            if a.label == b.label:
+                assert b.probability == pytest.approx(a.probability, rel=0.1)
+        assert same >= 10
 
 
 @pytest.mark.tensorrt

@@ -26,6 +26,17 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mt5": ("MT5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "umt5": ("UMT5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5_tied": ("MT5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True}),
+    "umt5_tied": ("UMT5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True}),
+    # A decoder scale does not follow from tied weights: configurations of transformers 5 have either without the other.
+    "untied_scaled": (
+        "T5ForConditionalGeneration",
+        {"feed_forward_proj": "relu", "tie_word_embeddings": False, "scale_decoder": True},
+    ),
+    "tied_unscaled": (
+        "T5ForConditionalGeneration",
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True, "scale_decoder": False},
+    ),
     "silu": ("T5ForConditionalGeneration", {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False}),
     "deep_decoder": (
         "T5ForConditionalGeneration",
@@ -45,6 +56,8 @@ def make_student(name: str, seed: int = 0, spread: float = 1.0) -> Any:
     if (name, seed, spread) in _MADE:
         return _MADE[name, seed, spread]
     kind, changes = STUDENTS[name]
+    changes = dict(changes)
+    scaled = changes.pop("scale_decoder", None)
     torch.manual_seed(seed)
     config_class = getattr(transformers, kind.replace("ForConditionalGeneration", "Config"))
     model = getattr(transformers, kind)(config_class(**{**COMMON, **changes})).eval()
@@ -60,8 +73,24 @@ def make_student(name: str, seed: int = 0, spread: float = 1.0) -> Any:
             else:
                 scale = 1.5 * spread / parameter.shape[-1] ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    if scaled is not None:
+        # transformers 4 reads the scale from the flag of tied weights, each time it runs
+        new = hasattr(model.config, "scale_decoder_outputs")
+        setattr(model.config, "scale_decoder_outputs" if new else "tie_word_embeddings", scaled)
     model.generation_config.max_length = None
     _MADE[name, seed, spread] = model
+    return model
+
+
+def make_ending(name: str, seed: int = 0, strength: float = 3.0) -> Any:
+    """Return a student that ends its rows, each at another step: its end-of-sequence logit varies more than others."""
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(make_student(name, seed))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[1].mul_(strength)
     return model
 
 
