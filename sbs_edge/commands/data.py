@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,32 +11,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from sbs_edge.commands._common import ConfigOption, JsonOption, print_json
+from sbs_edge.commands._data_options import (
+    ColumnOption,
+    Compare,
+    CompareOption,
+    DataArgument,
+    DatasetOption,
+    LabelKindOption,
+    TestOption,
+    ValidationOption,
+)
 
 __all__ = ["register"]
-
-
-class PaperDataset(StrEnum):
-    """Data sets of the paper."""
-
-    cqa = "cqa"
-    svamp = "svamp"
-    anli1 = "anli1"
-    esnli = "esnli"
-
-
-class LabelKindOption(StrEnum):
-    """What kind of label the rows carry."""
-
-    closed = "closed"
-    choices = "choices"
-    open = "open"
-
-
-class Compare(StrEnum):
-    """When two labels are the same."""
-
-    text = "text"
-    value = "value"
 
 
 def _length(lengths: dict[str, float] | None) -> str:
@@ -129,29 +114,13 @@ def register(app: typer.Typer) -> None:
     @data.command()
     def check(
         ctx: typer.Context,
-        path: Annotated[
-            str, typer.Argument(help="A file, a directory, a data set name, or 'builtin'.")
-        ] = "builtin",
-        dataset: Annotated[
-            PaperDataset | None,
-            typer.Option(help="Read PATH in the paper's layout instead of by its suffix."),
-        ] = None,
-        validation: Annotated[
-            Path | None, typer.Option(help="File of validation rows; without it training holds some out.")
-        ] = None,
-        test: Annotated[
-            Path | None, typer.Option(help="File of test rows; without it training holds some out.")
-        ] = None,
-        column: Annotated[
-            list[str] | None,
-            typer.Option(help="FIELD=COLUMN, several times; a named column must be in every row."),
-        ] = None,
-        label_kind: Annotated[
-            LabelKindOption | None, typer.Option(help="Overrides what is inferred from the labels.")
-        ] = None,
-        compare: Annotated[
-            Compare, typer.Option(help="'value' counts 84/2 and 42 as one answer.")
-        ] = Compare.text,
+        path: DataArgument = "builtin",
+        dataset: DatasetOption = None,
+        validation: ValidationOption = None,
+        test: TestOption = None,
+        column: ColumnOption = None,
+        label_kind: LabelKindOption = None,
+        compare: CompareOption = Compare.text,
         tokenizer: Annotated[
             Path | None,
             typer.Option(help="Directory with tokenizer.json to count tokens with; default: words."),

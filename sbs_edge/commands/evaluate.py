@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sbs_edge import files
 from sbs_edge.commands._common import ConfigOption, JsonOption, print_json
+from sbs_edge.commands._data_options import ColumnOption
 from sbs_edge.errors import MissingExtra
 
 __all__ = ["register"]
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
         data: Annotated[
             Path | None, typer.Option(help="Rows to judge on; none: the student's own validation rows.")
         ] = None,
-        column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN; may be repeated.")] = None,
+        column: ColumnOption = None,
         rationales: Annotated[
             int | None, typer.Option(help="Decode at most this many rationales; none: all, 0: none.")
         ] = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,19 @@ from sbs_edge.commands._common import (
     resolved,
     save_resolved,
 )
-from sbs_edge.commands.train import Mode
+from sbs_edge.commands._data_options import (
+    ColumnOption,
+    Compare,
+    CompareOption,
+    DataArgument,
+    DatasetOption,
+    LabelKindOption,
+    Mode,
+    ModeOption,
+    SkipBadRowsOption,
+    TestOption,
+    ValidationOption,
+)
 from sbs_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,61 +40,28 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 
-class Compare(StrEnum):
-    """When two labels are the same answer."""
-
-    text = "text"
-    value = "value"
-
-
-class LabelKind(StrEnum):
-    """Where the labels to choose from come from."""
-
-    closed = "closed"
-    choices = "choices"
-    open = "open"
-
-
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
 
     @app.command()
     def run(
         ctx: typer.Context,
-        data: Annotated[
-            str, typer.Argument(help="A file, a directory, a data set name, or 'builtin'.")
-        ] = "builtin",
+        data: DataArgument = "builtin",
         out: Annotated[
             Path,
             typer.Option(help="Where students, bundle and report go; an old bundle is replaced at the end."),
         ] = Path("runs/latest"),
-        dataset: Annotated[
-            str | None, typer.Option(help="Read DATA in the paper's layout: cqa, svamp, anli1 or esnli.")
-        ] = None,
-        validation: Annotated[
-            Path | None, typer.Option(help="File of validation rows; none: a tenth of the training inputs.")
-        ] = None,
-        test: Annotated[
-            Path | None,
-            typer.Option(help="File of test rows, read once at the end; none: a tenth of the inputs."),
-        ] = None,
+        dataset: DatasetOption = None,
+        validation: ValidationOption = None,
+        test: TestOption = None,
         task: Annotated[
             Path | None,
             typer.Option(help="The task file that annotated the data: its labels and how they compare."),
         ] = None,
-        label_kind: Annotated[
-            LabelKind | None, typer.Option(help="closed, choices or open; none: decided from the rows.")
-        ] = None,
-        compare: Annotated[
-            Compare, typer.Option(help="Labels are equal as text, or by arithmetic value.")
-        ] = Compare.text,
-        column: Annotated[
-            list[str] | None,
-            typer.Option(help="FIELD=COLUMN, for example input=question; several may be given."),
-        ] = None,
-        mode: Annotated[
-            Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")
-        ] = Mode.stepwise,
+        label_kind: LabelKindOption = None,
+        compare: CompareOption = Compare.text,
+        column: ColumnOption = None,
+        mode: ModeOption = Mode.stepwise,
         steps: Annotated[int, typer.Option(help="Optimiser steps of every compared student.")] = 600,
         rationale_weight: Annotated[
             float, typer.Option(help="lambda in L_label + lambda * L_rationale.")
@@ -115,12 +93,7 @@ def register(app: typer.Typer) -> None:
             float,
             typer.Option(help="Points of accuracy a lossy target may cost before the guard stops (exit 3)."),
         ] = 1.0,
-        skip_bad_rows: Annotated[
-            bool,
-            typer.Option(
-                "--skip-bad-rows", help="Go on without malformed rows and list them in skipped.jsonl."
-            ),
-        ] = False,
+        skip_bad_rows: SkipBadRowsOption = False,
         seed: Annotated[int, typer.Option(help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
         json_output: JsonOption = False,

@@ -20,21 +20,25 @@ from sbs_edge.commands._common import (
     resolved,
     save_resolved,
 )
+from sbs_edge.commands._data_options import (
+    ColumnOption,
+    Compare,
+    CompareOption,
+    DataArgument,
+    DatasetOption,
+    LabelKindOption,
+    Mode,
+    ModeOption,
+    SkipBadRowsOption,
+    TestOption,
+    ValidationOption,
+)
 from sbs_edge.errors import MissingExtra
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
 __all__ = ["register"]
-
-
-class Mode(StrEnum):
-    """Where labels and rationales come from."""
-
-    finetune = "finetune"
-    distill = "distill"
-    stepwise = "stepwise"
-    stepwise_teacher = "stepwise-teacher"
 
 
 class Prefixes(StrEnum):
@@ -129,41 +133,24 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def train(
         ctx: typer.Context,
-        data: Annotated[
-            str, typer.Argument(help="A file, a directory, a data set name, or 'builtin'.")
-        ] = "builtin",
+        data: DataArgument = "builtin",
         out: Annotated[
             Path, typer.Option(help="The student's directory; checkpoints go to OUT.training beside it.")
         ] = Path("runs/student"),
-        dataset: Annotated[
-            str | None, typer.Option(help="Read DATA in the paper's layout: cqa, svamp, anli1 or esnli.")
-        ] = None,
-        validation: Annotated[
-            Path | None, typer.Option(help="Validation rows; none: held out of DATA.")
-        ] = None,
-        test: Annotated[
-            Path | None, typer.Option(help="Test rows, only to make sure that no training row is among them.")
-        ] = None,
-        label_kind: Annotated[
-            str | None, typer.Option(help="closed, choices or open, in place of what the rows suggest.")
-        ] = None,
-        compare: Annotated[
-            str, typer.Option(help="Labels are the same as 'text' or by arithmetic 'value'.")
-        ] = "text",
-        column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN; may be repeated.")] = None,
-        skip_bad_rows: Annotated[
-            bool,
-            typer.Option("--skip-bad-rows", help="Go on without malformed rows and list them in a file."),
-        ] = False,
+        dataset: DatasetOption = None,
+        validation: ValidationOption = None,
+        test: TestOption = None,
+        label_kind: LabelKindOption = None,
+        compare: CompareOption = Compare.text,
+        column: ColumnOption = None,
+        skip_bad_rows: SkipBadRowsOption = False,
         stream: Annotated[
             bool,
             typer.Option(
                 "--stream", help="Never hold the training rows; needs --validation and --max-steps."
             ),
         ] = False,
-        mode: Annotated[
-            Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")
-        ] = Mode.stepwise,
+        mode: ModeOption = Mode.stepwise,
         rationale_weight: Annotated[
             float | None,
             typer.Option(
