@@ -15,13 +15,14 @@ nothing of tasks, files or transformers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sbs_edge.kernels import engines, fused_op
+from sbs_edge.kernels import fused_op
 from sbs_edge.kernels.engines import EngineStatus, available_engines, select_engine
 from sbs_edge.kernels.reference import reference_loss
 
@@ -107,22 +108,29 @@ def fused_linear_cross_entropy(
         RuntimeError: the engine asked for does not work here.
     """
     _check(hidden, weight, targets, bias, segment_ids, n_segments, row_weights, label_smoothing, softcap)
+    if not logit_scale or not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale}.")
+    if workspace_mb is not None and workspace_mb <= 0:
+        raise ValueError(f"workspace_mb must be positive, or None to have it planned, not {workspace_mb}.")
     if debug:
-        _check_values(hidden, targets, segment_ids, n_segments, weight.shape[0], ignore_index)
+        _check_values(
+            hidden,
+            targets,
+            segment_ids,
+            row_weights,
+            valid_indices,
+            n_segments,
+            weight.shape[0],
+            ignore_index,
+        )
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     device = hidden.device
-    if segment_weights is None:
-        lambdas = torch.ones(n_segments, dtype=dtype, device=device)
-    else:
-        lambdas = torch.as_tensor(segment_weights, dtype=dtype, device=device).detach()
-        if lambdas.shape != (n_segments,):
-            raise ValueError(f"segment_weights must hold {n_segments} values, not {tuple(lambdas.shape)}.")
+    lambdas = _lambdas(segment_weights, n_segments, dtype, device)
     if torch.is_autocast_enabled(device.type):
         low = torch.get_autocast_dtype(device.type)
         if hidden.dtype == torch.float32:
             hidden = hidden.to(low)
-    name = engines.resolve(engine, device, hidden.dtype)
-    if name == "reference":
+    if engine == "reference":
         return FusedLoss(
             *reference_loss(
                 hidden, weight, targets, bias=bias, segment_ids=segment_ids, lambdas=lambdas,
@@ -133,9 +141,23 @@ def fused_linear_cross_entropy(
     total, losses, counts, correct = fused_op.apply(
         hidden, weight, bias, targets, valid_indices, segment_ids, row_weights, lambdas, denominators,
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-        logit_scale=logit_scale, softcap=softcap, workspace_mb=workspace_mb or 0.0, engine=name,
+        logit_scale=logit_scale, softcap=softcap, workspace_mb=workspace_mb or 0.0, engine=engine,
     )  # fmt: skip
     return FusedLoss(total, losses, counts, correct)
+
+
+def _lambdas(
+    values: Sequence[float] | Tensor | None, n_segments: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if isinstance(values, Tensor):
+        lambdas = values.detach().to(device=device, dtype=dtype)
+    else:
+        # Filled on the device: copying a list there would wait for all that the device has to do.
+        numbers = [1.0] * n_segments if values is None else values
+        lambdas = torch.stack([torch.full((), float(v), dtype=dtype, device=device) for v in numbers])
+    if lambdas.shape != (n_segments,):
+        raise ValueError(f"segment_weights must hold {n_segments} values, not {tuple(lambdas.shape)}.")
+    return lambdas
 
 
 def _check(
@@ -155,11 +177,12 @@ def _check(
             f"{tuple(weight.shape)}. An empty weight is a parameter that its owner sharded away: gather it "
             "first (FSDP: call inside the wrapped module's forward; ZeRO-3: GatheredParameters)."
         )
-    if type(weight).__name__ == "DTensor" or hasattr(weight, "device_mesh"):
-        raise TypeError(
-            "weight is a sharded DTensor. Call this operation inside the forward of the module that FSDP "
-            "wrapped, where the weight is whole, or pass weight.full_tensor()."
-        )
+    for name, sharded in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if type(sharded).__name__ == "DTensor" or hasattr(sharded, "device_mesh"):
+            raise TypeError(
+                f"{name} is a sharded DTensor. Call this operation inside the forward of the module that FSDP "
+                f"wrapped, where its parameters are whole, or pass {name}.full_tensor()."
+            )
     n = hidden.shape[0]
     for name, tensor, size in (
         ("targets", targets, n), ("segment_ids", segment_ids, n), ("row_weights", row_weights, n),
@@ -183,6 +206,8 @@ def _check_values(
     hidden: Tensor,
     targets: Tensor,
     segment_ids: Tensor | None,
+    row_weights: Tensor | None,
+    valid_indices: Tensor | None,
     n_segments: int,
     n_classes: int,
     ignore_index: int,
@@ -199,6 +224,17 @@ def _check_values(
                 valid & ((segment_ids < 0) | (segment_ids >= n_segments)),
             )
         )
+    if row_weights is not None:
+        problems.append(
+            (
+                "its row weight is negative or not finite",
+                valid & ~((row_weights >= 0) & torch.isfinite(row_weights)),
+            )
+        )
+    if valid_indices is not None:
+        given = valid_indices.sort().values
+        if not torch.equal(given, valid.nonzero().squeeze(1).to(given.dtype)):
+            raise ValueError("valid_indices is not the set of rows whose target is not ignore_index.")
     for what, bad in problems:
         rows = bad.nonzero()
         if len(rows):

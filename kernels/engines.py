@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
+from sbs_edge.kernels.configs import interpreted
 
 __all__ = ["ENGINES", "EngineStatus", "available_engines", "resolve", "select_engine"]
 
@@ -21,33 +23,46 @@ class EngineStatus(NamedTuple):
     reason: str
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+OLDEST_TILES = (8, 0)
+OLDEST_TRITON = (7, 0)
+_UNMEASURED = "checked in the interpreter and built ahead of time, not yet run on a GPU"
 
 
-def _capability() -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+@lru_cache(maxsize=16)
+def _capability(index: int | None = None) -> tuple[int, int] | None:
+    """The compute capability of NVIDIA device ``index`` (None: the current one), None without one."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(index)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _status(name: str) -> EngineStatus:
-    capability = _capability()
     if name in ("torch", "reference"):
         what = "sliced, bounded memory" if name == "torch" else "full logits, for comparison only"
         return EngineStatus(name, True, f"any device; {what}")
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return EngineStatus(name, False, "triton is not installed; pip install 'sbs-edge[train]'")
-    if name == "triton":
-        return EngineStatus(name, False, "this version ships no Triton tiles; the torch engine is used")
-    if _interpreted():
+    if interpreted():
         return EngineStatus(
             name, True, "Triton's interpreter (TRITON_INTERPRET=1): slow, float32 and float16"
         )
+    capability = _capability()
     if capability is None:
-        return EngineStatus(name, False, "no CUDA device that torch can use")
+        return EngineStatus(name, False, "no NVIDIA GPU that torch can use")
     shown = f"sm_{capability[0]}{capability[1]}"
-    if capability < (7, 0):
+    if capability < OLDEST_TRITON:
         return EngineStatus(name, False, f"{shown}: Triton needs sm_70 or newer")
-    return EngineStatus(name, True, f"{shown}; on request only: checked in the interpreter, not yet on a GPU")
+    if name == "triton" and capability < OLDEST_TILES:
+        return EngineStatus(
+            name, False, f"{shown}: Triton has tensor-core products from sm_80 on; see cublas"
+        )
+    chosen = name == ("triton" if capability >= OLDEST_TILES else "cublas")
+    return EngineStatus(name, True, f"{shown}; {'chosen by auto' if chosen else 'on request'}; {_UNMEASURED}")
 
 
 def available_engines() -> list[EngineStatus]:
@@ -58,13 +73,19 @@ def available_engines() -> list[EngineStatus]:
 def select_engine(device: torch.device, dtype: torch.dtype) -> str:
     """Return the engine that ``engine="auto"`` takes for tensors of ``dtype`` on ``device``.
 
-    Sliced torch everywhere, until a measurement on a GPU shows that the ``cublas`` engine is faster.
+    Tiles from sm_80 on, library products from sm_70 on (Triton has no tensor-core products for Turing),
+    sliced torch everywhere else and for float64, which the other two would round.
     """
-    return "torch"
+    if device.type != "cuda" or dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return "torch"
+    capability = _capability(device.index)
+    if capability is None or capability < OLDEST_TRITON or not _has_triton():
+        return "torch"
+    return "triton" if capability >= OLDEST_TILES else "cublas"
 
 
 def resolve(engine: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the engine to run.
+    """Return the engine to run for tensors of ``dtype`` on ``device``.
 
     Raises:
         ValueError: no engine has this name.
@@ -74,7 +95,14 @@ def resolve(engine: str, device: torch.device, dtype: torch.dtype) -> str:
         return select_engine(device, dtype)
     if engine not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(ENGINES)}; not {engine!r}.")
+    if engine in ("torch", "reference"):
+        return engine
     status = _status(engine)
-    if not status.available:
-        raise RuntimeError(f"The engine {engine!r} cannot run here: {status.reason}.")
+    reason = None if status.available else status.reason
+    if reason is None and device.type != "cuda" and not interpreted():
+        reason = f"the tensors are on {device.type}, not on a GPU"
+    if reason is None and dtype == torch.float64:
+        reason = "it computes in float32; float64 needs engine='torch'"
+    if reason is not None:
+        raise RuntimeError(f"The engine {engine!r} cannot run here: {reason}.")
     return engine

@@ -1,7 +1,9 @@
 """The registered operators behind :func:`sbs_edge.kernels.cross_entropy.fused_linear_cross_entropy`.
 
 Registered, so that ``torch.compile(fullgraph=True)`` sees one opaque node with known shapes, autocast
-leaves it alone, and gradient checkpointing can run it again.
+leaves it alone, and gradient checkpointing can run it again. All engines share the two operators. The
+``torch`` and ``cublas`` engines make the gradients of a unit total in the forward operator and scale them
+in the backward one; the ``triton`` engine keeps two numbers a row and makes them in the backward one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbs_edge.kernels import torch_engine
+from sbs_edge.kernels import engines, torch_engine
 from sbs_edge.kernels.rows import plan_rows, segment_means
 
 __all__ = ["apply"]
@@ -39,41 +41,46 @@ def _forward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, means, counts, correct) and three tensors for the backward operator, empty where unused."""
     plan = plan_rows(targets, valid_indices, segment_ids, row_weights, lambdas, denominators, ignore_index)
+    need = (need_hidden, need_weight, need_bias)
+    saved: list[Tensor] = [lambdas.new_empty(0) for _ in need]
     # The engine chooses its own precision; autocast would turn its products to 16 bits behind its back.
     with torch.autocast(hidden.device.type, enabled=False):
-        result = _run(engine)(
-            hidden,
-            weight,
-            bias,
-            plan,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            workspace_mb=workspace_mb,
-            need=(need_hidden, need_weight, need_bias),
-        )
-    means, correct = segment_means(plan, result.losses, result.correct, lambdas.shape[0])
-    nothing = lambdas.new_empty(0)
-    return (
-        (means * lambdas).sum(),
-        means,
-        plan.counts,
-        correct,
-        nothing if result.grad_hidden is None else result.grad_hidden,
-        nothing.clone() if result.grad_weight is None else result.grad_weight,
-        nothing.clone() if result.grad_bias is None else result.grad_bias,
-    )
+        if engines.resolve(engine, hidden.device, hidden.dtype) == "triton":
+            from sbs_edge.kernels import triton_engine
+
+            options = triton_engine.Options(label_smoothing, z_loss, logit_scale, softcap, workspace_mb)
+            tiles = triton_engine.forward(hidden, weight, bias, plan, options)
+            losses, hits = tiles.losses, tiles.correct
+            if any(need):
+                saved[0] = tiles.stats
+        else:
+            result = _run(engines.resolve(engine, hidden.device, hidden.dtype))(
+                hidden,
+                weight,
+                bias,
+                plan,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                workspace_mb=workspace_mb,
+                need=need,
+            )
+            losses, hits = result.losses, result.correct
+            for position, grad in enumerate((result.grad_hidden, result.grad_weight, result.grad_bias)):
+                if grad is not None:
+                    saved[position] = grad
+    means, correct = segment_means(plan, losses, hits, lambdas.shape[0])
+    return ((means * lambdas).sum(), means, plan.counts, correct, *saved)  # type: ignore[return-value]
 
 
 def _run(engine: str) -> Any:
     if engine == "cublas":
-        from sbs_edge.kernels.triton_engine import run_cublas
+        from sbs_edge.kernels.cublas_engine import run_cublas
 
         return run_cublas
-    if engine != "torch":
-        raise RuntimeError(f"This version ships no {engine!r} engine.")
     return torch_engine.run
 
 
@@ -100,35 +107,132 @@ def _(
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
     counts = lambdas.new_empty(lambdas.shape, dtype=torch.int64)
+    shapes: list[Any] = [(0,), (0,), (0,)]
+    if engines.resolve(engine, hidden.device, hidden.dtype) == "triton":
+        if need_hidden or need_weight or need_bias:
+            shapes[0] = (2, hidden.shape[0])
+    else:
+        wholes = (hidden.shape, weight.shape, weight.shape[:1])
+        for position, need in enumerate((need_hidden, need_weight, need_bias)):
+            if need:
+                shapes[position] = wholes[position]
     return (
         lambdas.new_empty(()),
         torch.empty_like(lambdas),
         counts,
         torch.empty_like(counts),
-        lambdas.new_empty(hidden.shape if need_hidden else (0,)),
-        lambdas.new_empty(weight.shape if need_weight else (0,)),
-        lambdas.new_empty(weight.shape[:1] if need_bias else (0,)),
+        *(lambdas.new_empty(shape) for shape in shapes),
     )
+
+
+@torch.library.custom_op("sbs_edge::fused_linear_cross_entropy_backward", mutates_args=())
+def _gradients(
+    grad_total: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    valid_indices: Tensor | None,
+    segment_ids: Tensor | None,
+    row_weights: Tensor | None,
+    lambdas: Tensor,
+    denominators: Tensor | None,
+    stats: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_mb: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that ``need_*`` names, in their tensors' types, by the triton engine; else empty."""
+    from sbs_edge.kernels import triton_engine
+
+    plan = plan_rows(targets, valid_indices, segment_ids, row_weights, lambdas, denominators, ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):
+        grads = triton_engine.backward(
+            grad_total,
+            hidden,
+            weight,
+            bias,
+            plan,
+            stats,
+            triton_engine.Options(label_smoothing, z_loss, logit_scale, softcap, workspace_mb),
+            (need_hidden, need_weight, need_bias),
+        )
+    made = [lambdas.new_empty(0) if grad is None else grad for grad in grads]
+    return made[0], made[1], made[2]
+
+
+@_gradients.register_fake
+def _(
+    grad_total: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    valid_indices: Tensor | None,
+    segment_ids: Tensor | None,
+    row_weights: Tensor | None,
+    lambdas: Tensor,
+    denominators: Tensor | None,
+    stats: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_mb: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = lambdas.new_empty(0)
+    return (
+        hidden.new_empty(hidden.shape) if need_hidden else nothing,
+        weight.new_empty(weight.shape) if need_weight else torch.empty_like(nothing),
+        bias.new_empty(bias.shape) if need_bias and bias is not None else torch.empty_like(nothing),
+    )
+
+
+N_INPUTS = 19
+N_TENSORS = 9
+N_OUTPUTS = 4
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.need = inputs[-3:]
-    ctx.save_for_backward(*output[4:])
+    ctx.options = inputs[N_TENSORS:-4]
+    ctx.recompute = engines.resolve(inputs[-4], hidden.device, hidden.dtype) == "triton"
+    if ctx.recompute:
+        ctx.save_for_backward(*inputs[:N_TENSORS], output[N_OUTPUTS])
+    else:
+        ctx.save_for_backward(*output[N_OUTPUTS:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 19
-    if grad_total is not None:
-        for position, (saved, dtype, need) in enumerate(
-            zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
-        ):
+    grads: list[Tensor | None] = [None] * N_INPUTS
+    if grad_total is None or not any(ctx.need):
+        return tuple(grads)
+    if ctx.recompute:
+        made = _gradients(grad_total, *ctx.saved_tensors, *ctx.options, *ctx.need)
+        for position, need in enumerate(ctx.need):
             if need:
-                # Scaled in the accumulator's precision, then rounded once: exact for any loss scale.
-                grads[position] = (saved * grad_total).to(dtype)
+                grads[position] = made[position]
+        return tuple(grads)
+    for position, (saved, dtype, need) in enumerate(
+        zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
+    ):
+        if need:
+            # Scaled in the accumulator's precision, then rounded once: exact for any loss scale.
+            grads[position] = (saved * grad_total).to(dtype)
     return tuple(grads)
 
 

@@ -36,7 +36,9 @@ def reference_loss(
         logits = softcap * torch.tanh(logits / softcap)
     lse = torch.logsumexp(logits, dim=1)
     picked = logits.gather(1, kept.unsqueeze(1)).squeeze(1)
-    losses = lse - (1 - label_smoothing) * picked - label_smoothing * logits.mean(dim=1) + z_loss * lse**2
+    losses = lse - (1 - label_smoothing) * picked + z_loss * lse**2
+    if label_smoothing:  # apart: a class banned by a bias of -inf must not make 0 * -inf
+        losses = losses - label_smoothing * logits.mean(dim=1)
     weights = torch.ones_like(losses) if row_weights is None else row_weights[valid].to(losses.dtype)
     hits = logits.argmax(dim=1) == kept
     means, counts, correct = [], [], []

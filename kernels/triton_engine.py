@@ -1,144 +1,281 @@
-"""The ``cublas`` engine: matrix products by the library over slices of rows, the rest in one Triton kernel.
+"""The engine for NVIDIA GPUs from sm_80: logits live in registers, gradients go over slices of the vocabulary.
 
-One program owns one row: a first pass over its logits finds the maximum, the sum of exponentials, the
-winner and the mean; a second writes the gradient of the logits. No atomics and no locks, so that a
-repeated run gives the same bits. Computes in float32; the gradient of the logits, which lies in
-about [-1, 1], is kept in the inputs' 16-bit type and the row factors stay out of it, so that no loss
-scale can underflow it.
+Forward: one pass of tiles over the valid rows and the whole vocabulary (2 N D V operations) leaves two
+numbers a row, the maximum and the sum of exponentials. Without gradients that is all. Backward, an
+operator of its own (6 N D V): for each slice of the vocabulary a kernel computes the scores again and
+writes ``P = gain * dloss/dlogits``, an M x columns buffer in the inputs' type; the library multiplies it
+into ``dW[slice]``, which is thus written once and summed in float32 without a float32 copy of dW, and
+adds ``P W[slice]`` to dX in float32. Slicing the vocabulary moves N / V of the accumulator traffic that
+slices of rows move; it was asked for in PyTorch's pull request 175039.
+
+Where the factors of the rows go: bfloat16 and float32 have the range for them, so P carries them and
+nothing is scaled afterwards. float16 has not, so P holds the bare slope times 256 (its smallest normal
+number is 6e-5, a flat softmax over 250112 classes is 4e-6), the factors, divided by the largest, go into
+the rows, and what is common is multiplied in float32: no loss scale can underflow or overflow on the way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from sbs_edge.kernels import configs
+from sbs_edge.kernels.products import add_product, product, whole_sums
 from sbs_edge.kernels.rows import RowPlan
-from sbs_edge.kernels.torch_engine import SliceResult, plan_slice_rows
+from sbs_edge.kernels.tiles import merge_kernel, slope_kernel, strip_kernel
 
-__all__ = ["run_cublas"]
+__all__ = ["Options", "TileResult", "backward", "forward", "plan_columns"]
 
-BLOCK = 4096
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def softmax_rows(  # type: ignore[no-untyped-def]
-    logits, bias, targets, losses, hits, slopes,  # noqa: ANN001
-    n_classes, smoothing, z_loss, softcap,  # noqa: ANN001
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WRITE: tl.constexpr, BLOCK_V: tl.constexpr,
-) -> None:  # fmt: skip
-    """Losses and hits of (R, V) logits; with WRITE, dloss/dlogits into ``slopes`` (R, V)."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    lane = tl.arange(0, BLOCK_V)
-    largest = -float("inf")
-    total = 0.0
-    summed = 0.0
-    at_target = 0.0
-    winner = n_classes + 0
-    for start in range(0, n_classes, BLOCK_V):
-        column = start + lane
-        inside = column < n_classes
-        z = tl.load(logits + row * n_classes + column, mask=inside, other=0.0)
-        if HAS_BIAS:
-            z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_CAP:
-            z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))
-        summed += tl.sum(tl.where(inside, z, 0.0), axis=0)
-        at_target += tl.sum(tl.where(column == target, z, 0.0), axis=0)
-        z = tl.where(inside, z, -float("inf"))
-        here = tl.max(z, axis=0)
-        place = tl.min(tl.where(z == here, column, n_classes), axis=0)
-        winner = tl.where(here > largest, place, winner)
-        higher = tl.maximum(largest, here)
-        total = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher), axis=0)
-        largest = higher
-    lse = largest + tl.log(total)
-    loss = lse - (1.0 - smoothing) * at_target - smoothing * summed / n_classes + z_loss * lse * lse
-    bad = (target < 0) | (target >= n_classes)
-    tl.store(losses + row, tl.where(bad, float("nan"), loss))
-    tl.store(hits + row, (winner == target).to(tl.int8))
-    if WRITE:
-        spread = 1.0 + 2.0 * z_loss * lse
-        for start in range(0, n_classes, BLOCK_V):
-            column = start + lane
-            inside = column < n_classes
-            z = tl.load(logits + row * n_classes + column, mask=inside, other=0.0)
-            if HAS_BIAS:
-                z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-            t = z
-            if HAS_CAP:
-                t = 1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0)
-                z = softcap * t
-            slope = spread * tl.exp(z - lse) - smoothing / n_classes
-            slope -= tl.where(column == target, 1.0 - smoothing, 0.0)
-            if HAS_CAP:
-                slope *= 1.0 - t * t
-            slope = tl.where(bad, float("nan"), slope)
-            place = slopes + row * n_classes + column
-            tl.store(place, slope.to(slopes.dtype.element_ty), mask=inside)
+CAST_BYTES = 16 << 20
+SLOPE_BYTES = 48 << 20
+LEAST_COLUMNS = 1536
+COLUMN_STEP = 128
+FLOAT16_GAIN = 256.0
+MERGE_ROWS = 128
 
 
-def run_cublas(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: RowPlan,
-    *,
-    label_smoothing: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_mb: float,
-    need: tuple[bool, bool, bool],
-) -> SliceResult:
-    """Compute what :func:`sbs_edge.kernels.torch_engine.run` does, with one launch for a slice's softmax.
+class Options(NamedTuple):
+    """The scalar options of the loss."""
+
+    label_smoothing: float
+    z_loss: float
+    logit_scale: float
+    softcap: float
+    workspace_mb: float
+
+
+class TileResult(NamedTuple):
+    """(M,) losses, (M,) bool hits, and (2, N) float32 of which ``[:, :M]`` is maximum and sum, base 2."""
+
+    losses: Tensor
+    correct: Tensor
+    stats: Tensor
+
+
+class _Launch(NamedTuple):
+    """What every launch over scores needs."""
+
+    tile: configs.Tile
+    hidden: Tensor
+    bias: Tensor | None
+    plan: RowPlan
+    options: Options
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        return {
+            "HAS_BIAS": self.bias is not None, "HAS_CAP": self.options.softcap > 0,
+            "EVEN_D": self.hidden.shape[1] % self.tile.depth == 0, "PRECISION": "ieee",
+            "BLOCK_N": self.tile.rows, "BLOCK_V": self.tile.columns, "BLOCK_D": self.tile.depth,
+            "num_warps": self.tile.warps, "num_stages": self.tile.stages,
+        }  # fmt: skip
+
+    def offset(self, base: int) -> Tensor:
+        """The bias from ``base`` on, or any tensor where there is none."""
+        return self.hidden if self.bias is None else self.bias[base:]
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _launch(hidden: Tensor, bias: Tensor | None, plan: RowPlan, options: Options) -> _Launch:
+    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"The triton engine computes in float32; use engine='torch' for {hidden.dtype}.")
+    arch = 90
+    if hidden.is_cuda:
+        arch = configs.architecture(torch.cuda.get_device_capability(hidden.device))
+    tile = configs.pick(arch, hidden.element_size(), plan.indices.shape[0])
+    return _Launch(tile, hidden, bias if bias is None else bias.contiguous(), plan, options)
+
+
+def _strips(n_row_blocks: int, n_tiles: int, device: torch.device) -> int:
+    """How many strips to cut the vocabulary into: eight blocks a multiprocessor, four tiles a strip."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    )
+    wanted: int = triton.cdiv(8 * processors, max(n_row_blocks, 1))
+    return max(1, min(wanted, n_tiles // 4 if device.type == "cuda" else n_tiles, 64))
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: RowPlan, options: Options
+) -> TileResult:
+    """Return the rows' losses and hits, and what the backward pass needs of the softmax.
 
     Raises:
         RuntimeError: the inputs are float64, which this engine would round.
     """
-    if hidden.dtype == torch.float64:
-        raise RuntimeError("The cublas engine computes in float32; use engine='torch' for float64.")
-    low, device = hidden.dtype, hidden.device
-    n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape
-    weight = weight.to(low)
-    wide = weight.float()  # logits keep float32: a bfloat16 logit is off by up to 2^-9 of its size
+    launch = _launch(hidden, bias, plan, options)
+    device, (n_classes, width) = hidden.device, weight.shape
+    n_rows = plan.indices.shape[0]
     losses = torch.empty(n_rows, device=device)
     hits = torch.empty(n_rows, dtype=torch.int8, device=device)
-    grads: list[Tensor | None] = [
-        torch.zeros(shape, device=device) if needed else None
-        for needed, shape in zip(need, (hidden.shape, (n_classes, width), (n_classes,)), strict=True)
-    ]
-    grad_hidden, grad_weight, grad_bias = grads
-    step = plan_slice_rows(n_rows, n_classes, width, 4, workspace_mb, 2)
-    buffer = torch.empty((min(step, n_rows), n_classes), device=device)
-    slopes = buffer if low == torch.float32 else torch.empty_like(buffer, dtype=low)
-    kernel: Any = softmax_rows
-    for start in range(0, n_rows, step):
-        stop = min(start + step, n_rows)
-        index = plan.indices[start:stop]
-        rows = hidden.index_select(0, index)
-        logits, slope = buffer[: stop - start], slopes[: stop - start]
-        torch.mm(rows.float(), wide.t(), out=logits)
-        logits.mul_(logit_scale)
-        kernel[(stop - start,)](
-            logits, logits if bias is None else bias, plan.targets[start:stop], losses[start:stop],
-            hits[start:stop], slope, n_classes, label_smoothing, z_loss, softcap,
-            HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WRITE=any(need),
-            BLOCK_V=min(BLOCK, triton.next_power_of_2(n_classes)),
+    stats = torch.zeros((2, hidden.shape[0]), device=device)
+    if n_rows == 0:
+        return TileResult(losses, hits.bool(), stats)
+    tile = launch.tile
+    span = n_classes
+    if weight.dtype != hidden.dtype:  # only a slice of the weight is ever cast
+        span = _columns_of(CAST_BYTES, width * hidden.element_size(), n_classes, tile.columns)
+    blocks, tiles = triton.cdiv(n_rows, tile.rows), triton.cdiv(span, tile.columns)
+    tiles_a_strip = triton.cdiv(tiles, _strips(blocks, tiles, device))
+    n_strips = triton.cdiv(tiles, tiles_a_strip)
+    partials = torch.empty((6, n_strips, n_rows), device=device)
+    scores: Any = strip_kernel
+    merge: Any = merge_kernel
+    with _on(device):
+        for base in range(0, n_classes, span):
+            columns = min(span, n_classes - base)
+            part = weight[base : base + columns].to(hidden.dtype)
+            scores[(blocks, n_strips)](
+                hidden, part, launch.offset(base), plan.indices, plan.targets, partials,
+                n_rows, base, columns, width, *hidden.stride(), *part.stride(),
+                options.logit_scale, options.softcap, tiles_a_strip, n_strips,
+                SUM=options.label_smoothing > 0, CARRY=base > 0, EVEN_V=columns % tile.columns == 0,
+                **launch.flags,
+            )  # fmt: skip
+        merge[(triton.cdiv(n_rows, MERGE_ROWS),)](
+            partials, plan.targets, losses, hits, stats, n_rows, n_strips, n_classes, hidden.shape[0],
+            options.label_smoothing, options.z_loss, BLOCK=MERGE_ROWS,
         )  # fmt: skip
-        factor = plan.grad_factor[start:stop]
-        if grad_weight is not None:
-            # Factors that add up to one bound the product by the largest state: no float16 overflow.
-            size = factor.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            scaled = (rows * (factor / size).unsqueeze(1)).to(low)
-            grad_weight.add_(torch.mm(slope.t(), scaled).float() * (size * logit_scale))
+    return TileResult(losses, hits.bool(), stats)
+
+
+def _columns_of(budget: float, bytes_a_column: int, n_classes: int, step: int) -> int:
+    fitting = int(budget // max(bytes_a_column, 1)) // step * step
+    return min(max(fitting, step), n_classes)
+
+
+def plan_columns(
+    n_rows: int, n_classes: int, width: int, itemsize: int, workspace_mb: float, bytes_beside: int = 0
+) -> int:
+    """Return how many classes one slice of the backward pass takes.
+
+    Args:
+        n_rows: M valid rows.
+        n_classes: V.
+        width: D.
+        itemsize: bytes of an element of the slopes.
+        workspace_mb: bound in MiB on all temporary buffers: the slopes, the gathered rows and dX in
+            float32; 0 plans 48 MiB of slopes, or 1536 columns where that is more, since each slice
+            reads and writes all of dX.
+        bytes_beside: further bytes a column, for a cast weight or a float32 piece of dW.
+    """
+    if workspace_mb > 0:
+        budget = workspace_mb * 2**20 - n_rows * width * (itemsize + 4)
+        return _columns_of(budget, n_rows * itemsize + bytes_beside, n_classes, COLUMN_STEP)
+    columns = _columns_of(SLOPE_BYTES, n_rows * itemsize, n_classes, COLUMN_STEP)
+    return min(max(columns, LEAST_COLUMNS), n_classes)
+
+
+def backward(
+    grad_total: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RowPlan,
+    stats: Tensor,
+    options: Options,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of (hidden, weight, bias) that ``need`` names, in their types.
+
+    ``grad_total`` is the gradient of the total, () of any value: it enters every row's factor in
+    float32 before anything is rounded.
+    """
+    need_hidden, need_weight, need_bias = need
+    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
+    make = torch.empty if plan.indices.shape[0] else torch.zeros
+    grad_weight = make(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
+    grad_bias = make(weight.shape[0], device=weight.device) if need_bias else None
+    if plan.indices.shape[0]:
+        with _on(hidden.device), whole_sums():
+            _slices(
+                grad_total, hidden, weight, bias, plan, stats, options, grad_hidden, grad_weight, grad_bias
+            )
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.to(bias.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _slices(
+    grad_total: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RowPlan,
+    stats: Tensor,
+    options: Options,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    launch = _launch(hidden, bias, plan, options)
+    tile, low, device = launch.tile, hidden.dtype, hidden.device
+    n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape
+    peaks, sums = stats[0, :n_rows], stats[1, :n_rows]
+    natural = torch.log(sums) + peaks * 0.6931471805599453
+    shares = (1.0 + 2.0 * options.z_loss * natural) / sums
+    # A bad target of a counted row makes NaN of what it touches, never a silent number.
+    bad = ((plan.targets < 0) | (plan.targets >= n_classes)) & (plan.grad_factor != 0)
+    factors = (plan.grad_factor * grad_total).masked_fill(bad, torch.nan)
+
+    apart = low == torch.float16
+    common: Tensor | float = 1.0
+    rows = hidden.index_select(0, plan.indices) if grad_weight is not None else None
+    if apart:
+        largest = factors.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        gains = torch.full_like(factors, FLOAT16_GAIN).masked_fill(bad, torch.nan)
+        relative = factors / largest
+        common = largest / FLOAT16_GAIN
+        if rows is not None:
+            rows.mul_(relative.unsqueeze(1))
+    else:
+        gains = factors * options.logit_scale
+        relative = torch.ones_like(factors)
+
+    # The product goes straight into dW where it rounds to dW's type and no factor is left that it needs
+    # in float32; else through a float32 piece.
+    straight = weight.dtype == torch.float32 or (weight.dtype == low and not apart)
+    through_piece = grad_weight is not None and not straight
+    beside = width * ((low.itemsize if weight.dtype != low else 0) + (4 if through_piece else 0))
+    span = plan_columns(n_rows, n_classes, width, low.itemsize, options.workspace_mb, beside)
+    slopes = torch.empty((n_rows, span), dtype=low, device=device)
+    wide = torch.empty((n_rows, width), device=device) if grad_hidden is not None else None
+    piece = torch.empty((span, width), device=device) if through_piece else None
+    kernel: Any = slope_kernel
+    for base in range(0, n_classes, span):
+        columns = min(span, n_classes - base)
+        part = weight[base : base + columns].to(low)
+        slope = slopes[:, :columns]
+        kernel[(triton.cdiv(n_rows, tile.rows), triton.cdiv(columns, tile.columns))](
+            hidden, part, launch.offset(base), plan.indices, plan.targets, peaks, shares, gains, slope,
+            n_rows, base, columns, width, *hidden.stride(), *part.stride(), slope.stride(0),
+            options.logit_scale, options.softcap,
+            1.0 - options.label_smoothing, options.label_smoothing / n_classes,
+            **launch.flags,
+        )  # fmt: skip
+        if grad_weight is not None and rows is not None:
+            target = grad_weight[base : base + columns]
+            made = target if piece is None else piece[:columns]
+            product(made, slope.t(), rows)
+            if apart:
+                torch.mul(made, common * options.logit_scale, out=target)
+            elif piece is not None:
+                target.copy_(made)
         if grad_bias is not None:
-            grad_bias.addmv_(slope.t().float(), factor)
-        if grad_hidden is not None:
-            product = torch.mm(slope, weight).float() * (factor * logit_scale).unsqueeze(1)
-            grad_hidden.index_copy_(0, index, product)
-    return SliceResult(losses, hits.bool(), grad_hidden, grad_weight, grad_bias)
+            product(grad_bias[base : base + columns].unsqueeze(1), slope.t(), relative.to(low).unsqueeze(1))
+        if wide is not None:
+            (add_product if base else product)(wide, slope, part)
+    if grad_bias is not None:
+        grad_bias.mul_(common if apart else 1.0 / options.logit_scale)
+    if grad_hidden is not None and wide is not None:
+        del slopes, slope, rows, piece  # before the rounded copy: the peak is in the loop
+        if apart:
+            wide.mul_((factors * (options.logit_scale / FLOAT16_GAIN)).unsqueeze(1))
+        grad_hidden.index_copy_(0, plan.indices, wide.to(low))

@@ -1,0 +1,102 @@
+"""Tile sizes of the Triton kernels, by architecture, type and shape: a table, nothing is searched at run time.
+
+Every row is built ahead of time in the tests for its architecture, without a spill and within the
+chip's shared memory. The order within an entry is that of expectation, not of measurement: no entry has
+been timed on a GPU yet. :func:`use` puts a tile of one's own in front of the table, which is how a
+tuning run tries the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+__all__ = [
+    "ARCHITECTURES",
+    "SHARED_LIMIT",
+    "Tile",
+    "architecture",
+    "candidates",
+    "interpreted",
+    "pick",
+    "use",
+]
+
+
+class Tile(NamedTuple):
+    """One block of scores: ``rows`` x ``columns``, ``depth`` of the width at a time, warps and stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Shared memory that one block may take, bytes (CUDA C++ programming guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+ARCHITECTURES = tuple(SHARED_LIMIT)
+
+# 16-bit inputs. Two blocks fit a multiprocessor (at most 128 registers a thread with 8 warps), so that
+# one block's exponentials run beside the other's products.
+_AMPERE = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 32, 4, 4))
+_HOPPER = (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4))
+# Few rows: a block of 128 would be mostly padding.
+_FEW_ROWS = (Tile(16, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4))
+# float32 is multiplied in float32 (no TF32), outside the tensor cores.
+_WIDE = (Tile(64, 64, 16, 8, 2), Tile(32, 64, 32, 4, 2))
+_INTERPRETER = (Tile(16, 32, 16, 4, 1),)
+
+FEW = 32
+_override: list[Tile] = []
+
+
+def interpreted() -> bool:
+    """Return whether Triton runs its kernels in its interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """Return the newest architecture of the table that ``capability`` is not older than.
+
+    Raises:
+        ValueError: older than all of them.
+    """
+    number = capability[0] * 10 + capability[1]
+    fitting = [known for known in ARCHITECTURES if known <= number]
+    if not fitting:
+        raise ValueError(f"sm_{number} is older than sm_{ARCHITECTURES[0]}, the first with tile sizes here.")
+    return fitting[-1]
+
+
+def candidates(arch: int, itemsize: int) -> tuple[Tile, ...]:
+    """Return every tile shipped for ``arch`` and inputs of ``itemsize`` bytes (2 or 4)."""
+    if itemsize == 4:
+        return _WIDE
+    return (_HOPPER if arch == 90 else _AMPERE) + _FEW_ROWS
+
+
+def pick(arch: int, itemsize: int, n_rows: int) -> Tile:
+    """Return the tile for ``n_rows`` rows, rounded up to a power of two for the choice."""
+    if _override:
+        return _override[-1]
+    if interpreted():
+        return _INTERPRETER[0]
+    if itemsize == 4:
+        return _WIDE[1] if n_rows <= FEW else _WIDE[0]
+    if n_rows <= FEW:
+        return _FEW_ROWS[0] if n_rows <= FEW // 2 else _FEW_ROWS[1]
+    table = _HOPPER if arch == 90 else _AMPERE
+    return table[2] if n_rows <= 64 else table[0]
+
+
+@contextmanager
+def use(tile: Tile) -> Iterator[None]:
+    """Take ``tile`` for every launch inside the ``with`` block."""
+    _override.append(tile)
+    try:
+        yield
+    finally:
+        _override.pop()

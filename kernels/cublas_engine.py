@@ -1,0 +1,196 @@
+"""The ``cublas`` engine: matrix products by the library over slices of rows, the rest in one Triton kernel.
+
+For GPUs before sm_80, where Triton multiplies outside the tensor cores. One program owns one row: a first
+pass over its logits finds the maximum, the sum of exponentials, the winner and the mean; a second writes
+the gradient of the logits. No atomics and no locks, so that a repeated run gives the same bits.
+
+Where the library multiplies 16-bit operands into float32 (sm_80), logits are float32. Before that,
+float16 logits come from the tensor cores rounded to float16, which is what plain torch has; bfloat16 has
+no tensor cores there and is multiplied in float32, a slice of the weight at a time. The gradient of the
+logits, which lies in about [-1, 1], is kept in the inputs' 16-bit type and the row factors stay out of
+it, so that no loss scale can underflow it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbs_edge.kernels.products import add_product, mixed_products, product, whole_sums
+from sbs_edge.kernels.rows import RowPlan
+from sbs_edge.kernels.torch_engine import SliceResult, plan_slice_rows
+
+__all__ = ["run_cublas"]
+
+BLOCK = 4096
+CAST_BYTES = 16 << 20  # of a slice of the weight in another type, or of dW in float32
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def softmax_rows(  # type: ignore[no-untyped-def]
+    logits, bias, targets, losses, hits, slopes,  # noqa: ANN001
+    n_classes, scale, smoothing, z_loss, softcap,  # noqa: ANN001
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WRITE: tl.constexpr, BLOCK_V: tl.constexpr,
+) -> None:  # fmt: skip
+    """Losses and hits of (R, V) logits; with WRITE, dloss/dlogits into ``slopes`` (R, V)."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    lane = tl.arange(0, BLOCK_V)
+    largest = -float("inf")
+    total = 0.0
+    summed = 0.0
+    at_target = 0.0
+    winner = n_classes + 0
+    for start in range(0, n_classes, BLOCK_V):
+        column = start + lane
+        inside = column < n_classes
+        z = tl.load(logits + row * n_classes + column, mask=inside, other=0.0) * scale
+        if HAS_BIAS:
+            z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_CAP:
+            z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))
+        summed += tl.sum(tl.where(inside, z, 0.0), axis=0)
+        at_target += tl.sum(tl.where(column == target, z, 0.0), axis=0)
+        z = tl.where(inside, z, -float("inf"))
+        here = tl.max(z, axis=0)
+        place = tl.min(tl.where(z == here, column, n_classes), axis=0)
+        winner = tl.where(here > largest, place, winner)
+        higher = tl.maximum(largest, here)
+        total = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher), axis=0)
+        largest = higher
+    lse = largest + tl.log(total)
+    loss = lse - (1.0 - smoothing) * at_target + z_loss * lse * lse
+    if smoothing > 0.0:  # apart: a class banned by a bias of -inf must not make 0 * -inf
+        loss -= smoothing * summed / n_classes
+    bad = (target < 0) | (target >= n_classes)
+    tl.store(losses + row, tl.where(bad, float("nan"), loss))
+    tl.store(hits + row, (winner == target).to(tl.int8))
+    if WRITE:
+        spread = 1.0 + 2.0 * z_loss * lse
+        for start in range(0, n_classes, BLOCK_V):
+            column = start + lane
+            inside = column < n_classes
+            z = tl.load(logits + row * n_classes + column, mask=inside, other=0.0) * scale
+            if HAS_BIAS:
+                z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+            t = z
+            if HAS_CAP:
+                t = 1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0)
+                z = softcap * t
+            slope = spread * tl.exp(z - lse) - smoothing / n_classes
+            slope -= tl.where(column == target, 1.0 - smoothing, 0.0)
+            if HAS_CAP:
+                slope *= 1.0 - t * t
+            slope = tl.where(bad, float("nan"), slope)
+            place = slopes + row * n_classes + column
+            tl.store(place, slope.to(slopes.dtype.element_ty), mask=inside)
+
+
+def run_cublas(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: RowPlan,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_mb: float,
+    need: tuple[bool, bool, bool],
+) -> SliceResult:
+    """Compute what :func:`sbs_edge.kernels.torch_engine.run` does, with one launch for a slice's softmax.
+
+    Raises:
+        RuntimeError: the inputs are float64, which this engine would round.
+    """
+    if hidden.dtype == torch.float64:
+        raise RuntimeError("The cublas engine computes in float32; use engine='torch' for float64.")
+    low, device = hidden.dtype, hidden.device
+    n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape
+    losses = torch.empty(n_rows, device=device)
+    hits = torch.empty(n_rows, dtype=torch.int8, device=device)
+    grads: list[Tensor | None] = [
+        torch.zeros(shape, device=device) if needed else None
+        for needed, shape in zip(need, (hidden.shape, (n_classes, width), (n_classes,)), strict=True)
+    ]
+    grad_hidden, grad_weight, grad_bias = grads
+    step = plan_slice_rows(n_rows, n_classes, width, 4, workspace_mb, 2)
+    buffer = torch.empty((min(step, n_rows), n_classes), device=device)
+    slopes = buffer if low == torch.float32 else torch.empty_like(buffer, dtype=low)
+    # A power of two near the scale is exact and keeps a float16 logit of T5's (scale D ** -0.5) in range.
+    early = 1.0
+    if low == torch.float16 and not mixed_products(device):
+        early = 2.0 ** min(0, round(math.log2(abs(logit_scale))))
+    kernel: Any = softmax_rows
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        index = plan.indices[start:stop]
+        rows = hidden.index_select(0, index)
+        logits, slope = buffer[: stop - start], slopes[: stop - start]
+        for columns, part in _parts(weight, low):
+            _score(logits[:, columns], rows * early if early != 1.0 else rows, part)
+        kernel[(stop - start,)](
+            logits, logits if bias is None else bias, plan.targets[start:stop], losses[start:stop],
+            hits[start:stop], slope, n_classes, logit_scale / early, label_smoothing, z_loss, softcap,
+            HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WRITE=any(need),
+            BLOCK_V=min(BLOCK, triton.next_power_of_2(n_classes)),
+        )  # fmt: skip
+        if any(need):
+            _accumulate(rows, slope, weight, index, plan.grad_factor[start:stop], logit_scale, grads)
+    return SliceResult(losses, hits.bool(), grad_hidden, grad_weight, grad_bias)
+
+
+def _parts(weight: Tensor, low: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the weight in the type of the rows: never a whole copy in another type."""
+    n_classes, width = weight.shape
+    span = max(1, CAST_BYTES // max(1, width * 4))
+    for base in range(0, n_classes, span):
+        columns = slice(base, min(base + span, n_classes))
+        yield columns, weight[columns].to(low)
+
+
+def _score(out: Tensor, rows: Tensor, part: Tensor) -> None:
+    if rows.dtype == torch.bfloat16 and not mixed_products(rows.device):
+        # A bfloat16 logit would be off by up to 2^-9 of its size, and old GPUs emulate the product.
+        torch.mm(rows.float(), part.t().float(), out=out)
+    elif rows.dtype == torch.float16 and not mixed_products(rows.device):
+        out.copy_(torch.mm(rows, part.t()))
+    else:
+        product(out, rows, part.t())
+
+
+def _accumulate(
+    rows: Tensor,
+    slope: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    factor: Tensor,
+    logit_scale: float,
+    grads: list[Tensor | None],
+) -> None:
+    """Add one slice of rows to the gradients (hidden, weight, bias), each float32 or None."""
+    grad_hidden, grad_weight, grad_bias = grads
+    # Factors that add up to one bound the product by the largest state: no float16 overflow.
+    size = factor.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = (rows * (factor / size).unsqueeze(1)).to(rows.dtype)
+    wide = torch.zeros(rows.shape, device=rows.device) if grad_hidden is not None else None
+    with whole_sums():
+        for columns, part in _parts(weight, rows.dtype):
+            here = slope[:, columns]
+            if grad_weight is not None:
+                piece = torch.empty(part.shape, device=rows.device)
+                product(piece, here.t(), scaled)
+                grad_weight[columns].add_(piece.mul_(size * logit_scale))
+            if grad_bias is not None:
+                grad_bias[columns].addmv_(here.t().float(), factor)
+            if wide is not None:
+                add_product(wide, here, part)
+    if grad_hidden is not None and wide is not None:
+        grad_hidden.index_copy_(0, index, wide.mul_((factor * logit_scale).unsqueeze(1)))

@@ -1,0 +1,132 @@
+"""Every shipped tile built ahead of time for every architecture: tensor cores used, nothing spilled, it fits.
+
+No GPU is needed: Triton compiles for a named target and bundles NVIDIA's assembler.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sbs_edge.kernels import configs
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+FLOATS = {"scale", "softcap", "on_target", "elsewhere", "smoothing", "z_loss"}
+INTEGERS = {"n_rows", "n_columns", "n_classes", "tiles_a_strip", "n_strips", "base"}
+STRIDES = {"width", "stride_hn", "stride_wv", "slopes_stride", "stats_stride"}
+POINTERS = {
+    "indices": "*i64", "targets": "*i64", "partials": "*fp32", "losses": "*fp32", "hits": "*i8",
+    "stats": "*fp32", "peaks": "*fp32", "shares": "*fp32", "gains": "*fp32",
+}  # fmt: skip
+
+
+def _build(name, capability, kind, tile, *, options=False, aligned=True):
+    """The kernel as a launch with these arguments would build it: aligned pointers and strides, or none."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sbs_edge.kernels import tiles
+
+    kernel = getattr(tiles, name)
+    constants = {
+        "HAS_BIAS": options, "HAS_CAP": options, "SUM": options, "CARRY": options,
+        "EVEN_V": aligned and not options, "EVEN_D": aligned, "PRECISION": "ieee", "BLOCK": 128,
+        "BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_D": tile.depth,
+    }  # fmt: skip
+    if aligned:
+        constants |= {"stride_hd": 1, "stride_wd": 1}
+    signature, attributes = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in FLOATS:
+            signature[argument] = "fp32"
+        elif argument in INTEGERS | STRIDES or argument.startswith("stride_"):
+            signature[argument] = "i32"
+        else:
+            signature[argument] = POINTERS.get(argument, f"*{kind}")
+        if aligned and (argument in STRIDES or signature[argument].startswith("*")):
+            attributes[position,] = [["tt.divisibility", 16]]
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+
+
+def _resources(built, folder: Path) -> dict[str, int]:
+    """Registers a thread and bytes of stack and local memory, as the assembler reports them."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    image = folder / "kernel.cubin"
+    image.write_bytes(built.asm["cubin"])
+    shown = subprocess.run(
+        [tools / "cuobjdump", "-res-usage", image], capture_output=True, text=True, check=True
+    ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", shown)}
+
+
+def _check(name, capability, kind, tile, folder, **variant):
+    built = _build(name, capability, kind, tile, **variant)
+    used = _resources(built, folder)
+    where = f"{name} {kind} {tuple(tile)} sm_{capability} {variant}: {used}"
+    assert used["STACK"] == used["LOCAL"] == 0, where
+    assert used["REG"] * tile.warps * 32 <= 65536, where
+    assert built.metadata.shared <= configs.SHARED_LIMIT[capability], where
+    products = r"wgmma\.mma_async|mma\.sync" if kind != "fp32" else r"fma\.rn(\.ftz)?\.f32"
+    assert re.search(products, built.asm["ptx"]), where
+    if capability == 90 and kind != "fp32" and tile.rows >= 64:
+        assert "wgmma.mma_async" in built.asm["ptx"], where
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("capability", configs.ARCHITECTURES)
+def test_the_first_choice_builds(capability, cache):
+    tile = configs.pick(capability, 2, 4096)
+    for name in ("strip_kernel", "slope_kernel"):
+        _check(name, capability, "bf16", tile, cache)
+    merge = _build("merge_kernel", capability, "fp32", tile)
+    assert _resources(merge, cache)["LOCAL"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("capability", configs.ARCHITECTURES)
+def test_every_shipped_tile_builds_with_and_without_every_option(capability, kind, cache):
+    for tile in configs.candidates(capability, 4 if kind == "fp32" else 2):
+        for name in ("strip_kernel", "slope_kernel"):
+            for options in (False, True):
+                _check(name, capability, kind, tile, cache, options=options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_unaligned_and_strided_inputs_build_too(kind, cache):
+    for name in ("strip_kernel", "slope_kernel"):
+        tile = configs.pick(80, 4 if kind == "fp32" else 2, 4096)
+        _check(name, 80, kind, tile, cache, aligned=False)
+
+
+def test_offsets_into_the_matrices_are_64_bit(cache):
+    """A stride that does not fit 31 bits arrives as such; one that does is widened before it is multiplied."""
+    for name in ("strip_kernel", "slope_kernel"):
+        text = _build(name, 80, "bf16", configs.pick(80, 2, 4096), aligned=False).asm["ttir"]
+        widths = {
+            argument: re.search(rf"%{argument}: (i\d+)", text).group(1)
+            for argument in ("stride_hn", "n_columns")
+        }
+        assert widths == {"stride_hn": "i32", "n_columns": "i32"}
+        matrix = re.findall(r"tt\.addptr .* : tensor<\d+x\d+x!tt\.ptr<bf16>>, tensor<\d+x\d+xi(\d+)>", text)
+        assert matrix.count("64") >= 4
+        # the one narrow offset is a column within a row of the slopes
+        assert matrix.count("32") == (1 if name == "slope_kernel" else 0)
