@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.runtime.checked import Checked
 from sbs_edge.runtime.integrity import verify_files
 from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, read_manifest, safe_member
 from sbs_edge.runtime.prepacked import MIN_BYTES
@@ -31,20 +32,27 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True, recheck: bool = True) -> Bundle:
         """Open the bundle at ``path``.
 
         Args:
             path: the directory.
             verify: check the digest of every file; without it only names and presence are checked.
+            recheck: read every file; without it, those that are unchanged since this user's last complete
+                check on this machine are not read again (see :mod:`sbs_edge.runtime.checked`).
 
         Raises:
             IntegrityError: the directory is not what its manifest says.
         """
         root = Path(path)
         manifest = read_manifest(root)
-        if verify:
-            verify_files(root, manifest["files"])
+        listed = manifest["files"]
+        if verify and (recheck or sum(entry["bytes"] for entry in listed.values()) < MIN_BYTES):
+            verify_files(root, listed)
+        elif verify:
+            checked = Checked(root, listed)
+            verify_files(root, listed, checked.unchanged)
+            checked.remember()
         return cls(root, manifest)
 
     def member(self, name: str) -> Path:

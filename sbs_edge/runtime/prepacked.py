@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sbs_edge import files
+from sbs_edge.runtime import cache as user_cache
 
 __all__ = ["MIN_BYTES", "cache_directory", "load_prepacked", "prepacked_key"]
 
@@ -35,10 +35,8 @@ _GRAPH, _WEIGHTS, _SIZES = "model.onnx", "weights.bin", "sizes.json"
 
 
 def cache_directory() -> Path:
-    """Return ``$XDG_CACHE_HOME/sbs-edge/prepacked`` (``~/.cache`` where the variable is not set)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "sbs-edge" / "prepacked"
+    """Return where the entries lie: ``$XDG_CACHE_HOME/sbs-edge/prepacked``."""
+    return user_cache.cache_directory("prepacked")
 
 
 @cache
@@ -57,14 +55,6 @@ def prepacked_key(digests: Sequence[str]) -> str:
 
     parts = ["1", onnxruntime.__version__, _processor(), *digests]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
-
-
-def _private(folder: Path) -> bool:
-    """Create ``folder`` for this user alone; tell whether it is."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.stat()
-    owned = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-    return owned and not status.st_mode & 0o022
 
 
 def _complete(entry: Path) -> bool:
@@ -95,7 +85,7 @@ def load_prepacked(
 
     try:
         root = cache_directory()
-        if not _private(root):
+        if not user_cache.private_directory(root):
             _LOG.warning("%s is writable by others; pre-packed weights are not used.", root)
             return None
         entry = root / prepacked_key(digests)
@@ -123,6 +113,8 @@ def load_prepacked(
 def _make(
     entry: Path, graph: Path, options: Callable[[], Any], create: Callable[[Path, Any], Any]
 ) -> Any | None:
+    from sbs_edge import files
+
     try:
         with files.atomic_directory(entry) as work:
             saving = options()

@@ -1,9 +1,10 @@
-"""onnxruntime sessions: options in one place, pre-packed weights, and refusals that say what to do."""
+"""onnxruntime sessions: options in one place, opened when they are first used, and refusals that say what to do."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,33 @@ import numpy as np
 from sbs_edge.errors import IntegrityError, MissingExtra, UsageError
 from sbs_edge.runtime.prepacked import load_prepacked
 
-__all__ = ["Session", "default_threads"]
+__all__ = ["Session", "Sessions", "default_threads", "usable_providers"]
 
 
 def default_threads() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_providers(providers: Sequence[str]) -> list[str]:
+    """Return those of ``providers`` that the installed onnxruntime has.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+        UsageError: it has none of them.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "cpu", "Running a bundle") from error
+    available = onnxruntime.get_available_providers()
+    usable = [provider for provider in providers if provider in available]
+    if not usable:
+        raise UsageError(
+            f"This target needs {' or '.join(providers)}, and the installed onnxruntime offers only "
+            f"{', '.join(available)}. Use a cpu target, or install 'sbs-edge[gpu]'."
+        )
+    return usable
 
 
 class Session:
@@ -39,17 +61,8 @@ class Session:
             UsageError: no wanted provider is in the installed onnxruntime.
             IntegrityError: the runtime refuses the graph.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtra("onnxruntime", "cpu", "Running a bundle") from error
-        available = onnxruntime.get_available_providers()
-        usable = [provider for provider in providers if provider in available]
-        if not usable:
-            raise UsageError(
-                f"This target needs {' or '.join(providers)}, and the installed onnxruntime offers only "
-                f"{', '.join(available)}. Use a cpu target, or install 'sbs-edge[gpu]'."
-            )
+        usable = usable_providers(providers)
+        import onnxruntime
 
         def options() -> Any:
             found = onnxruntime.SessionOptions()
@@ -79,3 +92,68 @@ class Session:
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """Run the graph; returns its outputs in order."""
         return list(self._session.run(None, dict(inputs)))
+
+
+class Sessions(MutableMapping[str, Session]):
+    """Sessions by role, each opened the first time it is asked for; safe to share between threads.
+
+    Threads that ask for one role at once wait for one of them to open it; other roles are not held up. A role
+    that could not be opened raises again, and tries again, at the next call.
+    """
+
+    def __init__(self, openers: Mapping[str, Callable[[], Session]]) -> None:
+        """Take, for every role, what opens its graph."""
+        self._openers = dict(openers)
+        self._locks = {role: threading.Lock() for role in openers}
+        self._opened: dict[str, Session] = {}
+
+    def __getitem__(self, role: str) -> Session:
+        """Return the session of ``role``, opening it first if need be; KeyError: there is none."""
+        found = self._opened.get(role)
+        if found is None:
+            opener = self._openers[role]
+            with self._locks[role]:
+                found = self._opened.get(role)
+                if found is None:
+                    found = opener()
+                    if role in self._openers:  # else it was closed meanwhile: the caller keeps its own
+                        self._opened[role] = found
+        return found
+
+    def __setitem__(self, role: str, session: Session) -> None:
+        """Put an open session in the place of ``role``."""
+        self._locks.setdefault(role, threading.Lock())
+        self._openers[role] = lambda: session
+        self._opened[role] = session
+
+    def __delitem__(self, role: str) -> None:
+        """Forget ``role``."""
+        del self._openers[role]
+        self._opened.pop(role, None)
+
+    def __contains__(self, role: object) -> bool:
+        """Tell whether there is a graph for ``role``, open or not."""
+        return role in self._openers
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the roles."""
+        return iter(list(self._openers))
+
+    def __len__(self) -> int:
+        """Return the number of roles."""
+        return len(self._openers)
+
+    def open_all(self) -> None:
+        """Open what is not open yet."""
+        for role in self:
+            self[role]
+
+    def clear(self) -> None:
+        """Forget every role, opening none."""
+        self._openers.clear()
+        self._opened.clear()
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Roles whose graph is open."""
+        return tuple(self._opened)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from sbs_edge.runtime.answers import Explanation, Prediction
 from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.generation import StepLoop
-from sbs_edge.runtime.sessions import Session, default_threads
+from sbs_edge.runtime.sessions import Session, Sessions, default_threads, usable_providers
 from sbs_edge.runtime.trie import Trie, batch_tries, build_trie
 
 __all__ = ["Student"]
@@ -39,8 +38,9 @@ class Student:
         truncate: bool = False,
         prepacked_cache: bool = False,
         providers: Sequence[str] | None = None,
+        eager: bool = False,
     ) -> None:
-        """Load the graphs of one target; use :meth:`load` unless the bundle is already open."""
+        """Load one target; use :meth:`load` unless the bundle is already open."""
         from tokenizers import Tokenizer
 
         self.bundle = bundle
@@ -67,16 +67,22 @@ class Student:
         calibration = self.manifest.get("calibration") or {}
         self._temperature = float(calibration.get("temperature") or 1.0)
         self.abstain_below = float(calibration.get("abstain_below") or 0.0)
-        self._sessions = {
-            role: Session(
-                bundle.member(name),
-                self._entry["providers"] if providers is None else providers,
-                self.threads,
-                bundle.weight_digests(name) if prepacked_cache else None,
-            )
-            for role, name in self._entry.items()
-            if role in _ROLES or role.startswith("explainer_beam")
-        }
+        wanted: Sequence[str] = self._entry["providers"] if providers is None else providers
+        usable_providers(wanted)  # said now, though graphs are opened when they are first used
+
+        def opener(name: str) -> Callable[[], Session]:
+            path, digests = bundle.member(name), bundle.weight_digests(name) if prepacked_cache else None
+            return lambda: Session(path, wanted, self.threads, digests)
+
+        self._sessions = Sessions(
+            {
+                role: opener(name)
+                for role, name in self._entry.items()
+                if role in _ROLES or role.startswith("explainer_beam")
+            }
+        )
+        if eager:
+            self._sessions.open_all()
 
     @classmethod
     def load(
@@ -90,30 +96,37 @@ class Student:
         truncate: bool = False,
         prepacked_cache: bool = True,
         providers: Sequence[str] | None = None,
+        eager: bool = False,
+        recheck: bool = False,
     ) -> Student:
-        """Open a bundle, check it and load one target's graphs.
+        """Open a bundle and check it; a graph is opened the first time it is needed.
+
+        Whoever only asks for labels never pays for the graph that writes rationales.
 
         Args:
             path: the bundle's directory.
             target: which of its targets; None: its default one.
             threads: threads a call may use; None: all cores of this process.
-            verify: check every file's digest first.
+            verify: check first that every file has its digest. A file that is unchanged since this user's
+                last complete check on this machine is not read again.
+            recheck: read every file all the same.
             max_batch_tokens: most padded tokens a call of the runtime carries.
             truncate: cut inputs over the limit (and say so in the answer) instead of refusing them.
-            prepacked_cache: keep this machine's arrangement of larger weights in the user's cache
-                directory and map it from there: quicker starts, memory shared between processes.
+            prepacked_cache: keep this machine's arrangement of larger weights, and what was checked, in the
+                user's cache directory: quicker starts, memory shared between processes.
             providers: onnxruntime providers to use instead of the target's own. ``["CPUExecutionProvider"]``
                 runs an fp16 GPU target slowly on a machine without a GPU, to check what it answers;
                 bf16 has no kernels there.
+            eager: open every graph of the target now; see also :meth:`warm_up`.
 
         Raises:
             IntegrityError: the bundle is damaged.
             UsageError: the target is absent or cannot run here.
         """
-        bundle = Bundle.open(path, verify=verify)
+        bundle = Bundle.open(path, verify=verify, recheck=recheck or not prepacked_cache)
         return cls(
             bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate,
-            prepacked_cache=prepacked_cache, providers=providers,
+            prepacked_cache=prepacked_cache, providers=providers, eager=eager,
         )  # fmt: skip
 
     # -- labels ---------------------------------------------------------------------------------------
@@ -388,9 +401,14 @@ class Student:
 
     def _session(self, role: str, purpose: str) -> Session:
         if role not in self._sessions:
+            only_labels = role == "explainer" and "label_scorer" in self._sessions
             raise UsageError(
                 f"The target {self.target!r} of this bundle has no graph for {purpose}; "
-                "export the bundle again with it."
+                + (
+                    "it answers with labels alone. Export a student that was trained with rationales, without --label-only."
+                    if only_labels
+                    else "export the bundle again with it."
+                )
             )
         return self._sessions[role]
 
@@ -398,18 +416,27 @@ class Student:
 
     async def apredict(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Prediction]:
         """:meth:`predict` in a worker thread; the event loop stays free (the runtime releases the GIL)."""
+        import asyncio  # here: a service has it loaded, and a script that asks once need not wait for it
+
         return await asyncio.to_thread(self.predict, texts, *args, **kwargs)
 
     async def aexplain(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Explanation]:
         """:meth:`explain` in a worker thread."""
+        import asyncio
+
         return await asyncio.to_thread(self.explain, texts, *args, **kwargs)
 
-    def warm_up(self) -> None:
-        """Run every loaded graph once on a short input, so that the first request pays nothing."""
+    def warm_up(self, tasks: Sequence[str] = ("label", "rationale")) -> None:
+        """Open and run every graph of ``tasks`` once on a short input, so that the first request pays nothing."""
+        unknown = [task for task in tasks if task not in ("label", "rationale")]
+        if unknown:
+            raise UsageError(
+                f"There is no task {unknown[0]!r} to warm up; the tasks are 'label' and 'rationale'."
+            )
         text = ["warm up"]
-        if "label_scorer" in self._sessions:
+        if "label" in tasks and "label_scorer" in self._sessions:
             self.predict(text, truncate=True)
-        if "choice_scorer" in self._sessions:
+        if "label" in tasks and "choice_scorer" in self._sessions:
             names = self.labels[:2] or ("a", "b")
             rows, _ = self._encode(text, self.manifest["prefixes"]["label"], True)
             trie = build_trie([self._tokenizer.encode(name).ids for name in names], self._start)
@@ -417,8 +444,13 @@ class Student:
             self._sessions["choice_scorer"].run(
                 {"input_ids": ids, "attention_mask": mask, **batch_tries([trie])}
             )
+        if "rationale" not in tasks and self._method != "decode":
+            return
         if "explainer" in self._sessions or "decoder_step" in self._sessions:
             self.explain(text, 1, truncate=True)
+        for role in self._sessions:
+            if role.startswith("explainer_beam"):
+                self.explain(text, 1, int(role.removeprefix("explainer_beam")), truncate=True)
 
     def close(self) -> None:
         """Drop the sessions; later calls fail."""
