@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from sbs_edge.export.blocks import Writer
-from sbs_edge.export.decoder import HEAD, LAST_NORM, cross_cache, decode_step
+from sbs_edge.export.decoder import cross_cache, decode_step
 from sbs_edge.export.encoder import batch_of, encode, expand_batch
 from sbs_edge.export.graph import BOOL, FLOAT, INT64, Graph, Value
 from sbs_edge.export.precision import Precision
@@ -84,7 +84,7 @@ def build_beam_explainer(
     last = body.op("Slice", running, _axes(-1), _axes(2**31), _axes(2))
     inner = Writer(body, weights, step_precision)
     normed, present = decode_step(inner, body.op("Reshape", last, _axes(-1, 1)), past, cross, wide_mask)
-    logits = step_precision.linear(body, normed, inner.head_weight(output_tokens), norm=LAST_NORM, site=HEAD)
+    logits = inner.logits(normed, output_tokens)
     n_tokens = weights.head.shape[0] if output_tokens is None else len(output_tokens)
     log_p = body.op("LogSoftmax", logits, axis=-1)
     log_p = body.op("Reshape", log_p, _axes(-1, width, n_tokens))

@@ -14,7 +14,10 @@ from sbs_edge.export.graph import CONTRIB, FLOAT, Graph, Value
 from sbs_edge.export.precision import Precision
 from sbs_edge.export.weights import T5Weights
 
-__all__ = ["Stream", "Writer", "mask_bias"]
+__all__ = ["HEAD", "LAST_NORM", "Stream", "Writer", "mask_bias"]
+
+LAST_NORM = "decoder.final_layer_norm"
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,19 @@ class Writer:
     def _plain_attention(self) -> bool:
         """Whether to spell attention out: TensorRT has fused kernels only for heads of whole 16s."""
         return not self.precision.contrib and self.weights.d_kv % 16 != 0
+
+    def logits(self, normed: Value, columns: np.ndarray | None = None) -> Value:
+        """Multiply the decoder's normalised output by the LM head, or by ``columns`` of it.
+
+        A head that is the embedding's table is not stored a second time, where the number format allows it.
+        """
+        weights, graph = self.weights, self.graph
+        if columns is None and weights.tied:
+            scale = weights.logit_scale
+            shared = self.precision.tied_head(graph, normed, weights.embedding, scale, norm=LAST_NORM)
+            if shared is not None:
+                return shared
+        return self.precision.linear(graph, normed, self.head_weight(columns), norm=LAST_NORM, site=HEAD)
 
     def head_weight(self, columns: np.ndarray | None = None) -> np.ndarray:
         """Return (d_model, columns) of the LM head, with the decoder's output scale folded in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sbs_edge.export.blocks import Stream, Writer
+from sbs_edge.export.blocks import HEAD, LAST_NORM, Stream, Writer
 from sbs_edge.export.encoder import FINAL_NORM
 from sbs_edge.export.graph import Value
 from sbs_edge.export.positions import causal_row_bias
@@ -12,9 +12,6 @@ from sbs_edge.export.positions import causal_row_bias
 SelfAttention = Callable[[int, Value, Value, Value], tuple[Value, Value, Value]]
 
 __all__ = ["HEAD", "LAST_NORM", "cross_cache", "decode_position", "decode_step"]
-
-LAST_NORM = "decoder.final_layer_norm"
-HEAD = "lm_head"
 
 
 def cross_cache(writer: Writer, states: Value) -> list[Value]:

@@ -7,7 +7,7 @@ import onnx
 from onnx import helper
 
 from sbs_edge.export.blocks import Writer
-from sbs_edge.export.decoder import HEAD, LAST_NORM, cross_cache, decode_step
+from sbs_edge.export.decoder import cross_cache, decode_step
 from sbs_edge.export.encoder import batch_of, encode, expand_batch
 from sbs_edge.export.graph import BOOL, FLOAT, INT64, Graph
 from sbs_edge.export.precision import Precision
@@ -58,7 +58,7 @@ def build_explainer(
     ]
     inner = Writer(body, weights, step_precision)
     normed, present = decode_step(inner, token, past, cross, mask)
-    logits = step_precision.linear(body, normed, inner.head_weight(output_tokens), norm=LAST_NORM, site=HEAD)
+    logits = inner.logits(normed, output_tokens)
     best = body.op("ArgMax", logits, axis=-1, keepdims=0)
     if output_tokens is not None:
         best = body.op("Gather", np.asarray(output_tokens, np.int64), best)

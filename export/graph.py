@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from sbs_edge import __version__
 
@@ -47,7 +47,7 @@ class Graph:
     def constant(self, value: Any, dtype: Any = None) -> Value:
         """Return the name of a constant; equal values are stored once."""
         array = np.ascontiguousarray(value, dtype=dtype) if np.ndim(value) else np.asarray(value, dtype=dtype)
-        key = (array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest())
+        key = (array.shape, array.dtype.str, hashlib.sha256(array.reshape(-1).view(np.uint8)).digest())
         if key not in self._by_value:
             name = f"c{len(self.constants)}"
             self.constants[name] = array
@@ -102,6 +102,11 @@ class Graph:
         """Start a subgraph (a loop's body) that sees this graph's tensors and shares its constants."""
         return Graph(parent=self, prefix=prefix)
 
+    @property
+    def outermost(self) -> Graph:
+        """The graph that holds the constants; what is written there is computed once, not in every turn of a loop."""
+        return self.parent.outermost if self.parent else self
+
     def as_proto(self, name: str) -> onnx.GraphProto:
         """Return the graph without constants: for a loop's body."""
         return helper.make_graph(self.nodes, name, self.inputs, self.outputs)
@@ -111,14 +116,20 @@ class Graph:
 
         Names are declared only for operator sets in use: a graph of standard operators says so.
         """
-        initializers = [numpy_helper.from_array(array, key) for key, array in self.constants.items()]
-        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializers)
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs)
         opsets = [helper.make_opsetid("", OPSET)]
         if any(node.domain == CONTRIB for node in all_nodes(graph)):
             opsets.append(helper.make_opsetid(CONTRIB, 1))
-        return helper.make_model(
+        model = helper.make_model(
             graph, opset_imports=opsets, ir_version=11, producer_name="sbs-edge", producer_version=__version__
         )
+        for key, array in self.constants.items():
+            # Filled in place: a list of finished tensors would hold gigabytes twice.
+            tensor = model.graph.initializer.add()
+            tensor.name, tensor.data_type = key, helper.np_dtype_to_tensor_dtype(array.dtype)
+            tensor.dims.extend(array.shape)
+            tensor.raw_data = array.tobytes()
+        return model
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sbs_edge.export.blocks import HEAD
 from sbs_edge.export.gptq import pack_int4, quantise_int4
 from sbs_edge.export.graph import CONTRIB, Graph, Value
 from sbs_edge.export.precision import Int8, rectified
@@ -61,3 +62,11 @@ class Int4:
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
         """See :class:`Precision`."""
         return self.fallback.embedding(graph, weight, ids)
+
+    def tied_head(
+        self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
+    ) -> Value | None:
+        """See :class:`sbs_edge.export.precision.Precision`; a calibrated head has 4 bits and its own storage."""
+        if HEAD in self.stats.moments:
+            return None
+        return self.fallback.tied_head(graph, x, table, scale, norm=norm)

@@ -25,7 +25,7 @@ from sbs_edge import files
 from sbs_edge.errors import UsageError
 from sbs_edge.export.assemble import Recipe, precision_of
 from sbs_edge.export.blocks import Writer, mask_bias
-from sbs_edge.export.decoder import HEAD, LAST_NORM, cross_cache, decode_position, decode_step
+from sbs_edge.export.decoder import cross_cache, decode_position, decode_step
 from sbs_edge.export.encoder import batch_of, encode
 from sbs_edge.export.graph import FLOAT, INT64, Graph, Value
 from sbs_edge.export.positions import tree_bias
@@ -79,9 +79,8 @@ def _encoder(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
 
 
 def _logits(graph: Graph, writer: Writer, normed: Value) -> None:
-    head = writer.head_weight()
-    logits = writer.precision.linear(graph, normed, head, norm=LAST_NORM, site=HEAD)
-    graph.output("logits", FLOAT, ["batch", "target", head.shape[1]], logits)
+    n_tokens = writer.weights.head.shape[0]
+    graph.output("logits", FLOAT, ["batch", "target", n_tokens], writer.logits(normed))
 
 
 def _present(graph: Graph, weights: T5Weights, side: str, values: Sequence[Value], length: str) -> None:

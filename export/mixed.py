@@ -75,3 +75,12 @@ class Mixed:
         """See :class:`sbs_edge.export.precision.Precision`."""
         chosen = self._float if EMBEDDING in self.keep else self.base
         return chosen.embedding(graph, weight, ids)
+
+    def tied_head(
+        self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
+    ) -> Value | None:
+        """See :class:`sbs_edge.export.precision.Precision`; a table in two formats is stored twice."""
+        kept = self.keep & {EMBEDDING, HEAD}
+        if len(kept) == 1:
+            return None
+        return (self._float if kept else self.base).tied_head(graph, x, table, scale, norm=norm)

@@ -13,7 +13,7 @@ import numpy as np
 
 from sbs_edge.export.graph import CONTRIB, FLOAT, Graph, Value
 
-__all__ = ["Float32", "Int8", "Precision", "quantise_columns", "quantise_rows", "rectified"]
+__all__ = ["Float32", "Int8", "Precision", "quantise_columns", "quantise_rows", "rectified", "turned"]
 
 
 class Precision(Protocol):
@@ -45,6 +45,16 @@ class Precision(Protocol):
         """Look rows of a constant (V, d) up."""
         ...
 
+    def tied_head(
+        self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
+    ) -> Value | None:
+        """Multiply (..., d) by the transpose of the (V, d) ``table`` that :meth:`embedding` stores, times ``scale``.
+
+        Returns:
+            (..., V), or None where this format has to store the product's weight by itself.
+        """
+        ...
+
 
 class Float32:
     """Everything in float32."""
@@ -65,6 +75,24 @@ class Float32:
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
         """See :class:`Precision`."""
         return str(graph.op("Gather", np.asarray(weight, dtype=np.float32), ids))
+
+    def tied_head(
+        self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
+    ) -> Value | None:
+        """See :class:`Precision`; graphs in standard operators are left to other runtimes and keep a weight a product."""
+        del norm
+        if not self.contrib:
+            return None
+        if scale != 1.0:
+            x = graph.op("Mul", x, np.float32(scale))
+        return str(graph.op("MatMul", x, turned(graph, np.asarray(table, dtype=np.float32))))
+
+
+def turned(graph: Graph, table: np.ndarray) -> Value:
+    """Return (d, V) of a constant (V, d) that is stored once: onnxruntime transposes it while it loads the graph."""
+    outer = graph.outermost
+    table_of = outer.constant(table)
+    return str(outer.once(("turned", table_of), lambda: outer.op("Transpose", table_of, perm=[1, 0])))
 
 
 def rectified(graph: Graph, x: Value, relu: bool) -> Value:
@@ -106,6 +134,12 @@ class Int8:
         quantised, scales = quantise_columns(np.asarray(weight, np.float32))
         if relu:
             return self._rectified(graph, x, quantised, scales, many=(site or "").startswith("encoder."))
+        return self._signed(graph, x, quantised, scales, norm)
+
+    def _signed(
+        self, graph: Graph, x: Value, quantised: np.ndarray | Value, scales: np.ndarray, norm: str | None
+    ) -> Value:
+        """Multiply (..., in) by an int8 (in, out) with a scale a column."""
         largest = self.norm_ranges.get(norm) if norm is not None else None
         if largest is not None:
             step = np.float32(max(largest, 1e-6) / 127.0)
@@ -155,7 +189,7 @@ class Int8:
 
     @staticmethod
     def _product(
-        graph: Graph, x: Value, step: np.float32, weight: np.ndarray, scales: np.ndarray,
+        graph: Graph, x: Value, step: np.float32, weight: np.ndarray | Value, scales: np.ndarray,
         zero: np.uint8,
     ) -> Value:  # fmt: skip
         return str(graph.op("MatMulIntegerToFloat", x, weight, step, scales, zero, domain=CONTRIB))
@@ -165,3 +199,10 @@ class Int8:
         quantised, scales = quantise_rows(np.asarray(weight, np.float32))
         rows = graph.op("Cast", graph.op("Gather", quantised, ids), to=FLOAT)
         return str(graph.op("Mul", rows, graph.op("Gather", scales, ids)))
+
+    def tied_head(
+        self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
+    ) -> Value | None:
+        """See :class:`Precision`; a row's scale in the embedding is a column's scale in the head."""
+        quantised, scales = quantise_rows(np.asarray(table, np.float32))
+        return self._signed(graph, x, turned(graph, quantised), scales[:, 0] * np.float32(scale), norm)

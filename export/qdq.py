@@ -58,3 +58,10 @@ class Int8Pairs:
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
         """See :class:`Precision`; rows stay in the graph's float type."""
         return str(graph.op("Gather", np.asarray(weight, np.float32), ids))
+
+    def tied_head(
+        self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
+    ) -> Value | None:
+        """See :class:`sbs_edge.export.precision.Precision`; TensorRT wants the head's own int8 weight."""
+        del graph, x, table, scale, norm
+        return None

@@ -1,6 +1,8 @@
-"""Graphs of one target on disk, their constants in one shared file that runtimes map into memory.
+"""Graphs of one target on disk, their constants beside them in files that runtimes map into memory.
 
-The label scorer and the explainer hold the same encoder; a constant with the same bytes is stored once.
+The label scorer and the explainer hold the same encoder; a constant with the same bytes is stored once. What
+the first graph needs lies in ``weights.bin`` alone; what only a later one needs, in a file of its name. So
+whoever wants labels reads, checks and keeps nothing of the explainer.
 """
 
 from __future__ import annotations
@@ -19,35 +21,39 @@ SHARED = "weights.bin"
 EXTERNAL_FROM_BYTES = 1024
 ALIGNMENT = 4096  # a page, so that each constant can be mapped on its own
 
+_Place = tuple[str, int, int]  # file, offset, bytes
+
 
 def save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
-    """Write every model as ``<name>.onnx`` and their constants as ``weights.bin`` into ``folder``.
+    """Write every model as ``<name>.onnx`` and their constants into ``folder``.
 
-    The models are changed: their constants become references into the shared file.
+    The models are changed: their constants become references into ``weights.bin``, or into ``<name>.bin`` for
+    those that no model before ``name`` has.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    known: dict[bytes, tuple[int, int]] = {}
-    with (folder / SHARED).open("wb") as shared:
-        for model in models.values():
+    known: dict[bytes, _Place] = {}
+    for index, (name, model) in enumerate(models.items()):
+        data = folder / (SHARED if index == 0 else f"{name}.bin")
+        with data.open("wb") as file:
             for tensor in model.graph.initializer:
                 if len(tensor.raw_data) >= EXTERNAL_FROM_BYTES:
-                    _move_out(tensor, shared, known)
-    if not known:
-        (folder / SHARED).unlink()
-    for name, model in models.items():
+                    _move_out(tensor, file, data.name, known)
+            empty = file.tell() == 0
+        if empty:
+            data.unlink()
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
 
-def _move_out(tensor: TensorProto, shared: BinaryIO, known: dict[bytes, tuple[int, int]]) -> None:
+def _move_out(tensor: TensorProto, file: BinaryIO, name: str, known: dict[bytes, _Place]) -> None:
     digest = hashlib.sha256(tensor.raw_data).digest()
     if digest not in known:
-        offset = -(-shared.tell() // ALIGNMENT) * ALIGNMENT
-        shared.seek(offset)
-        shared.write(tensor.raw_data)
-        known[digest] = (offset, len(tensor.raw_data))
-    offset, length = known[digest]
+        offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+        file.seek(offset)
+        file.write(tensor.raw_data)
+        known[digest] = (name, offset, len(tensor.raw_data))
+    place, offset, length = known[digest]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", SHARED), ("offset", str(offset)), ("length", str(length))):
+    for key, value in (("location", place), ("offset", str(offset)), ("length", str(length))):
         entry = tensor.external_data.add()
         entry.key, entry.value = key, value

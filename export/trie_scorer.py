@@ -119,9 +119,7 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
             writer.feed_forward(stream, f"{block}.2.DenseReluDense"),
             LAST_NORM if last else f"decoder.block.{layer + 1}.layer.0.layer_norm",
         )
-    logits = writer.widen(
-        writer.precision.linear(graph, stream.normed, writer.head_weight(), norm=LAST_NORM)
-    )  # (B, T, V)
+    logits = writer.widen(writer.logits(stream.normed))  # (B, T, V)
     log_softmax = graph.op("LogSoftmax", logits, axis=-1)
     batch_index = graph.op("Range", np.int64(0), graph.op("Squeeze", batch_of(writer, ids)), np.int64(1))
     rows = graph.op(

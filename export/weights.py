@@ -76,9 +76,14 @@ class T5Weights:
         }  # fmt: skip
 
     @property
+    def tied(self) -> bool:
+        """Whether the LM head is the embedding."""
+        return np.shares_memory(self.head, self.embedding) or np.array_equal(self.head, self.embedding)
+
+    @property
     def parameters(self) -> int:
         """Number of distinct parameters."""
-        tied = np.shares_memory(self.head, self.embedding) or np.array_equal(self.head, self.embedding)
+        tied = self.tied
         own = sum(a.size for name, a in self.arrays.items() if name not in ("lm_head.weight",)
                   and not name.endswith("embed_tokens.weight"))  # fmt: skip
         return own + (0 if tied else self.head.size)
