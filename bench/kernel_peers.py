@@ -93,11 +93,13 @@ def _liger(wide: bool) -> Callable[[torch.device, torch.dtype], Loss]:
     return prepare
 
 
-def _cce(implementation: str) -> Callable[[torch.device, torch.dtype], Loss]:
+def _cce(implementation: str, **given: Any) -> Callable[[torch.device, torch.dtype], Loss]:
     def prepare(device: torch.device, dtype: torch.dtype) -> Loss:
         from cut_cross_entropy import linear_cross_entropy as function
 
-        return lambda x: function(x.hidden, x.weight, x.targets, ignore_index=IGNORED, impl=implementation)
+        return lambda x: function(
+            x.hidden, x.weight, x.targets, ignore_index=IGNORED, impl=implementation, **given
+        )
 
     return prepare
 
@@ -151,6 +153,11 @@ PEERS: dict[str, Peer] = {
     "liger": Peer("Liger's fused linear cross-entropy as it comes", _liger(False)),
     "liger-fp32-accum": Peer("the same with accum_dtype=float32", _liger(True)),
     "cce": Peer("Apple's Cut Cross-Entropy as it comes (filters gradients)", _cce("cce"), gpu_only=True),
+    "cce-unfiltered": Peer(
+        "the same without its filter, sums in the gradient's dtype",
+        _cce("cce", filter_eps=None),
+        gpu_only=True,
+    ),
     "cce-kahan-full-c": Peer("its preset cce_kahan_full_c", _cce("cce_kahan_full_c"), gpu_only=True),
     "cce-exact": Peer("its preset cce_exact", _cce("cce_exact"), gpu_only=True),
     "quack": Peer("QuACK, its own choice of pipeline", _quack(True), gpu_only=True),

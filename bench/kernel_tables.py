@@ -124,7 +124,7 @@ def _plain_table(title: str, note: str, rows: list[dict[str, Any]]) -> Table | N
     """A table of records that share their keys."""
     if not rows:
         return None
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
 
     def shown(value: Any) -> str:
         if isinstance(value, float):
