@@ -24,16 +24,17 @@ from sbs_edge.errors import UsageError
 from sbs_edge.export import card, guard
 from sbs_edge.export.assemble import Recipe, write_target
 from sbs_edge.export.checkpoint import CHECKPOINT_MODE, open_student
+from sbs_edge.export.compare import compare_with_pytorch
 from sbs_edge.export.labels import LabelPlan, plan_labels
 from sbs_edge.export.measure import (
     Answers,
     answer_rows,
     calibration_of,
     check_labels_known,
-    compare_with_pytorch,
     guard_figures,
 )
 from sbs_edge.export.mixed import check_layers
+from sbs_edge.export.padding import padding_figures
 from sbs_edge.export.ranges import collect_calibration
 from sbs_edge.export.sensitivity import most_sensitive
 from sbs_edge.export.targets import TARGETS, Target, providers_here, targets_named
@@ -42,7 +43,7 @@ from sbs_edge.export.weights import load_model, weights_of
 from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.manifest import FORMAT
 from sbs_edge.runtime.student import Student
-from sbs_edge.student.student_dir import StudentDir
+from sbs_edge.student.student_dir import CALIBRATION, VALIDATION, StudentDir
 
 __all__ = ["ExportResult", "export"]
 
@@ -97,6 +98,7 @@ def export(
     beams: Sequence[int] = (),
     layout: Layout = "bundle",
     single_file: bool = False,
+    unguarded: bool = False,
     version: str = "1",
     say: Callable[[str], None] = lambda _: None,
 ) -> ExportResult:
@@ -121,12 +123,14 @@ def export(
         layout: ``bundle``; ``optimum`` writes what ``ORTModelForSeq2SeqLM`` loads; ``triton`` a model
             repository for NVIDIA Triton Inference Server.
         single_file: add a graph per target that takes text and gives the label, tokenizer inside.
+        unguarded: write targets that cannot run on this machine too, without measuring what they cost.
         version: the bundle's version, as serving shows it.
         say: receives one line a stage.
 
     Raises:
-        UsageError: the student, a target or the labels cannot be exported.
-        DataError: a row of ``guard_data`` has a label the student cannot give.
+        UsageError: the student, a target or the labels cannot be exported, or a target cannot run here.
+        DataError: a row of ``guard_data`` or of the student's own rows has a label the student cannot give.
+        SbsEdgeError: the float32 graphs differ from PyTorch.
         GuardError: a lossy step lost more than ``max_drop``; the old bundle stays.
     """
     wanted = targets_named(tuple(targets))
@@ -142,6 +146,13 @@ def export(
                 f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8 and "
                 f"rules {target.name} out; choose cpu-fp32 or cpu-int8 with it."
             )
+    for target in wanted:
+        if not unguarded and not providers_here(target):
+            raise UsageError(
+                f"{target.name} runs on {' or '.join(target.providers)}, which this machine's onnxruntime does not have, "
+                "so what it costs in accuracy cannot be measured here; nothing was written. Export on a machine that "
+                "has it (pip install 'sbs-edge[gpu]'), or write the target unmeasured with --unguarded."
+            )
     opened = open_student(student, labels, label_prefix, rationale_prefix)
     model = load_model(opened.path)
     weights = weights_of(model)
@@ -151,6 +162,10 @@ def export(
     rows = list(guard_data) if guard_data is not None else opened.validation()
     if guard_data is not None:
         check_labels_known(rows, plan, "the guard's data")
+    for file, own in ((VALIDATION, opened.validation()), (CALIBRATION, opened.calibration())):
+        # A teacher may say what is no label, and training allows it; a label of the data may not.
+        judged = [row for row in own if row.label is not None and (plan.kind == "closed" or row.choices)]
+        check_labels_known(judged, plan, str(opened.path / file))
     calibration = opened.calibration()[:calibration_rows] or rows[:calibration_rows]
     explains = opened.mode.startswith("stepwise") or opened.mode == CHECKPOINT_MODE or plan.method == "decode"
     kept = None
@@ -169,7 +184,8 @@ def export(
             )
     recipe = Recipe(
         weights, plan, stats.norms, explains, kept, tuple(keep_float), stats,
-        opened.limits["max_source_tokens"], opened.limits["max_target_tokens"],
+        opened.limits["max_source_tokens"],
+        max(opened.limits["max_target_tokens"], opened.limits["max_label_tokens"] + 1),
         tuple(sorted(set(beams))),
     )  # fmt: skip
     job = _Job(opened, model, recipe, rows, max_drop, abstain_below, say)
@@ -211,22 +227,33 @@ def _write_bundle(
         # What the guard compares with: float32, whole vocabulary. Never part of the bundle.
         with _reference(Path(scratch), manifest, job) as reference:
             job.say("comparing with PyTorch")
-            report["pytorch"] = compare_with_pytorch(reference, job.model, job.opened, job.rows, job.plan)
+            report["pytorch"] = compare_with_pytorch(
+                reference.bundle.root,
+                reference.bundle.target(REFERENCE)[1],
+                job.model,
+                job.opened,
+                job.rows,
+                job.plan,
+            )
             answers = answer_rows(reference, job.rows, job.plan)
             manifest["calibration"] = calibration_of(answers, job.rows, job.abstain_below)
+            padding = padding_figures(reference, job.rows, job.plan)
             texts = [row.input for row in job.rows[:RATIONALE_ROWS]] if job.recipe.explains else []
             rationales = [
                 e.rationale.split() for e in (reference.explain(texts, truncate=True) if texts else [])
             ]
         for target in wanted if job.rows else ():
             if not providers_here(target):
-                job.say(
-                    f"{target.name} cannot run on this machine ({' or '.join(target.providers)}): not guarded"
-                )
+                why = f"the machine that exported it has no {' or '.join(target.providers)}"
+                manifest["targets"][target.name]["unmeasured"] = why
+                job.say(f"{target.name} is not guarded: {why}")
                 continue
             job.say(f"guarding {target.name} on {len(job.rows)} rows")
             with Student(Bundle.open(work, verify=False), target.name) as candidate:
-                figures = guard_figures(candidate, answers, rationales, texts, job.rows, job.opened, job.plan)
+                figures = guard_figures(
+                    candidate, answers, rationales, texts, job.rows, job.opened, job.plan,
+                    padding if target.lossy else None,
+                )  # fmt: skip
             manifest["targets"][target.name]["accuracy"] = figures
             report["targets"][target.name] = figures
             _judge(target, figures, job, manifest, answers)

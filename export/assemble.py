@@ -46,7 +46,7 @@ class Recipe:
         keep_float: layers that stay in float32 in lossy targets.
         stats: everything calibration measured, for int4, fp16 and TensorRT's int8.
         max_source_tokens: longest input, for TensorRT's profiles.
-        max_new_tokens: places in the cache of a step graph.
+        max_new_tokens: places in the cache of a step graph: the longest rationale or open label.
         beams: widths of beam search to write a graph for, besides the greedy one.
     """
 

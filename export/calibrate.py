@@ -67,25 +67,39 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> flo
     )
 
 
+def _confidence(scores: np.ndarray, temperature: float) -> float:
+    return float(np.exp(_log_probabilities(scores, temperature)).max())
+
+
+def _out_of_fold(scores: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:
+    """Return (n,) confidences, each at the temperature fitted on the half of the rows that the row is not in.
+
+    Halves are drawn at random with a fixed seed, because rows may be sorted.
+    """
+    order = np.random.default_rng(0).permutation(len(scores))
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    found = np.zeros(len(scores))
+    for fitted_on, measured_on in (halves, halves[::-1]):
+        temperature = fit_temperature([scores[i] for i in fitted_on], [gold[i] for i in fitted_on])
+        for i in measured_on:
+            found[i] = _confidence(scores[i], temperature)
+    return found
+
+
 def calibrate(scores: Sequence[np.ndarray], gold: Sequence[int]) -> dict[str, Any]:
     """Fit the temperature and return it with calibration error and accuracy against coverage.
 
-    ``coverage`` lists, for a number of thresholds, the share of rows answered when rows below the
-    threshold are passed on, and the accuracy on those answered.
+    The temperature is fitted on all rows. ``ece_after`` is not: every row's confidence comes from the temperature
+    that the other half of the rows gave (``ece_folds`` 2), so no row judges a temperature it helped to choose. It is
+    None for a single row. ``coverage`` lists, for a number of thresholds, the share of rows answered when rows below
+    the threshold are passed on, and the accuracy on those answered.
     """
     if not scores:
         return {"temperature": 1.0, "n": 0, "abstain_below": 0.0}
     temperature = fit_temperature(scores, gold)
-
-    def confidence(t: float) -> tuple[np.ndarray, np.ndarray]:
-        rows = [np.exp(_log_probabilities(s, t)) for s in scores]
-        return (
-            np.array([row.max() for row in rows]),
-            np.array([row.argmax() == g for row, g in zip(rows, gold, strict=True)]),
-        )
-
-    raw, right = confidence(1.0)
-    fitted, _ = confidence(temperature)
+    right = np.array([row.argmax() == g for row, g in zip(scores, gold, strict=True)])
+    raw = np.array([_confidence(row, 1.0) for row in scores])
+    fitted = np.array([_confidence(row, temperature) for row in scores])
     order = np.argsort(-fitted, kind="stable")
     coverage = []
     for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
@@ -100,7 +114,10 @@ def calibrate(scores: Sequence[np.ndarray], gold: Sequence[int]) -> dict[str, An
     return {
         "temperature": temperature,
         "ece_before": expected_calibration_error(raw, right),
-        "ece_after": expected_calibration_error(fitted, right),
+        "ece_after": expected_calibration_error(_out_of_fold(scores, gold), right)
+        if len(scores) > 1
+        else None,
+        "ece_folds": 2,
         "n": len(scores),
         "abstain_below": 0.0,
         "coverage": coverage,

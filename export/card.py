@@ -38,14 +38,33 @@ def render(manifest: dict[str, Any]) -> str:
                 f"{figures['drop_points']:.2f} ({figures['drop_bound']:.2f}) | "
                 f"{_percent(figures['label_agreement'])} |"
             )
-    if any(entry["accuracy"] is None for entry in manifest["targets"].values()):
-        lines += ["", "Exported without labelled rows: no accuracy was measured for this bundle."]
+    for name, entry in manifest["targets"].items():
+        if padding := (entry["accuracy"] or {}).get("padding"):
+            exact = entry["accuracy"]["padding_float32"]
+            lines += [
+                "",
+                f"Padding to twice the length moves the scores of {name} by at most {padding['largest_move']:.1e} of "
+                f"the largest one (float32: {exact['largest_move']:.1e}) and changes {padding['flips']} of "
+                f"{padding['rows']} labels.",
+            ]
+    unmeasured = {n: e.get("unmeasured") for n, e in manifest["targets"].items() if e["accuracy"] is None}
+    lines += [
+        "",
+        *(f"The accuracy of {name} was not measured: {why}." for name, why in unmeasured.items() if why),
+    ]
+    if any(why is None for why in unmeasured.values()):
+        lines.append("Exported without labelled rows: no accuracy was measured for this bundle.")
     calibration = manifest["calibration"]
     if calibration.get("n"):
         lines += [
             "",
             f"Probabilities: temperature {calibration['temperature']:.3f} fitted on {calibration['n']} rows; expected "
-            f"calibration error {calibration['ece_before']:.4f} before, {calibration['ece_after']:.4f} after.",
+            f"calibration error {calibration['ece_before']:.4f} before"
+            + (
+                f", {calibration['ece_after']:.4f} after (each half of the rows at the other half's temperature)."
+                if calibration["ece_after"] is not None
+                else "; too few rows to measure it after."
+            ),
         ]
     lines += [
         "",

@@ -47,7 +47,7 @@ class Graph:
     def constant(self, value: Any, dtype: Any = None) -> Value:
         """Return the name of a constant; equal values are stored once."""
         array = np.ascontiguousarray(value, dtype=dtype) if np.ndim(value) else np.asarray(value, dtype=dtype)
-        key = (array.shape, array.dtype.str, hashlib.sha256(array.reshape(-1).view(np.uint8)).digest())
+        key = (array.shape, array.dtype.str, hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest())
         if key not in self._by_value:
             name = f"c{len(self.constants)}"
             self.constants[name] = array

@@ -10,10 +10,11 @@ import numpy as np
 
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example
-from sbs_edge.errors import DataError, SbsEdgeError
+from sbs_edge.errors import DataError
 from sbs_edge.export import guard
 from sbs_edge.export.calibrate import calibrate
 from sbs_edge.export.labels import LabelPlan
+from sbs_edge.export.padding import padding_figures
 from sbs_edge.runtime.student import Student
 from sbs_edge.student.student_dir import StudentDir
 
@@ -22,12 +23,9 @@ __all__ = [
     "answer_rows",
     "calibration_of",
     "check_labels_known",
-    "compare_with_pytorch",
     "gold_of",
     "guard_figures",
 ]
-
-FLOAT_TOLERANCE = 1e-4
 
 
 def check_labels_known(rows: Sequence[Example], plan: LabelPlan, source: str) -> None:
@@ -99,8 +97,12 @@ def guard_figures(
     rows: Sequence[Example],
     opened: StudentDir,
     plan: LabelPlan,
+    padding: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Return accuracies before and after, agreement, and agreement of rationales; None without labels."""
+    """Return accuracies before and after, agreement, agreement of rationales, and what padding moves.
+
+    None without labels. ``padding`` is what padding moves in float32, or None to leave it out.
+    """
     got = answer_rows(candidate, rows, plan)
     judged = [i for i, row in enumerate(rows) if gold_of(row) is not None]
     if not judged:
@@ -119,36 +121,7 @@ def guard_figures(
         explained = [e.rationale.split() for e in candidate.explain(texts, truncate=True)]
         figures["rationale_token_agreement"] = guard.token_agreement(rationales, explained)
         figures["n_rationales"] = len(texts)
+    if padding is not None:
+        figures["padding"] = padding_figures(candidate, rows, plan)
+        figures["padding_float32"] = padding
     return figures
-
-
-def compare_with_pytorch(
-    reference: Student, model: Any, opened: StudentDir, rows: Sequence[Example], plan: LabelPlan
-) -> dict[str, Any]:
-    """Compare the float32 graph's label scores with the PyTorch model's logits on real rows."""
-    if plan.method != "first-token" or not rows:
-        return {}
-    import torch
-
-    texts = [row.input for row in rows[:64]]
-    ours = reference.label_scores(texts, truncate=True)
-    columns = [ids[0] for ids in plan.token_ids]
-    theirs = []
-    tokenizer = opened.tokenizer()
-    start = torch.tensor([[model.config.decoder_start_token_id or 0]])
-    for text in texts:
-        ids = tokenizer.encode(opened.prefixes["label"] + text).ids
-        if len(ids) > opened.limits["max_source_tokens"]:
-            ids = [*ids[: opened.limits["max_source_tokens"] - 1], model.config.eos_token_id]
-        with torch.no_grad():
-            out = model(input_ids=torch.tensor([ids]), decoder_input_ids=start)
-        theirs.append(out.logits[0, 0, columns].numpy())
-    expected = np.stack(theirs)
-    error = float(np.abs(ours - expected).max() / max(float(np.abs(expected).max()), 1e-9))
-    same = bool((ours.argmax(axis=1) == expected.argmax(axis=1)).all())
-    if error > FLOAT_TOLERANCE or not same:
-        raise SbsEdgeError(
-            f"The exported float32 graph differs from PyTorch by {error:.2e} relative on {len(texts)} rows "
-            f"(limit {FLOAT_TOLERANCE:.0e}); nothing was replaced. Please report the checkpoint's config.json."
-        )
-    return {"max_relative_error": error, "rows": len(texts), "same_labels": same}

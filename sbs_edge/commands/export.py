@@ -98,6 +98,13 @@ def register(app: typer.Typer) -> None:
                 help="Add a graph that takes text, tokenizer inside; needs onnxruntime-extensions, rules out TensorRT.",
             ),
         ] = False,
+        unguarded: Annotated[
+            bool,
+            typer.Option(
+                "--unguarded",
+                help="Write targets that cannot run on this machine too; what they cost stays unmeasured.",
+            ),
+        ] = False,
         version: Annotated[str, typer.Option(help="The bundle's version, as serving shows it.")] = "1",
         config: ConfigOption = None,
         json_output: JsonOption = False,
@@ -139,7 +146,8 @@ def register(app: typer.Typer) -> None:
             guard_data=rows, max_drop=max_drop, calibration_rows=calibration_rows,
             abstain_below=abstain_below, name=name, labels=label, label_prefix=label_prefix,
             rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
-            prune_vocabulary=prune_vocabulary, layout=layout.value, single_file=single_file, version=version,
+            prune_vocabulary=prune_vocabulary, layout=layout.value, single_file=single_file, unguarded=unguarded,
+            version=version,
             say=lambda line: console.print(f"[dim]{line}[/]"),
         )  # fmt: skip
         if json_output:

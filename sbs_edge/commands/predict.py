@@ -150,11 +150,10 @@ def register(app: typer.Typer) -> None:
         except OSError as error:
             raise UsageError(f"{source} cannot be read: {error.strerror}.") from error
         with opened as lines, Student.load(bundle, target=target, threads=threads) as student:
-            accuracy = student.manifest["targets"][student.target].get("accuracy")
-            if accuracy is None:
-                messages.print(
-                    f"{bundle}: exported without labelled rows, so its accuracy was never measured."
-                )
+            entry = student.manifest["targets"][student.target]
+            if entry.get("accuracy") is None:
+                why = entry.get("unmeasured") or "it was exported without labelled rows"
+                messages.print(f"{bundle}: the accuracy of {student.target} was never measured: {why}.")
             answers = _answers(
                 student, _rows(lines, source, as_json, field), labels, explain, abstain_below, truncate
             )

@@ -154,11 +154,13 @@ def run_page(report: dict[str, Any]) -> str:
         )  # fmt: skip
     calibration = report["bundle"].get("calibration") or {}
     if calibration.get("coverage"):
+        after = calibration["ece_after"]
         page.section("Confidence")
         page.text(
             f"Temperature {calibration['temperature']:.3f}, fitted on {calibration.get('n', 0):,} validation rows; "
             f"expected calibration error {calibration['ece_before']:.4f} before and "
-            f"{calibration['ece_after']:.4f} after."
+            + ("too few rows to tell" if after is None else f"{after:.4f}")
+            + " after, each half of the rows at the other half's temperature."
         )
         page.figure(_coverage(calibration), "Accuracy against coverage when doubtful rows are passed on.")
     rationales = [
