@@ -30,7 +30,8 @@ import sbs_edge
 from sbs_edge.serve import errors, oip, plain
 from sbs_edge.serve.asking import Answer, Asking
 from sbs_edge.serve.body import deadline_s, read_body
-from sbs_edge.serve.edge import PREDICT_PATH, Edge
+from sbs_edge.serve.door import PREDICT_PATH, Door
+from sbs_edge.serve.edge import Edge
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.models import ModelVersion
 from sbs_edge.serve.openapi import openapi_document
@@ -212,7 +213,8 @@ def create_app(service: Service) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    app.add_middleware(Edge, service=service)
+    app.state.door = Door(service)
+    app.add_middleware(Edge, service=service, door=app.state.door)
     return app
 
 

@@ -1,54 +1,23 @@
-"""Outermost layer: the door, the bearer token, request ids, metrics, log line and trace of every request.
-
-A request the server has no room for is refused here, before it is read, routed or given a trace: the
-answer is prepared once for each wording, and costs a counter.
-"""
+"""Outermost layer: the door, the bearer token, request ids, metrics, log line and trace of every request."""
 
 from __future__ import annotations
 
-import hmac
-import json
-import re
-import secrets
 import time
 import traceback
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sbs_edge.serve import errors
 from sbs_edge.serve.asking import Timing
+from sbs_edge.serve.door import Door, RawHeaders, Refused, header, request_id
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.responses import error_response, json_response
 from sbs_edge.serve.service import Service
 
-__all__ = ["PREDICT_PATH", "Edge"]
+__all__ = ["Edge"]
 
-PREDICT_PATH = "/v1/predict"
-_OPEN_PATHS = frozenset({"/", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _OVERLOAD = (429, 503)  # logged as sums
-
-RawHeaders = Sequence[tuple[bytes, bytes]]
-
-
-def _is_work(method: str, path: str) -> bool:
-    return method == "POST" and (
-        path == PREDICT_PATH or (path.startswith("/v2/models/") and path.endswith("/infer"))
-    )
-
-
-def _header(headers: RawHeaders, wanted: bytes) -> bytes:
-    for name, value in headers:
-        if name == wanted:
-            return value
-    return b""
-
-
-def _request_id(headers: RawHeaders) -> bytes:
-    given = _header(headers, b"x-request-id")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8).encode()
 
 
 def _frames(error: BaseException) -> list[str]:
@@ -56,61 +25,45 @@ def _frames(error: BaseException) -> list[str]:
     return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
 
 
-class Edge:
-    """ASGI middleware around the routes."""
+async def _refuse(refused: Refused, headers: RawHeaders, send: Send) -> None:
+    """Answer without reading the body; the connection stays usable unless the refusal closes it."""
+    lines = [*refused.headers, (b"x-request-id", request_id(headers))]
+    if header(headers, b"expect") and not refused.closes:
+        lines.append((b"connection", b"close"))  # whether the body will be sent is not known
+    await send({"type": "http.response.start", "status": refused.status, "headers": lines})
+    await send({"type": "http.response.body", "body": refused.body})
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+
+class Edge:
+    """ASGI middleware around the routes.
+
+    The connection asks the door itself where it can (:mod:`sbs_edge.serve.protocol`); what comes here
+    unasked, under another server or in HTTP/1.0, is asked here.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, door: Door) -> None:
         self._app = app
         self._service = service
-        token = service.settings.token
-        self._credential = f"Bearer {token.get_secret_value()}".encode() if token else None
-        self._prepared: dict[tuple[int, str], tuple[list[tuple[bytes, bytes]], bytes]] = {}
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on and account for, one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        raw: RawHeaders = scope["headers"]
-        allowed = self._credential is None or scope["path"] in _OPEN_PATHS or self._holds_token(raw)
-        if allowed and _is_work(scope["method"], scope["path"]):
-            refusal = self._service.refusal(labels=scope["path"] == PREDICT_PATH)
-            if refusal is not None:
-                await self._refuse(refusal, raw, send)
-                return
-        await self._serve(scope, receive, send, allowed=allowed)
-
-    def _holds_token(self, headers: RawHeaders) -> bool:
-        return hmac.compare_digest(_header(headers, b"authorization"), self._credential or b"")
-
-    async def _refuse(self, refusal: errors.HttpError, headers: RawHeaders, send: Send) -> None:
-        """Answer without reading the body; the connection stays usable unless the refusal closes it."""
-        service = self._service
-        key = (refusal.status, refusal.message)
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            body = json.dumps({"error": refusal.message}).encode()
-            fields = {
-                **refusal.headers,
-                "Content-Type": "application/json",
-                "Content-Length": str(len(body)),
-            }
-            lines = [(name.lower().encode(), value.encode()) for name, value in fields.items()]
-            prepared = self._prepared[key] = lines, body
-        lines, body = prepared
-        service.refusals.count(refusal.reason)
-        service.refusals.note(refusal.reason, refusal.status)
-        service.metrics.answered("", refusal.status).inc()
-        named = [*lines, (b"x-request-id", _request_id(headers))]
-        await send({"type": "http.response.start", "status": refusal.status, "headers": named})
-        await send({"type": "http.response.body", "body": body})
+        headers: RawHeaders = scope["headers"]
+        refused = self._door.refuse(scope["method"], scope["path"], headers)
+        if refused is not None:
+            await _refuse(refused, headers, send)
+        else:
+            await self._serve(scope, receive, send, allowed=self._door.knows(scope["path"], headers))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, *, allowed: bool) -> None:
         started = time.perf_counter()
-        request_id = _request_id(scope["headers"])
+        identity = request_id(scope["headers"])
         state: dict[str, Any] = scope.setdefault("state", {})
         state.update(
-            timing=Timing(), request_id=request_id.decode(), model="", version="", n_texts=0, reason=""
+            timing=Timing(), request_id=identity.decode(), model="", version="", n_texts=0, reason=""
         )
         code = 500
         begun = False
@@ -120,7 +73,7 @@ class Edge:
             if message["type"] == "http.response.start":
                 begun = True
                 code = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", identity)]
             await send(message)
 
         try:

@@ -1,4 +1,7 @@
-"""HTTP/1.1 connections: uvicorn's httptools protocol with the two limits it leaves to a proxy.
+"""HTTP/1.1 connections: uvicorn's httptools protocol, with a door and the limits it leaves to a proxy.
+
+Work there is no room for is refused here, as soon as its head is parsed: no task, no routing, one write.
+The connection stays open, and what comes of the body is skipped.
 
 A request's line and headers must arrive within a time and within a size; otherwise a client that sends
 one byte a minute, or headers without end, holds a connection or the memory of the process. Bodies are
@@ -9,17 +12,37 @@ answered has the time of a head.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-__all__ = ["BoundedHeads", "bounded_heads"]
+from sbs_edge.serve.door import Door, request_id
+
+__all__ = ["Connection", "connections"]
 
 _TOO_LARGE = b"Request line and headers are over the limit."
 
 
-class BoundedHeads(HttpToolsProtocol):
-    """One connection; subclasses made by :func:`bounded_heads` carry the limits."""
+class _Answered:
+    """Stands where uvicorn keeps the request at hand: one that has been answered."""
 
+    response_complete = True
+
+    class message_event:
+        """Nobody waits for the rest of it."""
+
+        @staticmethod
+        def set() -> None:
+            """Wake nobody."""
+
+
+_ANSWERED: Any = _Answered()
+
+
+class Connection(HttpToolsProtocol):
+    """One connection; subclasses made by :func:`connections` carry the door and the limits."""
+
+    door: Door | None = None
     head_timeout_s = 10.0
     max_head_bytes = 65_536
 
@@ -50,8 +73,9 @@ class BoundedHeads(HttpToolsProtocol):
             return
         if self._in_head:
             self._head_bytes += len(data)
-        # Bytes that begin nothing (empty lines) have also ended the wait of an idle connection.
-        if self._in_head or (not self._busy() and self.timeout_keep_alive_task is None):
+        # Bytes that begin nothing (empty lines), and those of a body that is skipped, have also ended
+        # the wait of an idle connection.
+        if self._in_head or (not self._busy() and (self._in_body or self.timeout_keep_alive_task is None)):
             self._start_clock()
 
     def on_message_begin(self) -> None:
@@ -64,19 +88,42 @@ class BoundedHeads(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         self._head_bytes = 0
         self._stop_clock()
-        super().on_headers_complete()
+        if self.door is None or not self._refuse():
+            super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The body is whole."""
         self._in_body = False
         self._stop_clock()
         super().on_message_complete()
+        if not self._busy() and self.timeout_keep_alive_task is None:  # answered before its body ended
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         """The answer is written; what is left of an unread body has the time of a head."""
         super().on_response_complete()
-        if self._in_body and not self.transport.is_closing():
+        if self._in_body and self.cycle is not _ANSWERED and not self.transport.is_closing():
             self._start_clock()
+
+    def _refuse(self) -> bool:
+        """Ask the door; where it refuses, write the answer and keep the connection."""
+        if self._busy() or self.expect_100_continue or not self.parser.should_keep_alive():
+            return False  # the order of answers, and how the connection ends, are uvicorn's to keep
+        door, headers = self.door, self.headers
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        refused = door.refuse(self.parser.get_method().decode("ascii"), path, headers) if door else None
+        if refused is None:
+            return False
+        date = b"".join(b"%b: %b\r\n" % line for line in self.server_state.default_headers)
+        end = b"\r\n%b\r\n" % date
+        self.cycle = _ANSWERED
+        self.transport.write(b"".join((refused.head, request_id(headers), end, refused.body)))
+        if refused.closes:
+            self.transport.close()
+        self.on_response_complete()
+        return True
 
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -106,6 +153,7 @@ class BoundedHeads(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded_heads(timeout_s: float, max_bytes: int) -> type[BoundedHeads]:
-    """Return the protocol with its limits: seconds and bytes of a request's line and headers."""
-    return type("Bounded", (BoundedHeads,), {"head_timeout_s": timeout_s, "max_head_bytes": max_bytes})
+def connections(door: Door, timeout_s: float, max_bytes: int) -> type[Connection]:
+    """Return the protocol with its door, and the seconds and bytes of a request's line and headers."""
+    fields = {"door": door, "head_timeout_s": timeout_s, "max_head_bytes": max_bytes}
+    return type("BoundConnection", (Connection,), fields)

@@ -24,7 +24,7 @@ from sbs_edge.serve.escalate import Escalation
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import Registry
-from sbs_edge.serve.protocol import bounded_heads
+from sbs_edge.serve.protocol import connections
 from sbs_edge.serve.service import Service
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.telemetry import tracing_to
@@ -146,15 +146,16 @@ def serve(
     if mallopt:
         mallopt(_M_ARENA_MAX, _ARENAS)
     service = create_service(sources, settings, loader)
+    app = create_app(service)
     config = uvicorn.Config(
-        create_app(service),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
-        http=bounded_heads(settings.head_timeout_s, settings.max_head_bytes),
+        http=connections(app.state.door, settings.head_timeout_s, settings.max_head_bytes),
         ws="none",
         timeout_keep_alive=75,
         backlog=2048,

@@ -7,7 +7,10 @@ import socket
 import time
 
 import httpx
+import numpy as np
 import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
 
 LIMITS = ("--head-timeout-s", "0.5", "--body-timeout-s", "0.5", "--max-head-bytes", "8192")
 
@@ -21,13 +24,37 @@ def guarded(server_class, bundles):
         process.stop()
 
 
+@pytest.fixture(scope="module")
+def full(server_class, bundles):
+    """A server whose only place is held by a request without a body."""
+    waits = ("--body-timeout-s", "600", "--timeout-s", "600", "--drain-timeout", "0")
+    process = server_class(
+        f"desk={bundles['closed']}", "--head-timeout-s", "0.5", "--max-concurrent", "1", *waits
+    )
+    try:
+        host, port = process.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as holder:
+            holder.sendall(post(b"", length=100))
+            while not value(process, "sbs_edge_requests_in_flight"):
+                pass
+            yield process
+    finally:
+        process.stop()
+
+
+def value(server, series):
+    """One metric's value now, 0 where it has none."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(series)), 0.0)
+
+
 @pytest.fixture
 def connect(guarded):
     """Open raw connections; a read waits at most 20 s, so that a server that never closes fails the test."""
     opened = []
 
-    def make():
-        host, port = guarded.url.removeprefix("http://").split(":")
+    def make(server=guarded):
+        host, port = server.url.removeprefix("http://").split(":")
         opened.append(socket.create_connection((host, int(port)), timeout=20))
         return opened[-1]
 
@@ -51,6 +78,11 @@ def read_answer(sock):
     return int(lines[0].split()[1]), headers, body
 
 
+def read_answer_of(sock, request):
+    sock.sendall(request)
+    return read_answer(sock)
+
+
 def closes(sock):
     """Read until the server closes."""
     try:
@@ -69,7 +101,7 @@ def post(body, path="/v1/predict", length=None):
 def test_a_refused_request_leaves_its_connection_usable(connect, guarded):
     holder, sock = connect(), connect()
     holder.sendall(post(b"", length=100))
-    while "sbs_edge_requests_in_flight 1.0" not in httpx.get(f"{guarded.url}/metrics").text:
+    while not value(guarded, "sbs_edge_requests_in_flight"):
         pass
     refused = 0
     while True:  # 408 ends the holder within half a second, then a request is let in
@@ -85,6 +117,64 @@ def test_a_refused_request_leaves_its_connection_usable(connect, guarded):
     assert (status, headers["connection"]) == (408, "close")
     assert b"--body-timeout-s" in body
     assert closes(holder)
+
+
+def test_refusals_on_one_connection_follow_each_other_and_match_http(connect, full):
+    body = json.dumps({"texts": ["some text"]}).encode()
+    series = 'sbs_edge_rejected_total{reason="concurrency"}', 'sbs_edge_requests_total{code="429",model=""}'
+    before = [value(full, name) for name in series]
+    sock = connect(full)
+    sock.sendall(post(body) * 3 + post(body, path="/v1/predict?x=1") + post(body, path="/v2/models/m/infer"))
+    seen = b""
+    while seen.count(b"HTTP/1.1 429 Too Many Requests\r\n") < 5 or not seen.endswith(b"}"):
+        seen += sock.recv(65536)
+    for answer in seen.split(b"HTTP/1.1 ")[1:]:
+        head, _, rest = answer.decode().partition("\r\n\r\n")
+        lines = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:])
+        assert int(lines["content-length"]) == len(rest)
+        assert list(json.loads(rest)) == ["error"]
+        assert {"retry-after", "x-request-id", "date", "content-type"} <= set(lines)
+    sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert read_answer(sock)[0] == 200
+    assert [value(full, name) for name in series] == [before[0] + 5, before[1] + 5]
+    status, _, answer = read_answer_of(
+        sock, b"POST /v1/other HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
+    )
+    assert (status, json.loads(answer)["error"]) == (404, "There is no such route.")
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [("Connection: close", "1.1"), ("Expect: 100-continue", "1.1"), ("X-A: b", "1.0")],
+)
+def test_a_refusal_that_cannot_keep_the_connection_says_so(connect, full, line, version):
+    sock = connect(full)
+    head = f"POST /v1/predict HTTP/{version}\r\nHost: a\r\nContent-Length: 4\r\n{line}\r\n\r\n"
+    status, headers, _ = read_answer_of(sock, head.encode())
+    assert (status, headers["connection"]) == (429, "close")
+    assert closes(sock)
+
+
+def test_the_rest_of_a_refused_body_is_not_waited_for(connect, full):
+    sock = connect(full)
+    assert read_answer_of(sock, post(b"x" * 10, length=1000))[0] == 429
+    sock.sendall(b"x")
+    assert closes(sock)
+
+
+def test_real_clients_understand_a_refusal(full):
+    with httpx.Client(base_url=full.url, trust_env=False) as client:
+        for _ in range(3):
+            answer = client.post(
+                "/v1/predict", json={"texts": ["a" * 200_000]}, headers={"X-Request-Id": "r"}
+            )
+            assert (answer.status_code, answer.headers["X-Request-Id"]) == (429, "r")
+    with triton.InferenceServerClient(full.url.removeprefix("http://")) as client:
+        text = triton.InferInput("text", [1], "BYTES")
+        text.set_data_from_numpy(np.array([b"a"], dtype=object))
+        with pytest.raises(InferenceServerException, match="try again in") as caught:
+            client.infer("desk", [text])
+        assert caught.value.status() == "429"
 
 
 @pytest.mark.parametrize(
