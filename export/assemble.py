@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,17 +87,20 @@ def write_target(folder: Path, target: Target, recipe: Recipe) -> dict[str, Any]
     """Write the graphs; return the target's entry in the manifest, paths relative to the bundle."""
     half = half_of(target)
     by = fp16_rescale(recipe.stats, recipe.weights) if half == "fp16" else Rescale()
-    models = _models(target, replace(recipe, weights=rescale(recipe.weights, by)))
-    if half is not None:
-        models = {name: to_half(model, half) for name, model in models.items()}
-    profiles = {name: profile_of(model, _limits(recipe)) for name, model in models.items()}
-    save_graphs(models, folder)
+    profiles: dict[str, Any] = {}
+
+    def finished() -> Iterator[tuple[str, onnx.ModelProto]]:
+        for name, model in _models(target, replace(recipe, weights=rescale(recipe.weights, by))):
+            profiles[name] = profile_of(model, _limits(recipe))
+            yield name, model if half is None else to_half(model, half)
+
+    names = save_graphs(finished(), folder)
     if target.profiles:
         for name, profile in profiles.items():
             path = folder / f"{name}.onnx.profile.json"
             path.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
     return {
-        **{name: f"{target.name}/{name}.onnx" for name in models},
+        **{name: f"{target.name}/{name}.onnx" for name in names},
         "providers": list(target.providers),
         "opset": OPSET,
         "quantisation": {
@@ -113,29 +116,25 @@ def write_target(folder: Path, target: Target, recipe: Recipe) -> dict[str, Any]
     }
 
 
-def _models(target: Target, recipe: Recipe) -> dict[str, onnx.ModelProto]:
-    weights, plan = recipe.weights, recipe.plan
+def _models(target: Target, recipe: Recipe) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Yield the target's graphs by role, one at a time: each holds its own copy of the weights."""
+    weights, plan, kept = recipe.weights, recipe.plan, recipe.output_tokens
     precision = precision_of(target, recipe)
-    models: dict[str, onnx.ModelProto] = {}
     if plan.method == "first-token":
-        models["label_scorer"] = build_label_scorer(weights, precision, [ids[0] for ids in plan.token_ids])
+        yield "label_scorer", build_label_scorer(weights, precision, [ids[0] for ids in plan.token_ids])
     elif plan.method == "trie":
-        models["label_scorer"] = build_trie_scorer(weights, precision, plan.token_ids)
+        yield "label_scorer", build_trie_scorer(weights, precision, plan.token_ids)
     elif plan.method == "choices":
-        models["choice_scorer"] = build_choice_scorer(weights, precision)
+        yield "choice_scorer", build_choice_scorer(weights, precision)
     if recipe.explains and target.steps:
-        models["encoder"] = build_encoder(weights, precision)
-        models["decoder_step"] = build_decoder_step(
-            weights, precision, recipe.max_new_tokens, recipe.output_tokens
-        )
+        yield "encoder", build_encoder(weights, precision)
+        yield "decoder_step", build_decoder_step(weights, precision, recipe.max_new_tokens, kept)
     elif recipe.explains:
         steps = _mixed(Int4(recipe.stats), recipe) if target.numbers == "int4" else None
-        models["explainer"] = build_explainer(weights, precision, recipe.output_tokens, steps)
+        yield "explainer", build_explainer(weights, precision, kept, steps)
         for width in recipe.beams:
-            models[f"explainer_beam{width}"] = build_beam_explainer(
-                weights, precision, width, recipe.output_tokens, steps
-            )
-    return models
+            graph = build_beam_explainer(weights, precision, width, kept, steps)
+            yield f"explainer_beam{width}", graph
 
 
 def _limits(recipe: Recipe) -> dict[str, tuple[int, int, int]]:

@@ -8,7 +8,7 @@ whoever wants labels reads, checks and keeps nothing of the explainer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,33 +24,44 @@ ALIGNMENT = 4096  # a page, so that each constant can be mapped on its own
 _Place = tuple[str, int, int]  # file, offset, bytes
 
 
-def save_graphs(models: Mapping[str, onnx.ModelProto], folder: Path) -> None:
+def save_graphs(
+    models: Mapping[str, onnx.ModelProto] | Iterable[tuple[str, onnx.ModelProto]], folder: Path
+) -> list[str]:
     """Write every model as ``<name>.onnx`` and their constants into ``folder``.
 
     The models are changed: their constants become references into ``weights.bin``, or into ``<name>.bin`` for
-    those that no model before ``name`` has.
+    those that no model before ``name`` has. So a graph is never serialised with its constants, and may hold more
+    than the 2 GB that protobuf allows. Of an iterable's models, each is let go before the next is made.
+
+    Returns:
+        The models' names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known: dict[bytes, _Place] = {}
-    for index, (name, model) in enumerate(models.items()):
-        data = folder / (SHARED if index == 0 else f"{name}.bin")
+    names: list[str] = []
+    for name, model in models.items() if isinstance(models, Mapping) else models:
+        data = folder / (f"{name}.bin" if names else SHARED)
         with data.open("wb") as file:
             for tensor in model.graph.initializer:
-                if len(tensor.raw_data) >= EXTERNAL_FROM_BYTES:
-                    _move_out(tensor, file, data.name, known)
+                _move_out(tensor, file, data.name, known)
             empty = file.tell() == 0
         if empty:
             data.unlink()
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+        names.append(name)
+    return names
 
 
 def _move_out(tensor: TensorProto, file: BinaryIO, name: str, known: dict[bytes, _Place]) -> None:
-    digest = hashlib.sha256(tensor.raw_data).digest()
+    content = tensor.raw_data  # read once: each reading is a copy
+    if len(content) < EXTERNAL_FROM_BYTES:
+        return
+    digest = hashlib.sha256(content).digest()
     if digest not in known:
         offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
         file.seek(offset)
-        file.write(tensor.raw_data)
-        known[digest] = (name, offset, len(tensor.raw_data))
+        file.write(content)
+        known[digest] = (name, offset, len(content))
     place, offset, length = known[digest]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
