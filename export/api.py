@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from sbs_edge.export import card, guard
 from sbs_edge.export.assemble import Recipe, write_target
 from sbs_edge.export.checkpoint import CHECKPOINT_MODE, open_student
 from sbs_edge.export.compare import compare_with_pytorch
+from sbs_edge.export.input_vocabulary import SmallVocabulary, small_vocabulary, write_companions
 from sbs_edge.export.labels import LabelPlan, plan_labels
 from sbs_edge.export.measure import (
     Answers,
@@ -37,7 +37,7 @@ from sbs_edge.export.mixed import check_layers
 from sbs_edge.export.padding import padding_figures
 from sbs_edge.export.ranges import collect_calibration
 from sbs_edge.export.sensitivity import most_sensitive
-from sbs_edge.export.targets import TARGETS, Target, providers_here, targets_named
+from sbs_edge.export.targets import TARGETS, Target, check_runnable, providers_here, targets_named
 from sbs_edge.export.vocabulary import output_tokens
 from sbs_edge.export.weights import load_model, weights_of
 from sbs_edge.runtime.bundle import Bundle, seal
@@ -49,7 +49,6 @@ __all__ = ["ExportResult", "export"]
 
 RATIONALE_ROWS = 32
 REFERENCE = "cpu-fp32"
-COMPANIONS = ("tokenizer.json", "config.json", "generation_config.json")
 
 Layout = Literal["bundle", "optimum", "triton"]
 
@@ -65,11 +64,18 @@ class ExportResult:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One export: what goes in, and how far it may stray."""
+    """One export: what goes in, and how far it may stray.
+
+    Attributes:
+        recipe: what the targets' graphs are made from, in a smaller vocabulary if ``small`` is one.
+        whole: the same in the student's own vocabulary, all of it: what the guard compares with.
+    """
 
     opened: StudentDir
     model: Any
     recipe: Recipe
+    whole: Recipe
+    small: SmallVocabulary | None
     rows: list[Example]
     max_drop: float
     abstain_below: float
@@ -77,7 +83,16 @@ class _Job:
 
     @property
     def plan(self) -> LabelPlan:
-        return self.recipe.plan
+        return self.whole.plan
+
+    @property
+    def pruned(self) -> list[str]:
+        """The flags that made the vocabulary smaller."""
+        given = {
+            "--prune-vocabulary": self.recipe.output_tokens is not None,
+            "--prune-input-vocabulary": self.small is not None,
+        }
+        return [flag for flag, on in given.items() if on]
 
 
 def export(
@@ -95,6 +110,8 @@ def export(
     rationale_prefix: str | None = None,
     keep_float: Sequence[str] = (),
     prune_vocabulary: bool = False,
+    prune_input_vocabulary: bool = False,
+    label_only: bool = False,
     beams: Sequence[int] = (),
     layout: Layout = "bundle",
     single_file: bool = False,
@@ -119,6 +136,9 @@ def export(
         rationale_prefix: prefix of such a checkpoint's rationale task.
         keep_float: layers that stay in float32 in lossy targets; the guard names candidates.
         prune_vocabulary: let the student write only tokens that its rows use, and a margin; gated.
+        prune_input_vocabulary: let the student read and write only tokens that its rows use, what it takes to
+            spell other texts, and a margin: a smaller embedding and tokenizer; gated.
+        label_only: write no graph that generates; ``explain`` is then refused.
         beams: widths of beam search to write a graph for, on CPU targets; greedy decoding is always there.
         layout: ``bundle``; ``optimum`` writes what ``ORTModelForSeq2SeqLM`` loads; ``triton`` a model
             repository for NVIDIA Triton Inference Server.
@@ -146,13 +166,12 @@ def export(
                 f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8 and "
                 f"rules {target.name} out; choose cpu-fp32 or cpu-int8 with it."
             )
-    for target in wanted:
-        if not unguarded and not providers_here(target):
-            raise UsageError(
-                f"{target.name} runs on {' or '.join(target.providers)}, which this machine's onnxruntime does not have, "
-                "so what it costs in accuracy cannot be measured here; nothing was written. Export on a machine that "
-                "has it (pip install 'sbs-edge[gpu]'), or write the target unmeasured with --unguarded."
-            )
+    if not unguarded:
+        check_runnable(wanted)
+    if prune_input_vocabulary and (layout == "optimum" or single_file):
+        raise UsageError(
+            "A single file and the optimum layout keep the student's own tokenizer; leave --prune-input-vocabulary out."
+        )
     opened = open_student(student, labels, label_prefix, rationale_prefix)
     model = load_model(opened.path)
     weights = weights_of(model)
@@ -168,10 +187,18 @@ def export(
         check_labels_known(judged, plan, str(opened.path / file))
     calibration = opened.calibration()[:calibration_rows] or rows[:calibration_rows]
     explains = opened.mode.startswith("stepwise") or opened.mode == CHECKPOINT_MODE or plan.method == "decode"
+    if label_only and plan.method == "decode":
+        raise UsageError(
+            "Open labels are generated, so there is nothing to leave out; leave --label-only out."
+        )
+    explains = explains and not label_only
     kept = None
     if prune_vocabulary and explains:
         seen = [*opened.calibration(), *opened.validation(), *rows]
         kept = output_tokens(seen, tokenizer, weights.eos_id, weights.pad_id, len(weights.head))
+    small = None
+    if prune_input_vocabulary:
+        small = small_vocabulary(opened, rows, weights, () if kept is None else kept.tolist())
     stats = collect_calibration(
         model, _calibration_pairs(opened, tokenizer, calibration),
         moments=any(target.numbers == "int4" for target in wanted),
@@ -182,13 +209,20 @@ def export(
                 f"{target.name} is calibrated on rows, and this student kept none; give labelled rows as guard data, "
                 "or choose cpu-int8 or cuda-bf16."
             )
-    recipe = Recipe(
-        weights, plan, stats.norms, explains, kept, tuple(keep_float), stats,
+    whole = Recipe(
+        weights, plan, stats.norms, explains, None, tuple(keep_float), stats,
         opened.limits["max_source_tokens"],
         max(opened.limits["max_target_tokens"], opened.limits["max_label_tokens"] + 1),
         tuple(sorted(set(beams))),
     )  # fmt: skip
-    job = _Job(opened, model, recipe, rows, max_drop, abstain_below, say)
+    recipe = replace(whole, output_tokens=kept)
+    if small is not None:
+        less = small.weights(weights)
+        recipe = replace(
+            whole, weights=less, plan=plan_labels(opened.task, small.tokenizer(), less.eos_id),
+            output_tokens=None if kept is None else small.moved(kept),
+        )  # fmt: skip
+    job = _Job(opened, model, recipe, whole, small, rows, max_drop, abstain_below, say)
     manifest = _manifest(job, wanted, name, version)
     if layout == "bundle":
         report = _write_bundle(Path(out), job, wanted, manifest, single_file)
@@ -220,9 +254,7 @@ def _write_bundle(
 
                 entry["single_file"] = write_single_file(work, target, job.opened, job.recipe)
             manifest["targets"][target.name] = entry
-        for companion in COMPANIONS:
-            if (job.opened.path / companion).is_file():
-                shutil.copyfile(job.opened.path / companion, work / companion)
+        write_companions(job.opened, job.small, work)
         seal(work, manifest)
         # What the guard compares with: float32, whole vocabulary. Never part of the bundle.
         with _reference(Path(scratch), manifest, job) as reference:
@@ -267,11 +299,10 @@ def _judge(
     target: Target, figures: dict[str, Any] | None, job: _Job, manifest: dict[str, Any], answers: Answers
 ) -> None:
     """Raise :class:`GuardError` when the target lost too much, naming the layers that cost most."""
-    pruned = job.recipe.output_tokens is not None
-    if figures is None or not (target.lossy or pruned):
+    if figures is None or not (target.lossy or job.pruned):
         return
-    if pruned and not target.lossy:
-        guard.check_pruning(target.name, figures, job.max_drop)
+    if job.pruned and not target.lossy:
+        guard.check_pruning(target.name, figures, job.max_drop, job.pruned)
     if not guard.too_much(figures, job.max_drop):
         return
     layers: list[tuple[str, float]] = []
@@ -279,7 +310,7 @@ def _judge(
         job.say(f"{target.name} lost too much; measuring every layer")
 
         def opened(root: Path, entry: dict[str, Any]) -> Student:
-            shutil.copyfile(job.opened.path / "tokenizer.json", root / "tokenizer.json")
+            write_companions(job.opened, job.small, root)
             seal(root, {**manifest, "targets": {target.name: entry}, "default_target": target.name})
             return Student(Bundle.open(root, verify=False), target.name)
 
@@ -290,14 +321,15 @@ def _judge(
             )
 
         layers = most_sensitive(target, job.recipe, job.rows, opened, distance)
-    raise guard.refusal(target.name, figures, job.max_drop, layers)
+    raise guard.refusal(target.name, figures, job.max_drop, layers, job.pruned)
 
 
 def _reference(root: Path, manifest: dict[str, Any], job: _Job) -> Student:
     target = TARGETS[REFERENCE]
-    entry = write_target(root / REFERENCE, target, replace(job.recipe, output_tokens=None))
-    shutil.copyfile(job.opened.path / "tokenizer.json", root / "tokenizer.json")
-    seal(root, {**manifest, "targets": {REFERENCE: entry}, "default_target": REFERENCE})
+    entry = write_target(root / REFERENCE, target, job.whole)
+    write_companions(job.opened, None, root)
+    own = {"labels": job.whole.plan.describe(), "model": job.whole.weights.describe()}
+    seal(root, {**manifest, **own, "targets": {REFERENCE: entry}, "default_target": REFERENCE})
     return Student(Bundle.open(root, verify=False), REFERENCE)
 
 
@@ -347,11 +379,12 @@ def _manifest(job: _Job, wanted: Sequence[Target], name: str | None, version: st
             "max_new_tokens": opened.limits["max_target_tokens"],
             "max_label_tokens": opened.limits["max_label_tokens"],
         },
-        "labels": job.plan.describe(),
+        "labels": job.recipe.plan.describe(),
         "calibration": {"temperature": 1.0, "n": 0, "abstain_below": job.abstain_below},
         "targets": {},
         "default_target": wanted[0].name,
         "model": weights.describe(),
+        "vocabulary": job.small.figures if job.small else None,
         "files": {},
         "versions": _versions(),
         "seed": opened.card.get("seed"),

@@ -52,7 +52,11 @@ def too_much(figures: dict[str, Any], max_drop: float) -> bool:
 
 
 def refusal(
-    target: str, figures: dict[str, Any], max_drop: float, layers: Sequence[tuple[str, float]] = ()
+    target: str,
+    figures: dict[str, Any],
+    max_drop: float,
+    layers: Sequence[tuple[str, float]] = (),
+    pruned: Sequence[str] = (),
 ) -> GuardError:
     """Return the error for a target that lost too much.
 
@@ -61,12 +65,15 @@ def refusal(
         figures: what :func:`compare_labels` returned.
         max_drop: the limit, in points.
         layers: the layers that cost most, each with its share of the error.
+        pruned: the flags given that make the vocabulary smaller.
     """
     advice = "more calibration rows (--calibration-rows), the target cpu-fp32"
     if layers:
         named = ", ".join(f"{layer} ({100 * share:.0f} % of the error)" for layer, share in layers)
         flags = " ".join(f"--keep-float {layer}" for layer, _ in layers)
         advice = f"to keep the layers that cost most in float32 ({named}): {flags}; {advice}"
+    if pruned:
+        advice = f"without {' and '.join(pruned)}, {advice}"
     return GuardError(
         f"{target} answers {figures['drop_points']:.2f} points fewer rows right than the float32 student "
         f"({100 * figures['before']:.2f} % to {100 * figures['after']:.2f} %, {figures['n']} rows, 95 % bound "
@@ -75,12 +82,14 @@ def refusal(
     )
 
 
-def check_pruning(target: str, figures: dict[str, Any], max_drop: float) -> None:
+def check_pruning(
+    target: str, figures: dict[str, Any], max_drop: float, flags: Sequence[str] = ("--prune-vocabulary",)
+) -> None:
     """Raise :class:`GuardError` when fewer tokens to write changed more than ``max_drop`` % of the rationales' words."""
     changed = 100.0 * (1.0 - figures.get("rationale_token_agreement", 1.0))
     if changed > max_drop:
         raise GuardError(
             f"With the pruned vocabulary {target} writes {changed:.2f} % of the rationales' words differently "
             f"({figures['n_rationales']} rows); the limit is {max_drop:.2f}. Nothing was replaced. Export without "
-            "--prune-vocabulary, or raise --max-drop if this loss is acceptable."
+            f"{' and '.join(flags)}, or raise --max-drop if this loss is acceptable."
         )

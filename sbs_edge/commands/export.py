@@ -85,6 +85,19 @@ def register(app: typer.Typer) -> None:
                 help="Let the student write only tokens of its rows and a margin: faster rationales, gated.",
             ),
         ] = False,
+        prune_input_vocabulary: Annotated[
+            bool,
+            typer.Option(
+                "--prune-input-vocabulary",
+                help="Keep the tokens of the student's rows, what spells other texts, and a margin: smaller, gated.",
+            ),
+        ] = False,
+        label_only: Annotated[
+            bool,
+            typer.Option(
+                "--label-only", help="Write no graph for rationales: predict works, explain does not."
+            ),
+        ] = False,
         layout: Annotated[
             Layout,
             typer.Option(
@@ -146,7 +159,8 @@ def register(app: typer.Typer) -> None:
             guard_data=rows, max_drop=max_drop, calibration_rows=calibration_rows,
             abstain_below=abstain_below, name=name, labels=label, label_prefix=label_prefix,
             rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
-            prune_vocabulary=prune_vocabulary, layout=layout.value, single_file=single_file, unguarded=unguarded,
+            prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
+            layout=layout.value, single_file=single_file, unguarded=unguarded,
             version=version,
             say=lambda line: console.print(f"[dim]{line}[/]"),
         )  # fmt: skip

@@ -14,10 +14,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,13 +28,18 @@ __all__ = ["MIN_BYTES", "cache_directory", "load_prepacked", "prepacked_key"]
 MIN_BYTES = 4 << 20  # below, packing takes a few milliseconds and no page is worth sharing
 KEEP = 32  # entries; the least recently used are removed
 
-_LOG = logging.getLogger("sbs_edge.runtime")
 _GRAPH, _WEIGHTS, _SIZES = "model.onnx", "weights.bin", "sizes.json"
 
 
 def cache_directory() -> Path:
     """Return where the entries lie: ``$XDG_CACHE_HOME/sbs-edge/prepacked``."""
     return user_cache.cache_directory("prepacked")
+
+
+def _say(level: str, message: str, *values: object) -> None:
+    import logging  # here, as shutil below: a start that uses an entry needs neither
+
+    getattr(logging.getLogger("sbs_edge.runtime"), level)(message, *values)
 
 
 @cache
@@ -86,11 +89,11 @@ def load_prepacked(
     try:
         root = cache_directory()
         if not user_cache.private_directory(root):
-            _LOG.warning("%s is writable by others; pre-packed weights are not used.", root)
+            _say("warning", "%s is writable by others; pre-packed weights are not used.", root)
             return None
         entry = root / prepacked_key(digests)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        _LOG.info("no pre-packed weights: %s", error)
+        _say("info", "no pre-packed weights: %s", error)
         return None
     if _complete(entry):
         plain = options()
@@ -100,13 +103,13 @@ def load_prepacked(
         try:
             session = create(entry / _GRAPH, plain)
         except Exception as error:  # onnxruntime has no common base class for its load errors
-            _LOG.warning("the pre-packed weights %s are made again: %s", entry, error)
+            _say("warning", "the pre-packed weights %s are made again: %s", entry, error)
         else:
             with contextlib.suppress(OSError):
                 os.utime(entry)
             return session
     if entry.exists():
-        shutil.rmtree(entry, ignore_errors=True)
+        _remove(entry)
     return _make(entry, graph, options, create)
 
 
@@ -129,10 +132,16 @@ def _make(
             sizes = {name: (work / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
             (work / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
     except Exception as error:  # a full disk is reported by onnxruntime in its own way
-        _LOG.info("no pre-packed weights for %s: %s", graph, error)
+        _say("info", "no pre-packed weights for %s: %s", graph, error)
         return None
     _forget_old(entry.parent)
     return session
+
+
+def _remove(entry: Path) -> None:
+    import shutil
+
+    shutil.rmtree(entry, ignore_errors=True)
 
 
 def _forget_old(root: Path) -> None:
@@ -142,4 +151,4 @@ def _forget_old(root: Path) -> None:
             key=lambda path: path.stat().st_mtime,
         )
         for path in entries[:-KEEP]:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
