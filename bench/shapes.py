@@ -2,8 +2,10 @@
 
 What does depend on it is arranged so that the checks keep their meaning: the gold label of every
 validation row is what the fp32 weights answer, so "accuracy" reads as agreement with fp32; the three
-label words are picked so that the answers are spread and decided by a margin; and the special
-tokens' rows of the head are shrunk, so that a rationale of 64 tokens is 64 tokens for every system.
+label words are picked so that the answers are spread and decided by a margin; and the head's rows of the
+special tokens are shrunk, so that a rationale of 64 tokens is 64 tokens for every system. Like a task,
+a shape uses a part of its vocabulary only: rows are drawn from :data:`WORDS_IN_USE` words, and the head's
+rows of all others are shrunk too, so that pruning to the words in use changes no answer.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ PREFIXES = {"label": "[label] ", "rationale": "[rationale] "}
 MAX_SOURCE_TOKENS = 512
 MAX_TARGET_TOKENS = 64
 _SHRINK = 0.01
+WORDS_IN_USE = 4000
 _SPECIAL = ("<pad>", "</s>", "<unk>", "[label]", "[rationale]")
 
 
@@ -60,15 +63,21 @@ def _tokenizer(vocab_size: int) -> Any:
     return tokenizer
 
 
-def _rows(n: int, vocab_size: int, seed: int) -> list[str]:
+def _words(vocab_size: int, seed: int) -> Any:
+    """The ids (W,) of the words that rows are drawn from, sorted: at most half of the vocabulary."""
+    import numpy as np
+
+    n_words = min(WORDS_IN_USE, vocab_size // 2)
+    allowed = np.arange(len(_SPECIAL), vocab_size)
+    return np.sort(np.random.default_rng(seed).choice(allowed, size=n_words, replace=False))
+
+
+def _rows(n: int, words: Any, seed: int) -> list[str]:
     """Random inputs of 8 to 48 words."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    return [
-        " ".join(f"w{index}" for index in rng.integers(len(_SPECIAL), vocab_size, rng.integers(8, 49)))
-        for _ in range(n)
-    ]
+    return [" ".join(f"w{index}" for index in rng.choice(words, rng.integers(8, 49))) for _ in range(n)]
 
 
 def _first_logits(model: Any, tokenizer: Any, texts: list[str]) -> Any:
@@ -136,12 +145,15 @@ def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation
         eos_token_id=1,
     )
     model = T5ForConditionalGeneration(config).eval()
+    words = _words(config.vocab_size, seed)
+    unused = torch.ones(config.vocab_size, dtype=torch.bool)
+    unused[torch.from_numpy(words)] = False
     with torch.no_grad():
-        # Padding (the start token, which a tied head would repeat), EOS and unknown.
-        model.get_output_embeddings().weight[:3] *= _SHRINK
+        # Padding (the start token, which a tied head would repeat), EOS and unknown among them.
+        model.get_output_embeddings().weight[unused] *= _SHRINK
     tokenizer = _tokenizer(config.vocab_size)
-    validation = _rows(n_validation, config.vocab_size, seed + 1)
-    calibration = _rows(n_validation, config.vocab_size, seed + 2)
+    validation = _rows(n_validation, words, seed + 1)
+    calibration = _rows(n_validation, words, seed + 2)
     logits = _first_logits(model, tokenizer, validation)
     tokens = _label_tokens(logits, seed)
     labels = [f"w{token}" for token in tokens]
