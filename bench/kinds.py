@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sbs_edge.bench import kernel_pictures, kernel_tables, pictures, tables
+from sbs_edge.bench import kernel_pictures, kernel_tables, pictures, serving_report, tables
 
 if TYPE_CHECKING:
     from sbs_edge.bench.pictures import Picture
 
 __all__ = ["HEADINGS", "TITLES", "pictures_of", "tables_of"]
 
-TITLES = {"latency": "Latency bench", "train": "Training bench", "kernels": "Kernel bench"}
+TITLES = {
+    "latency": "Latency bench",
+    "train": "Training bench",
+    "kernels": "Kernel bench",
+    "serving": "Serving bench",
+}
 HEADINGS = {
     "latency": "Latency, load, memory, size",
     "train": "Training",
     "kernels": "The fused linear + cross-entropy",
+    "serving": "Serving",
 }
 _TABLES = {
     "latency": tables.latency_tables,
     "train": tables.train_tables,
     "kernels": kernel_tables.kernel_tables,
+    "serving": serving_report.serving_tables,
 }
 _PICTURES = {
     "latency": pictures.latency_pictures,
@@ -35,5 +42,6 @@ def tables_of(document: dict[str, Any]) -> list[tables.Table]:
 
 
 def pictures_of(document: dict[str, Any]) -> list[Picture]:
-    """Every picture of a document; needs matplotlib."""
-    return _PICTURES[document["kind"]](document)
+    """Every picture of a document, for serving none; needs matplotlib."""
+    make = _PICTURES.get(document["kind"])
+    return make(document) if make else []

@@ -1,28 +1,38 @@
-"""A light load generator and the server it loads, both bounded; for ``bench/serving.py``.
+"""A light load generator for ``bench/serving.py``: prepared bytes over kept connections, loopback only.
 
-The client speaks just enough HTTP/1.1 over asyncio streams (keep-alive, Content-Length) to cost a
-tenth of a general client: on a small machine a heavy client would measure itself. Loopback only.
+The client shares a small machine with the server it loads, so it does no more than it must: one
+protocol object a connection, no task a request, no parsing beyond status and length. What it costs is
+measured beside what the server costs (``Record.cpu_s``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, TypeVar
 
-__all__ = ["Client", "Outcome", "Record", "ServerUnderTest", "closed_loop", "open_loop", "percentile"]
+__all__ = ["HOST", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
+           "request_bytes", "run"]  # fmt: skip
 
 HOST = "127.0.0.1"
+_TICK_S = 0.002
+_GET_LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+Job = tuple[bytes, int]  # raw request, texts in it
+Result = TypeVar("Result")
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run ``work`` on uvloop where it is installed: its sockets cost half of asyncio's."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
 
 
 def percentile(values: Sequence[float], q: float) -> float:
@@ -49,7 +59,8 @@ class Record:
 
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: float = 0.0
-    unsent: int = 0  # open loop: requests the client itself could not send in time
+    unsent: int = 0  # open loop: requests for which the client had no connection left
+    cpu_s: float = 0.0  # processor time of this process
 
     @property
     def codes(self) -> dict[str, int]:
@@ -62,8 +73,9 @@ class Record:
 
     @property
     def good_texts_per_s(self) -> float:
-        """Answered texts per second."""
-        return sum(o.n_texts for o in self.outcomes if o.status == 200) / max(self.seconds, 1e-9)
+        """Texts of requests answered 200 before the phase ended, a second of it."""
+        inside = (o for o in self.outcomes if o.status == 200 and o.due_s + o.latency_s <= self.seconds)
+        return sum(o.n_texts for o in inside) / max(self.seconds, 1e-9)
 
 
 def request_bytes(path: str, body: bytes, headers: str = "") -> bytes:
@@ -72,44 +84,142 @@ def request_bytes(path: str, body: bytes, headers: str = "") -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-class Client:
-    """A pool of keep-alive connections to one port."""
+Done = Callable[[int, bytes], None]
 
-    def __init__(self, port: int, most: int = 1000) -> None:
+
+class _Connection(asyncio.Protocol):
+    """One kept connection with at most one request on it."""
+
+    __slots__ = ("_buffer", "_client", "_done", "transport")
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._buffer = b""
+        self._done: Done | None = None
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]  # TCP gives a Transport
+
+    def request(self, raw: bytes, done: Done) -> None:
+        self._done = done
+        self.transport.write(raw)
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer = self._buffer + data if self._buffer else data
+        end = buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = buffer[:end].lower()
+        at = head.find(b"content-length:")
+        line_end = head.find(b"\r\n", at)
+        length = int(head[at + 15 : line_end if line_end >= 0 else None]) if at >= 0 else 0
+        if len(buffer) < end + 4 + length:
+            return
+        self._buffer = b""
+        done, self._done = self._done, None
+        if head.find(b"connection: close") >= 0:
+            self.transport.close()
+        else:
+            self._client.take_back(self)
+        if done:
+            done(int(head[9:12]), buffer[end + 4 :])
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._client.lost(self)
+        done, self._done = self._done, None
+        if done:
+            done(0, b"")
+
+
+class Client:
+    """A pool of kept connections to one port; ``most`` bounds how many are open."""
+
+    def __init__(self, port: int, most: int = 512) -> None:
         self._port = port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self._slots = asyncio.Semaphore(most)
+        self._most = most
+        self._idle: deque[_Connection] = deque()  # the one that rested longest first: none grows old
+        self._connections: set[_Connection] = set()
+        self._n_open = 0
+        self._opening: set[asyncio.Task[None]] = set()
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def open(self, n: int) -> None:
+        """Have ``n`` connections ready; each is used once, because servers close those that never are."""
+        missing = min(n, self._most) - self._n_open
+        made = [await self._connect() for _ in range(missing)]
+        answered = [asyncio.get_running_loop().create_future() for _ in made]
+        for connection, future in zip(made, answered, strict=True):
+            connection.request(_GET_LIVE, lambda *_, future=future: future.set_result(None))
+        await asyncio.gather(*answered)
+
+    async def _connect(self) -> _Connection:
+        self._n_open += 1
+        try:
+            _, made = await asyncio.get_running_loop().create_connection(
+                lambda: _Connection(self), HOST, self._port
+            )
+        except OSError:
+            self._n_open -= 1
+            raise
+        self._connections.add(made)
+        return made
+
+    def take_back(self, connection: _Connection) -> None:
+        """A connection is free again."""
+        self._idle.append(connection)
+        if self._waiting:
+            self._waiting.pop(0).set_result(None)
+
+    def lost(self, connection: _Connection) -> None:
+        """A connection was closed; it is replaced when one is needed."""
+        self._n_open -= 1
+        self._connections.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def start(self, raw: bytes, done: Done) -> bool:
+        """Send on a free connection, else on a new one, and call ``done(status, body)`` later.
+
+        False where no connection is free and no more may be opened.
+        """
+        if self._idle:
+            self._idle.popleft().request(raw, done)
+            return True
+        if self._n_open >= self._most:
+            return False
+
+        async def connect() -> None:
+            try:
+                (await self._connect()).request(raw, done)
+            except OSError:
+                done(0, b"")
+
+        task = asyncio.get_running_loop().create_task(connect())
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+        return True
 
     async def send(self, raw: bytes) -> tuple[int, bytes]:
         """Send one request; return (status, body), status 0 when the connection was lost."""
-        async with self._slots:
-            try:
-                reader, writer = (
-                    self._idle.pop() if self._idle else await asyncio.open_connection(HOST, self._port)
-                )
-                writer.write(raw)
-                head = await reader.readuntil(b"\r\n\r\n")
-                status = int(head[9:12])
-                lower = head.lower()
-                at = lower.find(b"content-length:")
-                length = int(lower[at + 15 : lower.index(b"\r\n", at)]) if at >= 0 else 0
-                body = await reader.readexactly(length) if length else b""
-            except (OSError, asyncio.IncompleteReadError, ValueError):
-                return 0, b""
-            if b"connection: close" in lower:
-                writer.close()
-            else:
-                self._idle.append((reader, writer))
-            return status, body
+        while not self._idle and self._n_open >= self._most:
+            self._waiting.append(asyncio.get_running_loop().create_future())
+            await self._waiting[-1]
+        answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
 
-    def close(self) -> None:
-        """Close every idle connection."""
-        for _, writer in self._idle:
-            writer.close()
-        self._idle.clear()
+        def done(status: int, body: bytes) -> None:
+            if not answer.done():
+                answer.set_result((status, body))
 
+        self.start(raw, done)
+        return await answer
 
-Job = tuple[bytes, int]  # raw request, texts in it
+    async def close(self) -> None:
+        """Close every idle connection, and wait until it is."""
+        for connection in list(self._idle):
+            connection.transport.close()
+        while self._idle:
+            await asyncio.sleep(0)
 
 
 async def closed_loop(
@@ -119,11 +229,10 @@ async def closed_loop(
     concurrency: int,
     seconds: float = float("inf"),
     count: int | None = None,
-    each: Callable[[int], None] | None = None,
 ) -> Record:
     """Send requests from ``concurrency`` callers that each wait for their answer."""
     record, sent = Record(), 0
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
 
     async def caller() -> None:
         nonlocal sent
@@ -133,123 +242,54 @@ async def closed_loop(
             now = time.perf_counter()
             status, _ = await client.send(raw)
             record.outcomes.append(Outcome(status, now - started, time.perf_counter() - now, n_texts))
-            if each:
-                each(len(record.outcomes))
 
     await asyncio.gather(*(caller() for _ in range(concurrency)))
-    record.seconds = time.perf_counter() - started
+    record.seconds, record.cpu_s = time.perf_counter() - started, time.process_time() - cpu
     return record
 
 
-async def open_loop(client: Client, jobs: Sequence[Job], *, rate: float, seconds: float, most: int) -> Record:
+async def open_loop(
+    client: Client,
+    jobs: Sequence[Job],
+    *,
+    rate: float,
+    seconds: float,
+    count: int | None = None,
+    each: Callable[[int], None] | None = None,
+) -> Record:
     """Send ``rate`` requests a second whether or not earlier ones were answered.
 
-    Latency counts from the time a request was due. ``most`` bounds what is outstanding; requests
-    beyond it are counted as unsent instead of being sent late.
+    Latency counts from the time a request was due. A request for which no connection is free is
+    counted as unsent instead of being sent late. ``each`` is called with the number of answers so far.
     """
-    record, outstanding = Record(), set()  # type: Record, set[asyncio.Task[None]]
-    started = time.perf_counter()
+    record = Record()
+    outcomes, outstanding = record.outcomes, 0
+    started, cpu = time.perf_counter(), time.process_time()
 
-    async def one(job: Job, due_s: float) -> None:
+    def begin(job: Job, due_s: float) -> None:
+        nonlocal outstanding
         raw, n_texts = job
-        status, _ = await client.send(raw)
-        record.outcomes.append(Outcome(status, due_s, time.perf_counter() - started - due_s, n_texts))
+
+        def done(status: int, _: bytes) -> None:
+            nonlocal outstanding
+            outstanding -= 1
+            outcomes.append(Outcome(status, due_s, time.perf_counter() - started - due_s, n_texts))
+            if each:
+                each(len(outcomes))
+
+        if client.start(raw, done):
+            outstanding += 1
+        else:
+            record.unsent += 1
 
     index = 0
-    while (now := time.perf_counter() - started) < seconds:
-        while (due_s := index / rate) <= now and due_s < seconds:
-            if len(outstanding) < most:
-                task = asyncio.create_task(one(jobs[index % len(jobs)], due_s))
-                outstanding.add(task)
-                task.add_done_callback(outstanding.discard)
-            else:
-                record.unsent += 1
+    while (now := time.perf_counter() - started) < seconds and (count is None or index < count):
+        while (due_s := index / rate) <= now and due_s < seconds and (count is None or index < count):
+            begin(jobs[index % len(jobs)], due_s)
             index += 1
-        await asyncio.sleep(max(0.0, min(0.002, index / rate - (time.perf_counter() - started))))
-    record.seconds = time.perf_counter() - started
-    if outstanding:
-        await asyncio.wait(outstanding, timeout=40)
+        await asyncio.sleep(max(0.0, min(_TICK_S, index / rate - (time.perf_counter() - started))))
+    record.seconds, record.cpu_s = time.perf_counter() - started, time.process_time() - cpu
+    end = time.perf_counter() + 40
+    while outstanding and time.perf_counter() < end:
+        await asyncio.sleep(_TICK_S)
     return record
-
-
-class ServerUnderTest:
-    """``sbs-edge serve`` in its own process; always stopped by ``with``."""
-
-    def __init__(self, bundle: Path, *arguments: str) -> None:
-        self._log = tempfile.NamedTemporaryFile("w", suffix=".log", delete=False)  # noqa: SIM115 (kept open)
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "sbs_edge.cli",
-            "serve",
-            str(bundle),
-            "--port",
-            "0",
-            *arguments,
-        ]
-        self.process = subprocess.Popen(command, stderr=self._log, stdout=subprocess.DEVNULL)
-        self.port = 0
-
-    def __enter__(self) -> ServerUnderTest:
-        try:
-            end = time.monotonic() + 120
-            while time.monotonic() < end and self.process.poll() is None:
-                for line in Path(self._log.name).read_text().splitlines():
-                    event = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-                    if event.get("event") == "listening":
-                        self.port = int(event["port"])
-                    elif event.get("event") == "ready":
-                        return self
-                time.sleep(0.05)
-            raise RuntimeError(f"The server did not get ready: {Path(self._log.name).read_text()[-2000:]}")
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(40)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self._log.close()
-        os.unlink(self._log.name)
-
-    def _status(self, field_name: str) -> int:
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith(field_name + ":"):
-                return int(line.split()[1])
-        return 0
-
-    @property
-    def rss_mib(self) -> float:
-        """Resident memory in MiB."""
-        return self._status("VmRSS") / 1024
-
-    @property
-    def n_threads(self) -> int:
-        """Threads of the process."""
-        return self._status("Threads")
-
-    @property
-    def n_descriptors(self) -> int:
-        """Open descriptors that are not connections."""
-        folder = Path(f"/proc/{self.process.pid}/fd")
-        count = 0
-        for entry in folder.iterdir():
-            try:
-                count += not os.readlink(entry).startswith("socket:")
-            except OSError:
-                continue
-        return count
-
-    def metric(self, start: str) -> float:
-        """Return the first metric whose line starts with ``start``; 0 if there is none."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.port}/metrics", timeout=10) as answer:
-            for line in answer.read().decode().splitlines():
-                if line.startswith(start):
-                    return float(line.split()[-1])
-        return 0.0
