@@ -1,8 +1,8 @@
 """How far padding moves a target's label scores, and whether it moves an answer.
 
 A row is padded by its own length alone, so company cannot change its answer; this measures what the padding itself
-does, by scoring every row again at twice its padded length. In exact arithmetic nothing would move. In float32 the
-attention's sums are split differently, and int8 carries such a last-place difference over a rounding border now and
+does, by scoring every row again at twice its padded length. In exact arithmetic nothing would move. Where float32
+splits the attention's sums differently, int8 may carry a last-place difference over a rounding border now and
 then, which is one step of one activation.
 """
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from sbs_edge.errors import UsageError
 
-__all__ = ["TARGETS", "Target", "providers_here", "targets_named"]
+__all__ = ["TARGETS", "Target", "check_runnable", "providers_here", "targets_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,21 @@ def providers_here(target: Target) -> list[str]:
     import onnxruntime
 
     return [name for name in target.providers if name in onnxruntime.get_available_providers()]
+
+
+def check_runnable(targets: Iterable[Target]) -> None:
+    """Refuse targets that this machine cannot run, because what they cost could not be measured.
+
+    Raises:
+        UsageError: the installed onnxruntime has none of a target's providers.
+    """
+    for target in targets:
+        if not providers_here(target):
+            raise UsageError(
+                f"{target.name} runs on {' or '.join(target.providers)}, which this machine's onnxruntime does not have, "
+                "so what it costs in accuracy cannot be measured here; nothing was written. Export on a machine that "
+                "has it (pip install 'sbs-edge[gpu]'), or write the target unmeasured with sbs-edge export --unguarded."
+            )
 
 
 def targets_named(names: tuple[str, ...]) -> list[Target]:

@@ -168,8 +168,10 @@ def run(
     """
     from sbs_edge.data.targets import teacher_agreement
     from sbs_edge.export.api import export
+    from sbs_edge.export.targets import check_runnable, targets_named
     from sbs_edge.student.evaluate import evaluate
 
+    check_runnable(targets_named(config.targets))  # now, not after an hour of training
     started = time.perf_counter()
     students: list[dict[str, Any]] = []
     for arm in arms_for(config):
