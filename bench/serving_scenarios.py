@@ -257,7 +257,7 @@ async def soak(
     jobs = _mixed(4096)
     options = ("--threads", str(threads), "--no-access-log", *_NO_QUEUE_LIMIT)
     with ServerUnderTest(f"bench={bundle}", *options) as server:
-        client = Client(server.port, most=256)
+        client = Client(server.port)
         probe = await closed_loop(client, jobs, concurrency=16, seconds=min(6.0, max_seconds / 10))
         capacity = len(probe.outcomes) / probe.seconds
         await client.close()
@@ -268,8 +268,8 @@ async def soak(
             if done % step == 0:
                 samples.append((done, server.rss_mib, server.n_threads, server.n_descriptors()))
 
-        client, cpu = Client(server.port, most=256), server.cpu_s
-        await client.open(256)
+        client, cpu = Client(server.port), server.cpu_s
+        await client.open(512)
         record = await open_loop(
             client, jobs, rate=share * capacity, seconds=max_seconds, count=requests, each=look
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from sbs_edge.errors import UsageError
 from sbs_edge.serve.app import create_app
 from sbs_edge.serve.engine import Loader, student_loader
 from sbs_edge.serve.escalate import Escalation
@@ -162,6 +163,13 @@ def serve(
         ssl_certfile=str(settings.tls_cert) if settings.tls_cert else None,
         ssl_keyfile=str(settings.tls_key) if settings.tls_key else None,
     )
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(
+            f"The certificate {settings.tls_cert} and the key {settings.tls_key} cannot be used: "
+            f"{error.strerror or error}. Both must be PEM files that belong together (--tls-cert, --tls-key)."
+        ) from error
     server = _Server(config, service)
     if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
         logger.warning(

@@ -327,6 +327,30 @@ def test_cascade_replaces_only_unsure_answers_and_says_so(hand_bundle, running):
     run(go())
 
 
+def test_the_cascade_goes_where_the_flag_says_and_nowhere_else(hand_bundle, running):
+    """No field, header or redirect of anybody's chooses an address; proxies of the environment neither."""
+    asked = []
+
+    def handle(request):
+        asked.append(str(request.url))
+        return httpx.Response(307, headers={"Location": "http://elsewhere/latest/meta-data"})
+
+    elsewhere = "http://elsewhere/v1"
+
+    async def go():
+        escalation = Escalation("http://teacher/v1", "big", transport=httpx.MockTransport(handle))
+        assert escalation._client.trust_env is False
+        async with running(hand_bundle, escalation=escalation, abstain_below=0.9) as edge:
+            for name in ("escalate_url", "url", "teacher", "base_url"):
+                assert (await edge.predict(["a"], **{name: elsewhere})).status_code == 400
+            headers = {"Host": "elsewhere", "X-Forwarded-Host": "elsewhere", "X-Escalate-Url": elsewhere}
+            got = (await edge.predict([elsewhere], headers=headers)).json()["predictions"][0]
+            assert (got["escalated"], got["abstained"]) == (False, True)
+
+    run(go())
+    assert asked == ["http://teacher/v1/chat/completions"]
+
+
 def test_match_label_takes_a_label_and_nothing_else():
     labels = ["call", "schedule a visit"]
     assert match_label('"Call".', labels) == "call"

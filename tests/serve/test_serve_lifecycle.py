@@ -197,7 +197,7 @@ def test_overload_answers_200_or_429_and_comes_back(serve_process, bundles, text
     asyncio.run(asyncio.wait_for(go(), 90))
 
 
-def test_tls_and_token(serve_process, bundles, tmp_path):
+def test_tls_and_token(serve_process, bundles, tmp_path, sbs_edge_cli):
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on this machine to make a certificate")
     cert, key, token = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "token"
@@ -213,6 +213,19 @@ def test_tls_and_token(serve_process, bundles, tmp_path):
     import ssl
 
     context = ssl.create_default_context(cafile=str(cert))
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(f"{server.url}/v2/health/live", trust_env=False)
+    with pytest.raises(httpx.RemoteProtocolError):  # no answer in clear on that port
+        httpx.get(f"{server.url.replace('https', 'http')}/v2/health/live", trust_env=False)
+    old = ssl.create_default_context(cafile=str(cert))
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert httpx.get(f"{server.url}/v2/health/live", verify=old, trust_env=False).status_code == 200
+    broken = tmp_path / "broken.pem"
+    broken.write_text("junk")
+    for given in (tmp_path / "none.pem", broken):
+        done = sbs_edge_cli("serve", bundles["closed"], "--port", "0", "--tls-cert", given, "--tls-key", key)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert str(given) in done.stderr
     with httpx.Client(base_url=server.url, verify=context, trust_env=False) as client:
         assert client.get("/v2/health/ready").status_code == 200
         body = {"texts": ["the vent blows cold air"]}
