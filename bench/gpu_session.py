@@ -28,7 +28,7 @@ __all__ = ["STAGES", "main", "run_session"]
 
 # Stage and the share of the whole time that it may take at most; what one leaves, the next ones have.
 STAGES = {"matmul": 0.08, "correctness": 0.15, "kernels": 0.42, "sweep": 0.13, "train": 0.16, "targets": 0.06}
-_INTERPRETED = ("correctness", "sweep")
+_INTERPRETED = ("correctness", "kernels", "sweep")
 
 
 def _document(device: str) -> dict[str, Any]:
@@ -39,7 +39,10 @@ def _document(device: str) -> dict[str, Any]:
     cases = SMALL_CASES if device == "cpu" else SESSION_CASES
     options = KernelOptions(cases, names_for("all"), device=device)
     command = ["python", "-P", "-m", "sbs_edge.bench.gpu_session", *sys.argv[1:]]
-    return new_document(options, command)
+    document = new_document(options, command)
+    if device == "cpu":
+        document["model"]["shape"] += " (a rehearsal: its times mean nothing)"
+    return document
 
 
 def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
@@ -89,19 +92,20 @@ def _collect(document: dict[str, Any], out: Path, states: list[dict[str, Any]]) 
 
 
 def _summary(document: dict[str, Any]) -> str:
-    """The session in a screenful: states, verdicts, and every loss's time, memory and error."""
+    """The session in screenfuls, the most important last: a terminal or a log may keep only its end."""
     from sbs_edge.bench.kernel_tables import kernel_tables
     from sbs_edge.bench.tables import headline
 
-    lines = [headline(document)]
-    for state in document["session"]["stages"]:
-        lines.append(f"{state['stage']}: {state['state']} ({state['seconds']:.0f} s)")
+    lines: list[str] = []
+    for table in reversed(kernel_tables(document)[: len(document["cases"])]):
+        lines += [table.title, *("  " + " | ".join(row) for row in table.rows)]
     checks = document["session"].get("correctness", [])
     wrong = [row for row in checks if row.get("verdict") not in ("right", "left out: interpreter")]
-    lines.append(f"correctness: {len(checks)} checks, {len(wrong)} not right")
     lines += [json.dumps(row) for row in wrong[:12]]
-    for table in kernel_tables(document)[: len(document["cases"])]:
-        lines += [table.title, *("  " + " | ".join(row) for row in table.rows)]
+    lines.append(f"correctness: {len(checks)} checks, {len(wrong)} not right")
+    for state in document["session"]["stages"]:
+        lines.append(f"{state['stage']}: {state['state']} ({state['seconds']:.0f} s)")
+    lines.append(headline(document))
     return "\n".join(lines) + "\n"
 
 

@@ -29,7 +29,7 @@ SESSION_CASES = [
     Case(*_MAIN, "bfloat16", data="flat"),
     *(Case(*shape, "bfloat16") for shape in GPU_SHAPES[5:]),
 ]
-SMALL_CASES = [Case(40, 16, 300, padding=0.3)]
+SMALL_CASES = [Case(40, 16, 300)]
 
 
 def matmul(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def kernels(device: Any, small: bool, save: Save, seconds: float, say: Say) -> d
 
     options = KernelOptions(
         cases=SMALL_CASES if small else SESSION_CASES,
-        peers=names_for("eager" if small else "all"),
+        peers=names_for("eager,liger" if small else "all"),
         device=device.type,
         rounds=2 if small else 10,
         calls=1 if small else 3,

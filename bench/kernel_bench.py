@@ -148,6 +148,8 @@ def _timed_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, e
         except WorkerFailed as failure:
             record.roof_failure = str(failure)
         for entry in [*losses.ready[at:], *losses.ready[:at]]:
+            if entry not in losses.ready:  # lost when the process was started again
+                continue
             for what in ("forward", "step"):
                 series = record.series(entry, what)
                 # The first call already ran: one more warms what a compiler put off.
@@ -161,6 +163,8 @@ def _timed_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, e
 
 def _memory(losses: _Losses, record: CaseRecord, options: KernelOptions) -> None:
     for entry in list(losses.ready):
+        if entry not in losses.ready:
+            continue
         if options.device == "cuda":
             reply = losses.ask(entry, "memory")
         else:

@@ -262,5 +262,10 @@ def _head_size(student: Path) -> tuple[int, int]:
     """(D, V) as the student's config.json has them; the head may hold padded rows."""
     import json
 
-    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{student} is no student: its config.json cannot be read. Give --student."
+        ) from error
     return int(config["d_model"]), int(config["vocab_size"])

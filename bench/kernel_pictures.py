@@ -26,7 +26,7 @@ def _points(rows: list[Row], case: str) -> dict[tuple[str, str], dict[str, Row]]
 
 
 def _pareto(points: dict[tuple[str, str], dict[str, Row]]) -> set[tuple[str, str]]:
-    """Those that no other beats in time, memory and error at once; errors within a tenth are equal."""
+    """Those that no other beats in time, memory and error at once; what is within noise counts as equal."""
 
     def figures(key: tuple[str, str]) -> tuple[float, float, float]:
         sections = points[key]
@@ -40,7 +40,10 @@ def _pareto(points: dict[tuple[str, str], dict[str, Row]]) -> set[tuple[str, str
         ms, mib, error = figures(key)
         others = [figures(other) for other in points if other != key]
         return any(
-            o_ms <= ms and o_mib <= mib and o_error <= 1.1 * error and (o_ms < ms or o_mib < mib)
+            o_ms <= 1.02 * ms
+            and o_mib <= 1.05 * mib
+            and o_error <= 1.1 * error
+            and (o_ms < ms / 1.05 or o_mib < mib / 1.05)
             for o_ms, o_mib, o_error in others
         )
 

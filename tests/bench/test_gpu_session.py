@@ -50,12 +50,16 @@ def test_the_rehearsal_on_a_cpu_runs_every_stage(tmp_path):
     assert [(s["stage"], s["state"]) for s in session["stages"]] == [(s, "done") for s in gpu_session.STAGES]
     assert session["matmul"][1]["together"] > 0
     verdicts = {(row["engine"], row["dtype"]): row["verdict"] for row in session["correctness"]}
-    for engine in ("torch", "cublas"):
+    for engine in ("torch", "cublas", "triton"):
         assert verdicts[engine, "float32"] == verdicts[engine, "float16"] == "right"
     assert verdicts["torch", "bfloat16"] == "right"
     assert {row["scale"] for row in session["correctness"] if "scale" in row} == {1.0, 65536.0}
     assert {row["engine"] for row in session["sweep"] if "ms" in row} >= {"torch", "cublas"}
     assert {case["name"] for case in document["cases"]} == {case.name for case in gpu_stages.SMALL_CASES}
+    # The GPU engines and Liger's kernels, in Triton's interpreter, through the whole bench.
+    judged = {r["system"]: r["extra"] for r in document["rows"] if r["section"] == "gradient error"}
+    assert set(judged) >= {"sbs-edge:torch", "sbs-edge:cublas", "sbs-edge:triton", "eager"}
+    assert all(extra["wrong"] is None for extra in judged.values())
     assert session["train"]["kind"] == "train"
     assert session["train"]["rows"]
     (target,) = session["targets"]

@@ -72,6 +72,10 @@ def test_the_tolerance_is_twice_plain_torch_s_error():
     for name, what in (("hidden_rel_l2", "dX"), ("weight_rel_l2", "dW"), ("loss", "loss")):
         assert what in str(judge({**plain, name: 2.01e-3}, plain, 1e-7))
         assert what in str(judge({**plain, name: float("nan")}, plain, 1e-7))
+    exact = dict.fromkeys(plain, 0.0)  # plain torch was lucky: float32's own noise is no fault
+    assert judge({"hidden_rel_l2": 2e-8, "weight_rel_l2": 2e-8, "loss": 1.9e-6}, exact, 1.2e-7) is None
+    assert judge({"hidden_rel_l2": 4e-8, "weight_rel_l2": 0.0, "loss": 0.0}, exact, 1.2e-7) is not None
+    assert judge({**exact, "loss": 2.1e-6}, exact, 1.2e-7) is not None
 
 
 def test_data_kinds_are_what_they_say():
