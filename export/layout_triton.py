@@ -13,6 +13,9 @@ across requests needs every tensor to have a batch dimension, so the scalar ``ma
 explainer becomes a constant here. Triton batches requests of equal shape: clients pad to a multiple
 of 16 tokens so that batches form.
 
+Rationales of targets for GPUs are left out: their encoder and step graphs are driven by a loop on the host, with a
+cache between the steps, which is no request and answer. The repository's README says so.
+
 Source of the fields: Triton's ``model_config.proto``. Knows nothing of training or HTTP.
 """
 
@@ -62,7 +65,7 @@ def write_triton_repository(
         instances: copies of each graph that run side by side.
 
     Raises:
-        UsageError: a target is not in the bundle, or a number is out of range.
+        UsageError: a target is not in the bundle or has no graph to serve, or a number is out of range.
         IntegrityError: the bundle is damaged.
     """
     for name, value in (
@@ -80,6 +83,13 @@ def write_triton_repository(
     if unknown:
         raise UsageError(
             f"The bundle has no target {unknown[0]!r}; it has: {', '.join(manifest['targets'])}."
+        )
+    stepwise = [target for target in wanted if "decoder_step" in manifest["targets"][target]]
+    alone = [target for target in stepwise if not any(role in manifest["targets"][target] for role in _ROLES)]
+    if alone:
+        raise UsageError(
+            f"The target {alone[0]!r} of this bundle only generates, in steps that a loop on the host drives, and Triton "
+            "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph holds the loop."
         )
     names: list[tuple[str, str, str]] = []
     with files.atomic_directory(out) as work:
@@ -132,7 +142,7 @@ def write_triton_repository(
                 names.append((name, target, role))
         (work / "tokenizer").mkdir()
         shutil.copyfile(opened.member("tokenizer.json"), work / "tokenizer" / "tokenizer.json")
-        files.write_text(work / "README.md", _readme(manifest, names))
+        files.write_text(work / "README.md", _readme(manifest, names, stepwise))
     return Path(out)
 
 
@@ -217,10 +227,35 @@ def _text(message: Mapping[str, Any], indent: str = "") -> str:
     return "".join(lines)
 
 
-def _readme(manifest: Mapping[str, Any], names: Sequence[tuple[str, str, str]]) -> str:
+def _readme(
+    manifest: Mapping[str, Any], names: Sequence[tuple[str, str, str]], stepwise: Sequence[str]
+) -> str:
     limits, prefixes, model = manifest["limits"], manifest["prefixes"], manifest["model"]
     table = "".join(f"| `{name}` | {target} | {role} |\n" for name, target, role in names)
     temperature = (manifest.get("calibration") or {}).get("temperature", 1.0)
+    roles = {role for _, _, role in names}
+    encode = "".join(
+        f"    ids = tokenizer.encode({json.dumps(prefixes[task])} + text).ids  # for {task}s\n"
+        for task, wanted in (("label", roles), ("rationale", roles & {"explainer"}))
+        if wanted
+    )
+    notes = ""
+    if "label_scorer" in roles:
+        notes += f"""* `scores` are the scores of the labels in `labels.txt`; the calibrated probabilities are
+  `softmax(scores / {temperature})`.
+"""
+    if "choice_scorer" in roles:
+        notes += f"""* The choice scorer takes the request's labels as a prefix trie, which `sbs_edge.runtime.trie` makes;
+  `softmax(scores / {temperature})` are the probabilities.
+"""
+    if "explainer" in roles:
+        notes += f"""* `tokens` hold at most {limits["max_new_tokens"]} tokens and end with {model["eos_token_id"]};
+  decode with `tokenizer.decode(tokens, skip_special_tokens=True)`.
+"""
+    if stepwise:
+        notes += f"""* {", ".join(stepwise)}: no rationales here. On GPUs a loop on the host decodes them,
+  which `sbs-edge serve` and `sbs_edge.Student` have and Triton has not.
+"""
     return f"""# {manifest["name"]} {manifest["version"]} for Triton Inference Server
 
     tritonserver --model-repository=THIS_DIRECTORY
@@ -232,17 +267,11 @@ Triton runs graphs; text is turned into tokens by the client, with `tokenizer/to
 
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file("tokenizer/tokenizer.json")
-    ids = tokenizer.encode({json.dumps(prefixes["label"])} + text).ids      # for labels
-    ids = tokenizer.encode({json.dumps(prefixes["rationale"])} + text).ids  # for rationales
-
+{encode}
 * At most {limits["max_source_tokens"]} tokens; end-of-sequence ({model["eos_token_id"]}) is appended by the tokenizer.
 * Pad `input_ids` with {model["pad_token_id"]} and `attention_mask` with 0, to a multiple of 16: Triton batches
   requests of equal shape only. Padding does not change an answer.
-* `scores` are logits of the labels in `labels.txt`; the calibrated probabilities are
-  `softmax(scores / {temperature})`.
-* `tokens` hold at most {limits["max_new_tokens"]} tokens and end with {model["eos_token_id"]}; decode with
-  `tokenizer.decode(tokens, skip_special_tokens=True)`.
-* The graphs use ONNX opset {_opset(manifest)}; the server's onnxruntime must know it.
+{notes}* The graphs use ONNX opset {_opset(manifest)}; the server's onnxruntime must know it.
 """
 
 

@@ -54,6 +54,7 @@ def bundle(request, tmp_path_factory):
     write_examples(student / "validation.jsonl", rows)
     write_examples(student / "calibration.jsonl", splits.train[:32])
     export(student, root / "bundle", targets=("cpu-int8", "cpu-fp32"), max_drop=100)
+    export(student, root / "gpu", targets=("cuda-fp16",), max_drop=100, unguarded=True)
     return root / "bundle"
 
 
@@ -144,6 +145,42 @@ def test_the_repository_gives_the_bundles_answers(bundle, tmp_path):
 
 def _until_end(row):
     return row[: row.index(1)] if 1 in row else row
+
+
+def test_a_gpu_targets_repository_says_what_it_leaves_out(bundle, tmp_path):
+    import onnxruntime as ort
+
+    from sbs_edge.data.builtin import builtin_splits
+    from sbs_edge.export.layout_triton import write_triton_repository
+    from sbs_edge.runtime.student import Student
+
+    gpu = bundle.parent / "gpu"
+    kind = json.loads((gpu / "manifest.json").read_text())["task"]["label_kind"]
+    if kind == "open":  # nothing but steps
+        with pytest.raises(UsageError, match="only generates"):
+            write_triton_repository(gpu, tmp_path / "r")
+        assert not (tmp_path / "r").exists()
+        return
+    repository = write_triton_repository(gpu, tmp_path / "r")
+    (config,) = configs(repository).values()
+    assert config.name.endswith("label_scorer" if kind == "closed" else "choice_scorer")
+    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+    readme = (repository / "README.md").read_text()
+    assert "cuda-fp16: no rationales here" in readme
+    assert "# for rationales" not in readme
+    assert ("labels.txt" in readme) == (kind == "closed")
+    session = ort.InferenceSession(str(repository / config.name / "1" / "model.onnx"))
+    assert [t.name for t in session.get_inputs()] == [t.name for t in config.input]
+    assert TYPES[model_config_pb2.DataType.Name(config.output[0].data_type)] == session.get_outputs()[0].type
+    if kind == "closed":
+        texts = [e.input for e in builtin_splits("ci").test[:4]]
+        with Student.load(gpu, providers=["CPUExecutionProvider"]) as student:
+            rows = student.tokenize(texts)
+            for text, ids in zip(texts, rows, strict=True):
+                (scores,) = session.run(
+                    None, {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+                )
+                assert student.labels[int(scores[0].argmax())] == student.predict([text])[0].label
 
 
 def test_wrong_requests_are_refused_and_nothing_is_left(bundle, tmp_path):
