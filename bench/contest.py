@@ -26,13 +26,20 @@ REFERENCE = "transformers"
 
 @dataclass(slots=True)
 class Entry:
-    """One system of the contest."""
+    """One system of the contest.
+
+    Attributes:
+        footprint_only: after its answers were checked, only its cold start, memory and size are measured.
+        label_only: it has no graph for rationales and is not asked for any.
+    """
 
     name: str
     spec: Spec | None
     why: str = ""
     worker: Worker | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    footprint_only: bool = False
+    label_only: bool = False
 
     @property
     def ours(self) -> bool:

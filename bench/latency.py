@@ -97,8 +97,16 @@ def shape_student(shape: str, seed: int, say: Say) -> Path:
     return target
 
 
-def shape_bundle(student: Path, targets: Sequence[str], say: Say) -> Path:
-    """The cached bundle of a random student; the guard's limit is lifted, for there is nothing to guard."""
+def shape_bundle(student: Path, targets: Sequence[str], say: Say, **options: Any) -> Path:
+    """The cached bundle of a random student; the guard's limit is lifted, for there is nothing to guard.
+
+    Args:
+        student: the student directory.
+        targets: what to export it for.
+        say: receives a line when it is made.
+        options: switches of the export.
+
+    """
     import sbs_edge.export.api as export_package
     from sbs_edge import __version__
     from sbs_edge.export.api import export
@@ -106,10 +114,11 @@ def shape_bundle(student: Path, targets: Sequence[str], say: Say) -> Path:
     writer = Path(export_package.__file__).parent
     code = digest(writer, tuple(sorted(path.name for path in writer.glob("*.py"))))
     name = f"bundle-{digest(student)[:12]}-{'-'.join(targets)}-{__version__}-{code[:8]}"
+    name = "-".join([name, *(option for option, on in options.items() if on)])
     target = cache_root() / name
     if not (target / "manifest.json").is_file():
         say(f"exporting {student.name} for {', '.join(targets)}")
-        export(student, target, targets=tuple(targets), max_drop=100.0)
+        export(student, target, targets=tuple(targets), max_drop=100.0, **options)
     return target
 
 
@@ -131,7 +140,36 @@ def _our_entries(options: LatencyOptions, bundles: Sequence[Path], make: Callabl
             if target not in available:
                 entries.append(Entry(name, None, why=f"the bundle has no target {target!r}"))
             else:
-                entries.append(Entry(name, make(system=f"sbs-edge:{target}", artifact=str(bundle.resolve()))))
+                spec = make(system=f"sbs-edge:{target}", artifact=str(bundle.resolve()))
+                entries.append(Entry(name, spec, label_only=_label_only(manifest, target)))
+    return entries
+
+
+def _label_only(manifest: dict[str, Any], target: str) -> bool:
+    return not {"explainer", "decoder_step"} & set(manifest["targets"][target])
+
+
+# What an export offers to whoever wants labels alone: size, memory and cold start, not speed, are its point.
+_SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("label only", {"label_only": True}),
+    ("label only, input vocabulary pruned", {"label_only": True, "prune_input_vocabulary": True}),
+)
+
+
+def _smaller_entries(
+    student: Path, targets: Sequence[str], make: Callable[..., Any], say: Say
+) -> list[Entry]:
+    """The same student exported for labels alone, measured for its footprint."""
+    entries = []
+    for target in targets:
+        for name, switches in _SMALLER if target.startswith("cpu-") else ():
+            bundle = shape_bundle(student, [target], say, **switches)
+            manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+            spec = make(system=f"sbs-edge:{target}", artifact=str(bundle))
+            entry = Entry(f"sbs-edge:{target} ({name})", spec, footprint_only=True, label_only=True)
+            if manifest.get("vocabulary"):
+                entry.facts["vocabulary"] = manifest["vocabulary"]
+            entries.append(entry)
     return entries
 
 
@@ -161,15 +199,19 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
     card, config = student_facts(student)
     make = partial(base_spec, student.resolve(), card, config, threads=options.threads, cpus=_cpus(options))
     bundles = list(options.bundles)
+    smaller: list[Entry] = []
     why = ""
     if options.shape:
         try:
             bundles = [shape_bundle(student, options.targets or ("cpu-int8",), say)]
+            if card["task"]["label_kind"] == "closed":
+                smaller = _smaller_entries(student, options.targets or ("cpu-int8",), make, say)
         except Exception as error:  # the peers are measured all the same
             if os.environ.get("SBS_EDGE_DEBUG"):
                 raise
             why = f"{type(error).__name__}: {error}"
     entries = _our_entries(options, bundles, make) if bundles else [Entry("sbs-edge", None, why=why)]
+    entries += smaller
     entries += peer_entries(options.against, student.resolve(), make, say)
     contest = Contest(
         entries,
@@ -193,7 +235,7 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
 
 
 def _system(entry: Entry) -> dict[str, Any]:
-    kept = ("precision", "seconds", "setting", "quality", "peak_rss_mb", "anonymous_rss_mb")
+    kept = ("precision", "seconds", "setting", "quality", "vocabulary", "peak_rss_mb", "anonymous_rss_mb")
     facts = {key: entry.facts[key] for key in kept if key in entry.facts}
     if "seconds" in facts:
         facts["conversion_seconds"] = facts.pop("seconds")
@@ -216,9 +258,12 @@ def measure_latency(
     try:
         say("asking every system for its answers")
         rows += quality.measure(contest, compare, schedule.rationale_steps)
-        if contest.reference is not None and contest.reference.worker is not None:
-            contest.reference.worker.close()
-            contest.reference.worker = None
+        for entry in (*contest.entries, contest.reference):
+            if entry is None or entry.worker is None:
+                continue
+            if entry.footprint_only or entry is contest.reference:
+                entry.worker.close()
+                entry.worker = None
         clock = time.monotonic()
         if not options.prepare_only:
             rows += latency_sections.label(contest, schedule, _SHARES["label"], say)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sbs_edge.bench.contest import Contest, Entry
 from sbs_edge.bench.footprint import closure, directory_bytes, installed_bytes
-from sbs_edge.bench.latency_sections import Schedule, Series, rotated
+from sbs_edge.bench.latency_sections import Schedule, Series, turned
 from sbs_edge.bench.protocol import Worker, WorkerFailed
 from sbs_edge.bench.rows import Row
 from sbs_edge.bench.stats import percentiles
@@ -46,7 +46,9 @@ def cold_start(contest: Contest, schedule: Schedule, share: float, say: Callable
     for number, _ in zip(range(schedule.cold_rounds), schedule.rounds_within(share), strict=False):
         say(f"cold start, round {number + 1}")
         times["python"].add([_python_floor()])
-        for entry in rotated(contest.entries, number):
+        for entry in turned(contest.entries, number):
+            if entry.why or entry.spec is None:
+                continue
             try:
                 ns, reply = _first_answer(entry, text, choices)
             except WorkerFailed as failure:
@@ -84,6 +86,8 @@ def _bundle_sizes(bundle: Path, target: str) -> dict[str, float]:
     target_files = {name: size for name, size in sizes.items() if name.split("/")[0] == target}
     graph = str(manifest["targets"][target].get("label_scorer") or "")
     found = {"all of the target": own + shared + sum(target_files.values())}
+    if graph and not {"explainer", "decoder_step"} & set(manifest["targets"][target]):
+        return {"label alone": found["all of the target"]}
     if graph:
         needed = {graph} | _external_data(bundle, graph, set(target_files))
         found["label alone"] = own + shared + sum(size for name, size in sizes.items() if name in needed)

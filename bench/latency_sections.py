@@ -102,8 +102,13 @@ class Series:
 
 def rotated(entries: list[Entry], number: int) -> list[Entry]:
     """The living entries, starting at another one each round."""
+    return [entry for entry in turned(entries, number) if entry.worker is not None]
+
+
+def turned(entries: list[Entry], number: int) -> list[Entry]:
+    """All entries, starting at another one each round."""
     at = number % len(entries) if entries else 0
-    return [entry for entry in [*entries[at:], *entries[:at]] if entry.worker is not None]
+    return [*entries[at:], *entries[:at]]
 
 
 def _asked(entry: Entry, do: str, **order: Any) -> dict[str, Any] | None:
@@ -166,7 +171,7 @@ def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[
         say(f"rationale, round {number + 1}")
         for batch in schedule.rationale_batches:
             texts = inputs.texts(source, batch)
-            for entry in rotated(contest.entries, number):
+            for entry in rotated([entry for entry in contest.entries if not entry.label_only], number):
                 key = (entry.name, batch)
                 replies = []
                 for table, steps in ((first, 1), (whole, schedule.rationale_steps)):

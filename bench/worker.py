@@ -134,7 +134,8 @@ def answer(system: System, order: dict[str, Any]) -> dict[str, Any]:
         for at in range(0, len(texts), 8):
             some = None if choices is None else choices[at : at + 8]
             free += system.label(texts[at : at + 8], variant, some)
-        rationales = system.rationale(texts[: order["rationales"]], order["steps"])
+        asked = texts[: order["rationales"]]
+        rationales = system.rationale(asked, order["steps"]) if asked else []
         return {
             "free": free,
             "restricted": system.restricted(texts),

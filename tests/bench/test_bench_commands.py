@@ -65,11 +65,15 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     document = json.loads(done.stdout.strip().splitlines()[-1])
     assert document == load_document(out / "result.json")
     states = {system["name"]: system["why"] for system in document["systems"]}
-    assert states == {"sbs-edge:cpu-int8": "", "ctranslate2": "", "onnxruntime-int8": ""}
+    smaller = "sbs-edge:cpu-int8 (label only)", "sbs-edge:cpu-int8 (label only, input vocabulary pruned)"
+    assert states == dict.fromkeys(("sbs-edge:cpu-int8", *smaller, "ctranslate2", "onnxruntime-int8"), "")
     sections = {row["section"] for row in document["rows"] if row["system"] == "sbs-edge:cpu-int8"}
     assert sections == {
         "quality", "label", "rationale", "throughput", "open_loop", "cold_start", "memory", "disk", "installed",
     }  # fmt: skip
+    for name in smaller:
+        found = {row["section"] for row in document["rows"] if row["system"] == name}
+        assert found == {"quality", "cold_start", "memory", "disk", "installed"}
     rows: dict[Any, Any] = {
         (row["section"], row["system"], row["variant"], row["case"]): row for row in document["rows"]
     }
@@ -78,6 +82,11 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
         assert row["value"] > 0 or row["section"] == "quality" or row["variant"] == "a token", row
     label = rows["label", "sbs-edge:cpu-int8", "label", "batch 1, 32 tokens"]
     assert label["extra"]["tokens"] == 32
+    sizes = [rows["disk", name, "label alone", "files"]["value"] for name in ("sbs-edge:cpu-int8", *smaller)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+    (figures,) = (system["vocabulary"] for system in document["systems"] if "vocabulary" in system)
+    assert figures["tokens"] < figures["tokens_of_the_student"]
     assert len(label["rounds"]) == 2
     assert label["extra"]["p50"] <= label["extra"]["p90"] <= label["extra"]["p99"]
     assert rows["label", "ctranslate2", "one token", "batch 8, 16 tokens"]["extra"]["n"] >= 2
