@@ -2,6 +2,10 @@
 
     python -m sbs_edge.bench.serving all BUNDLE --out serving.json
     python -m sbs_edge.bench.serving overload BUNDLE --seconds 60
+    python -m sbs_edge.bench.serving overload --shape t5-small
+
+Drain and soak ask for hundreds of rationales: they suit bundles of a few million parameters, the other
+scenarios any.
 
 Every scenario starts a server of its own, is bounded in time and in requests, and stops what it
 started. The last line on stdout is one JSON document; with ``--out`` scenarios run one after another
@@ -27,7 +31,7 @@ from sbs_edge.bench import machine
 from sbs_edge.bench import serving_scenarios as scenarios
 from sbs_edge.bench.serving_client import run
 from sbs_edge.bench.serving_server import shared_cores, split_cores
-from sbs_edge.errors import DataError
+from sbs_edge.errors import DataError, UsageError
 from sbs_edge.runtime.bundle import Bundle
 
 __all__ = ["Options", "Scenario", "main", "measure"]
@@ -116,6 +120,16 @@ def measure(
     return document
 
 
+def _served(bundle: Path | None, shape: str) -> Path:
+    if (bundle is None) == (not shape):
+        raise UsageError("Give either a bundle or --shape.")
+    if bundle is not None:
+        return bundle
+    from sbs_edge.bench.latency import shape_bundle, shape_student
+
+    return shape_bundle(shape_student(shape, 0, _console.print), ["cpu-int8"], _console.print)
+
+
 def _gathered(out: Path, bundle: Path) -> dict[str, Any] | None:
     """Return the document ``out`` already holds, if it is of the same bundle."""
     if not out.exists():
@@ -128,7 +142,13 @@ def _gathered(out: Path, bundle: Path) -> dict[str, Any] | None:
 
 def main(
     scenario: Annotated[Scenario, typer.Argument(help="What to measure.")],
-    bundle: Annotated[Path, typer.Argument(help="A bundle with a closed label set and rationales.")],
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle with a closed label set and rationales.")
+    ] = None,
+    shape: Annotated[
+        str,
+        typer.Option(help="Instead of a bundle: random weights of this shape, made once (t5-small, ...)."),
+    ] = "",
     seconds: Annotated[float, typer.Option(help="Length of the overload.")] = 60.0,
     requests: Annotated[int, typer.Option(help="Requests of the soak.")] = 100_000,
     soak_seconds: Annotated[float, typer.Option(help="Longest time of the soak.")] = 1200.0,
@@ -142,6 +162,7 @@ def main(
     if threads == 1:  # the same single thread for the tokenizer, here and in the server
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = Options(seconds, requests, soak_seconds, threads, pin)
+    bundle = _served(bundle, shape)
     document = measure(scenario, bundle, options, _gathered(out, bundle) if out else None)
     if out:
         files.write_json(out, document)

@@ -241,7 +241,7 @@ def _mixed(n: int) -> list[Job]:
             packed = gzip.compress(json.dumps({"texts": chosen}).encode())
             jobs.append((request_bytes("/v1/predict", packed, "Content-Encoding: gzip\r\n"), size))
         elif kind < 0.45:
-            bad = rng.choice([b"{", b'{"texts": []}', json.dumps({"texts": ["word " * 400]}).encode()])
+            bad = rng.choice([b"{", b'{"texts": []}', json.dumps({"texts": ["word " * 5000]}).encode()])
             jobs.append((request_bytes("/v1/predict", bad), 0))
         else:
             jobs.append(_job(chosen))
