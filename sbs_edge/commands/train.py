@@ -216,7 +216,7 @@ def register(app: typer.Typer) -> None:
         ] = 0,
         bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
         fsdp: Annotated[
-            bool, typer.Option("--fsdp", help="Shard parameters over torchrun's processes (GPUs).")
+            bool, typer.Option("--fsdp", help="Shard parameters over torchrun's processes.")
         ] = False,
         resume: Annotated[
             bool,

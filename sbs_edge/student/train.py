@@ -69,7 +69,7 @@ def _fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[st
     may_change = {
         "resume", "batch_size", "gradient_accumulation", "progress", "trackers", "threads", "workspace_mb",
         "loss_engine", "save_steps", "keep_checkpoints", "eval_batch_size", "gradient_checkpointing", "max_steps",
-        "epochs",
+        "epochs", "fsdp",
     }  # fmt: skip
     print_ = {k: json.dumps(v) for k, v in config.model_dump(mode="json").items() if k not in may_change}
     if not streamed:
@@ -162,6 +162,32 @@ def _validation(
     return batches, answers
 
 
+def _make_model(config: TrainConfig, vocabulary: int) -> Any:
+    """Build or load the student, with adapters if asked for, and put the two-task loss around it."""
+    from sbs_edge.student import model as models
+
+    if config.model is None:
+        student = models.build_student(config, vocabulary)
+    else:
+        student = models.load_checkpoint(config.model, config.dropout)
+    if config.gradient_checkpointing:
+        # transformers 5 renamed the method
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if config.lora_rank:
+        if util.find_spec("peft") is None:
+            raise MissingExtra("peft", "train", "LoRA")
+        student = models.add_lora(student, config.lora_rank, config.lora_alpha)
+    return models.TwoTaskModel(
+        student,
+        config.lambda_,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        workspace_mb=config.workspace_mb,
+        engine=config.loss_engine,
+    )
+
+
 def train(
     data: str | os.PathLike[str] | Splits | None = None,
     out: str | os.PathLike[str] = "runs/student",
@@ -214,7 +240,6 @@ def _run(
     import transformers
     from transformers import set_seed
 
-    from sbs_edge.student import model as models
     from sbs_edge.student.batches import Batches, Collator, Encoder, MemoryRows, StreamRows
     from sbs_edge.student.tokens import checkpoint_tokenizer, scratch_tokenizer
     from sbs_edge.student.trainer import TwoTaskTrainer, make_arguments
@@ -222,40 +247,26 @@ def _run(
     transformers.logging.set_verbosity_error()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.fsdp and not torch.cuda.is_available():
-        raise UsageError(
-            "fsdp needs a GPU a process: accelerate does not shard on CPUs. Use torchrun without fsdp there."
-        )
     set_seed(config.seed)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     first = rank == 0
+    if config.fsdp and world < 2:
+        raise UsageError(
+            "fsdp shards parameters over processes, and this is the only one. Start several: torchrun "
+            "--nproc-per-node 2 -m sbs_edge.cli train ... --fsdp, or leave --fsdp out."
+        )
     work = out.with_name(out.name + ".training")
 
-    if config.model is None:
-        tokenizer = scratch_tokenizer(splits.train, splits.task, config)
-        student = models.build_student(config, tokenizer.get_vocab_size())
-    else:
-        tokenizer = checkpoint_tokenizer(config.model)
-        student = models.load_checkpoint(config.model, config.dropout)
-    if config.gradient_checkpointing:
-        # transformers 5 renamed the method
-        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    n_parameters = sum(value.numel() for value in student.parameters())
-    settings = student.config
-    ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
-    if config.lora_rank:
-        if util.find_spec("peft") is None:
-            raise MissingExtra("peft", "train", "LoRA")
-        student = models.add_lora(student, config.lora_rank, config.lora_alpha)
-    model = models.TwoTaskModel(
-        student,
-        config.lambda_,
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
-        workspace_mb=config.workspace_mb,
-        engine=config.loss_engine,
+    tokenizer = (
+        scratch_tokenizer(splits.train, splits.task, config)
+        if config.model is None
+        else checkpoint_tokenizer(config.model)
     )
+    model = _make_model(config, tokenizer.get_vocab_size())
+    # adapters are counted by what they are merged into
+    n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
+    settings = model.student.config
+    ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 
     encoder = Encoder(tokenizer, config, ids["eos_id"])
     collator = Collator(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
@@ -362,7 +373,12 @@ def _finish(
     report.update({name: kept[name] for name in names if name in kept})
     report.update({name: value for name, value in kept.items() if name.startswith("eval_")})
     report["best_step"] = kept.get("step")
+    state = trainer.whole_state() if config.fsdp else None
     if trainer.args.should_save:
+        if state is not None:
+            model = _make_model(config, tokenizer.get_vocab_size())
+            model.load_state_dict(state, strict=False)  # tied weights are there once
+            trainer.model = model
         if scored and config.select == "best" and (work / BEST).is_file():
             trainer.load_state(work / BEST)
         student = merge_lora(model.student)

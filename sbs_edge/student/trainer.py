@@ -6,6 +6,7 @@ What is overridden and why:
   before the first of them runs, so that a task's loss is the mean over every token of the step, not a
   mean of means, whatever the last batch or one process's share looks like.
 * ``_save_checkpoint`` writes beside the final place and renames; a kill leaves whole checkpoints only.
+* ``create_optimizer`` shards the model first where that was asked for (:mod:`sbs_edge.student.sharding`).
 * ``evaluate`` reads validation rows once, both tasks in one pass, split over the processes.
 """
 
@@ -30,6 +31,7 @@ from sbs_edge.errors import UsageError
 from sbs_edge.student.batches import Batches
 from sbs_edge.student.config import TrainConfig
 from sbs_edge.student.model import TwoTaskModel
+from sbs_edge.student.sharding import Sharded, shard, spread_optimizer_state, whole, whole_optimizer_state
 
 __all__ = ["TwoTaskTrainer", "find_checkpoint", "make_arguments"]
 
@@ -48,10 +50,6 @@ def make_arguments(config: TrainConfig, work: Path, steps: int, *, evaluates: bo
     """Translate ``config`` for transformers' Trainer (4.57 and 5)."""
     every = config.eval_steps or max(1, steps // 6)
     save = every if config.save_steps is None else config.save_steps
-    options: dict[str, Any] = {}
-    if config.fsdp:
-        options["fsdp"] = "full_shard auto_wrap"
-        options["fsdp_config"] = {"transformer_layer_cls_to_wrap": ["T5Block", "MT5Block", "UMT5Block"]}
     # transformers leaves the precision of an earlier run of this process here, and reads it again.
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     arguments = TrainingArguments(
@@ -80,7 +78,6 @@ def make_arguments(config: TrainConfig, work: Path, steps: int, *, evaluates: bo
         logging_nan_inf_filter=False,  # it would synchronise with the device in every step
         ignore_data_skip=True,  # Batches starts at the recorded position itself
         ddp_find_unused_parameters=False,
-        **options,
     )
     # One process drives one device; torchrun starts one a device (DataParallel cannot split our batch).
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -122,6 +119,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self.label_answers = label_answers
         # Taken before anything is wrapped or sharded: tied weights appear once.
         self.trained_names = [name for name, value in model.named_parameters() if value.requires_grad]
+        self._sharded: Sharded | None = None
         self._sums = torch.zeros(6)  # losses, correct tokens, tokens; of both tasks
         self._passes = 0
         super().__init__(
@@ -171,6 +169,16 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self._sums = self._sums.to(parts.device) + parts.detach()
         self._passes += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def create_optimizer(self, *args: Any, **named: Any) -> Any:
+        """Shard the model where that was asked for, then make the optimiser of what it has become."""
+        if self.config.fsdp and self._sharded is None:
+            shard(self.model, self.args.device, self.accelerator.num_processes)
+            self._sharded = Sharded(self.model)
+        return super().create_optimizer(*args, **named)
+
+    def _wrap_model(self, model: Any, *args: Any, **named: Any) -> Any:
+        return self._sharded or super()._wrap_model(model, *args, **named)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the warm-up, hold and fall of the configuration."""
@@ -236,8 +244,8 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             sums[6] += (right[: len(answers)] & known).sum()
             sums[7] += known.sum()
         model.train(was_training)
-        if not shared:
-            sums = self.accelerator.reduce(sums, "sum")
+        if world > 1:  # sharded: equal sums, averaged so that all processes decide on the same bits
+            sums = self.accelerator.reduce(sums, "mean" if shared else "sum")
         values = sums.tolist()
         row: dict[str, float] = {}
         for task, name in enumerate(("label", "rationale")):
@@ -255,11 +263,12 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the trained parameters on the CPU, whole; every process must take part."""
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        if not state:  # sharded state is gathered on the first process only
-            return {}
-        plain = {name.removeprefix("module."): value for name, value in state.items()}
-        return {name: plain[name].detach().cpu().contiguous() for name in self.trained_names}
+        return self.whole_state(self.trained_names)
+
+    def whole_state(self, names: list[str] | None = None) -> dict[str, Tensor]:
+        """Return parameters (None: all, tied ones once) on the CPU, whole; every process must take part."""
+        own = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        return {name: whole(own[name]).contiguous() for name in (own if names is None else names)}
 
     def load_state(self, path: Path) -> None:
         """Put weights saved by :meth:`trained_state` into the model."""
@@ -284,27 +293,36 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             save_file(state, partial)
             os.replace(partial, target)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if state_dict is None:
-            state_dict = dict(self.accelerator.unwrap_model(self.model).named_parameters())
-        state = {name: state_dict[name].detach().cpu().contiguous() for name in self.trained_names}
-        save_file(state, folder / WEIGHTS)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained parameters of a checkpoint, whole, once."""
+        state = self.trained_state()
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.config.fsdp:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.load_state(Path(resume_from_checkpoint) / WEIGHTS)
+        self.load_state(Path(resume_from_checkpoint) / WEIGHTS)  # nothing is sharded yet
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.args.device.type != "cpu":
+        if checkpoint is None or (self.args.device.type != "cpu" and self._sharded is None):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # transformers maps to this process's "cpu:0", a place torch.load does not know.
         for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
-            part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            if self._sharded is not None and part is self.optimizer:
+                state = spread_optimizer_state(self.optimizer, state)
+            part.load_state_dict(state)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / ".partial")

@@ -161,6 +161,50 @@ def test_a_checkpoint_resumes_at_another_world_size(repository, tmp_path):
 
 
 @pytest.mark.long
+def test_sharded_training_equals_one_process_and_its_checkpoints_fit_any_run(repository, tmp_path):
+    """One row a process and step: most often a process has no rationale; in step 11 one has no row."""
+    flags = ("epochs=1", "save_steps=4", "eval_steps=4")
+    one, two = ("batch_size=2", *flags), ("batch_size=1", *flags)
+    run_script(repository, tmp_path, RUN, tmp_path / "one", *one)
+    run_script(repository, tmp_path, RUN, tmp_path / "sharded", *two, "fsdp=True", processes=2)
+    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("one", "sharded")]
+    assert [row["step"] for row in histories[0]] == [row["step"] for row in histories[1]] == [4, 8, 11]
+    for first, second in zip(*histories, strict=True):
+        losses = [name for name in first if name.endswith("loss")]
+        assert len(losses) >= 3
+        assert set(first) == set(second)
+        for name in losses:
+            assert second[name] == pytest.approx(first[name], rel=1e-4), name
+    assert_near(tmp_path / "one", tmp_path / "sharded")
+
+    work = tmp_path / "sharded.training"
+    for folder in work.glob("checkpoint-*"):
+        whole = load_file(folder / "student.safetensors")
+        assert {name: value.shape for name, value in whole.items()} == {
+            name: value.shape
+            for name, value in load_file(
+                tmp_path / "one.training" / folder.name / "student.safetensors"
+            ).items()
+        }
+    shutil.rmtree(work / "checkpoint-11")  # what a kill after step 8 leaves
+    for name in ("alone", "replicated", "again"):
+        shutil.copytree(work, tmp_path / f"{name}.training")
+    run_script(repository, tmp_path, RUN, tmp_path / "alone", *one, "resume=True")
+    run_script(repository, tmp_path, RUN, tmp_path / "replicated", *two, "resume=True", processes=2)
+    run_script(repository, tmp_path, RUN, tmp_path / "again", *two, "resume=True", "fsdp=True", processes=2)
+    for name in ("alone", "replicated", "again"):
+        card = json.loads((tmp_path / name / "sbs_edge.json").read_text())
+        assert card["training"]["resumed_from_step"] == 8
+        assert_near(tmp_path / "one", tmp_path / name)
+
+    # and the other way: what one process left, two go on with in shards
+    shutil.copytree(tmp_path / "one.training", tmp_path / "spread.training")
+    shutil.rmtree(tmp_path / "spread.training" / "checkpoint-11")
+    run_script(repository, tmp_path, RUN, tmp_path / "spread", *two, "resume=True", "fsdp=True", processes=2)
+    assert_near(tmp_path / "one", tmp_path / "spread")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_gradients_are_of_global_means_with_a_task_or_all_rows_on_one_rank(repository, tmp_path, engine):
     run_script(repository, tmp_path, GRADIENTS, engine, processes=2)
