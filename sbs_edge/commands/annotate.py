@@ -53,8 +53,12 @@ def register(app: typer.Typer) -> None:
         ],
         task: Annotated[str, typer.Option(help="Task file, or a preset: cqa, svamp, anli1, esnli, hvac.")],
         out: Annotated[
-            Path, typer.Option(help="Annotated rows (JSON Lines); failures, report and journal go beside it.")
-        ] = Path("annotated.jsonl"),
+            str,
+            typer.Option(
+                help="Annotated rows (JSON Lines); failures, report and journal go beside it. "
+                "Ray: a folder of shards, or a URI."
+            ),
+        ] = "annotated.jsonl",
         model: Annotated[
             str,
             typer.Option(
@@ -128,7 +132,10 @@ def register(app: typer.Typer) -> None:
             typer.Option(min=1, help="Stop before the journal's calls take more tokens than this in all."),
         ] = None,
         journal: Annotated[
-            Path | None, typer.Option(help="Where finished calls are kept. None: OUT with .journal.jsonl.")
+            Path | None,
+            typer.Option(
+                help="Where finished calls are kept. None: OUT with .journal.jsonl; Ray: a folder, OUT/journal."
+            ),
         ] = None,
         retry_failed: Annotated[
             bool,
@@ -204,7 +211,6 @@ def register(app: typer.Typer) -> None:
             max_attempts=max_attempts,
         )
         connection = Connection(backend.value, base_url, api_key_env, timeout, device)
-        journal_path = journal or out.with_suffix(".journal.jsonl")
         if engine is Engine.ray:
             if outputs or emit_batch or show_prompt or dry_run or dataset or limit or keep_failed:
                 raise UsageError(
@@ -215,10 +221,12 @@ def register(app: typer.Typer) -> None:
 
             report = annotate_with_ray(
                 data, out, spec, settings, dataclasses.asdict(connection),
-                columns=column or [], workers=workers, ray_address=ray_address,
+                columns=column or [], workers=workers, ray_address=ray_address, journal=journal,
             )  # fmt: skip
             print_json(report) if json_output else console.print(report)
             return
+        place = Path(out)
+        journal_path = journal or place.with_suffix(".journal.jsonl")
         rows = read_rows(data, dataset, split, column or [], limit, skip_bad_rows, console)
         if not rows:
             raise UsageError(f"{data} holds no row to annotate.")
@@ -235,16 +243,16 @@ def register(app: typer.Typer) -> None:
         if dry_run:
             say_estimate(rows, spec, settings, journal_path, console, json_output)
             return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_resolved(ctx, out.with_suffix(".config.yaml"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_resolved(ctx, place.with_suffix(".config.yaml"))
         if outputs:
             annotation = annotate_outputs(rows, spec, read_outputs(outputs, settings), settings)
         else:
             annotation = ask_teacher(rows, spec, settings, connection, journal_path, console)
-        report = write_annotation(annotation, spec, out, model=model, keep_failed=keep_failed)
+        report = write_annotation(annotation, spec, place, model=model, keep_failed=keep_failed)
         if json_output:
             print_json({name: value for name, value in report.items() if name != "samples"})
-        summary(report, out, console)
+        summary(report, place, console)
         stats = annotation.stats
         if stats.stopped == "budget":
             raise SbsEdgeError(

@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
             str, typer.Argument(help="A file of texts, one a line, or JSON Lines (*.jsonl); '-' is stdin.")
         ] = "-",
         out: Annotated[
-            Path | None, typer.Option(help="Write here instead of stdout; complete or not at all.")
+            str | None, typer.Option(help="Write here instead of stdout; complete or not at all.")
         ] = None,
         target: Annotated[
             str | None, typer.Option(help="Which target of the bundle; none: its default.")

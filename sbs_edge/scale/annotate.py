@@ -7,12 +7,14 @@ asked before. Limits on cost and tokens are divided among the units by their sha
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.data.jsonl import example_to_json
+from sbs_edge.errors import UsageError
 from sbs_edge.scale.run import run_units
 from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
 
@@ -37,6 +39,27 @@ def _example(place: str, row: Any, columns: list[str]) -> Example | str:
     return item if "id" in row else dataclasses.replace(item, id=place)
 
 
+def _wait_until_free(journal: Path, seconds: float = 60.0) -> None:
+    """Wait for the lock of an actor that is on its way out: one whose driver was killed lives on a little."""
+    if not journal.exists():
+        return
+    deadline = time.monotonic() + seconds
+    with journal.open("rb") as handle:
+        while time.monotonic() < deadline:  # afterwards the journal itself says that it is in use
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.1)
+            else:
+                return
+
+
+def _has_failures(shard: bytes) -> bool:
+    """Whether a row was asked for and could not be used; a row that could not be read has no input."""
+    rows = (json.loads(line) for line in shard.splitlines())
+    return any("error" in row and row["input"] is not None for row in rows)
+
+
 class AnnotateWorker:
     """An actor: asks for one unit's rows, then writes its shard."""
 
@@ -48,12 +71,13 @@ class AnnotateWorker:
         settings: Settings,
         connection: dict[str, Any],
         columns: list[str],
+        journals: str,
     ) -> None:
         from sbs_edge.teacher.task import parse_task
 
         self._task = parse_task(task, "the task")
         self._settings, self._connection, self._columns = settings, connection, columns
-        self._out, self._form = out, form
+        self._out, self._form, self._journals = out, form, Path(journals)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Work on one unit (a batch of one row) and return its figures as JSON."""
@@ -66,8 +90,8 @@ class AnnotateWorker:
         read = [(place, _example(place, row, self._columns)) for place, row in read_unit(unit)]
         rows = [item for _, item in read if not isinstance(item, str)]
         name = shard_name(unit, self._form)
-        journal = Path(self._out) / "journal" / f"{Path(name).stem}.jsonl"
-        # A file of its own per unit and client: the actor that died has released its lock.
+        journal = self._journals / f"{Path(name).stem}.jsonl"
+        _wait_until_free(journal)
         teacher = connect(settings, **self._connection)
         annotation = annotate(rows, self._task, teacher, journal, settings)
         results = iter(annotation.results)
@@ -90,6 +114,7 @@ class AnnotateWorker:
             "annotated": sum("error" not in line for line in lines),
             "cost": sum(record.cost for record in annotation.records),
             "seconds": time.perf_counter() - started,
+            "ended": time.time(),
         }
         return {"figures": [json.dumps(figures)]}
 
@@ -115,20 +140,34 @@ def annotate_with_ray(
     workers: int = 2,
     shard_bytes: int = 1_000_000,
     ray_address: str | None = None,
+    journal: str | Path | None = None,
 ) -> dict[str, Any]:
     """Annotate the files that fit ``pattern`` into shards under ``out``, one output row an input row.
 
     Rows without annotation carry ``error``; :func:`sbs_edge.data.readers.read_examples` reads the
-    shards back. Arguments as for :func:`sbs_edge.scale.run.run_units` and
+    shards back. ``journal`` is the folder of the journals, a path that all nodes share: object stores
+    cannot append (None: ``journal`` in ``out``). Arguments as for :func:`sbs_edge.scale.run.run_units` and
     :func:`sbs_edge.teacher.connect.connect`.
     """
+    if journal is None and "://" in str(out):
+        raise UsageError(
+            f"The journals cannot lie in {out}: an object store cannot append a line. Name a folder that all "
+            "nodes share with --journal."
+        )
+    journals = str(Path(journal or Path(str(out)) / "journal").absolute())
     shown = dataclasses.asdict(settings)
     for name in ("concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices"):
         shown.pop(name)  # may change between a run and its continuation
     plain = task.model_dump(mode="json", exclude_none=True)
     return run_units(
         AnnotateWorker,
-        {"task": plain, "settings": settings, "connection": connection, "columns": columns or []},
+        {
+            "task": plain,
+            "settings": settings,
+            "connection": connection,
+            "columns": columns or [],
+            "journals": journals,
+        },
         pattern if "://" in pattern else str(Path(pattern).absolute()),
         str(out),
         settings={"task": plain, **shown, "columns": columns or []},
@@ -136,4 +175,5 @@ def annotate_with_ray(
         cpus_each=0.25,  # a client waits for the network
         shard_bytes=shard_bytes,
         ray_address=ray_address,
+        again=_has_failures if settings.retry_failed else None,
     )

@@ -30,49 +30,80 @@ def answer_rows(
     The student forms token-budget batches itself, over all rows it is given.
     """
     answers: list[dict[str, Any]] = []
-    good: list[int] = []
-    texts: list[str] = []
-    choices: list[Any] = []
+    good: list[tuple[int, str, Any]] = []
     for place, row in rows:
         problem = row if isinstance(row, str) else None
         text = None if problem else row.get(field)
         if problem is None and (not isinstance(text, str) or not text.strip()):
             problem = f"no text in the field {field!r}"
         identity = place if isinstance(row, str) else row.get("id", place)
+        if not isinstance(identity, str | int | float | None):
+            identity = str(identity)  # Parquet knows dates and decimals, JSON does not
         answers.append({"id": identity, **({"error": problem} if problem else {})})
         if problem is None:
-            good.append(len(answers) - 1)
-            texts.append(str(text))
-            choices.append(row.get("choices"))
-    if not truncate and texts:
-        limit = student.limits["max_source_tokens"]
-        counts = student.count_tokens(texts)
-        kept = [i for i, count in enumerate(counts) if count <= limit]
-        for i, count in enumerate(counts):
-            if count > limit:
-                answers[good[i]]["error"] = f"{count} tokens, the limit is {limit}"
-        good, texts, choices = [good[i] for i in kept], [texts[i] for i in kept], [choices[i] for i in kept]
-    if not texts:
-        return answers
-    given: Any = labels
-    if labels is None and any(choices):
-        given = [item or list(student.labels) for item in choices]
-    predictions = student.predict(texts, labels=given, truncate=truncate, abstain_below=abstain_below)
-    rationales = student.explain(texts, truncate=truncate) if explain else [None] * len(texts)
-    for index, prediction, rationale in zip(good, predictions, rationales, strict=True):
-        answers[index] |= {
-            "label": prediction.label,
-            "probability": prediction.probability,
-            "probabilities": prediction.probabilities,
-            "abstained": prediction.abstained,
-            "truncated": prediction.truncated,
-        }
-        if rationale is not None:
-            answers[index] |= {
-                "rationale": rationale.rationale,
-                "rationale_complete": rationale.complete,
-            }
+            good.append((len(answers) - 1, str(text), None if labels else row.get("choices")))
+    good, tokens = _short_enough(student, good, answers, explain, truncate)
+
+    def answer(part: list[int]) -> None:
+        texts = [good[i][1] for i in part]
+        given: Any = labels
+        if any(good[i][2] is not None for i in part):
+            given = [student.labels if good[i][2] is None else list(dict.fromkeys(good[i][2])) for i in part]
+        options: dict[str, Any] = {"truncate": truncate}
+        predictions = student.predict(
+            texts, labels=given, abstain_below=abstain_below,
+            tokens=[tokens["label"][i] for i in part], **options,
+        )  # fmt: skip
+        rationales: list[Any] = [None] * len(part)
+        if explain:
+            rationales = student.explain(texts, tokens=[tokens["rationale"][i] for i in part], **options)
+        for i, prediction, rationale in zip(part, predictions, rationales, strict=True):
+            answers[good[i][0]] |= _as_json(prediction, rationale)
+
+    everything = list(range(len(good)))
+    try:
+        if everything:
+            answer(everything)
+    except (UsageError, TypeError):
+        if all(choices is None for _, _, choices in good):
+            raise  # nothing that one row could be to blame for
+        for i in everything:  # some row's own choices cannot be used: find out which
+            try:
+                answer([i])
+            except (UsageError, TypeError) as error:
+                answers[good[i][0]]["error"] = str(error)
     return answers
+
+
+def _short_enough(
+    student: Any, good: list[tuple[int, str, Any]], answers: list[dict[str, Any]], explain: bool, cut: bool
+) -> tuple[list[tuple[int, str, Any]], dict[str, list[list[int]]]]:
+    """Tokenise once; mark rows over the limit as errors and leave them out, unless they may be cut."""
+    texts = [text for _, text, _ in good]
+    tasks = ("label", "rationale") if explain else ("label",)
+    tokens = {task: student.tokenize(texts, task) if texts else [] for task in tasks}
+    limit = student.limits["max_source_tokens"]
+    kept = []
+    for i, (place, _, _) in enumerate(good):
+        count = max(len(tokens[task][i]) for task in tasks)
+        if cut or count <= limit:
+            kept.append(i)
+        else:
+            answers[place]["error"] = f"{count} tokens, the limit is {limit}"
+    return [good[i] for i in kept], {task: [rows[i] for i in kept] for task, rows in tokens.items()}
+
+
+def _as_json(prediction: Any, rationale: Any) -> dict[str, Any]:
+    found = {
+        "label": prediction.label,
+        "probability": prediction.probability,
+        "probabilities": prediction.probabilities,
+        "abstained": prediction.abstained,
+        "truncated": prediction.truncated,
+    }
+    if rationale is not None:
+        found |= {"rationale": rationale.rationale, "rationale_complete": rationale.complete}
+    return found
 
 
 class PredictWorker:
@@ -104,6 +135,7 @@ class PredictWorker:
             "rows": len(rows),
             "errors": sum("error" in answer for answer in answers),
             "seconds": time.perf_counter() - started,
+            "ended": time.time(),
         }
         return {"figures": [json.dumps(figures)]}
 

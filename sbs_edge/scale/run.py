@@ -14,14 +14,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from sbs_edge import files
 from sbs_edge.errors import MissingExtra, SbsEdgeError, UsageError
-from sbs_edge.scale.units import Unit, plan_units, shard_name
+from sbs_edge.scale.units import Folder, Unit, plan_units, shard_name
 
 __all__ = ["run_units", "session"]
+
+UNIT_RETRIES = 8
+"""How often a unit whose actor died runs again before the run ends with an error."""
 
 
 @contextlib.contextmanager
@@ -54,20 +55,26 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
         ray.shutdown()
 
 
-def _plan(out: str, pattern: str, settings: dict[str, Any], units: list[Unit]) -> None:
+def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]) -> None:
     """Keep the plan beside the shards; refuse to mix the shards of two plans."""
     plan = {"format": 1, "input": pattern, "settings": settings, "units": [u.as_dict() for u in units]}
-    path = Path(out) / "_plan.json"
-    if not path.exists():
-        files.write_json(path, plan)
+    content = json.dumps(plan, indent=2, ensure_ascii=False) + "\n"
+    if "_plan.json" not in out.names():
+        out.write("_plan.json", content.encode("utf-8"))
         return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key in plan if old.get(key) != json.loads(json.dumps(plan[key]))]
+    old, new = json.loads(out.read("_plan.json")), json.loads(content)
+    changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         raise UsageError(
-            f"{out} holds shards of another run: {', '.join(changed)} changed since. Give another output "
+            f"{out.where} holds shards of another run: {', '.join(changed)} changed since. Give another output "
             "folder, or remove this one to start anew."
         )
+
+
+def _span(done: list[dict[str, Any]]) -> float:
+    """Seconds from the first unit's start to the last one's end, without starting Ray and the actors."""
+    ends = [figures["ended"] for figures in done]
+    return max(ends) - min(f["ended"] - f["seconds"] for f in done) if done else 0.0
 
 
 def run_units(
@@ -84,6 +91,7 @@ def run_units(
     form: str = "jsonl",
     ray_address: str | None = None,
     on_unit: Callable[[dict[str, Any]], None] | None = None,
+    again: Callable[[bytes], bool] | None = None,
 ) -> dict[str, Any]:
     """Give every unit to a worker; return the totals.
 
@@ -92,7 +100,7 @@ def run_units(
             mapping with ``rows``, ``errors`` and ``seconds``.
         worker_arguments: constructor arguments, the same on every actor.
         pattern: input files; local path, directory, pattern, or URI.
-        out: folder for shards (local, or shared by all nodes) with ``_plan.json`` and ``_done.json``.
+        out: folder for shards, ``_plan.json`` and ``_done.json``: a path that all nodes share, or a URI.
         settings: whatever shapes the output; a folder is never continued with other settings.
         workers: actors.
         cpus_each: CPUs each actor takes of a node; fractions let actors share.
@@ -101,16 +109,22 @@ def run_units(
         form: ``jsonl`` or ``parquet``.
         ray_address: a cluster, or None for one in this machine.
         on_unit: receives each finished unit's figures.
+        again: whether a finished shard, given its content, is to be made once more.
 
     """
     if form not in ("jsonl", "parquet"):
         raise UsageError(f"Shards are written as jsonl or parquet, not {form!r}.")
-    if "://" in out:
-        raise UsageError("The output folder must be a path that all nodes share, not a URI.")
-    Path(out).mkdir(parents=True, exist_ok=True)
+    out = out if "://" in out else os.path.abspath(out)
+    folder = Folder(out)
     units = plan_units(pattern, shard_bytes)
-    _plan(out, pattern, settings, units)
-    left = [unit for unit in units if not (Path(out) / shard_name(unit, form)).exists()]
+    _plan(folder, pattern, settings, units)
+    shards = {unit.index: shard_name(unit, form) for unit in units}
+    there = folder.names()
+    left = [
+        unit
+        for unit in units
+        if shards[unit.index] not in there or (again is not None and again(folder.read(shards[unit.index])))
+    ]
     started = time.perf_counter()
     done: list[dict[str, Any]] = []
     if left:
@@ -118,15 +132,17 @@ def run_units(
             pool = {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(left)))}
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = sys.stderr.isatty()
-            # An actor may die (spot machines, memory): Ray Data restarts it without limit by default,
-            # and its units run again.
+            # An actor may die (spot machines, memory): it is started again without limit. A unit that
+            # takes every actor down with it must end the run, not occupy the cluster for ever.
             data = ray.data.from_items([unit.as_dict() for unit in left], override_num_blocks=len(left))
             data = data.map_batches(
                 worker,
-                fn_constructor_kwargs={**worker_arguments, "out": os.path.abspath(out), "form": form},
+                fn_constructor_kwargs={**worker_arguments, "out": out, "form": form},
                 batch_size=1,
                 num_cpus=cpus_each,
                 num_gpus=gpus_each or None,
+                max_restarts=-1,
+                max_task_retries=UNIT_RETRIES,
                 **pool,
             )
             try:
@@ -141,7 +157,8 @@ def run_units(
                     f"A worker failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}. Finished "
                     f"shards are in {out}; run the same command again to go on."
                 ) from error
-    missing = [unit.index for unit in units if not (Path(out) / shard_name(unit, form)).exists()]
+    there = folder.names()
+    missing = [index for index, name in shards.items() if name not in there]
     if missing:
         raise SbsEdgeError(
             f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended "
@@ -155,7 +172,8 @@ def run_units(
         "seconds": round(time.perf_counter() - started, 3),
         "workers": workers,
         "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
+        "steady_seconds": round(_span(done), 3),
         **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
     }
-    files.write_json(Path(out) / "_done.json", totals)
+    folder.write("_done.json", json.dumps(totals, indent=2).encode("utf-8"))
     return totals

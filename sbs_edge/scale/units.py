@@ -14,11 +14,12 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 
-__all__ = ["Unit", "plan_units", "read_unit", "shard_name", "unit_of", "write_shard"]
+__all__ = ["Folder", "Unit", "plan_units", "read_unit", "shard_name", "unit_of", "write_shard"]
 
 FORMATS = ("jsonl", "parquet")
 
@@ -32,6 +33,7 @@ class Unit:
         uri: the file, as a path or a URI that pyarrow understands.
         start, stop: bytes (JSON Lines) or row groups (Parquet), half-open.
         share: this unit's part of the whole input, by bytes.
+        name: the file under the folder that the pattern starts from, unique in the input.
 
     """
 
@@ -40,6 +42,7 @@ class Unit:
     start: int
     stop: int
     share: float
+    name: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as Ray Data carries them."""
@@ -66,48 +69,63 @@ def _is_parquet(uri: str) -> bool:
     return uri.lower().endswith(".parquet")
 
 
-def _listed(pattern: str) -> list[tuple[str, int]]:
-    """Return (uri, bytes) of the files that a path, a directory or a pattern names, by name."""
-    from fnmatch import fnmatch
-    from posixpath import dirname
+def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether path components fit a pattern's, one by one; ``**`` stands for any number of them."""
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_fits(path[n:], pattern[1:]) for n in range(len(path) + 1))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
 
+
+def _listed(pattern: str) -> list[tuple[str, int, str]]:
+    """Return (uri, bytes, name) of the files that a path, a directory or a pattern names, by uri."""
     from pyarrow import fs
 
-    filesystem, path = _filesystem(pattern)
-    prefix = pattern[: len(pattern) - len(path)] if "://" in pattern else ""
-    if any(mark in path for mark in "*?["):
-        selector = fs.FileSelector(dirname(path) or ".", allow_not_found=True)
-        infos = [info for info in filesystem.get_file_info(selector) if fnmatch(info.path, path)]
+    scheme, mark, rest = pattern.rpartition("://")
+    parts = rest.split("/")
+    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
+    # Only what stands before the first mark is a path: in a URI a "?" would begin a query.
+    base = scheme + mark + ("/".join(parts[:first]) or ("." if first == 0 else "/"))
+    wanted = parts[first:]
+    filesystem, root = _filesystem(base)
+    prefix = base[: len(base) - len(root)] if mark else ""
+    if wanted:
+        deep = len(wanted) > 1
+        infos = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=deep))
     else:
-        info = filesystem.get_file_info([path])[0]
-        if info.type == fs.FileType.Directory:
-            infos = filesystem.get_file_info(fs.FileSelector(path))
+        infos = filesystem.get_file_info([root])
+        if infos[0].type == fs.FileType.Directory:
+            infos = filesystem.get_file_info(fs.FileSelector(root))
         else:
-            infos = [info]
-    found = [
-        (prefix + info.path, info.size)
-        for info in infos
-        if info.type == fs.FileType.File
-        and info.path.lower().endswith((".jsonl", ".ndjson", ".json", ".parquet"))
-    ]
+            root = root.rpartition("/")[0]
+    found = []
+    for info in infos:
+        name = info.path.removeprefix(root).lstrip("/")
+        is_data = name.lower().endswith((".jsonl", ".ndjson", ".json", ".parquet"))
+        if info.type == fs.FileType.File and is_data and (not wanted or _fits(name.split("/"), wanted)):
+            found.append((prefix + info.path, info.size, name))
     if not found:
         raise UsageError(f"No .jsonl or .parquet file fits {pattern}.")
     return sorted(found)
 
 
 def plan_units(pattern: str, shard_bytes: int) -> list[Unit]:
-    """Cut the files that fit ``pattern`` into units of about ``shard_bytes`` of input each."""
+    """Cut the files that fit ``pattern`` into units of about ``shard_bytes`` of input each.
+
+    A pattern may have marks in several components (``2026-*/part-*.jsonl``), and ``**``.
+    """
     if shard_bytes < 1:
         raise UsageError("A shard must have at least one byte of input.")
-    pieces: list[tuple[str, int, int, float]] = []
-    for uri, size in _listed(pattern):
+    pieces: list[tuple[str, int, int, float, str]] = []
+    for uri, size, name in _listed(pattern):
         if _is_parquet(uri):
-            pieces += _row_groups(uri, shard_bytes)
+            pieces += [(*piece, name) for piece in _row_groups(uri, shard_bytes)]
         elif size:
             edges = [*range(0, size, shard_bytes), size]
-            pieces += [(uri, a, b, float(b - a)) for a, b in itertools.pairwise(edges)]
+            pieces += [(uri, a, b, float(b - a), name) for a, b in itertools.pairwise(edges)]
     total = sum(piece[3] for piece in pieces) or 1.0
-    return [Unit(i, uri, a, b, weight / total) for i, (uri, a, b, weight) in enumerate(pieces)]
+    return [Unit(i, uri, a, b, weight / total, name) for i, (uri, a, b, weight, name) in enumerate(pieces)]
 
 
 def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int, float]]:
@@ -152,7 +170,7 @@ def _json_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
             line = handle.readline()
             if not line:
                 return
-            place = f"{unit.uri.rsplit('/', 1)[-1]}@{position}"
+            place = f"{unit.name}@{position}"
             position += len(line)
             if not line.strip():
                 continue
@@ -173,27 +191,50 @@ def _parquet_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
         number = 0
         for batch in file.iter_batches(batch_size=1024, row_groups=list(range(unit.start, unit.stop))):
             for row in batch.to_pylist():
-                yield f"{unit.uri.rsplit('/', 1)[-1]}@{unit.start}.{number}", row
+                yield f"{unit.name}@{unit.start}.{number}", row
                 number += 1
 
 
 def shard_name(unit: Unit, form: str) -> str:
     """Return the file name of a unit's output: its place, and what it was made of."""
-    identity = json.dumps([unit.uri.rsplit("/", 1)[-1], unit.start, unit.stop])
+    identity = json.dumps([unit.name, unit.start, unit.stop])
     return f"part-{unit.index:06d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.{form}"
 
 
 def write_shard(folder: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write a shard so that it exists complete or not at all."""
-    filesystem, path = _filesystem(f"{folder.rstrip('/')}/{name}")
-    content = _parquet_bytes(rows) if name.endswith(".parquet") else _json_bytes(rows)
-    if "://" in folder:
-        with filesystem.open_output_stream(path) as stream:  # object stores show an object when it is whole
-            stream.write(content)
-        return
-    from sbs_edge import files
+    Folder(folder).write(name, _parquet_bytes(rows) if name.endswith(".parquet") else _json_bytes(rows))
 
-    files.write_bytes(path, content)
+
+class Folder:
+    """Where a run writes: a path, or a URI of an object store that pyarrow understands."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where.rstrip("/")
+        self.is_remote = "://" in where
+        self._filesystem, self._path = _filesystem(self.where)
+
+    def names(self) -> set[str]:
+        """Return the names of the files that lie here now; none where there is no such folder."""
+        from pyarrow import fs
+
+        found = self._filesystem.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
+        return {info.base_name for info in found if info.type == fs.FileType.File}
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content."""
+        with self._filesystem.open_input_stream(f"{self._path}/{name}") as stream:
+            return bytes(stream.read())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file in one step."""
+        if self.is_remote:  # object stores show an object when it is whole
+            with self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
+                stream.write(content)
+            return
+        from sbs_edge import files
+
+        files.write_bytes(f"{self._path}/{name}", content)
 
 
 def _json_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
