@@ -8,8 +8,10 @@ Measures, on one bundle and one file of JSON Lines:
 ``ray-1``  one actor; its excess over ``loop`` is Ray's overhead (the aim is under 10 %);
 ``ray-2``  two actors; ``ray-1`` over ``ray-2`` is the scaling.
 
-Every arm gives one thread to a student. Ray's own start is timed apart. The outputs of all arms are
-compared row by row. The last line on stdout is one JSON document. Knows nothing of accuracy: without
+Every arm is a fresh process, in turn, and gives one thread to a student. For Ray three times are kept
+apart: its own start, the whole call after that, and the steady part from the first unit's start to the
+last one's end (without loading students). The outputs of all arms are compared byte by byte. The last
+line on stdout is one JSON document. Knows nothing of accuracy: without
 ``--bundle`` it scores with an untrained student of the built-in task's size.
 """
 
@@ -21,11 +23,15 @@ import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from sbs_edge import files
 
 __all__ = ["main", "make_bundle", "measure", "write_rows"]
 
@@ -95,18 +101,24 @@ def make_bundle(folder: Path, *, d_model: int = 64, d_ff: int = 512) -> Path:
     return folder / "bundle"
 
 
-def _loop(bundle: Path, data: Path, out: Path, shard_bytes: int) -> float:
+def _loop(bundle: Path, data: Path, out: Path, shard_bytes: int) -> dict[str, float]:
     from sbs_edge.runtime.student import Student
     from sbs_edge.scale.predict import answer_rows
     from sbs_edge.scale.units import plan_units, read_unit, shard_name, write_shard
 
     out.mkdir()
+    whole = time.perf_counter()
     with Student.load(bundle, threads=1) as student:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for unit in plan_units(str(data), shard_bytes):
             rows = list(read_unit(unit))
             write_shard(str(out), shard_name(unit, "jsonl"), answer_rows(student, rows))
-        return time.perf_counter() - started
+        ended = time.perf_counter()
+        return {
+            "seconds": round(ended - whole, 3),
+            "steady_seconds": round(ended - started, 3),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+        }
 
 
 def _ray(bundle: Path, data: Path, out: Path, shard_bytes: int, workers: int) -> dict[str, float]:
@@ -120,8 +132,28 @@ def _ray(bundle: Path, data: Path, out: Path, shard_bytes: int, workers: int) ->
         return {
             "start_ray_seconds": round(up - started, 3),
             "seconds": round(time.perf_counter() - up, 3),
+            "steady_seconds": totals["steady_seconds"],
             "busy_seconds": totals["busy_seconds"],
         }
+
+
+def _arm(arm: str, bundle: Path, data: Path, out: Path, shard_bytes: int) -> dict[str, float]:
+    """Run one arm in a process of its own."""
+    command = [sys.executable, "-m", "sbs_edge.bench.scale", "--arm", arm, *map(str, (bundle, data, out))]
+    done = subprocess.run(
+        [*command, str(shard_bytes)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _run_arm(arm: str, bundle: str, data: str, out: str, shard_bytes: str) -> dict[str, float]:
+    places = (Path(bundle), Path(data), Path(out), int(shard_bytes))
+    return _loop(*places) if arm == "loop" else _ray(*places, int(arm.removeprefix("ray-")))
 
 
 def _content(folder: Path) -> bytes:
@@ -144,20 +176,25 @@ def measure(
         for number in range(rounds):
             for arm, figures in taken.items():
                 out = folder / f"{arm}-{number}"
-                if arm == "loop":
-                    figures.append({"seconds": round(_loop(chosen, data, out, shard_bytes), 3)})
-                else:
-                    figures.append(_ray(chosen, data, out, shard_bytes, int(arm[-1])))
+                figures.append(_arm(arm, chosen, data, out, shard_bytes))
                 contents.add(_content(out))
                 shutil.rmtree(out)
-        median = {arm: statistics.median(f["seconds"] for f in figures) for arm, figures in taken.items()}
+        median, steady = (
+            {arm: statistics.median(f[name] for f in figures) for arm, figures in taken.items()}
+            for name in ("seconds", "steady_seconds")
+        )
         return {
+            "kind": "scale",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": n_rows,
             "rounds": rounds,
             "shard_bytes": shard_bytes,
             "cores": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
             "seconds": median,
+            "steady_seconds": steady,
+            "steady_overhead": round(steady["ray-1"] / steady["loop"] - 1, 4),
+            "steady_scaling_1_to_2": round(steady["ray-1"] / steady["ray-2"], 3),
             "rows_per_second": {arm: round(n_rows / s, 1) for arm, s in median.items()},
             "ray_overhead": round(median["ray-1"] / median["loop"] - 1, 4),
             "scaling_1_to_2": round(median["ray-1"] / median["ray-2"], 3),
@@ -175,8 +212,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--shard-rows", type=int, default=5000)
+    parser.add_argument("--out", type=Path, help="Write the document here too.")
+    parser.add_argument("--arm", nargs=5, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.arm:
+        sys.stdout.write(json.dumps(_run_arm(*chosen.arm)) + "\n")
+        return
     result = measure(chosen.rows, bundle=chosen.bundle, rounds=chosen.rounds, shard_rows=chosen.shard_rows)
+    if chosen.out is not None:
+        files.write_json(chosen.out, result)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
