@@ -18,10 +18,23 @@ from sbs_edge.bench.protocol import Worker, WorkerFailed
 from sbs_edge.bench.system import PEERS, Spec
 from sbs_edge.errors import DataError, UsageError
 
-__all__ = ["Contest", "Entry", "Inputs", "enter", "peer_entries", "student_facts"]
+__all__ = [
+    "SECTIONS",
+    "WARM_SECTIONS",
+    "Contest",
+    "Entry",
+    "Inputs",
+    "enter",
+    "peer_entries",
+    "student_facts",
+]
 
 Say = Callable[[str], None]
 REFERENCE = "transformers"
+
+
+WARM_SECTIONS = ("label", "rationale", "throughput", "open_loop")  # asked of a process that stays
+SECTIONS = (*WARM_SECTIONS, "cold_start")  # the last in new processes
 
 
 @dataclass(slots=True)
@@ -29,8 +42,7 @@ class Entry:
     """One system of the contest.
 
     Attributes:
-        footprint_only: after its answers were checked, only its cold start, memory and size are measured.
-        label_only: it has no graph for rationales and is not asked for any.
+        sections: what is measured of it besides its answers and its size.
     """
 
     name: str
@@ -38,8 +50,7 @@ class Entry:
     why: str = ""
     worker: Worker | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    footprint_only: bool = False
-    label_only: bool = False
+    sections: tuple[str, ...] = SECTIONS
 
     @property
     def ours(self) -> bool:
@@ -54,6 +65,10 @@ class Entry:
     def give_up(self, why: str) -> None:
         """Drop out with a reason; the row stays."""
         self.why = why
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """End its worker, if it has one."""
         if self.worker is not None:
             self.worker.close()
             self.worker = None
@@ -103,6 +118,16 @@ class Contest:
     def alive(self) -> list[Entry]:
         """Entries that can be measured."""
         return [entry for entry in self.entries if entry.worker is not None]
+
+    def part_in(self, section: str) -> list[Entry]:
+        """Entries that take part in a section, dead ones included."""
+        return [entry for entry in self.entries if section in entry.sections]
+
+    def release(self, *sections: str) -> None:
+        """End the workers of entries that take part in none of ``sections``, the ones still to come."""
+        for entry in self.alive:
+            if not set(sections) & set(entry.sections):
+                entry.dismiss()
 
     def close(self) -> None:
         """End every worker."""

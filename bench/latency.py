@@ -19,6 +19,8 @@ from typing import Any
 from sbs_edge import files
 from sbs_edge.bench import latency_footprint, latency_sections, quality
 from sbs_edge.bench.contest import (
+    SECTIONS,
+    WARM_SECTIONS,
     Contest,
     Entry,
     base_spec,
@@ -141,35 +143,39 @@ def _our_entries(options: LatencyOptions, bundles: Sequence[Path], make: Callabl
                 entries.append(Entry(name, None, why=f"the bundle has no target {target!r}"))
             else:
                 spec = make(system=f"sbs-edge:{target}", artifact=str(bundle.resolve()))
-                entries.append(Entry(name, spec, label_only=_label_only(manifest, target)))
+                explains = {"explainer", "decoder_step"} & set(manifest["targets"][target])
+                sections = SECTIONS if explains else tuple(part for part in SECTIONS if part != "rationale")
+                entries.append(Entry(name, spec, sections=sections))
     return entries
 
 
-def _label_only(manifest: dict[str, Any], target: str) -> bool:
-    return not {"explainer", "decoder_step"} & set(manifest["targets"][target])
-
-
-# What an export offers to whoever wants labels alone: size, memory and cold start, not speed, are its point.
-_SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
-    ("label only", {"label_only": True}),
-    ("label only, input vocabulary pruned", {"label_only": True, "prune_input_vocabulary": True}),
+# Smaller exports of the same student: for whoever wants labels alone, size, memory and cold start are the point;
+# with rationales it is the head, which is most of a token's cost.
+_IN_USE = {"prune_vocabulary": True, "prune_input_vocabulary": True}
+_SMALLER: tuple[tuple[str, str, dict[str, bool], tuple[str, ...]], ...] = (
+    ("cpu-int8", "label only", {"label_only": True}, ("cold_start",)),
+    (
+        "cpu-int8",
+        "label only, input vocabulary pruned",
+        {"label_only": True, "prune_input_vocabulary": True},
+        ("cold_start",),
+    ),
+    ("cpu-int8", "vocabulary pruned", _IN_USE, ("rationale",)),
+    ("cpu-int4", "vocabulary pruned", _IN_USE, ("rationale",)),
 )
 
 
-def _smaller_entries(
-    student: Path, targets: Sequence[str], make: Callable[..., Any], say: Say
-) -> list[Entry]:
-    """The same student exported for labels alone, measured for its footprint."""
+def _smaller_entries(student: Path, make: Callable[..., Any], say: Say) -> list[Entry]:
+    """The same student exported smaller, each measured for what it is smaller for."""
     entries = []
-    for target in targets:
-        for name, switches in _SMALLER if target.startswith("cpu-") else ():
-            bundle = shape_bundle(student, [target], say, **switches)
-            manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-            spec = make(system=f"sbs-edge:{target}", artifact=str(bundle))
-            entry = Entry(f"sbs-edge:{target} ({name})", spec, footprint_only=True, label_only=True)
-            if manifest.get("vocabulary"):
-                entry.facts["vocabulary"] = manifest["vocabulary"]
-            entries.append(entry)
+    for target, name, switches, sections in _SMALLER:
+        bundle = shape_bundle(student, [target], say, **switches)
+        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        spec = make(system=f"sbs-edge:{target}", artifact=str(bundle))
+        entry = Entry(f"sbs-edge:{target} ({name})", spec, sections=sections)
+        if manifest.get("vocabulary"):
+            entry.facts["vocabulary"] = manifest["vocabulary"]
+        entries.append(entry)
     return entries
 
 
@@ -204,8 +210,7 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
     if options.shape:
         try:
             bundles = [shape_bundle(student, options.targets or ("cpu-int8",), say)]
-            if card["task"]["label_kind"] == "closed":
-                smaller = _smaller_entries(student, options.targets or ("cpu-int8",), make, say)
+            smaller = _smaller_entries(student, make, say)
         except Exception as error:  # the peers are measured all the same
             if os.environ.get("SBS_EDGE_DEBUG"):
                 raise
@@ -258,16 +263,14 @@ def measure_latency(
     try:
         say("asking every system for its answers")
         rows += quality.measure(contest, compare, schedule.rationale_steps)
-        for entry in (*contest.entries, contest.reference):
-            if entry is None or entry.worker is None:
-                continue
-            if entry.footprint_only or entry is contest.reference:
-                entry.worker.close()
-                entry.worker = None
+        if contest.reference is not None:
+            contest.reference.dismiss()
+        contest.release(*WARM_SECTIONS)
         clock = time.monotonic()
         if not options.prepare_only:
             rows += latency_sections.label(contest, schedule, _SHARES["label"], say)
             rows += latency_sections.rationale(contest, schedule, _SHARES["rationale"], say)
+            contest.release("throughput", "open_loop")
             rows += latency_sections.throughput(contest, schedule, _SHARES["throughput"], say)
             rows += latency_sections.open_loop(contest, schedule, _SHARES["open_loop"], say)
             rows += latency_footprint.cold_start(contest, schedule, _SHARES["cold_start"], say)

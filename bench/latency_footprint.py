@@ -46,7 +46,7 @@ def cold_start(contest: Contest, schedule: Schedule, share: float, say: Callable
     for number, _ in zip(range(schedule.cold_rounds), schedule.rounds_within(share), strict=False):
         say(f"cold start, round {number + 1}")
         times["python"].add([_python_floor()])
-        for entry in turned(contest.entries, number):
+        for entry in turned(contest.part_in("cold_start"), number):
             if entry.why or entry.spec is None:
                 continue
             try:

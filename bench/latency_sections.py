@@ -136,7 +136,7 @@ def label(contest: Contest, schedule: Schedule, share: float, say: Callable[[str
     for number in schedule.rounds_within(share):
         say(f"label, round {number + 1}")
         for case in cases:
-            for entry in rotated(contest.entries, number):
+            for entry in rotated(contest.part_in("label"), number):
                 for variant in entry.variants:
                     series = found.setdefault((entry.name, variant, case), Series())
                     reply = _asked(
@@ -171,7 +171,7 @@ def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[
         say(f"rationale, round {number + 1}")
         for batch in schedule.rationale_batches:
             texts = inputs.texts(source, batch)
-            for entry in rotated([entry for entry in contest.entries if not entry.label_only], number):
+            for entry in rotated(contest.part_in("rationale"), number):
                 key = (entry.name, batch)
                 replies = []
                 for table, steps in ((first, 1), (whole, schedule.rationale_steps)):

@@ -49,7 +49,7 @@ def _ask(contest: Contest, entry: Entry, steps: int) -> dict[str, Any] | None:
             "answers",
             texts=[row["input"] for row in rows],
             choices=choices,
-            rationales=0 if entry.label_only else RATIONALE_ROWS,
+            rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
             steps=steps,
         )
     except WorkerFailed as failure:
@@ -91,7 +91,7 @@ def measure(contest: Contest, compare: Any, steps: int) -> list[Row]:
         if answers is not None and base is not None and base[field] is not None:
             pairs = zip(answers, base[field], strict=True)
             quality["label agreement with fp32"] = _percent([same_answer(a, b, compare) for a, b in pairs])
-        if base is not None and not entry.label_only:
+        if base is not None and "rationale" in entry.sections:
             equal = share_equal(said["rationales"], base["rationales"])
             if equal is not None:
                 quality["rationale agreement with fp32"] = equal
