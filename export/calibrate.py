@@ -30,14 +30,18 @@ def fit_temperature(scores: Sequence[np.ndarray], gold: Sequence[int]) -> float:
     likelihood would ask for certainty, whatever the number of rows.
     """
     smoothing = 1.0 / (len(scores) + 2)
+    counts = np.array([len(row) for row in scores])
+    table = np.full((len(scores), counts.max()), -np.inf)
+    for place, row in enumerate(scores):
+        table[place, : len(row)] = row
+    table -= table.max(axis=1, keepdims=True)
+    real, rows, right = np.isfinite(table), np.arange(len(scores)), np.asarray(gold)
 
     def loss(log_t: float) -> float:
-        t = float(np.exp(log_t))
-        total = 0.0
-        for row, right in zip(scores, gold, strict=True):
-            log_p = _log_probabilities(row, t)
-            total -= (1.0 - smoothing) * log_p[right] + smoothing * log_p.mean()
-        return total / len(scores)
+        scaled = table / float(np.exp(log_t))
+        log_p = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+        mean = np.where(real, log_p, 0.0).sum(axis=1) / counts
+        return float(-((1.0 - smoothing) * log_p[rows, right] + smoothing * mean).mean())
 
     low, high = np.log(0.05), np.log(20.0)
     ratio = (np.sqrt(5.0) - 1.0) / 2.0
