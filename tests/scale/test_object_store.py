@@ -1,8 +1,8 @@
 """Input and output on an S3 server, which is a process of its own: moto's, from any environment.
 
 It is not in the ``dev`` extra because botocore wants an older python-dateutil than the constraints
-hold: ``python -m venv moto && moto/bin/pip install 'moto[s3,server]'``, then put moto/bin on the PATH
-or name the program in ``SBS_EDGE_MOTO_SERVER``.
+hold: ``python -m venv store && store/bin/pip install -r constraints/object_store.txt``, then put store/bin
+on the PATH or name the program in ``SBS_EDGE_MOTO_SERVER``.
 """
 
 from __future__ import annotations
