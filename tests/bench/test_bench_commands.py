@@ -66,7 +66,10 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     assert document == load_document(out / "result.json")
     states = {system["name"]: system["why"] for system in document["systems"]}
     smaller = "sbs-edge:cpu-int8 (label only)", "sbs-edge:cpu-int8 (label only, input vocabulary pruned)"
-    assert states == dict.fromkeys(("sbs-edge:cpu-int8", *smaller, "ctranslate2", "onnxruntime-int8"), "")
+    pruned = "sbs-edge:cpu-int8 (vocabulary pruned)", "sbs-edge:cpu-int4 (vocabulary pruned)"
+    assert states == dict.fromkeys(
+        ("sbs-edge:cpu-int8", *smaller, *pruned, "ctranslate2", "onnxruntime-int8"), ""
+    )
     sections = {row["section"] for row in document["rows"] if row["system"] == "sbs-edge:cpu-int8"}
     assert sections == {
         "quality", "label", "rationale", "throughput", "open_loop", "cold_start", "memory", "disk", "installed",
@@ -74,6 +77,9 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     for name in smaller:
         found = {row["section"] for row in document["rows"] if row["system"] == name}
         assert found == {"quality", "cold_start", "memory", "disk", "installed"}
+    for name in pruned:
+        found = {row["section"] for row in document["rows"] if row["system"] == name}
+        assert found == {"quality", "rationale", "disk", "installed"}
     rows: dict[Any, Any] = {
         (row["section"], row["system"], row["variant"], row["case"]): row for row in document["rows"]
     }

@@ -82,7 +82,7 @@ def test_plain_graphs_generate_what_pytorch_generates(
             0.6,
         ),  # per-tensor activations on random weights: the bench shows what that costs
         pytest.param("openvino", 0.9, marks=pytest.mark.long),
-        pytest.param("optimum", 0.6, marks=[pytest.mark.long, pytest.mark.optimum]),
+        pytest.param("optimum", 0.4, marks=[pytest.mark.long, pytest.mark.optimum]),
     ],
 )
 def test_a_converted_peer_answers_like_pytorch(
