@@ -39,8 +39,9 @@ class Tile(NamedTuple):
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = tuple(SHARED_LIMIT)
 
-# 16-bit inputs. Two blocks fit a multiprocessor (at most 128 registers a thread with 8 warps), so that
-# one block's exponentials run beside the other's products.
+# 16-bit inputs. On Hopper two blocks of the first tile fit a multiprocessor (128 registers a thread with 8
+# warps), so that one block's exponentials run beside the other's products; the second tile reads a third
+# less for the same products, alone on its multiprocessor, and has no registers left for a bias or a cap.
 _AMPERE = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 32, 4, 4))
 _HOPPER = (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4))
 # Few rows: a block of 128 would be mostly padding.
@@ -50,7 +51,7 @@ _WIDE = (Tile(64, 64, 16, 8, 2), Tile(32, 64, 32, 4, 2))
 _INTERPRETER = (Tile(16, 32, 16, 4, 1),)
 
 FEW = 32
-_override: list[Tile] = []
+_override: list[tuple[str | None, Tile]] = []
 
 
 def interpreted() -> bool:
@@ -78,10 +79,23 @@ def candidates(arch: int, itemsize: int) -> tuple[Tile, ...]:
     return (_HOPPER if arch == 90 else _AMPERE) + _FEW_ROWS
 
 
-def pick(arch: int, itemsize: int, n_rows: int) -> Tile:
-    """Return the tile for ``n_rows`` rows, rounded up to a power of two for the choice."""
-    if _override:
-        return _override[-1]
+def fits_options(tile: Tile) -> bool:
+    """Return whether the kernels with a bias, a cap or smoothing have registers enough in ``tile``."""
+    return tile.rows * tile.columns <= 64 * 32 * tile.warps
+
+
+def pick(arch: int, itemsize: int, n_rows: int, kernel: str = "strip") -> Tile:
+    """Return the tile for ``n_rows`` rows, rounded up to a power of two for the choice.
+
+    Args:
+        arch: a key of the table, see :func:`architecture`.
+        itemsize: bytes of an input element, 2 or 4.
+        n_rows: valid rows.
+        kernel: ``strip`` (forward) or ``slope`` (backward); the table has one choice for both.
+    """
+    for wanted, tile in reversed(_override):
+        if wanted in (None, kernel):
+            return tile
     if interpreted():
         return _INTERPRETER[0]
     if itemsize == 4:
@@ -93,9 +107,9 @@ def pick(arch: int, itemsize: int, n_rows: int) -> Tile:
 
 
 @contextmanager
-def use(tile: Tile) -> Iterator[None]:
-    """Take ``tile`` for every launch inside the ``with`` block."""
-    _override.append(tile)
+def use(tile: Tile, kernel: str | None = None) -> Iterator[None]:
+    """Take ``tile`` for every launch of ``kernel`` (None: of both) inside the ``with`` block."""
+    _override.append((kernel, tile))
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
 """The Triton kernels of the ``triton`` engine: logits exist in registers only, one tile at a time.
 
 ``strip_kernel`` walks a strip of the vocabulary for a block of rows and keeps, a row, the running
-maximum, the sum of exponentials, the target's logit and where the maximum was met first;
-``merge_kernel`` joins a row's strips; ``slope_kernel`` computes a slice of the scores again and writes
-the gradient of the logits. No atomics and no locks: every element has one writer, so a repeated run
+maximum, the sum of exponentials and where the maximum was met first; ``settle_kernel`` joins a row's
+strips and adds its target; ``slope_kernel`` computes a slice of the scores again and writes the gradient
+of the logits. No atomics and no locks: every element has one writer, so a repeated run
 gives the same bits. Scores are in base 2, ``z2 = z * log2(e)``, with the logit scale folded into the
 same factor. Offsets are 64-bit. Knows nothing of torch.
 """
@@ -13,10 +13,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["merge_kernel", "slope_kernel", "strip_kernel"]
+__all__ = ["settle_kernel", "slope_kernel", "strip_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _base_two(  # type: ignore[no-untyped-def]
+    z, offset, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,  # noqa: ANN001
+) -> tl.tensor:  # fmt: skip
+    """Products made base-2 scores."""
+    if HAS_BIAS or HAS_CAP:
+        z = z * scale
+        if HAS_BIAS:
+            z += offset
+        if HAS_CAP:
+            u = z / softcap
+            # Near 0 the exponential form cancels; a Pade approximant is exact to 1e-9 there.
+            q = u * u
+            small = u * (945.0 + q * (105.0 + q)) / (945.0 + q * (420.0 + 15.0 * q))
+            large = 1.0 - 2.0 / (tl.exp2(u * (2.0 * LOG2E)) + 1.0)
+            z = softcap * tl.where(q < 0.36, small, large)
+        z = z * LOG2E
+    else:
+        z = z * (scale * LOG2E)
+    return z
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -25,8 +47,8 @@ def _scores(  # type: ignore[no-untyped-def]
     n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Base-2 scores (BLOCK_N, BLOCK_V) of the rows ``index``, and tanh where the scores are capped."""
+) -> tl.tensor:  # fmt: skip
+    """Base-2 scores (BLOCK_N, BLOCK_V) of the rows ``index``."""
     # Columns beyond the end read the last one again: cheaper than a mask, and the caller drops them.
     near = tl.minimum(columns, n_columns - 1).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
@@ -44,67 +66,48 @@ def _scores(  # type: ignore[no-untyped-def]
         z = tl.dot(a, b, z, input_precision=PRECISION)
         a_at += step * stride_hd
         b_at += step * stride_wd
-    t = z
-    if HAS_BIAS or HAS_CAP:
-        z = z * scale
-        if HAS_BIAS:
-            z += tl.load(bias + near).to(tl.float32)[None, :]
-        if HAS_CAP:
-            u = z / softcap
-            # Near 0 the exponential form cancels; a Pade approximant is exact to 1e-9 there.
-            q = u * u
-            small = u * (945.0 + q * (105.0 + q)) / (945.0 + q * (420.0 + 15.0 * q))
-            large = 1.0 - 2.0 / (tl.exp2(u * (2.0 * LOG2E)) + 1.0)
-            t = tl.where(q < 0.36, small, large)
-            z = softcap * t
-        z = z * LOG2E
-    else:
-        z = z * (scale * LOG2E)
-    return z, t
+    offset = 0.0
+    if HAS_BIAS:
+        offset = tl.load(bias + near).to(tl.float32)[None, :]
+    return _base_two(z, offset, scale, softcap, HAS_BIAS, HAS_CAP)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def strip_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, indices, targets, partials,  # noqa: ANN001
+    hidden, weight, bias, indices, partials,  # noqa: ANN001
     n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd,  # noqa: ANN001
     scale, softcap, tiles_a_strip, n_strips,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SUM: tl.constexpr, CARRY: tl.constexpr,
     EVEN_V: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Partial statistics (6, n_strips, n_rows) of vocabulary ``[base, base + n_columns)``.
+    """Partial statistics (4, n_rows, n_strips) of vocabulary ``[base, base + n_columns)``.
 
-    The six are: maximum, sum of exponentials, target's score, sum of scores, first column of the tile
-    where the maximum was met first, and first column of the target's tile where no earlier column of
-    that tile reaches the target's score (-2 elsewhere). With CARRY the strip goes on from what it left.
+    The four are: maximum, sum of exponentials, sum of scores, and the first column of the tile where the
+    maximum was met first. With CARRY the strip goes on from what it left. The target's score is left to
+    :func:`settle_kernel`: looking for it here costs 58 registers a thread, and with them the second block
+    a multiprocessor.
     """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_rows = row < n_rows
     near = tl.minimum(row, n_rows - 1)
     index = tl.load(indices + near)
-    goal = tl.load(targets + near) - base
-    goal = tl.where((goal >= 0) & (goal < n_columns), goal, -1).to(tl.int32)
     lane = tl.arange(0, BLOCK_V)
-    strip = tl.program_id(1).to(tl.int64)
     plane = tl.full((), n_strips, tl.int64) * n_rows
-    place = partials + strip * n_rows + row
+    place = partials + row.to(tl.int64) * n_strips + tl.program_id(1)
     largest = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    at_target = tl.zeros((BLOCK_N,), dtype=tl.float32)
     summed = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    winner = tl.full((BLOCK_N,), -1.0, dtype=tl.float32)
-    own = tl.full((BLOCK_N,), -2.0, dtype=tl.float32)
+    winner = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if CARRY:
         largest = tl.load(place, mask=inside_rows, other=0.0)
         total = tl.load(place + plane, mask=inside_rows, other=0.0)
-        at_target = tl.load(place + 2 * plane, mask=inside_rows, other=0.0)
-        summed = tl.load(place + 3 * plane, mask=inside_rows, other=0.0)
-        winner = tl.load(place + 4 * plane, mask=inside_rows, other=0.0)
-        own = tl.load(place + 5 * plane, mask=inside_rows, other=0.0)
+        summed = tl.load(place + 2 * plane, mask=inside_rows, other=0.0)
+        winner = tl.load(place + 3 * plane, mask=inside_rows, other=0.0)
     first = tl.program_id(1) * tiles_a_strip * BLOCK_V
     for start in range(first, tl.minimum(first + tiles_a_strip * BLOCK_V, n_columns), BLOCK_V):
         columns = start + lane
-        z, _ = _scores(
+        z = _scores(
             hidden, weight, bias, index, columns, n_columns, width,
             stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap,
             HAS_BIAS, HAS_CAP, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -116,74 +119,102 @@ def strip_kernel(  # type: ignore[no-untyped-def]
             summed += tl.sum(kept, axis=1)
         if not EVEN_V:
             z = tl.where((columns < n_columns)[None, :], z, -float("inf"))
-        local = goal - start
-        here = (local >= 0) & (local < BLOCK_V)
-        # float32 holds a tile's first column exactly up to 2^24
-        name = (base + start).to(tl.float32)
-        if tl.max(here.to(tl.int32), axis=0) > 0:
-            found = tl.sum(tl.where(lane[None, :] == local[:, None], z, 0.0), axis=1)
-            earlier = (lane[None, :] < local[:, None]) & (z >= found[:, None])
-            beaten = tl.max(earlier.to(tl.int32), axis=1) > 0
-            at_target = tl.where(here, found, at_target)
-            own = tl.where(here & ~beaten, name, own)
         top = tl.max(z, axis=1)
         higher = tl.maximum(largest, top)
         # -inf only while every logit so far is -inf (a bias may ban classes): no -inf - -inf.
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp2(largest - shift) + tl.sum(tl.exp2(z - shift[:, None]), axis=1)
-        winner = tl.where(top > largest, name, winner)
+        # float32 holds a tile's first column exactly up to 2^24
+        winner = tl.where(top > largest, (base + start).to(tl.float32), winner)
         largest = higher
     tl.store(place, largest, mask=inside_rows)
     tl.store(place + plane, total, mask=inside_rows)
-    tl.store(place + 2 * plane, at_target, mask=inside_rows)
-    tl.store(place + 3 * plane, summed, mask=inside_rows)
-    tl.store(place + 4 * plane, winner, mask=inside_rows)
-    tl.store(place + 5 * plane, own, mask=inside_rows)
+    tl.store(place + 2 * plane, summed, mask=inside_rows)
+    tl.store(place + 3 * plane, winner, mask=inside_rows)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def merge_kernel(  # type: ignore[no-untyped-def]
-    partials, targets, losses, hits, stats,  # noqa: ANN001
-    n_rows, n_strips, n_classes, stats_stride, smoothing, z_loss,  # noqa: ANN001
-    BLOCK: tl.constexpr,
+def settle_kernel(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, indices, targets, partials, losses, hits, stats,  # noqa: ANN001
+    n_rows, n_strips, n_classes, width, stride_hn, stride_hd, stride_wv, stride_wd,  # noqa: ANN001
+    stats_stride, scale, softcap, smoothing, z_loss,  # noqa: ANN001
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Join the strips: (n_rows,) losses in nats and hits, and ``stats`` (2, ...): maximum, sum, base 2."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < n_rows
+    """Join the strips of one row: its loss in nats, whether it hits, its maximum and sum, base 2.
+
+    The product of the row with its target is made here, in another order than the tiles make it. A row
+    hits if the target is the first column with the largest score, and then the score *is* the maximum:
+    taking it makes a confident row's loss exact. Where the maximum has more than two thirds of the
+    probability, a target within half of it is that column; where it has less, the scores of the winning
+    tile are made again, all in one order, so that ties go to the first column.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    strip = tl.arange(0, BLOCK_S)
     plane = tl.full((), n_strips, tl.int64) * n_rows
-    largest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    at_target = tl.zeros((BLOCK,), dtype=tl.float32)
-    summed = tl.zeros((BLOCK,), dtype=tl.float32)
-    winner = tl.full((BLOCK,), -1.0, dtype=tl.float32)
-    own = tl.full((BLOCK,), -2.0, dtype=tl.float32)
-    for strip in range(0, n_strips):
-        place = partials + tl.full((), strip, tl.int64) * n_rows + row
-        top = tl.load(place, mask=inside, other=0.0)
-        found = tl.load(place + 4 * plane, mask=inside, other=0.0)
-        first = tl.where(top == largest, tl.minimum(winner, found), winner)
-        winner = tl.where(top > largest, found, first)
-        higher = tl.maximum(largest, top)
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp2(largest - shift)
-        total += tl.load(place + plane, mask=inside, other=1.0) * tl.exp2(top - shift)
-        largest = higher
-        at_target += tl.load(place + 2 * plane, mask=inside, other=0.0)
-        summed += tl.load(place + 3 * plane, mask=inside, other=0.0)
-        own = tl.maximum(own, tl.load(place + 5 * plane, mask=inside, other=-2.0))
-    target = tl.load(targets + row, mask=inside, other=0)
+    place = partials + row * n_strips + strip
+    known = strip < n_strips
+    tops = tl.load(place, mask=known, other=-float("inf"))
+    largest = tl.max(tops, axis=0)
+    shift = tl.where(largest == -float("inf"), 0.0, largest)
+    total = tl.sum(tl.load(place + plane, mask=known, other=0.0) * tl.exp2(tops - shift), axis=0)
+    summed = tl.sum(tl.load(place + 2 * plane, mask=known, other=0.0), axis=0)
+    winners = tl.load(place + 3 * plane, mask=known, other=0.0)
+    winner = tl.min(tl.where(known & (tops == largest), winners, float("inf")), axis=0)
+    target = tl.load(targets + row)
+    bad = (target < 0) | (target >= n_classes)
+    column = tl.where(bad, 0, target)
+    depth = tl.arange(0, BLOCK_D)
+    x_at = hidden + tl.load(indices + row) * stride_hn + depth.to(tl.int64) * stride_hd
+    w_at = weight + column * stride_wv + depth.to(tl.int64) * stride_wd
+    step = tl.full((), BLOCK_D, tl.int64)
+    product = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for k in range(0, width, BLOCK_D):
+        x = tl.load(x_at + (k // BLOCK_D) * step * stride_hd, mask=depth < width - k, other=0.0)
+        w = tl.load(w_at + (k // BLOCK_D) * step * stride_wd, mask=depth < width - k, other=0.0)
+        product += x.to(tl.float32) * w.to(x.dtype).to(tl.float32)
+    offset = 0.0
+    if HAS_BIAS:
+        offset = tl.load(bias + column).to(tl.float32)
+    at_target = _base_two(tl.sum(product, axis=0), offset, scale, softcap, HAS_BIAS, HAS_CAP)
+    tile = (column // BLOCK_V) * BLOCK_V
+    near = (at_target > largest - 0.5) & (tile.to(tl.float32) == winner) & (bad == 0)
+    hit = near & (total < 1.5)
+    if near & (total >= 1.5):
+        best = -float("inf")
+        place_of_best = tile
+        for first in range(0, BLOCK_V, CHUNK):
+            columns = tile + first + tl.arange(0, CHUNK)
+            inside = columns < n_classes
+            rows_at = weight + tl.where(inside, columns, 0)[:, None] * stride_wv
+            rows_at += depth.to(tl.int64)[None, :] * stride_wd
+            products = tl.zeros((CHUNK, BLOCK_D), dtype=tl.float32)
+            for k in range(0, width, BLOCK_D):
+                some = depth < width - k
+                x = tl.load(x_at + (k // BLOCK_D) * step * stride_hd, mask=some, other=0.0)
+                w = tl.load(rows_at + (k // BLOCK_D) * step * stride_wd, mask=some[None, :], other=0.0)
+                products += x.to(tl.float32)[None, :] * w.to(x.dtype).to(tl.float32)
+            offsets = 0.0
+            if HAS_BIAS:
+                offsets = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+            scores = _base_two(tl.sum(products, axis=1), offsets, scale, softcap, HAS_BIAS, HAS_CAP)
+            scores = tl.where(inside, scores, -float("inf"))
+            top = tl.max(scores, axis=0)
+            found = tl.min(tl.where(scores == top, columns, n_classes), axis=0)
+            place_of_best = tl.where(top > best, found, place_of_best)
+            best = tl.maximum(top, best)
+        hit = place_of_best == target
+    at_target = tl.where(hit, largest, at_target)
     natural = tl.log(total)
     loss = natural + LN2 * (largest - (1.0 - smoothing) * at_target)
     if smoothing > 0.0:  # apart: 0 * -inf is no loss
         loss -= LN2 * (smoothing * summed / n_classes)
     lse = natural + LN2 * largest
     loss += z_loss * lse * lse
-    bad = (target < 0) | (target >= n_classes)
-    tl.store(losses + row, tl.where(bad, float("nan"), loss), mask=inside)
-    hit = (own == winner) & (at_target == largest) & (total == total)
-    tl.store(hits + row, hit.to(tl.int8), mask=inside)
-    tl.store(stats + row, largest, mask=inside)
-    tl.store(stats + stats_stride + row, total, mask=inside)
+    tl.store(losses + row, tl.where(bad, float("nan"), loss))
+    tl.store(hits + row, hit.to(tl.int8))
+    tl.store(stats + row, largest)
+    tl.store(stats + stats_stride + row, total)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -203,7 +234,7 @@ def slope_kernel(  # type: ignore[no-untyped-def]
     near = tl.minimum(row, n_rows - 1)
     index = tl.load(indices + near)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    z, t = _scores(
+    z = _scores(
         hidden, weight, bias, index, columns, n_columns, width,
         stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap,
         HAS_BIAS, HAS_CAP, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -215,7 +246,8 @@ def slope_kernel(  # type: ignore[no-untyped-def]
     gain = tl.load(gains + near)
     slope = tl.exp2(z - peak[:, None]) * share[:, None] - elsewhere
     slope -= tl.where(columns[None, :] == goal[:, None], on_target, 0.0)
-    if HAS_CAP:
+    if HAS_CAP:  # d softcap(u) / du = 1 - tanh(u / c)^2
+        t = z / (softcap * LOG2E)
         slope = slope * (1.0 - t * t)
     slope = slope * gain[:, None]
     place = slopes + row.to(tl.int64)[:, None] * slopes_stride + columns[None, :]

@@ -26,7 +26,7 @@ from torch import Tensor
 from sbs_edge.kernels import configs
 from sbs_edge.kernels.products import add_product, product, whole_sums
 from sbs_edge.kernels.rows import RowPlan
-from sbs_edge.kernels.tiles import merge_kernel, slope_kernel, strip_kernel
+from sbs_edge.kernels.tiles import settle_kernel, slope_kernel, strip_kernel
 
 __all__ = ["Options", "TileResult", "backward", "forward", "plan_columns"]
 
@@ -35,7 +35,7 @@ SLOPE_BYTES = 48 << 20
 LEAST_COLUMNS = 1536
 COLUMN_STEP = 128
 FLOAT16_GAIN = 256.0
-MERGE_ROWS = 128
+SETTLE_ROWS, SETTLE_DEPTH = 16, 256
 
 
 class Options(NamedTuple):
@@ -83,13 +83,13 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _launch(hidden: Tensor, bias: Tensor | None, plan: RowPlan, options: Options) -> _Launch:
+def _launch(kernel: str, hidden: Tensor, bias: Tensor | None, plan: RowPlan, options: Options) -> _Launch:
     if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RuntimeError(f"The triton engine computes in float32; use engine='torch' for {hidden.dtype}.")
     arch = 90
     if hidden.is_cuda:
         arch = configs.architecture(torch.cuda.get_device_capability(hidden.device))
-    tile = configs.pick(arch, hidden.element_size(), plan.indices.shape[0])
+    tile = configs.pick(arch, hidden.element_size(), plan.indices.shape[0], kernel)
     return _Launch(tile, hidden, bias if bias is None else bias.contiguous(), plan, options)
 
 
@@ -110,7 +110,7 @@ def forward(
     Raises:
         RuntimeError: the inputs are float64, which this engine would round.
     """
-    launch = _launch(hidden, bias, plan, options)
+    launch = _launch("strip", hidden, bias, plan, options)
     device, (n_classes, width) = hidden.device, weight.shape
     n_rows = plan.indices.shape[0]
     losses = torch.empty(n_rows, device=device)
@@ -125,23 +125,27 @@ def forward(
     blocks, tiles = triton.cdiv(n_rows, tile.rows), triton.cdiv(span, tile.columns)
     tiles_a_strip = triton.cdiv(tiles, _strips(blocks, tiles, device))
     n_strips = triton.cdiv(tiles, tiles_a_strip)
-    partials = torch.empty((6, n_strips, n_rows), device=device)
+    partials = torch.empty((4, n_rows, n_strips), device=device)
     scores: Any = strip_kernel
-    merge: Any = merge_kernel
+    settle: Any = settle_kernel
     with _on(device):
         for base in range(0, n_classes, span):
             columns = min(span, n_classes - base)
             part = weight[base : base + columns].to(hidden.dtype)
             scores[(blocks, n_strips)](
-                hidden, part, launch.offset(base), plan.indices, plan.targets, partials,
+                hidden, part, launch.offset(base), plan.indices, partials,
                 n_rows, base, columns, width, *hidden.stride(), *part.stride(),
                 options.logit_scale, options.softcap, tiles_a_strip, n_strips,
                 SUM=options.label_smoothing > 0, CARRY=base > 0, EVEN_V=columns % tile.columns == 0,
                 **launch.flags,
             )  # fmt: skip
-        merge[(triton.cdiv(n_rows, MERGE_ROWS),)](
-            partials, plan.targets, losses, hits, stats, n_rows, n_strips, n_classes, hidden.shape[0],
-            options.label_smoothing, options.z_loss, BLOCK=MERGE_ROWS,
+        settle[(n_rows,)](
+            hidden, weight, launch.offset(0), plan.indices, plan.targets, partials, losses, hits, stats,
+            n_rows, n_strips, n_classes, width, *hidden.stride(), *weight.stride(), stats.stride(0),
+            options.logit_scale, options.softcap, options.label_smoothing, options.z_loss,
+            HAS_BIAS=bias is not None, HAS_CAP=options.softcap > 0,
+            BLOCK_S=triton.next_power_of_2(n_strips), BLOCK_V=tile.columns,
+            BLOCK_D=min(SETTLE_DEPTH, triton.next_power_of_2(width)), CHUNK=SETTLE_ROWS,
         )  # fmt: skip
     return TileResult(losses, hits.bool(), stats)
 
@@ -215,7 +219,7 @@ def _slices(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    launch = _launch(hidden, bias, plan, options)
+    launch = _launch("slope", hidden, bias, plan, options)
     tile, low, device = launch.tile, hidden.dtype, hidden.device
     n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape
     peaks, sums = stats[0, :n_rows], stats[1, :n_rows]

@@ -87,6 +87,25 @@ def test_error_is_at_most_twice_that_of_plain_torch(shape, dtype, segments, opti
 
 
 @in_child
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 4.0])  # flat; two of three rows sure; losses near rounding
+def test_flat_and_confident_rows_are_as_exact(sharpness, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(101, 32).to(dtype)
+    targets = torch.arange(60) % 101
+    hidden = (sharpness * (weight[targets] / 4 + 0.1 * torch.randn(60, 32))).to(dtype)
+    case = (hidden, weight, targets, {})
+    exact, counted = _run("reference", *case, torch.float64)
+    plain, _ = _run("reference", *case, dtype)
+    mine, found = _run("triton", *case, dtype)
+    _assert_twice(exact, plain, mine, dtype)
+    assert found == counted
+    if sharpness == 4.0:
+        assert exact[0] < 1e-3
+        assert found[1] == [60]
+
+
+@in_child
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mixed_precision_casts_slices_of_the_weight_and_bears_any_loss_scale(shape, scale, monkeypatch):
@@ -234,7 +253,7 @@ def test_frozen_compiled_checkpointed_repeated_and_bad():
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the child")
 @pytest.mark.parametrize(
-    "chosen", ["(19 and plain and 3) or ties or bad", pytest.param("test_", marks=pytest.mark.long)]
+    "chosen", ["(19 and plain and 3) or ties or bad or flat", pytest.param("test_", marks=pytest.mark.long)]
 )
 def test_in_triton_s_interpreter(chosen):
     pytest.importorskip("triton")
