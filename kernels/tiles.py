@@ -22,8 +22,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _base_two(  # type: ignore[no-untyped-def]
     z, offset, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,  # noqa: ANN001
-) -> tl.tensor:  # fmt: skip
-    """Products made base-2 scores."""
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Products made base-2 scores, and tanh where the scores are capped."""
+    t = z
     if HAS_BIAS or HAS_CAP:
         z = z * scale
         if HAS_BIAS:
@@ -34,11 +35,12 @@ def _base_two(  # type: ignore[no-untyped-def]
             q = u * u
             small = u * (945.0 + q * (105.0 + q)) / (945.0 + q * (420.0 + 15.0 * q))
             large = 1.0 - 2.0 / (tl.exp2(u * (2.0 * LOG2E)) + 1.0)
-            z = softcap * tl.where(q < 0.36, small, large)
+            t = tl.where(q < 0.36, small, large)
+            z = softcap * t
         z = z * LOG2E
     else:
         z = z * (scale * LOG2E)
-    return z
+    return z, t
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -47,8 +49,8 @@ def _scores(  # type: ignore[no-untyped-def]
     n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Base-2 scores (BLOCK_N, BLOCK_V) of the rows ``index``."""
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Base-2 scores (BLOCK_N, BLOCK_V) of the rows ``index``, and tanh where the scores are capped."""
     # Columns beyond the end read the last one again: cheaper than a mask, and the caller drops them.
     near = tl.minimum(columns, n_columns - 1).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
@@ -107,7 +109,7 @@ def strip_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(1) * tiles_a_strip * BLOCK_V
     for start in range(first, tl.minimum(first + tiles_a_strip * BLOCK_V, n_columns), BLOCK_V):
         columns = start + lane
-        z = _scores(
+        z, _ = _scores(
             hidden, weight, bias, index, columns, n_columns, width,
             stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap,
             HAS_BIAS, HAS_CAP, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -176,7 +178,7 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     offset = 0.0
     if HAS_BIAS:
         offset = tl.load(bias + column).to(tl.float32)
-    at_target = _base_two(tl.sum(product, axis=0), offset, scale, softcap, HAS_BIAS, HAS_CAP)
+    at_target, _ = _base_two(tl.sum(product, axis=0), offset, scale, softcap, HAS_BIAS, HAS_CAP)
     tile = (column // BLOCK_V) * BLOCK_V
     near = (at_target > largest - 0.5) & (tile.to(tl.float32) == winner) & (bad == 0)
     hit = near & (total < 1.5)
@@ -197,7 +199,7 @@ def settle_kernel(  # type: ignore[no-untyped-def]
             offsets = 0.0
             if HAS_BIAS:
                 offsets = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-            scores = _base_two(tl.sum(products, axis=1), offsets, scale, softcap, HAS_BIAS, HAS_CAP)
+            scores, _t = _base_two(tl.sum(products, axis=1), offsets, scale, softcap, HAS_BIAS, HAS_CAP)
             scores = tl.where(inside, scores, -float("inf"))
             top = tl.max(scores, axis=0)
             found = tl.min(tl.where(scores == top, columns, n_classes), axis=0)
@@ -234,7 +236,7 @@ def slope_kernel(  # type: ignore[no-untyped-def]
     near = tl.minimum(row, n_rows - 1)
     index = tl.load(indices + near)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = _scores(
+    z, t = _scores(
         hidden, weight, bias, index, columns, n_columns, width,
         stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap,
         HAS_BIAS, HAS_CAP, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -247,7 +249,6 @@ def slope_kernel(  # type: ignore[no-untyped-def]
     slope = tl.exp2(z - peak[:, None]) * share[:, None] - elsewhere
     slope -= tl.where(columns[None, :] == goal[:, None], on_target, 0.0)
     if HAS_CAP:  # d softcap(u) / du = 1 - tanh(u / c)^2
-        t = z / (softcap * LOG2E)
         slope = slope * (1.0 - t * t)
     slope = slope * gain[:, None]
     place = slopes + row.to(tl.int64)[:, None] * slopes_stride + columns[None, :]
