@@ -71,7 +71,8 @@ def _scores(  # type: ignore[no-untyped-def]
     offset = 0.0
     if HAS_BIAS:
         offset = tl.load(bias + near).to(tl.float32)[None, :]
-    return _base_two(z, offset, scale, softcap, HAS_BIAS, HAS_CAP)
+    z, t = _base_two(z, offset, scale, softcap, HAS_BIAS, HAS_CAP)
+    return z, t
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
