@@ -77,10 +77,8 @@ def test_plain_graphs_generate_what_pytorch_generates(
     ("system", "least"),
     [
         ("ctranslate2", 0.9),
-        (
-            "onnxruntime-int8",
-            0.6,
-        ),  # per-tensor activations on random weights: the bench shows what that costs
+        # Per-tensor activations on random weights: the bench shows what that costs. Chance is a third.
+        ("onnxruntime-int8", 0.4),
         pytest.param("openvino", 0.9, marks=pytest.mark.long),
         pytest.param("optimum", 0.4, marks=[pytest.mark.long, pytest.mark.optimum]),
     ],
