@@ -91,8 +91,11 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     sizes = [rows["disk", name, "label alone", "files"]["value"] for name in ("sbs-edge:cpu-int8", *smaller)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
-    (figures,) = (system["vocabulary"] for system in document["systems"] if "vocabulary" in system)
-    assert figures["tokens"] < figures["tokens_of_the_student"]
+    vocabularies = {
+        system["name"]: system["vocabulary"] for system in document["systems"] if "vocabulary" in system
+    }
+    assert set(vocabularies) == {smaller[1], *pruned}
+    assert all(found["tokens"] < found["tokens_of_the_student"] for found in vocabularies.values())
     assert len(label["rounds"]) == 2
     assert label["extra"]["p50"] <= label["extra"]["p90"] <= label["extra"]["p99"]
     assert rows["label", "ctranslate2", "one token", "batch 8, 16 tokens"]["extra"]["n"] >= 2
