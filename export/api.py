@@ -62,6 +62,10 @@ class ExportResult:
     report: dict[str, Any]
 
 
+# What an earlier export of any layout left: a bundle, optimum's files, a Triton repository.
+_EXPORTED = ("manifest.json", "encoder_model.onnx", "*/config.pbtxt")
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """One export: what goes in, and how far it may stray.
@@ -172,6 +176,12 @@ def export(
         raise UsageError(
             "A single file and the optimum layout keep the student's own tokenizer; leave --prune-input-vocabulary out."
         )
+    source, there = Path(student).resolve(), Path(out).resolve()
+    if there == source or there in source.parents:
+        raise UsageError(
+            f"{out} holds the student itself, and a bundle replaces its directory; give another one."
+        )
+    files.check_replaceable(out, _EXPORTED, "bundle or other output of export")
     opened = open_student(student, labels, label_prefix, rationale_prefix)
     model = load_model(opened.path)
     weights = weights_of(model)

@@ -51,7 +51,7 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Re
     if kind not in KINDS:
         raise UsageError(
             f"The tokenizer is of the kind {kind!r}; only {' and '.join(KINDS)} can be put into a graph. Train with "
-            "--tokenizer unigram, or leave --single-file out."
+            "tokenizer='unigram' (run --training tokenizer=unigram), or leave --single-file out."
         )
     precision = precision_of(target, recipe)
     if plan.method == "first-token":

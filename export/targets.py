@@ -98,9 +98,6 @@ def targets_named(names: tuple[str, ...]) -> list[Target]:
     """
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
-        raise UsageError(
-            f"There is no target {unknown[0]!r}; "
-            if unknown
-            else f"No target was given; known are {', '.join(TARGETS)}."
-        )
+        wrong = f"There is no target {unknown[0]!r}" if unknown else "No target was given"
+        raise UsageError(f"{wrong}; known are {', '.join(TARGETS)}.")
     return [TARGETS[name] for name in dict.fromkeys(names)]

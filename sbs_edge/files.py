@@ -11,11 +11,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["atomic_directory", "atomic_writer", "fsync_directory", "write_bytes", "write_json", "write_text"]
+from sbs_edge.errors import UsageError
+
+__all__ = [
+    "atomic_directory",
+    "atomic_writer",
+    "check_replaceable",
+    "fsync_directory",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 
 def fsync_directory(path: Path) -> None:
@@ -69,6 +79,29 @@ def write_text(path: str | os.PathLike[str], content: str) -> None:
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as indented JSON with a final newline, in one step."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str], kind: str) -> None:
+    """Refuse a destination whose content is not ours to delete: replacing a directory removes what it held.
+
+    Args:
+        destination: a directory that :func:`atomic_directory` is going to replace.
+        marks: glob patterns, one of which an earlier output of the same kind matches.
+        kind: what is written, for the message.
+
+    Raises:
+        UsageError: it is a file, or holds something else.
+    """
+    target = Path(destination)
+    if target.is_dir():
+        if not any(target.iterdir()) or any(any(target.glob(mark)) for mark in marks):
+            return
+    elif not target.exists():
+        return
+    raise UsageError(
+        f"{target} is there already and is no {kind}. Writing would delete all it holds; give another directory, "
+        "or remove it yourself."
+    )
 
 
 @contextlib.contextmanager

@@ -94,11 +94,11 @@ def _train_arm(arm: Arm, splits: Splits, out: Path, config: RunConfig) -> dict[s
 def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
     """Time single label predictions after a warm-up; milliseconds a call, one text a call."""
     for text in texts[:10]:
-        student.predict([text])
+        student.predict([text], truncate=True)
     taken = []
     for text in texts[:LATENCY_CALLS]:
         start = time.perf_counter()
-        student.predict([text])
+        student.predict([text], truncate=True)
         taken.append((time.perf_counter() - start) * 1e3)
     cuts = statistics.quantiles(taken, n=100) if len(taken) > 1 else taken * 99
     return {"p50": round(statistics.median(taken), 3), "p90": round(cuts[89], 3), "calls": len(taken)}
@@ -107,7 +107,9 @@ def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
 def _answers(student: Any, rows: Sequence[Example]) -> list[str]:
     choices = [list(row.distinct_choices) for row in rows]
     labels = choices if any(choices) else None
-    return [answer.label for answer in student.predict([row.input for row in rows], labels=labels)]
+    # As training and the guard do: one long row must not cost the run its report.
+    found = student.predict([row.input for row in rows], labels=labels, truncate=True)
+    return [answer.label for answer in found]
 
 
 def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> list[dict[str, Any]]:
@@ -123,10 +125,8 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
         with Student.load(bundle, target=target, threads=1) as student:
             got = _answers(student, test)
             reference = reference or got
-            right = sum(
-                row.label is not None and same_answer(answer, row.label, splits.task.compare)
-                for answer, row in zip(got, test, strict=True)
-            )
+            judged = [(a, row.label) for a, row in zip(got, test, strict=True) if row.label is not None]
+            right = sum(same_answer(answer, label, splits.task.compare) for answer, label in judged)
             size = sum(
                 item["bytes"] for name, item in manifest["files"].items() if name.startswith(f"{target}/")
             )
@@ -134,14 +134,14 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
             rows.append(
                 {
                     "target": target,
-                    "label_accuracy": right / len(test) if test else None,
+                    "label_accuracy": right / len(judged) if judged else None,
                     "agreement_with_first": sum(a == b for a, b in zip(got, reference, strict=True))
                     / max(len(test), 1),
                     "bytes": size,
                     "label_ms": _latency_ms(student, [row.input for row in test])
                     if splits.task.label_kind != "choices"
                     else None,
-                    "example_rationale": student.explain([first])[0].rationale
+                    "example_rationale": student.explain([first], truncate=True)[0].rationale
                     if first and "explainer" in entry
                     else "",
                     "guard": entry.get("accuracy"),

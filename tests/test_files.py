@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sbs_edge import files
+from sbs_edge.errors import UsageError
 
 
 def test_write_json_round_trip(tmp_path: Path) -> None:
@@ -53,3 +54,18 @@ def test_atomic_directory_replaces_only_when_the_block_succeeds(tmp_path: Path) 
         (work / "three").write_text("3")
     assert [p.name for p in target.iterdir()] == ["three"]
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    mine, ours, empty, absent = (tmp_path / name for name in ("mine", "ours", "empty", "absent"))
+    for folder in (mine, ours, empty):
+        folder.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    (ours / "manifest.json").write_text("{}")
+    file = tmp_path / "file"
+    file.write_text("x")
+    for allowed in (ours, empty, absent):
+        files.check_replaceable(allowed, ("manifest.json",), "bundle")
+    for refused in (mine, file):
+        with pytest.raises(UsageError, match=f"{refused.name} is there already and is no bundle"):
+            files.check_replaceable(refused, ("manifest.json",), "bundle")

@@ -26,13 +26,13 @@ OutOption = Annotated[
 ]
 
 
-def _list(text: str, flag: str) -> tuple[int, ...]:
+def _list(text: str, flag: str, least: int = 1) -> tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise UsageError(f"{flag} takes whole numbers separated by commas; found {text!r}.") from error
-    if not found or min(found) < 1:
-        raise UsageError(f"{flag} needs at least one number, all of them positive; found {text!r}.")
+    if not found or min(found) < least:
+        raise UsageError(f"{flag} needs at least one number, none below {least}; found {text!r}.")
     return found
 
 
@@ -149,7 +149,7 @@ def _latency(app: typer.Typer) -> None:
             against=_words(against),
             targets=_words(target),
             threads=threads,
-            cpus=tuple(int(part) for part in _words(cpus)) if cpus else (),
+            cpus=_list(cpus, "--cpus", least=0) if cpus else (),
             rows=rows,
             seed=seed,
             prepare_only=prepare_only,

@@ -17,8 +17,9 @@ from typing import Literal
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.errors import UsageError
 
-__all__ = ["LABELS", "SIZES", "BuiltinSize", "builtin_splits", "facts_to_label"]
+__all__ = ["LABELS", "NAME", "SIZES", "BuiltinSize", "builtin_splits", "facts_to_label"]
 
+NAME = "hvac-desk"
 LABELS = ("wait", "dispatch", "adjust", "close")
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "mode": {
@@ -209,4 +210,4 @@ def builtin_splits(
     validation = _split("validation", chosen.n_validation, _VALIDATION_SEED, chosen, taken, teacher_error)
     # The training rows may share triples with each other, not with the held-out splits.
     train = _split("train", n_train or chosen.n_train, _TRAIN_SEED + seed, chosen, set(taken), teacher_error)
-    return Splits(TaskSpec("hvac-desk", "closed", LABELS), train, validation, test)
+    return Splits(TaskSpec(NAME, "closed", LABELS), train, validation, test)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.report.page import Page
 
 __all__ = ["run_page", "run_table"]
@@ -97,7 +98,7 @@ def run_page(report: dict[str, Any]) -> str:
             f"Teacher and gold label agree on {agreement['equal']:,} of {agreement['total']:,} training rows "
             f"({_percent(agreement['equal'] / agreement['total'])})."
         )
-    if report["task"]["name"].startswith("hvac"):
+    if report["task"]["name"] == BUILTIN:
         page.text(BUILTIN_CAVEAT, note=True)
 
     page.section("Compared students")

@@ -160,7 +160,7 @@ class Student:
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
                 "This bundle's rows bring their own labels: pass labels=[[...], ...], one list a text "
-                "(sbs-edge predict: a 'choices' field, or --labels)."
+                "(sbs-edge predict: a 'choices' field, or --label)."
             )
         if labels is not None:
             scored = self._score_choices(rows, self._choices(labels, len(texts)))

@@ -65,7 +65,7 @@ class StudentDir:
         if not card_path.is_file():
             raise UsageError(
                 f"{root} has no {CARD}, so its task and prefixes are unknown. Train with sbs-edge train, or "
-                "say what the labels are when you export it (--labels)."
+                "say what the labels are when you export it (--label)."
             )
         try:
             card = json.loads(card_path.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge import files
+from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.targets import label_for, rationale_for
 from sbs_edge.data.tokenizer import build_tokenizer
@@ -22,7 +23,7 @@ __all__ = ["byte_tokenizer", "checkpoint_tokenizer", "scratch_tokenizer", "write
 
 def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: TrainConfig) -> Tokenizer:
     """Build a tokenizer from what the mode sees of the training rows, and the closed labels."""
-    kind = config.tokenizer or ("word" if task.name.startswith("hvac") else "unigram")
+    kind = config.tokenizer or ("word" if task.name == BUILTIN else "unigram")
     texts: list[str] = []
     for example in examples:
         targets = (label_for(example, config.mode), rationale_for(example, config.mode))

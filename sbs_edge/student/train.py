@@ -255,6 +255,7 @@ def _run(
             "fsdp shards parameters over processes, and this is the only one. Start several: torchrun "
             "--nproc-per-node 2 -m sbs_edge.cli train ... --fsdp, or leave --fsdp out."
         )
+    files.check_replaceable(out, ("sbs_edge.json",), "student")
     work = out.with_name(out.name + ".training")
 
     tokenizer = (
@@ -278,6 +279,11 @@ def _run(
                 f"No training row has what mode {config.mode!r} learns from "
                 f"({'gold' if config.mode in ('finetune', 'stepwise') else 'teacher'} labels"
                 f"{' or rationales' if config.uses_rationales else ''}). Choose another --mode or add the column."
+            )
+        if config.uses_rationales and not any(example.rationale for example in splits.train):
+            raise DataError(
+                f"No training row has a rationale, and mode {config.mode!r} learns from them. Ask a teacher for some "
+                "with 'sbs-edge annotate', name their column, or choose --mode finetune or distill."
             )
         source = MemoryRows(encoded, config.seed)
         used: int | None = len(encoded)

@@ -178,3 +178,21 @@ def test_absent_targets_and_options_are_refused_before_any_work(
     with pytest.raises(UsageError, match="no target"):
         export(tmp_path / "nothing", tmp_path / "out", targets=("tpu",))
     previous()
+
+
+def test_an_export_replaces_nothing_but_an_export(make_student: Any, tmp_path: Path) -> None:
+    student = make_student(tmp_path / "students" / "first")
+    before = listing(tmp_path)
+    for out in (student, tmp_path / "students"):
+        with pytest.raises(UsageError, match="holds the student itself"):
+            export(student, out, targets=("cpu-fp32",))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is there already and is no bundle"):
+        export(student, tmp_path / "notes", targets=("cpu-fp32",))
+    assert listing(tmp_path) == {**before, "notes/a.txt": b"mine"}
+
+
+def test_an_unknown_target_is_answered_with_the_known_ones(make_student: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no target 'tpu'; known are cpu-fp32, .*tensorrt-int8"):
+        export(make_student(tmp_path / "first"), tmp_path / "out", targets=("tpu",))
