@@ -40,8 +40,9 @@ def _size_and_accuracy(rows: list[Row], look: dict[str, tuple[str, str]]) -> Pic
         return None
     source = 64 if any(row.extra["source"] == 64 for row in label) else label[0].extra["source"]
     latency = {row.system: row.value for row in label if row.extra["source"] == source}
-    disk = {row.system: row.value for row in rows if row.section == "disk"}
-    disk |= {r.system: r.value for r in rows if r.section == "disk" and r.variant == "label alone"}
+    # All that a system's directory holds, ours with the graph for rationales: like with like.
+    disk = {r.system: r.value for r in rows if r.section == "disk" and r.variant == "label alone"}
+    disk |= {r.system: r.value for r in rows if r.section == "disk" and r.variant != "label alone"}
     right = {
         row.system: row.value for row in rows if row.section == "quality" and row.case == "label accuracy"
     }
@@ -60,7 +61,7 @@ def _size_and_accuracy(rows: list[Row], look: dict[str, tuple[str, str]]) -> Pic
     return (
         "latency-size-accuracy",
         figure,
-        "Label latency against size on disk and against accuracy; lower is better.",
+        "Label latency (peers write the label and its end) against all files on disk and against accuracy.",
     )
 
 
@@ -82,12 +83,14 @@ def _by_length(rows: list[Row], look: dict[str, tuple[str, str]]) -> Picture | N
                 axis.plot(*zip(*points, strict=True), color=colour, marker=mark, label=system)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("source tokens")
         axis.set_title(f"batch {batch}", fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("label latency p50, ms")
     axes[0].legend(fontsize=8)
-    return ("latency-by-length", figure, "Label latency by source length.")
+    return ("latency-by-length", figure, "Label latency by source length; peers write the label and its end.")
 
 
 def _percentiles(rows: list[Row], look: dict[str, tuple[str, str]]) -> Picture | None:
@@ -102,7 +105,7 @@ def _percentiles(rows: list[Row], look: dict[str, tuple[str, str]]) -> Picture |
     levels = ("p50", "p90", "p99")
     for axis, some, title in (
         (axes[0], calls, f"back to back, {source} tokens"),
-        (axes[1], load, "at 50 % load"),
+        (axes[1], load, "Poisson arrivals, half of its own capacity"),
     ):
         for row in some:
             colour, mark = look[row.system]
@@ -114,7 +117,11 @@ def _percentiles(rows: list[Row], look: dict[str, tuple[str, str]]) -> Picture |
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms")
     axes[0].legend(fontsize=8)
-    return ("latency-percentiles", figure, "Percentiles of one label call, and under Poisson arrivals.")
+    return (
+        "latency-percentiles",
+        figure,
+        "Percentiles of one label call, and under Poisson arrivals at half of each system's own capacity.",
+    )
 
 
 def latency_pictures(document: dict[str, Any]) -> list[Picture]:
