@@ -1,15 +1,15 @@
 """Input and output on an S3 server, which is a process of its own: moto's, from any environment.
 
 It is not in the ``dev`` extra because botocore wants an older python-dateutil than the constraints
-hold: ``python -m venv store && store/bin/pip install -r constraints/object_store.txt``, then put store/bin
-on the PATH or name the program in ``SBS_EDGE_MOTO_SERVER``.
+hold: ``python -m venv store && store/bin/pip install -r constraints/object_store.txt``, then name
+``store/bin/moto_server`` in ``SBS_EDGE_MOTO_SERVER``. One that happens to be on the PATH is not taken:
+older releases answer Arrow's multipart uploads with an error.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from sbs_edge.errors import UsageError
 from sbs_edge.scale.annotate import annotate_with_ray
 from sbs_edge.scale.units import Folder, plan_units, read_unit, write_shard
 
-SERVER = os.environ.get("SBS_EDGE_MOTO_SERVER") or shutil.which("moto_server")
+SERVER = os.environ.get("SBS_EDGE_MOTO_SERVER")
 needs_server = pytest.mark.skipif(SERVER is None, reason="no S3 server: see this file's first lines")
 
 
