@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
-from sbs_edge.commands._common import ConfigOption
+from sbs_edge.commands._common import ConfigOption, save_resolved
+from sbs_edge.commands._data_options import ColumnOption
+from sbs_edge.commands._predict_rows import PredictRow, columns_of, is_table, table_rows, text_rows
 from sbs_edge.errors import DataError, UsageError
 
 __all__ = ["register"]
@@ -30,54 +31,18 @@ class Engine(StrEnum):
     ray = "ray"
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    place: str
-    text: str
-    labels: list[str] | None
-    rest: dict[str, Any]
-
-
-def _rows(lines: Iterable[bytes], source: str, as_json: bool, field: str) -> Iterator[_Row]:
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{source}:{number} is not UTF-8 (byte {error.start}). Convert the file first."
-            ) from error
-        if not as_json:
-            if text.strip():
-                yield _Row(f"{source}:{number}", text, None, {})
-            continue
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{source}:{number} is not valid JSON: {error}.") from error
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            raise DataError(
-                f"{source}:{number} has no text in the field {field!r}; name the field with --field."
-            )
-        choices = row.get("choices")
-        if choices is not None and not (
-            isinstance(choices, list) and all(isinstance(c, str) for c in choices)
-        ):
-            raise DataError(f"{source}:{number}: 'choices' must be a list of strings.")
-        if choices is not None:
-            choices = list(dict.fromkeys(choices))  # real rows name a choice twice; it is one answer
-        yield _Row(f"{source}:{number}", row[field], choices, {"id": row["id"]} if "id" in row else {})
-
-
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
 
     @app.command()
     def predict(
+        ctx: typer.Context,
         bundle: Annotated[Path, typer.Argument(help="A bundle's directory.")],
         source: Annotated[
-            str, typer.Argument(help="A file of texts, one a line, or JSON Lines (*.jsonl); '-' is stdin.")
+            str,
+            typer.Argument(
+                help="JSON Lines, JSON, CSV, TSV or Parquet by suffix; else texts, one a line; '-' is stdin."
+            ),
         ] = "-",
         out: Annotated[
             str | None, typer.Option(help="Write here instead of stdout; complete or not at all.")
@@ -85,8 +50,13 @@ def register(app: typer.Typer) -> None:
         target: Annotated[
             str | None, typer.Option(help="Which target of the bundle; none: its default.")
         ] = None,
-        field: Annotated[str, typer.Option(help="Field of a JSON row that holds the text.")] = "input",
-        jsonl: Annotated[bool, typer.Option("--jsonl", help="Read stdin as JSON Lines.")] = False,
+        field: Annotated[
+            str, typer.Option(help="Column that holds the text; short for --column input=FIELD.")
+        ] = "input",
+        column: ColumnOption = None,
+        jsonl: Annotated[
+            bool, typer.Option("--jsonl", help="Read stdin, or a file of any suffix, as JSON Lines.")
+        ] = False,
         labels: Annotated[
             list[str] | None,
             typer.Option("--label", help="Choose among these labels; may be given several times."),
@@ -96,20 +66,25 @@ def register(app: typer.Typer) -> None:
         ] = False,
         abstain_below: Annotated[
             float | None,
-            typer.Option(help="Mark answers under this probability; none: the bundle's threshold."),
+            typer.Option(
+                min=0, max=1, help="Mark answers under this probability; none: the bundle's threshold."
+            ),
         ] = None,
         truncate: Annotated[
             bool,
             typer.Option("--truncate", help="Cut inputs over the limit and say so, instead of stopping."),
         ] = False,
-        threads: Annotated[int | None, typer.Option(help="Threads a call may use; none: all cores.")] = None,
+        threads: Annotated[
+            int | None, typer.Option(min=1, help="Threads a call may use; none: all cores.")
+        ] = None,
         engine: Annotated[
             Engine,
             typer.Option(help="ray: Ray Data workers; SOURCE a pattern or URI, --out a folder of shards."),
         ] = Engine.local,
         workers: Annotated[int, typer.Option(min=1, help="Ray: students at work, one an actor.")] = 2,
         worker_cpus: Annotated[
-            float | None, typer.Option(help="Ray: CPUs an actor takes, fractions too; none: its --threads.")
+            float | None,
+            typer.Option(min=0, help="Ray: CPUs an actor takes, fractions too; none: its --threads."),
         ] = None,
         worker_gpus: Annotated[
             float, typer.Option(min=0, help="Ray: GPUs an actor takes, fractions too.")
@@ -125,25 +100,29 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Answer every row; one JSON object a row, in the order of the input.
 
-        Examples: sbs-edge predict bundle texts.txt; echo "the vent blows cold air" | sbs-edge predict bundle --explain
+        Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle
         """
         from sbs_edge import files
         from sbs_edge.runtime.student import Student
 
+        columns = columns_of(column or (), field)
         if engine is Engine.ray:
             from sbs_edge.scale.predict import predict_with_ray
 
             if out is None or source == "-":
                 raise UsageError("--engine ray reads files and writes a folder: give SOURCE and --out.")
+            if columns.choices or columns.id:
+                raise UsageError("--engine ray reads 'choices' and 'id' from columns of these names.")
             totals = predict_with_ray(
-                bundle, source, out, target=target, field=field, labels=labels, explain=explain,
+                bundle, source, out, target=target, field=columns.input or field, labels=labels, explain=explain,
                 truncate=truncate, abstain_below=abstain_below, threads=threads or 1, workers=workers,
                 cpus_each=worker_cpus, gpus_each=worker_gpus, shard_bytes=int(shard_mb * 1e6),
                 form=shard_format, ray_address=ray_address,
             )  # fmt: skip
+            if "://" not in out:
+                save_resolved(ctx, Path(out).with_name(Path(out).name + ".config.yaml"))
             sys.stdout.write(json.dumps(totals) + "\n")
             return
-        as_json = jsonl or source.endswith((".jsonl", ".json"))
         messages = Console(stderr=True)
         try:
             opened = nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")  # noqa: SIM115
@@ -154,19 +133,22 @@ def register(app: typer.Typer) -> None:
             if entry.get("accuracy") is None:
                 why = entry.get("unmeasured") or "it was exported without labelled rows"
                 messages.print(f"{bundle}: the accuracy of {student.target} was never measured: {why}.")
-            answers = _answers(
-                student, _rows(lines, source, as_json, field), labels, explain, abstain_below, truncate
-            )
+            if source != "-" and not jsonl and is_table(source):
+                rows = table_rows(source, columns)
+            else:
+                rows = table_rows(source, columns, lines) if jsonl else text_rows(lines, source)
+            answers = _answers(student, rows, labels, explain, abstain_below, truncate)
             if out is None:
                 _write(answers, sys.stdout)
             else:
                 with files.atomic_writer(out) as handle:
                     _write(answers, handle)
+                save_resolved(ctx, Path(out).with_suffix(".config.yaml"))
 
 
 def _answers(
     student: Any,
-    rows: Iterator[_Row],
+    rows: Iterator[PredictRow],
     labels: list[str] | None,
     explain: bool,
     abstain_below: float | None,
@@ -195,7 +177,7 @@ def _answers(
             yield answer
 
 
-def _refuse_long(student: Any, part: list[_Row], truncate: bool, explain: bool) -> None:
+def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: bool) -> None:
     """Name file and line of an input over the limit; the runtime only knows its place in the call."""
     limit = student.limits["max_source_tokens"]
     for task in () if truncate else ("label", "rationale") if explain else ("label",):

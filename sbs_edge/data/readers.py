@@ -19,7 +19,7 @@ from sbs_edge.data.example import Example
 from sbs_edge.data.rows import RawRow, iterate_rows
 from sbs_edge.errors import DataError, UsageError
 
-__all__ = ["ColumnMap", "ReadResult", "RejectedRow", "read_examples", "stream_examples"]
+__all__ = ["ColumnMap", "ReadResult", "RejectedRow", "choices_cell", "read_examples", "stream_examples"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +119,22 @@ def _text(value: Any, name: str, *, numbers: bool = False) -> str | None:
     return value
 
 
+def choices_cell(value: Any) -> Any:
+    """Return what a CSV cell of choices holds, a JSON list or ``a|b|c``; a broken list and other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.lstrip().startswith("[") else value.split("|")
+    except (ValueError, RecursionError):
+        return value
+
+
 def _choices(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str):  # a CSV cell: a JSON list, or choices between bars
-        try:
-            value = json.loads(value) if value.lstrip().startswith("[") else value.split("|")
-        except (ValueError, RecursionError):
-            raise _Unusable("wrong type of 'choices'", "neither a JSON list nor 'a|b|c'") from None
+    value = choices_cell(value)
+    if isinstance(value, str):
+        raise _Unusable("wrong type of 'choices'", "neither a JSON list nor 'a|b|c'")
     if not isinstance(value, list | tuple):
         raise _Unusable("wrong type of 'choices'", f"{type(value).__name__} instead of a list")
     texts = tuple(_text(item, "choices", numbers=True) or "" for item in value)

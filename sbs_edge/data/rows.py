@@ -15,7 +15,7 @@ from typing import Any
 
 from sbs_edge.errors import DataError, MissingExtra
 
-__all__ = ["FORMATS", "RawRow", "iterate_rows"]
+__all__ = ["FORMATS", "RawRow", "iterate_rows", "json_line_rows"]
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -73,11 +73,15 @@ def _no_constant(name: str) -> Any:
 
 def _json_lines(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark says nothing in UTF-8
-            if not line.strip():
-                continue
+        yield from json_line_rows(handle)
+
+
+def json_line_rows(lines: Iterable[bytes]) -> Iterator[RawRow]:
+    """Yield the rows of JSON Lines from an open file or stdin, one object a line; blank lines are passed over."""
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark says nothing in UTF-8
+        if line.strip():
             yield _json_row(number, line)
 
 

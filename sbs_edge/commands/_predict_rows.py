@@ -1,0 +1,119 @@
+"""The rows ``sbs-edge predict`` answers: lines of text, JSON Lines, or a table by its suffix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sbs_edge.data.readers import ColumnMap, choices_cell
+from sbs_edge.data.rows import FORMATS, RawRow, iterate_rows, json_line_rows
+from sbs_edge.errors import DataError, UsageError
+
+__all__ = ["PredictRow", "columns_of", "is_table", "table_rows", "text_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictRow:
+    """One row to answer.
+
+    Attributes:
+        place: file and line, for messages.
+        text: the input.
+        labels: the row's own choices, or None.
+        rest: what goes into the answer unchanged: the row's id where it has one.
+
+    """
+
+    place: str
+    text: str
+    labels: list[str] | None
+    rest: dict[str, Any]
+
+
+def is_table(source: str) -> bool:
+    """Tell whether the suffix says that ``source`` has named columns (:data:`sbs_edge.data.rows.FORMATS`)."""
+    return Path(source).suffix.lower() in FORMATS
+
+
+def columns_of(column: Iterable[str], field: str) -> ColumnMap:
+    """Merge ``--column`` and ``--field``, of which the second is the short form of ``input=FIELD``."""
+    columns = ColumnMap.parse(column)
+    unused = [
+        name for name in ("label", "teacher_label", "rationale", "confidence") if getattr(columns, name)
+    ]
+    if unused:
+        raise UsageError(
+            f"predict reads no column for {unused[0]!r}: it takes input, choices and id. Leave out "
+            f"--column {unused[0]}={getattr(columns, unused[0])}."
+        )
+    if columns.input is not None and field != "input":
+        raise UsageError("--field NAME is short for --column input=NAME. Give one of the two.")
+    return ColumnMap(id=columns.id, input=columns.input or field, choices=columns.choices)
+
+
+def text_rows(lines: Iterable[bytes], source: str) -> Iterator[PredictRow]:
+    """Yield one row a line; blank lines are passed over."""
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{source}:{number} is not UTF-8 (byte {error.start}). Convert the file first."
+            ) from error
+        if text.strip():
+            yield PredictRow(f"{source}:{number}", text, None, {})
+
+
+def table_rows(source: str, columns: ColumnMap, lines: Iterable[bytes] | None = None) -> Iterator[PredictRow]:
+    """Yield the rows of a file with columns.
+
+    Args:
+        source: the file, whose suffix says its format; with ``lines``, only a name for messages.
+        columns: which column is which field; all but ``input`` may be left at None.
+        lines: JSON Lines to read instead of the file.
+
+    Raises:
+        DataError: a row cannot be read or lacks its text; one row out a row in leaves none out.
+
+    """
+    for raw in iterate_rows(Path(source)) if lines is None else json_line_rows(lines):
+        yield _row(raw, f"{source}:{raw.line}", columns)
+
+
+def _row(raw: RawRow, place: str, columns: ColumnMap) -> PredictRow:
+    if raw.values is None:
+        detail = f" ({raw.detail})" if raw.detail else ""
+        raise DataError(f"{place}: {raw.problem}{detail}. Every row gets an answer: mend it or take it out.")
+    name = columns.input or "input"
+    text = raw.values.get(name)
+    if not isinstance(text, str):
+        found = (
+            f"it has {', '.join(map(str, raw.values)) or 'none'}" if name not in raw.values else "not text"
+        )
+        raise DataError(
+            f"{place} has no text in the column {name!r} ({found}); name the column with --column input=NAME."
+        )
+    for field in ("choices", "id"):
+        wanted = getattr(columns, field)
+        if wanted is not None and wanted not in raw.values:
+            raise DataError(f"{place} has no column {wanted!r}, which --column names for {field!r}.")
+    choices = choices_cell(raw.values.get(columns.choices or "choices"))
+    if choices is not None and not (
+        isinstance(choices, list | tuple) and choices and all(isinstance(c, str) for c in choices)
+    ):
+        raise DataError(f"{place}: 'choices' must be a list of strings.")
+    key = columns.id or "id"
+    identity = raw.values.get(key)
+    if isinstance(identity, float) and not math.isfinite(identity):
+        identity = None
+    if not isinstance(identity, str | int | float | None):
+        identity = str(identity)
+    return PredictRow(
+        place,
+        text,
+        None if choices is None else list(dict.fromkeys(choices)),  # real rows name a choice twice
+        {"id": identity} if key in raw.values else {},
+    )
