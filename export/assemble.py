@@ -29,8 +29,11 @@ from sbs_edge.export.store import save_graphs
 from sbs_edge.export.targets import Target
 from sbs_edge.export.trie_scorer import build_choice_scorer, build_trie_scorer
 from sbs_edge.export.weights import T5Weights
+from sbs_edge.runtime.batches import padded_length
 
-__all__ = ["Recipe", "half_of", "precision_of", "write_target"]
+__all__ = ["PROFILE_ROWS", "Recipe", "half_of", "precision_of", "write_target"]
+
+PROFILE_ROWS = 16  # most rows a call that TensorRT's engines are built for; the runtime keeps to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ def write_target(folder: Path, target: Target, recipe: Recipe) -> dict[str, Any]
     return {
         **{name: f"{target.name}/{name}.onnx" for name in names},
         "providers": list(target.providers),
+        **({"max_batch_rows": PROFILE_ROWS} if target.profiles else {}),
         "opset": OPSET,
         "quantisation": {
             "numbers": target.numbers,
@@ -139,9 +143,9 @@ def _models(target: Target, recipe: Recipe) -> Iterator[tuple[str, onnx.ModelPro
 
 def _limits(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
     """Return (least, usual, most) of every free dimension, for TensorRT's profiles."""
-    most = recipe.max_source_tokens
+    most = padded_length(recipe.max_source_tokens)
     tokens = max(2, *(len(ids) for ids in recipe.plan.token_ids or ((0, 0),)))
     return {
-        "batch": (1, 1, 16), "source": (1, min(64, most), most), "nodes": (1, 8, 32 * tokens),
+        "batch": (1, 1, PROFILE_ROWS), "source": (1, min(64, most), most), "nodes": (1, 8, 32 * tokens),
         "edges": (1, 8, 32 * tokens), "labels": (1, 4, 32),
     }  # fmt: skip

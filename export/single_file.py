@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from sbs_edge.errors import MissingExtra, UsageError
@@ -21,9 +20,12 @@ from sbs_edge.export.graph import OPSET
 from sbs_edge.export.label_scorer import build_label_scorer
 from sbs_edge.export.targets import Target
 from sbs_edge.export.trie_scorer import build_trie_scorer
+from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.student.student_dir import StudentDir
 
 __all__ = ["write_single_file"]
+
+onnxruntime = onnxruntime_module()
 
 EXTENSIONS = "ai.onnx.contrib"
 CHECKED_ROWS = 16

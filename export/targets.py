@@ -70,7 +70,9 @@ TARGETS: dict[str, Target] = {
 
 def providers_here(target: Target) -> list[str]:
     """Return the target's providers that the installed onnxruntime has."""
-    import onnxruntime
+    from sbs_edge.runtime.ort import onnxruntime_module
+
+    onnxruntime = onnxruntime_module()
 
     return [name for name in target.providers if name in onnxruntime.get_available_providers()]
 

@@ -30,7 +30,9 @@ def executed_operators(
 
     A float product is counted as ``MatMul[float]``, so that what was meant to be int8 cannot hide.
     """
-    import onnxruntime
+    from sbs_edge.runtime.ort import onnxruntime_module
+
+    onnxruntime = onnxruntime_module()
 
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()

@@ -70,7 +70,9 @@ def _cpu() -> dict[str, Any]:
 def _providers() -> list[str]:
     if util.find_spec("onnxruntime") is None:
         return []
-    import onnxruntime
+    from sbs_edge.runtime.ort import onnxruntime_module
+
+    onnxruntime = onnxruntime_module()
 
     return list(onnxruntime.get_available_providers())
 

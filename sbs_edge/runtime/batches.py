@@ -21,13 +21,21 @@ def padded_length(n_tokens: int) -> int:
     return -(-n_tokens // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def token_budget_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Yield lists of row numbers: equal padded length, at most ``budget`` padded tokens (at least one row)."""
+def token_budget_batches(
+    lengths: Sequence[int], budget: int, most_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Yield lists of row numbers: equal padded length, at most ``budget`` padded tokens (at least one row).
+
+    Args:
+        lengths: tokens of every row.
+        budget: most padded tokens a call.
+        most_rows: most rows a call, for graphs that were built for so many; None: any number.
+    """
     by_length: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         by_length.setdefault(padded_length(length), []).append(row)
     for length in sorted(by_length):
-        size = max(1, budget // max(length, 1))
+        size = max(1, min(budget // max(length, 1), most_rows or len(lengths)))
         rows = by_length[length]
         for start in range(0, len(rows), size):
             yield rows[start : start + size]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sbs_edge.errors import UsageError
+from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.runtime.sessions import Session
 
 __all__ = ["StepLoop"]
@@ -104,7 +105,7 @@ class StepLoop:
 
         Caches are left as allocated: a step reads only places that an earlier one wrote.
         """
-        import onnxruntime
+        onnxruntime = onnxruntime_module()
 
         made: dict[str, Any] = {}
         for name, value in self._carried.items():
@@ -125,6 +126,6 @@ class StepLoop:
         return binding
 
     def _upload(self, array: np.ndarray) -> Any:
-        import onnxruntime
+        onnxruntime = onnxruntime_module()
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)

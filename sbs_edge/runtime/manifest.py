@@ -168,6 +168,10 @@ def _shape_problem(manifest: dict[str, Any]) -> str | None:
         and all(
             isinstance(entry, dict)
             and _strings(entry.get("providers"))
+            and (
+                "max_batch_rows" not in entry
+                or (_whole(entry["max_batch_rows"]) and entry["max_batch_rows"] > 0)
+            )
             and all(isinstance(entry[role], str) and entry[role] in listed for role in ROLES if role in entry)
             for entry in targets.values()
         ),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.runtime import cache as user_cache
+from sbs_edge.runtime.ort import onnxruntime_module
 
 __all__ = ["MIN_BYTES", "cache_directory", "load_prepacked", "prepacked_key"]
 
@@ -54,7 +55,7 @@ def _processor() -> str:
 
 def prepacked_key(digests: Sequence[str]) -> str:
     """Return the name of the entry for a graph whose files have these SHA-256 digests."""
-    import onnxruntime
+    onnxruntime = onnxruntime_module()
 
     parts = ["1", onnxruntime.__version__, _processor(), *digests]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
@@ -84,7 +85,7 @@ def load_prepacked(
     The first call on a machine makes the entry while loading; a full disk or a directory that cannot be
     written costs the saving only.
     """
-    import onnxruntime
+    onnxruntime = onnxruntime_module()
 
     try:
         root = cache_directory()

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sbs_edge.errors import IntegrityError, MissingExtra, UsageError
+from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.runtime.prepacked import load_prepacked
+from sbs_edge.runtime.tensorrt import RTX, TENSORRT, tensorrt_options
 
 __all__ = ["Session", "Sessions", "default_threads", "usable_providers"]
 
@@ -28,11 +30,7 @@ def usable_providers(providers: Sequence[str]) -> list[str]:
         MissingExtra: onnxruntime is not installed.
         UsageError: it has none of them.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", "cpu", "Running a bundle") from error
-    available = onnxruntime.get_available_providers()
+    available = onnxruntime_module().get_available_providers()
     usable = [provider for provider in providers if provider in available]
     if not usable:
         raise UsageError(
@@ -54,15 +52,17 @@ class Session:
             path: the graph.
             providers: wanted, the first that is installed is used.
             threads: threads a call may use.
-            digests: SHA-256 of the graph's files, to use this machine's pre-packed weights; None: do not.
+            digests: SHA-256 of the graph's files, to keep what this machine makes of them (pre-packed weights,
+                TensorRT's engines) in the user's cache directory; None: do not.
 
         Raises:
             MissingExtra: onnxruntime is not installed.
-            UsageError: no wanted provider is in the installed onnxruntime.
+            UsageError: no wanted provider is in the installed onnxruntime, or it does not start.
             IntegrityError: the runtime refuses the graph.
         """
-        usable = usable_providers(providers)
-        import onnxruntime
+        provider = usable_providers(providers)[0]
+        onnxruntime = onnxruntime_module()
+        settings = tensorrt_options(path, provider, digests) if provider in (TENSORRT, RTX) else {}
 
         def options() -> Any:
             found = onnxruntime.SessionOptions()
@@ -72,16 +72,23 @@ class Session:
             return found
 
         def create(graph: Path, chosen: Any) -> Any:
-            return onnxruntime.InferenceSession(str(graph), chosen, providers=usable)
+            return onnxruntime.InferenceSession(str(graph), chosen, providers=[(provider, settings)])
 
         session = None
-        if digests and usable == ["CPUExecutionProvider"]:
+        if digests and provider == "CPUExecutionProvider":
             session = load_prepacked(path, digests, options, create)
         if session is None:
             try:
                 session = create(path, options())
             except Exception as error:  # onnxruntime has no common base class for its load errors
                 raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
+        started = session.get_providers()[0]
+        if started != provider:  # it falls back to the CPU where the provider's libraries cannot be loaded
+            raise UsageError(
+                f"onnxruntime has {provider} but could not start it and fell back to {started}: its libraries or "
+                "the GPU's driver are missing or of another version (sbs-edge doctor lists what is installed). "
+                "Mend that, or use a cpu target."
+            )
         self._session = session
 
     @property

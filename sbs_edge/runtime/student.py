@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ from sbs_edge.errors import UsageError
 from sbs_edge.runtime.answers import Explanation, Prediction
 from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
+from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
+from sbs_edge.runtime.prepacked import MIN_BYTES
 from sbs_edge.runtime.sessions import Session, Sessions, default_threads, usable_providers
-from sbs_edge.runtime.trie import Trie, batch_tries, build_trie
+from sbs_edge.runtime.texts import Texts
+from sbs_edge.runtime.trie import batch_tries, build_trie
 
 __all__ = ["Student"]
 
@@ -41,8 +44,6 @@ class Student:
         eager: bool = False,
     ) -> None:
         """Load one target; use :meth:`load` unless the bundle is already open."""
-        from tokenizers import Tokenizer
-
         self.bundle = bundle
         self.manifest: Mapping[str, Any] = bundle.manifest
         self.target, self._entry = bundle.target(target)
@@ -54,13 +55,13 @@ class Student:
         self.max_batch_tokens = max_batch_tokens
         self.truncate = truncate
         self.limits: Mapping[str, int] = self.manifest["limits"]
-        self._tokenizer = Tokenizer.from_file(str(bundle.member("tokenizer.json")))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         model = self.manifest["model"]
         self._pad, self._eos, self._start = (
             model["pad_token_id"], model["eos_token_id"], model["decoder_start_token_id"],
         )  # fmt: skip
+        self._texts = Texts(
+            bundle.member("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos
+        )
         labels = self.manifest["labels"]
         self._method: str = labels["method"]
         self.labels: tuple[str, ...] = tuple(labels["labels"])
@@ -71,7 +72,9 @@ class Student:
         usable_providers(wanted)  # said now, though graphs are opened when they are first used
 
         def opener(name: str) -> Callable[[], Session]:
-            path, digests = bundle.member(name), bundle.weight_digests(name) if prepacked_cache else None
+            path = bundle.member(name)
+            least = MIN_BYTES if "CPUExecutionProvider" in wanted else 0  # an engine is always worth keeping
+            digests = bundle.weight_digests(name, least) if prepacked_cache else None
             return lambda: Session(path, wanted, self.threads, digests)
 
         self._sessions = Sessions(
@@ -155,7 +158,7 @@ class Student:
         """
         if isinstance(texts, str):
             raise UsageError("predict takes a list of texts; wrap a single one: predict([text]).")
-        rows, cut = self._encode(texts, self.manifest["prefixes"]["label"], truncate, tokens)
+        rows, cut = self._encode(texts, "label", truncate, tokens)
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
@@ -163,7 +166,7 @@ class Student:
                 "(sbs-edge predict: a 'choices' field, or --label)."
             )
         if labels is not None:
-            scored = self._score_choices(rows, self._choices(labels, len(texts)))
+            scored = self._score_choices(rows, label_lists(labels, len(texts)))
         elif self._method == "decode":
             return self._decode_labels(rows, cut, threshold)
         else:
@@ -192,7 +195,7 @@ class Student:
 
     def label_scores(self, texts: Sequence[str], *, truncate: bool | None = None) -> np.ndarray:
         """Return the raw (len(texts), K) scores of the closed label set, before temperature."""
-        rows, _ = self._encode(texts, self.manifest["prefixes"]["label"], truncate)
+        rows, _ = self._encode(texts, "label", truncate)
         scored = self._score_closed(rows)
         return (
             np.stack([scores for _, scores in scored])
@@ -203,48 +206,27 @@ class Student:
     def _score_closed(self, rows: Sequence[Sequence[int]]) -> list[tuple[Sequence[str], np.ndarray]]:
         session = self._session("label_scorer", "a closed label set")
         out: list[Any] = [None] * len(rows)
-        for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
+        for batch in self._batches(rows):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             (scores,) = session.run({"input_ids": ids, "attention_mask": mask})
             for position, i in enumerate(batch):
                 out[i] = (self.labels, scores[position])
         return out
 
-    def _choices(self, labels: Sequence[Any], n_texts: int) -> list[tuple[str, ...]]:
-        if labels and all(isinstance(label, str) for label in labels):
-            labels = [labels] * n_texts
-        if len(labels) != n_texts:
-            raise UsageError(
-                f"{n_texts} text(s) came with {len(labels)} list(s) of labels; give one list a text."
-            )
-        found = []
-        for row, names in enumerate(labels):
-            if isinstance(names, str) or len(names) == 0 or not all(isinstance(n, str) for n in names):
-                raise UsageError(
-                    f"The labels of text {row} must be a non-empty list of strings, not {names!r}."
-                )
-            if len(set(names)) != len(names):
-                raise UsageError(f"The labels of text {row} hold one label twice: {list(names)!r}.")
-            found.append(tuple(names))
-        return found
-
     def _score_choices(
         self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
     ) -> list[tuple[Sequence[str], np.ndarray]]:
         if "choice_scorer" not in self._sessions and self.labels:
-            return self._score_subset(rows, choices)
+            places = places_of(choices, self.labels)  # some of the closed set's own labels
+            scored = self._score_closed(rows)
+            return [
+                (names, scores[place])
+                for names, place, (_, scores) in zip(choices, places, scored, strict=True)
+            ]
         session = self._session("choice_scorer", "labels given with the request")
-        tries: dict[tuple[str, ...], Trie] = {}
-        for names in choices:
-            if names not in tries:
-                tokens = [tuple(self._label_tokens(name)) for name in names]
-                if len(set(tokens)) != len(tokens):
-                    raise UsageError(
-                        f"Two of the labels {list(names)!r} have the same tokens, so no student can tell them apart."
-                    )
-                tries[names] = build_trie(tokens, self._start)
+        tries = tries_of(choices, self._texts.label_tokens, self._start)
         out: list[Any] = [None] * len(rows)
-        for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
+        for batch in self._batches(rows):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             trie_inputs = batch_tries([tries[choices[i]] for i in batch])
             (scores,) = session.run({"input_ids": ids, "attention_mask": mask, **trie_inputs})
@@ -252,40 +234,13 @@ class Student:
                 out[i] = (choices[i], scores[position, : len(choices[i])])
         return out
 
-    def _score_subset(
-        self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
-    ) -> list[tuple[Sequence[str], np.ndarray]]:
-        """Choose among some of the closed set's own labels."""
-        place = {name: index for index, name in enumerate(self.labels)}
-        unknown = sorted({name for names in choices for name in names} - set(place))
-        if unknown:
-            raise UsageError(
-                f"This bundle knows the labels {', '.join(self.labels)}, not {unknown[0]!r}. Ask about some of "
-                "these, or export a student whose rows bring their own choices."
-            )
-        scored = self._score_closed(rows)
-        return [
-            (names, scores[[place[name] for name in names]])
-            for names, (_, scores) in zip(choices, scored, strict=True)
-        ]
-
-    def _label_tokens(self, label: str) -> list[int]:
-        tokens: list[int] = self._tokenizer.encode(label).ids
-        if len(tokens) < 2:
-            raise UsageError(f"The label {label!r} has no token of this student's vocabulary.")
-        if len(tokens) > 1 + self.limits["max_label_tokens"]:
-            raise UsageError(
-                f"The label {label!r} has {len(tokens) - 1} tokens; the limit is {self.limits['max_label_tokens']}."
-            )
-        return tokens
-
     def _decode_labels(
         self, rows: Sequence[Sequence[int]], cut: Sequence[bool], threshold: float
     ) -> list[Prediction]:
         decoded = self._decode(rows, self.limits["max_label_tokens"] + 1)
         out = []
         for (tokens, log_probability), was_cut, row in zip(decoded, cut, rows, strict=True):
-            label = self._text(tokens)
+            label = self._texts.decode(tokens)
             probability = float(np.exp(log_probability))
             out.append(
                 Prediction(
@@ -321,10 +276,12 @@ class Student:
             raise UsageError(
                 f"max_new_tokens must be between 1 and {self.limits['max_new_tokens']}, not {limit}."
             )
-        rows, cut = self._encode(texts, self.manifest["prefixes"]["rationale"], truncate, tokens)
+        rows, cut = self._encode(texts, "rationale", truncate, tokens)
         decoded = self._decode(rows, limit, num_beams)
         return [
-            Explanation(self._text(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row))
+            Explanation(
+                self._texts.decode(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row)
+            )
             for (tokens, _), was_cut, row in zip(decoded, cut, rows, strict=True)
         ]
 
@@ -333,7 +290,7 @@ class Student:
     ) -> list[tuple[list[int], float]]:
         generate = self._generator(num_beams)
         out: list[Any] = [None] * len(rows)
-        for batch in token_budget_batches([len(row) for row in rows], self.max_batch_tokens):
+        for batch in self._batches(rows):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             tokens, log_probability = generate(ids, mask, limit)
             for position, i in enumerate(batch):
@@ -358,46 +315,26 @@ class Student:
 
     # -- text -----------------------------------------------------------------------------------------
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
-
     def count_tokens(self, texts: Sequence[str], task: str = "label") -> list[int]:
         """Return how many tokens every text has for ``task``, prefix and end-of-sequence included."""
         return [len(ids) for ids in self.tokenize(texts, task)]
 
     def tokenize(self, texts: Sequence[str], task: str = "label") -> list[list[int]]:
         """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included."""
-        prefix = self.manifest["prefixes"][task]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch([prefix + t for t in texts])]
+        return self._texts.tokenize(texts, task)
 
     def _encode(
         self,
         texts: Sequence[str],
-        prefix: str,
+        task: str,
         truncate: bool | None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UsageError(f"Text {row} is a {type(text).__name__}, not a string.")
-        limit = self.limits["max_source_tokens"]
-        allowed = self.truncate if truncate is None else truncate
-        if tokens is None:
-            tokens = [each.ids for each in self._tokenizer.encode_batch([prefix + text for text in texts])]
-        elif len(tokens) != len(texts):
-            raise UsageError(f"{len(texts)} text(s) came with {len(tokens)} list(s) of tokens.")
-        rows: list[list[int]] = []
-        cut: list[bool] = []
-        for row, ids in enumerate(tokens):
-            too_long = len(ids) > limit
-            if too_long and not allowed:
-                raise UsageError(
-                    f"Text {row} has {len(ids)} tokens with its prefix; this bundle's limit is {limit}. "
-                    "Shorten it, or allow cutting with truncate=True (--truncate)."
-                )
-            rows.append([*ids[: limit - 1], self._eos] if too_long else list(ids))
-            cut.append(too_long)
-        return rows, cut
+        return self._texts.encode(texts, task, self.truncate if truncate is None else truncate, tokens)
+
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        most_rows: int | None = self._entry.get("max_batch_rows")
+        return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows)
 
     def _session(self, role: str, purpose: str) -> Session:
         if role not in self._sessions:
@@ -437,9 +374,8 @@ class Student:
         if "label" in tasks and "label_scorer" in self._sessions:
             self.predict(text, truncate=True)
         if "label" in tasks and "choice_scorer" in self._sessions:
-            names = self.labels[:2] or ("a", "b")
-            rows, _ = self._encode(text, self.manifest["prefixes"]["label"], True)
-            trie = build_trie([self._tokenizer.encode(name).ids for name in names], self._start)
+            rows, _ = self._encode(text, "label", True)
+            trie = build_trie([(self._eos,), (self._pad, self._eos)], self._start)
             ids, mask = pad_rows(rows, self._pad)
             self._sessions["choice_scorer"].run(
                 {"input_ids": ids, "attention_mask": mask, **batch_tries([trie])}

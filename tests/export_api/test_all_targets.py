@@ -16,6 +16,8 @@ from sbs_edge.errors import UsageError
 from sbs_edge.export.api import export
 from sbs_edge.export.targets import TARGETS, providers_here
 from sbs_edge.runtime.student import Student
+from sbs_edge.runtime.tensorrt import TENSORRT as TENSORRT_PROVIDER
+from sbs_edge.runtime.tensorrt import tensorrt_options
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORRT = os.environ.get("SBS_EDGE_TENSORRT_PYTHON", sys.executable)
@@ -52,6 +54,17 @@ def test_every_target_is_in_the_bundle(everything: tuple[Path, dict[str, Any]]) 
                 assert {entry.domain for entry in graph.opset_import} == {""}
             profile = path / f"{entry[role]}.profile.json"
             assert profile.exists() == target.profiles
+            if target.profiles:
+                options = tensorrt_options(path / entry[role], TENSORRT_PROVIDER, None)
+                shapes = dict(item.split(":") for item in options["trt_profile_max_shapes"].split(","))
+                free = {
+                    value.name
+                    for value in graph.graph.input
+                    if any(dim.dim_param for dim in value.type.tensor_type.shape.dim)
+                }
+                assert set(shapes) == free
+                assert {sizes.split("x")[0] for sizes in shapes.values()} == {str(entry["max_batch_rows"])}
+                assert ("trt_int8_enable" in options) == (target.numbers == "int8-pairs")
 
 
 def test_int4_answers_like_float(everything: tuple[Path, dict[str, Any]], trained: tuple[Path, Any]) -> None:
