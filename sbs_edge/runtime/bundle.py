@@ -61,14 +61,14 @@ class Bundle:
             raise IntegrityError(f"The bundle {self.root} uses {name!r}, which its manifest does not list.")
         return safe_member(self.root, name)
 
-    def weight_digests(self, graph: str, least: int = MIN_BYTES) -> list[str] | None:
-        """Return the digests of ``graph`` and of what lies beside it; None: under ``least`` bytes, not worth a cache."""
+    def weight_digests(self, graph: str, *, small: bool = False) -> list[str] | None:
+        """Return the digests of ``graph`` and of what lies beside it; None: too few to pre-pack, unless ``small``."""
         listed = self.manifest["files"]
         folder = graph.rpartition("/")[0] + "/"
         beside = (
             [n for n in listed if n.startswith(folder) and not n.endswith(".onnx")] if folder != "/" else []
         )
-        if sum(listed[name]["bytes"] for name in (graph, *beside)) < least:
+        if not small and sum(listed[name]["bytes"] for name in (graph, *beside)) < MIN_BYTES:
             return None
         return [listed[name]["sha256"] for name in (graph, *sorted(beside))]
 

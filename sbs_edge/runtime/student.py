@@ -14,7 +14,6 @@ from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
-from sbs_edge.runtime.prepacked import MIN_BYTES
 from sbs_edge.runtime.sessions import Session, Sessions, default_threads, usable_providers
 from sbs_edge.runtime.texts import Texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
@@ -73,8 +72,8 @@ class Student:
 
         def opener(name: str) -> Callable[[], Session]:
             path = bundle.member(name)
-            least = MIN_BYTES if "CPUExecutionProvider" in wanted else 0  # an engine is always worth keeping
-            digests = bundle.weight_digests(name, least) if prepacked_cache else None
+            small = "CPUExecutionProvider" not in wanted  # an engine is worth keeping at any size
+            digests = bundle.weight_digests(name, small=small) if prepacked_cache else None
             return lambda: Session(path, wanted, self.threads, digests)
 
         self._sessions = Sessions(
