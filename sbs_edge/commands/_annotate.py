@@ -138,12 +138,17 @@ def say_estimate(
     from sbs_edge.teacher.annotate import estimate
 
     found = estimate(rows, spec, settings, journal_records(journal_path))
+    figures = dataclasses.asdict(found)
+    cost = f"cost about {found.likely_cost:.4f}, at most {found.most_cost:.4f}"
+    if not settings.prices.known:
+        figures |= {"likely_cost": None, "most_cost": None}
+        cost = "cost unknown without --price-in and --price-out"
     if json_output:
-        print_json({"rows": len(rows), **dataclasses.asdict(found)})
+        print_json({"rows": len(rows), **figures})
     console.print(
         f"{found.calls:,} calls for {len(rows):,} rows: about {found.prompt_tokens:,} prompt tokens and "
-        f"{found.likely_completion_tokens:,} answer tokens (at most {found.most_completion_tokens:,}); cost "
-        f"about {found.likely_cost:.4f}, at most {found.most_cost:.4f}. Tokens are estimated from characters.",
+        f"{found.likely_completion_tokens:,} answer tokens (at most {found.most_completion_tokens:,}); "
+        f"{cost}. Tokens are estimated from characters.",
         highlight=False,
     )
 
@@ -171,7 +176,8 @@ def ask_teacher(
         def update(figures: Figures) -> None:
             speed = bar.tasks[0].speed
             text = f"{speed:.1f} rows/s  " if speed else ""
-            text += f"cost {figures.cost:.4f}  usable {figures.usable / max(figures.done, 1):.1%}"
+            text += f"cost {figures.cost:.4f}  " if settings.prices.known else ""
+            text += f"usable {figures.usable / max(figures.done, 1):.1%}"
             if figures.known:
                 text += f"  agrees with gold {figures.agree / figures.known:.1%}"
             bar.update(shown, completed=figures.done, total=figures.total, description=text)
@@ -183,13 +189,14 @@ def ask_teacher(
         return annotate(rows, spec, teacher, journal_path, settings, on_progress=update)
 
 
-def summary(report: dict[str, Any], out: Path, console: Console) -> None:
+def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -> None:
     """Print one line about the outcome."""
     agreement = report["agreement"]["rate"]
     console.print(
         f"{report['annotated']:,} of {report['rows']:,} rows annotated -> {out}"
         + (f"; agreement with gold {agreement:.1%}" if agreement is not None else "")
         + (f"; without: {report['reasons']}" if report["reasons"] else "")
-        + f"; cost {report['calls']['cost']:.4f}. Read {out.with_suffix('.report.html')}.",
+        + (f"; cost {report['calls']['cost']:.4f}" if priced or report["calls"]["cost"] else "")
+        + f". Read {out.with_suffix('.report.html')}.",
         highlight=False,
     )

@@ -190,10 +190,12 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.teacher.calls import Sampling
         from sbs_edge.teacher.cost import Prices
         from sbs_edge.teacher.prompt import render, show
-        from sbs_edge.teacher.task import load_task
+        from sbs_edge.teacher.task import load_task, refuse_placeholders
 
         console = Console(stderr=True)
         spec = load_task(task)
+        if not (show_prompt or outputs):  # these ask nobody
+            refuse_placeholders(spec, task)
         heat = temperature if temperature is not None else (0.7 if samples > 1 else 0.0)
         if samples > 1 and heat == 0:
             raise UsageError(
@@ -252,7 +254,7 @@ def register(app: typer.Typer) -> None:
         report = write_annotation(annotation, spec, place, model=model, keep_failed=keep_failed)
         if json_output:
             print_json({name: value for name, value in report.items() if name != "samples"})
-        summary(report, place, console)
+        summary(report, place, console, settings.prices.known)
         stats = annotation.stats
         if stats.stopped == "budget":
             raise SbsEdgeError(

@@ -40,6 +40,8 @@ def _labels(labels: dict[str, Any], rows: int) -> str:
 def _agreement(split: dict[str, Any]) -> str:
     if not split["teacher_labels"] and not split["teacher_unparsed"]:
         return "no teacher"
+    if not split["gold_labels"]:
+        return "no gold"
     return f"{split['agreement']['equal']} of {split['agreement']['rows']}"
 
 

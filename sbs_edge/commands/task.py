@@ -52,9 +52,9 @@ def register(app: typer.Typer) -> None:
 
         from sbs_edge.data.readers import ColumnMap, read_examples
         from sbs_edge.errors import UsageError
-        from sbs_edge.teacher.new_task import PLACEHOLDER, task_from_examples
+        from sbs_edge.teacher.new_task import task_from_examples
         from sbs_edge.teacher.presets import PRESETS
-        from sbs_edge.teacher.task import save_task
+        from sbs_edge.teacher.task import TO_REPLACE, placeholders, save_task
 
         if out.exists() and not force:
             raise UsageError(f"{out} exists. Give another --out, or --force to replace it.")
@@ -67,10 +67,9 @@ def register(app: typer.Typer) -> None:
         save_task(task, out)
         if json_output:
             print_json(task.model_dump(mode="json"))
-        todo = "REPLACE THIS" in task.instruction or any(s.rationale == PLACEHOLDER for s in task.shots)
         Console(stderr=True).print(
             f"Wrote {out}: {task.label_kind} labels, {len(task.shots)} worked examples."
-            + (" Replace the lines that say REPLACE THIS." if todo else ""),
+            + (f" Now edit it: replace the texts that say {TO_REPLACE}." if placeholders(task) else ""),
             highlight=False,
         )
 
@@ -79,10 +78,11 @@ def register(app: typer.Typer) -> None:
         path: Annotated[str, typer.Argument(help="A task file or a preset's name.")],
         json_output: JsonOption = False,
     ) -> None:
-        """Check a task file; every problem is named with its field, exit code 2."""
-        from sbs_edge.teacher.task import load_task
+        """Check a task file; every problem, unfinished texts too, is named with its field, exit code 2."""
+        from sbs_edge.teacher.task import load_task, refuse_placeholders
 
         task = load_task(path)
+        refuse_placeholders(task, path)
         if json_output:
             print_json(task.model_dump(mode="json"))
         Console(stderr=True).print(

@@ -74,7 +74,10 @@ def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
     agreement = metrics["teacher_agreement"]
     table.add_row("mode", metrics["mode"])
     table.add_row(
-        "teacher's label = gold label", f"{agreement['equal']} of {agreement['total']} training rows"
+        "teacher's label = gold label",
+        f"{agreement['equal']} of {agreement['total']} training rows"
+        if agreement["total"]
+        else "no row has both",
     )
     table.add_row("lambda", f"{metrics['rationale_weight']:g}")
     table.add_row("parameters", f"{metrics['parameters']:,}")

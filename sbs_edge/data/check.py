@@ -76,6 +76,7 @@ def _split_report(
         "rows": len(rows),
         "rejected": dict(Counter(row.reason for row in part.rejected).most_common()),
         "rejected_rows": [str(row) for row in part.rejected[:SHOWN_ROWS]],
+        "gold_labels": sum(row.label is not None for row in rows),
         "teacher_labels": sum(row.teacher_label is not None for row in rows),
         "rationales": sum(row.rationale is not None for row in rows),
         "teacher_unparsed": source.unparsed.get(name, 0),

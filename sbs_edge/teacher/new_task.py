@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from sbs_edge.data.arithmetic import evaluate_expression
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
-from sbs_edge.teacher.task import Shot, TaskFile
+from sbs_edge.teacher.task import TO_REPLACE, Shot, TaskFile
 
 __all__ = ["PLACEHOLDER", "task_from_examples"]
 
-PLACEHOLDER = "REPLACE THIS: say in one or two sentences what in the input leads to the label."
+PLACEHOLDER = f"{TO_REPLACE}: say in one or two sentences what in the input leads to the label."
 MAX_CLOSED_LABELS = 50
 
 
@@ -21,7 +21,8 @@ def task_from_examples(name: str, rows: Sequence[Example], n_shots: int = 3) -> 
 
     Labels that repeat make a closed set, choices make a ``choices`` task, labels that are
     expressions are compared by value. Rows that have a rationale give complete worked examples;
-    others get :data:`PLACEHOLDER` for a person to replace.
+    others get :data:`PLACEHOLDER` for a person to replace. Such a row may be annotated afterwards:
+    :func:`sbs_edge.teacher.prompt.render` leaves its example out of its own prompt.
     """
     if not rows:
         raise DataError("There is no row to make a task file from.")
@@ -43,7 +44,7 @@ def task_from_examples(name: str, rows: Sequence[Example], n_shots: int = 3) -> 
         shape = {"label_kind": "closed", "labels": tuple(sorted(labels))}
     return TaskFile(
         name=name,
-        instruction="REPLACE THIS: say in a sentence or two what is asked about the input.",
+        instruction=f"{TO_REPLACE}: say in a sentence or two what is asked about the input.",
         shots=tuple(_shot(row) for row in _chosen(labelled, n_shots)),
         **shape,  # type: ignore[arg-type]
     )

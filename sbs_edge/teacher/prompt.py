@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example
-from sbs_edge.teacher.task import TaskFile
+from sbs_edge.teacher.task import Shot, TaskFile
 
 __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
 
@@ -85,23 +86,33 @@ def _opened(marker: str, question: str) -> str:
     return question if question.casefold().startswith(marker.casefold()) else f"{marker} {question}"
 
 
+def _shots_for(task: TaskFile, row: Example) -> tuple[Shot, ...]:
+    own = normalise(row.input)
+    return tuple(shot for shot in task.shots if normalise(shot.input) != own)
+
+
 def render(task: TaskFile, row: Example) -> Prompt:
-    """Return the prompt for ``row``; the gold label is never part of it."""
+    """Return the prompt for ``row``; the gold label is never part of it.
+
+    A worked example with the row's own input is left out of this row's prompt: it would hand the
+    teacher the answer, and its words back as if it had found them.
+    """
+    shots = _shots_for(task, row)
     question = input_text(row.input, row.choices)
     opening = question[: len(task.input_marker)]
     own = opening if opening.casefold() == task.input_marker.casefold() else task.input_marker
     stop = tuple(dict.fromkeys((f"\n{own}", *task.stop)))
     if task.form == "chat":
         messages = [("system", f"{task.instruction.strip()}\n\n{_format_note(task)}")]
-        for shot in task.shots:
+        for shot in shots:
             messages.append(("user", input_text(shot.input, shot.choices)))
             messages.append(("assistant", _answer(task, shot.rationale, shot.label, shot.choices)))
         messages.append(("user", question))
         return Prompt(messages=tuple(messages), stop=task.stop)
     parts = [task.instruction.strip()]
-    if task.labels and not task.shots:
+    if task.labels and not shots:
         parts[0] += f" The label is one of: {', '.join(task.labels)}."
-    for shot in task.shots:
+    for shot in shots:
         parts.append(
             f"{_opened(task.input_marker, input_text(shot.input, shot.choices))}\n"
             f"{task.output_marker} {_answer(task, shot.rationale, shot.label, shot.choices)}"

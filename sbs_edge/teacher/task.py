@@ -17,7 +17,20 @@ from sbs_edge import files
 from sbs_edge.data.example import LabelKind, TaskSpec
 from sbs_edge.errors import DataError, UsageError
 
-__all__ = ["Filters", "Shot", "TaskFile", "load_task", "parse_task", "save_task"]
+__all__ = [
+    "TO_REPLACE",
+    "Filters",
+    "Shot",
+    "TaskFile",
+    "load_task",
+    "parse_task",
+    "placeholders",
+    "refuse_placeholders",
+    "save_task",
+]
+
+TO_REPLACE = "REPLACE THIS"
+"""How a text begins that ``task new`` left for a person to write."""
 
 Parser = Literal["label", "choice", "expression"]
 """How the label is read after the marker.
@@ -147,6 +160,22 @@ def parse_task(content: Any, where: str) -> TaskFile:
         raise DataError(
             f"{where} is not a valid task file: {'; '.join(problems)}. The fields are described in docs/teacher.md."
         ) from error
+
+
+def placeholders(task: TaskFile) -> list[str]:
+    """Return the fields that still hold a text of :data:`TO_REPLACE`, as ``shots.1.rationale``."""
+    texts = {"instruction": task.instruction, "format_note": task.format_note}
+    texts |= {f"shots.{number}.rationale": shot.rationale for number, shot in enumerate(task.shots)}
+    return [name for name, text in texts.items() if text.lstrip().startswith(TO_REPLACE)]
+
+
+def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
+    """Raise :class:`DataError` for a task file nobody has finished: a teacher would be paid for answers to it."""
+    if left := placeholders(task):
+        raise DataError(
+            f"{where} is not finished: {', '.join(left)} still say(s) {TO_REPLACE!r}. Open the file and write what "
+            "is asked, and why each worked example has its label; or take examples out."
+        )
 
 
 def load_task(source: str | Path) -> TaskFile:

@@ -35,6 +35,15 @@ def test_cqa_as_a_table(paper_data, sbs_edge_cli):
     assert "943 of 1221" in done.stdout
 
 
+def test_a_teacher_without_gold_is_not_a_teacher_that_is_always_wrong(tmp_path, sbs_edge_cli):
+    rows = [Example(str(i), f"text {i}", None, "yes" if i % 2 else "no") for i in range(20)]
+    write_examples(tmp_path / "rows.jsonl", rows)
+    done = sbs_edge_cli("data", "check", tmp_path / "rows.jsonl")
+    assert done.returncode == 0
+    assert "no gold" in done.stdout
+    assert "0 of" not in done.stdout
+
+
 def test_broken_input_exits_with_2_and_names_rows(tmp_path, sbs_edge_cli):
     rows = [Example(str(i), f"[bold]text {i}", "[red]yes" if i % 2 else "no") for i in range(20)]
     write_examples(tmp_path / "train.jsonl", rows)

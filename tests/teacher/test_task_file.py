@@ -51,6 +51,22 @@ def test_the_gold_label_changes_neither_prompt_nor_key():
     assert len({row_keys(row, task, "m", Sampling())[0] for row in rows}) == 1
 
 
+@pytest.mark.parametrize("form", ["chat", "completion"])
+def test_a_row_is_not_its_own_worked_example(form):
+    rows = [Example(str(i), f"case {i}", label="ab"[i % 2], rationale=f"since {i}") for i in range(4)]
+    task = task_from_examples("t", rows, 2).model_copy(update={"form": form})
+    assert [shot.input for shot in task.shots] == ["case 0", "case 1"]
+    for number, row in enumerate(rows):
+        shown = show(render(task, row))
+        assert shown.count(f"case {number}") == 1
+        assert f"since {number}" not in shown
+        assert [f"since {i}" in shown for i in (0, 1)] == [number != 0, number != 1]
+    spelled = show(render(task, Example("x", "  CASE  0")))
+    assert "since 0" not in spelled
+    alone = show(render(task.model_copy(update={"shots": task.shots[:1]}), rows[0]))
+    assert "The label is one of: a, b." in alone
+
+
 def test_choices_are_lettered_once():
     row = Example("1", "Where?", choices=("here", "there"))
     listed = Example("1", "Where?\nAnswer Choices:\n(a) here\n(b) there", choices=("here", "there"))
@@ -113,5 +129,19 @@ def test_task_new_then_show_prompt_on_the_command_line(tmp_path):
         text=True,
     )  # fmt: skip
     assert shown.stdout.rstrip().endswith("[user]\nwet wall")
+    for asks in (["annotate", str(data), "--column", "input=text", "--task", str(out), "--dry-run"],
+                 ["task", "check", str(out)]):  # fmt: skip
+        refused = subprocess.run([*base, *asks], capture_output=True, text=True)
+        assert refused.returncode == 2
+        said = " ".join(refused.stderr.split())
+        assert f"{out} is not finished: instruction, shots.0.rationale, shots.1.rationale" in said
+    out.write_text(out.read_text().replace("REPLACE THIS: say", "what I say"))
+    estimate = subprocess.run(
+        [*base, "annotate", str(data), "--column", "input=text", "--task", str(out), "--dry-run"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "cost unknown without --price-in" in " ".join(estimate.stderr.split())
     checked = subprocess.run([*base, "task", "check", str(out), "--json"], check=True, capture_output=True)
     assert json.loads(checked.stdout)["name"] == "rows"
