@@ -78,7 +78,8 @@ def refusal(
         f"{target} answers {figures['drop_points']:.2f} points fewer rows right than the float32 student "
         f"({100 * figures['before']:.2f} % to {100 * figures['after']:.2f} %, {figures['n']} rows, 95 % bound "
         f"{figures['drop_bound']:.2f} points, same label on {100 * figures['label_agreement']:.2f} %); the limit is "
-        f"{max_drop:.2f}. Nothing was replaced. Try {advice}, or raise --max-drop if this loss is acceptable."
+        f"{max_drop:.2f}. Nothing was replaced. Try, of the options of 'sbs-edge export', {advice}, or raise "
+        "--max-drop if this loss is acceptable."
     )
 
 

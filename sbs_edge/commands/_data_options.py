@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from sbs_edge.data.example import Example
 
 __all__ = [
     "ColumnOption",
@@ -16,12 +21,14 @@ __all__ = [
     "DatasetOption",
     "LabelKind",
     "LabelKindOption",
+    "LeaveOutBadRowsOption",
     "Mode",
     "ModeOption",
     "PaperDataset",
     "SkipBadRowsOption",
     "TestOption",
     "ValidationOption",
+    "read_rows",
 ]
 
 
@@ -83,4 +90,24 @@ SkipBadRowsOption = Annotated[
     bool,
     typer.Option("--skip-bad-rows", help="Go on without malformed rows and list them in a file."),
 ]
+LeaveOutBadRowsOption = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows and say how many.")
+]
 ModeOption = Annotated[Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")]
+
+
+def read_rows(path: Path, column: Iterable[str] | None, skip_bad_rows: bool) -> list[Example]:
+    """Read one file of rows; malformed ones stop the command, or are left out and counted on stderr."""
+    from sbs_edge.data.readers import ColumnMap, read_examples, refuse
+
+    read = read_examples(path, columns=ColumnMap.parse(column or ()))
+    if read.rejected and skip_bad_rows:
+        Console(stderr=True).print(
+            f"{path}: {len(read.rejected)} malformed row(s) left out; the first: {read.rejected[0]}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    else:
+        refuse(read.rejected)
+    return read.examples

@@ -83,7 +83,7 @@ def register(app: typer.Typer) -> None:
                 help="Environment variable that holds the key; the key itself is never a flag and never written."
             ),
         ] = "OPENAI_API_KEY",
-        timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.")] = 120.0,
+        timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
         device: Annotated[str | None, typer.Option(help="Device of a local model.")] = None,
         dataset: Annotated[
             str | None, typer.Option(help="Read INPUT in the paper's layout: cqa, svamp, anli1 or esnli.")
@@ -113,7 +113,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(min=1, help="Limit of one answer in tokens; answers cut off by it are of no use."),
         ] = None,
         sampling_seed: Annotated[
-            int | None, typer.Option(help="Seed sent with each request, where the server knows one.")
+            int | None, typer.Option(min=0, help="Seed sent with each request, where the server knows one.")
         ] = None,
         concurrency: Annotated[
             int, typer.Option(min=1, help="Requests on their way at once; a kill repeats at most this many.")

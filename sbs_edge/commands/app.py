@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from sbs_edge.commands._command import Interrupted, install
 from sbs_edge.errors import SbsEdgeError
 
 __all__ = ["app", "main"]
@@ -43,6 +44,7 @@ _MODULES: tuple[str, ...] = (
 
 for _name in _MODULES:
     import_module(f"sbs_edge.commands.{_name}").register(app)
+install(app)
 
 
 @app.callback()
@@ -78,6 +80,9 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted", "Nothing half-written was kept under its final name.")
         return 130
+    except Interrupted as error:
+        _say("interrupted", str(error))
+        return error.exit_code
     except SbsEdgeError as error:
         _say("error", str(error))
         return error.exit_code
@@ -92,6 +97,8 @@ def main(args: list[str] | None = None) -> int:
         _say("error", f"{error.strerror or error}: {error.filename or 'no file named'}.")
         return 1
     except Exception as error:
-        _say("internal error", f"{type(error).__name__}: {error}. Run again with --debug to see where.")
+        _say(
+            "internal error", f"{type(error).__name__}: {error}. 'sbs-edge --debug COMMAND ...' shows where."
+        )
         return 1
     return 0

@@ -106,7 +106,7 @@ def _latency(app: typer.Typer) -> None:
         batches: Annotated[str, typer.Option(help="Batch sizes of the label task.")] = "1,8",
         rationale_batches: Annotated[str, typer.Option(help="Batch sizes of the rationale task.")] = "1",
         rows: Annotated[int, typer.Option(min=8, help="Validation rows behind the accuracy.")] = 96,
-        seed: Annotated[int, typer.Option(help="Of inputs, arrivals and random weights.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Of inputs, arrivals and random weights.")] = 0,
         quick: Annotated[
             bool, typer.Option("--quick", help="A smoke run: two rounds, short inputs; figures mean nothing.")
         ] = False,
@@ -178,7 +178,7 @@ def _train(app: typer.Typer) -> None:
         device: Annotated[str, typer.Option(help="cpu, cuda, or all: every device present.")] = "all",
         precision: Annotated[str, typer.Option(help="fp32, bf16 (autocast), by commas.")] = "fp32",
         threads: Annotated[int, typer.Option(min=1, help="Compute threads of every step.")] = 1,
-        seed: Annotated[int, typer.Option(help="Of weights and of the order of the data.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Of weights and of the order of the data.")] = 0,
         out: OutOption = None,
         json_only: JsonOption = False,
         config: ConfigOption = None,

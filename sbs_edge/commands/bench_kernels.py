@@ -77,7 +77,7 @@ def register(app: typer.Typer, finish: Finish) -> None:
         threads: Annotated[
             int, typer.Option(min=0, help="Compute threads; 0: every processor allowed.", show_default=False)
         ] = 0,
-        seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
         quick: Annotated[
             bool, typer.Option("--quick", help="A smoke run: a tiny shape, two rounds; figures mean nothing.")
         ] = False,

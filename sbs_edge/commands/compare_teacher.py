@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from sbs_edge.commands._common import ConfigOption, JsonOption, print_json, save_resolved
+from sbs_edge.commands._data_options import LeaveOutBadRowsOption, read_rows
 
 __all__ = ["register"]
 
@@ -33,11 +34,12 @@ def register(app: typer.Typer) -> None:
             Path | None,
             typer.Option(help="Rows with gold labels for the training ids, for the student on gold."),
         ] = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         validation_share: Annotated[
             float, typer.Option(min=0.01, max=0.5, help="Share of the annotated rows for model selection.")
         ] = 0.15,
         steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each student.")] = 600,
-        rationale_weight: Annotated[float, typer.Option(help="lambda of the rationale loss.")] = 3.0,
+        rationale_weight: Annotated[float, typer.Option(min=0, help="lambda of the rationale loss.")] = 3.0,
         row_weight: Annotated[
             str, typer.Option(help="none, or confidence: rows count as much as the teacher's votes agreed.")
         ] = "none",
@@ -46,9 +48,11 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(min=0, help="Money for a CPU core and hour, in the teacher's currency.")
         ] = 0.0,
         teacher_parameters: Annotated[
-            int | None, typer.Option(help="The teacher's number of parameters, if known.")
+            int | None, typer.Option(min=1, help="The teacher's number of parameters, if known.")
         ] = None,
-        seed: Annotated[int, typer.Option(help="Seed of initial weights, row order and the split.")] = 0,
+        seed: Annotated[
+            int, typer.Option(min=0, help="Seed of initial weights, row order and the split.")
+        ] = 0,
         config: ConfigOption = None,
         json_output: JsonOption = False,
     ) -> None:
@@ -62,19 +66,13 @@ def register(app: typer.Typer) -> None:
 
         from sbs_edge import files
         from sbs_edge.compare_teacher import COLUMNS, compare_with_teacher, comparison_page
-        from sbs_edge.data.readers import read_examples, refuse
         from sbs_edge.data.splits import hold_out
         from sbs_edge.teacher.task import load_task
 
-        def read(path: Path) -> list:
-            result = read_examples(path)
-            refuse(result.rejected)
-            return result.examples
-
         spec = load_task(task).spec
-        rows = read(annotated)
+        rows = read_rows(annotated, None, skip_bad_rows)
         if gold is not None:
-            labels = {row.id: row.label for row in read(gold)}
+            labels = {row.id: row.label for row in read_rows(gold, None, skip_bad_rows)}
             rows = [dataclasses.replace(row, label=labels.get(row.id, row.label)) for row in rows]
         train_rows, validation_rows = hold_out(rows, validation_share, seed)
         report_path = annotated.with_suffix(".report.json")
@@ -83,7 +81,7 @@ def register(app: typer.Typer) -> None:
         out.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out / "config.yaml")
         report = compare_with_teacher(
-            spec, train_rows, validation_rows, read(test), out,
+            spec, train_rows, validation_rows, read_rows(test, None, skip_bad_rows), out,
             annotation=annotation, teacher_parameters=teacher_parameters, steps=steps, target=target,
             core_hour_price=core_hour_price,
             training={"rationale_weight": rationale_weight, "row_weight": row_weight, "seed": seed},

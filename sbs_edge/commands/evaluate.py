@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sbs_edge import files
 from sbs_edge.commands._common import ConfigOption, JsonOption, print_json
-from sbs_edge.commands._data_options import ColumnOption
+from sbs_edge.commands._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
 from sbs_edge.errors import MissingExtra
 
 __all__ = ["register"]
@@ -27,8 +27,9 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="Rows to judge on; none: the student's own validation rows.")
         ] = None,
         column: ColumnOption = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         rationales: Annotated[
-            int | None, typer.Option(help="Decode at most this many rationales; none: all, 0: none.")
+            int | None, typer.Option(min=0, help="Decode at most this many rationales; none: all, 0: none.")
         ] = None,
         predictions: Annotated[
             Path | None, typer.Option(help="Write every answer to this JSON Lines file.")
@@ -47,14 +48,9 @@ def register(app: typer.Typer) -> None:
             raise MissingExtra("torch", "train", "Evaluating a student") from error
         import json
 
-        from sbs_edge.data.readers import ColumnMap, read_examples, refuse
         from sbs_edge.student.evaluate import evaluate as judge
 
-        rows = None
-        if data is not None:
-            read = read_examples(data, columns=ColumnMap.parse(column or ()))
-            refuse(read.rejected)
-            rows = read.examples
+        rows = None if data is None else read_rows(data, column, skip_bad_rows)
         report = judge(
             student, rows, batch_size=batch_size, rationales=rationales, predictions=predictions is not None
         )

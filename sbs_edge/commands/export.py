@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sbs_edge.commands._common import ConfigOption, DryRunOption, JsonOption, print_json, resolved
+from sbs_edge.commands._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
 from sbs_edge.errors import MissingExtra, UsageError
 
 __all__ = ["register"]
@@ -47,20 +48,28 @@ def register(app: typer.Typer) -> None:
                 help="Labelled rows to judge lossy targets on; none: the student's validation rows."
             ),
         ] = None,
+        column: ColumnOption = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         max_drop: Annotated[
             float,
-            typer.Option(help="Points of accuracy a lossy target may lose; over it exit 3, old bundle kept."),
+            typer.Option(
+                min=0,
+                max=100,
+                help="Points of accuracy a lossy target may lose; over it exit 3, old bundle kept.",
+            ),
         ] = 1.0,
         calibration_rows: Annotated[
-            int, typer.Option(help="Training rows that set the ranges of int8 activations.")
+            int, typer.Option(min=1, help="Training rows that set the ranges of int8 activations.")
         ] = 256,
         abstain_below: Annotated[
-            float, typer.Option(help="Probability under which predict marks an answer as doubtful.")
+            float,
+            typer.Option(min=0, max=1, help="Probability under which predict marks an answer as doubtful."),
         ] = 0.0,
         beam: Annotated[
             list[int] | None,
             typer.Option(
-                help="Width of a beam search to add on CPU targets; several may be given, each a graph."
+                min=2,
+                help="Width of a beam search to add on CPU targets; several may be given, each a graph.",
             ),
         ] = None,
         name: Annotated[str | None, typer.Option(help="The bundle's name; none: the task's.")] = None,
@@ -140,11 +149,7 @@ def register(app: typer.Typer) -> None:
         targets_named(targets)
         rows = None
         if guard_data is not None:
-            from sbs_edge.data.readers import read_examples, refuse
-
-            read = read_examples(guard_data)
-            refuse(read.rejected)
-            rows = read.examples
+            rows = read_rows(guard_data, column, skip_bad_rows)
             if not any(row.label or row.teacher_label for row in rows):
                 raise UsageError(f"{guard_data} has no labelled row, so it cannot guard anything.")
         if dry_run:
@@ -168,8 +173,8 @@ def register(app: typer.Typer) -> None:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return
         table = Table(title=f"{result.manifest['name']} in {result.path}")
-        for column in ("target", "MB", "accuracy", "drop, points", "same label"):
-            table.add_column(column, justify="left" if column == "target" else "right")
+        for heading in ("target", "MB", "accuracy", "drop, points", "same label"):
+            table.add_column(heading, justify="left" if heading == "target" else "right")
         for key, entry in result.manifest["targets"].items():
             size = sum(f["bytes"] for n, f in result.manifest["files"].items() if n.startswith(f"{key}/"))
             figures = entry["accuracy"]

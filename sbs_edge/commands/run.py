@@ -32,7 +32,7 @@ from sbs_edge.commands._data_options import (
     TestOption,
     ValidationOption,
 )
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import GuardError, UsageError
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
@@ -62,9 +62,9 @@ def register(app: typer.Typer) -> None:
         compare: CompareOption = Compare.text,
         column: ColumnOption = None,
         mode: ModeOption = Mode.stepwise,
-        steps: Annotated[int, typer.Option(help="Optimiser steps of every compared student.")] = 600,
+        steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every compared student.")] = 600,
         rationale_weight: Annotated[
-            float, typer.Option(help="lambda in L_label + lambda * L_rationale.")
+            float, typer.Option(min=0, help="lambda in L_label + lambda * L_rationale.")
         ] = 3.0,
         model: Annotated[
             str | None,
@@ -79,9 +79,14 @@ def register(app: typer.Typer) -> None:
             ),
         ] = False,
         teacher_error: Annotated[
-            float, typer.Option(help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25.")
+            float,
+            typer.Option(
+                min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
+            ),
         ] = 0.0,
-        train_rows: Annotated[int | None, typer.Option(help="Use at most this many training rows.")] = None,
+        train_rows: Annotated[
+            int | None, typer.Option(min=1, help="Use at most this many training rows.")
+        ] = None,
         training: Annotated[
             list[str] | None,
             typer.Option(
@@ -91,10 +96,14 @@ def register(app: typer.Typer) -> None:
         target: Annotated[list[str] | None, typer.Option(help="Export target; several may be given.")] = None,
         max_drop: Annotated[
             float,
-            typer.Option(help="Points of accuracy a lossy target may cost before the guard stops (exit 3)."),
+            typer.Option(
+                min=0,
+                max=100,
+                help="Points of accuracy a lossy target may cost before the guard stops (exit 3).",
+            ),
         ] = 1.0,
         skip_bad_rows: SkipBadRowsOption = False,
-        seed: Annotated[int, typer.Option(help="Seed of data, initial weights and row order.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
         json_output: JsonOption = False,
         dry_run: DryRunOption = False,
@@ -133,7 +142,10 @@ def register(app: typer.Typer) -> None:
             return
         out.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out / "config.yaml")
-        report = run_pipeline(splits, out, settings, say=lambda line: console.print(f"[dim]{line}[/]"))
+        try:
+            report = run_pipeline(splits, out, settings, say=lambda line: console.print(f"[dim]{line}[/]"))
+        except GuardError as error:
+            raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
         from sbs_edge.report.run import run_page, run_table
 

@@ -13,6 +13,8 @@ from sbs_edge.errors import MissingExtra, UsageError
 
 __all__ = ["register"]
 
+_FLAGS = {"watch_s": "watch", "drain_timeout_s": "drain_timeout"}  # settings whose flag has another name
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
@@ -30,72 +32,89 @@ def register(app: typer.Typer) -> None:
         host: Annotated[
             str, typer.Option(help="Address to bind; anything but loopback lets other machines in.")
         ] = "127.0.0.1",
-        port: Annotated[int, typer.Option(help="Port; 0 takes a free one and logs it.")] = 8080,
+        port: Annotated[
+            int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and logs it.")
+        ] = 8080,
         target: Annotated[
             str | None, typer.Option(help="Which target of the bundle to run; its default when left out.")
         ] = None,
         threads: Annotated[
             int | None,
-            typer.Option(help="CPU threads of one inference; more shortens a call, fewer let calls overlap."),
+            typer.Option(
+                min=1, help="CPU threads of one inference; more shortens a call, fewer let calls overlap."
+            ),
         ] = None,
         watch: Annotated[
             float,
-            typer.Option(help="Look for new versions every so many seconds; 0 only on SIGHUP."),
+            typer.Option(min=0, help="Look for new versions every so many seconds; 0 only on SIGHUP."),
         ] = 0.0,
         max_versions: Annotated[
-            int, typer.Option(help="Newest versions kept in memory; each costs its size.")
+            int, typer.Option(min=1, help="Newest versions kept in memory; each costs its size.")
         ] = 2,
         max_batch_tokens: Annotated[
             int,
             typer.Option(
-                help="Tokens in one inference, padding included; larger adds latency, hardly throughput."
+                min=1,
+                help="Tokens in one inference, padding included; larger adds latency, hardly throughput.",
             ),
         ] = 512,
         max_wait_ms: Annotated[
             float,
-            typer.Option(help="Longest time a text waits for company; only while others are on their way."),
+            typer.Option(
+                min=0,
+                max=1000,
+                help="Longest time a text waits for company; only while others are on their way.",
+            ),
         ] = 2.0,
         label_workers: Annotated[
-            int, typer.Option(help="Label batches run at once; each uses --threads threads.")
+            int, typer.Option(min=1, help="Label batches run at once; each uses --threads threads.")
         ] = 1,
         rationale_workers: Annotated[
-            int, typer.Option(help="Rationale batches run at once, beside the label batches.")
+            int, typer.Option(min=1, help="Rationale batches run at once, beside the label batches.")
         ] = 1,
         truncate: Annotated[
             bool,
             typer.Option("--truncate", help="Cut texts over the token limit and say so, instead of a 400."),
         ] = False,
         max_body_bytes: Annotated[
-            int, typer.Option(help="Larger bodies, counted after decompression, get 413.")
+            int, typer.Option(min=1, help="Larger bodies, counted after decompression, get 413.")
         ] = 2_000_000,
-        max_texts: Annotated[int, typer.Option(help="More texts in one request get 400.")] = 32,
+        max_texts: Annotated[int, typer.Option(min=1, help="More texts in one request get 400.")] = 32,
         max_concurrent: Annotated[
-            int, typer.Option(help="More requests at once get 429; each may hold one body in memory.")
+            int, typer.Option(min=1, help="More requests at once get 429; each may hold one body in memory.")
         ] = 512,
         max_queue_texts: Annotated[
-            int, typer.Option(help="More texts inside one model's queue get 429 instead of waiting.")
+            int, typer.Option(min=1, help="More texts inside one model's queue get 429 instead of waiting.")
         ] = 1024,
         max_queue_ms: Annotated[
             float,
-            typer.Option(help="A longer estimated wait gets 429: lower refuses earlier and answers sooner."),
+            typer.Option(
+                min=0, help="A longer estimated wait gets 429: lower refuses earlier and answers sooner."
+            ),
         ] = 500.0,
         timeout_s: Annotated[
-            float, typer.Option(help="Requests not answered in this time get 504; a header may set another.")
+            float,
+            typer.Option(min=0, help="Requests not answered in this time get 504; a header may set another."),
         ] = 30.0,
         body_timeout_s: Annotated[
             float,
-            typer.Option(help="Bodies that take longer to arrive get 408: a slow link may need more."),
+            typer.Option(min=0, help="Bodies that take longer to arrive get 408: a slow link may need more."),
         ] = 10.0,
         head_timeout_s: Annotated[
             float,
-            typer.Option(help="Connections whose request line and headers take longer are closed."),
+            typer.Option(min=0, help="Connections whose request line and headers take longer are closed."),
         ] = 10.0,
         max_head_bytes: Annotated[
-            int, typer.Option(help="Longer request lines and headers get 431; more is memory for strangers.")
+            int,
+            typer.Option(
+                min=1024, help="Longer request lines and headers get 431; more is memory for strangers."
+            ),
         ] = 65_536,
         drain_timeout: Annotated[
             float,
-            typer.Option(help="Seconds running requests get after SIGTERM; then they are cut (exit 1)."),
+            typer.Option(
+                min=0, help="Seconds running requests get after SIGTERM; then they are cut (exit 1)."
+            ),
         ] = 30.0,
         token_file: Annotated[
             Path | None,
@@ -115,15 +134,18 @@ def register(app: typer.Typer) -> None:
         ] = None,
         escalate_model: Annotated[str, typer.Option(help="Model name sent to it.")] = "default",
         escalate_timeout_s: Annotated[
-            float, typer.Option(help="After this the student's own answer is given, marked as unsure.")
+            float, typer.Option(min=0, help="After this the student's own answer is given, marked as unsure.")
         ] = 10.0,
         escalate_concurrency: Annotated[
-            int, typer.Option(help="Escalated texts at once; what is beyond keeps the student's answer.")
+            int,
+            typer.Option(min=1, help="Escalated texts at once; what is beyond keeps the student's answer."),
         ] = 8,
         abstain_below: Annotated[
             float | None,
             typer.Option(
-                help="Probability below which an answer is marked unsure; the bundle's when left out."
+                min=0,
+                max=1,
+                help="Probability below which an answer is marked unsure; the bundle's when left out.",
             ),
         ] = None,
         log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -200,7 +222,8 @@ def register(app: typer.Typer) -> None:
             )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+            field = "-".join(str(part) for part in first["loc"])
+            where = "--" + _FLAGS.get(field, field).replace("_", "-")
             raise UsageError(f"{where if first['loc'] else 'The options'}: {first['msg']}.") from error
         if log_level not in ("debug", "info", "warning", "error"):
             raise UsageError("--log-level must be debug, info, warning or error.")

@@ -157,13 +157,16 @@ def register(app: typer.Typer) -> None:
         rationale_weight: Annotated[
             float | None,
             typer.Option(
-                help="lambda in L_label + lambda * L_rationale; none: 3 from scratch, 1 from a checkpoint."
+                min=0,
+                help="lambda in L_label + lambda * L_rationale; none: 3 from scratch, 1 from a checkpoint.",
             ),
         ] = None,
         alpha: Annotated[
             float | None,
             typer.Option(
-                help="alpha in alpha * L_label + (1 - alpha) * L_rationale; lambda = (1 - alpha) / alpha."
+                min=0,
+                max=1,
+                help="alpha in alpha * L_label + (1 - alpha) * L_rationale; lambda = (1 - alpha) / alpha.",
             ),
         ] = None,
         prefixes: Annotated[
@@ -178,44 +181,51 @@ def register(app: typer.Typer) -> None:
                 help="T5-family checkpoint, by hub name or directory; none: a small one from scratch."
             ),
         ] = None,
-        d_model: Annotated[int, typer.Option(help="Width of a student from scratch.")] = 64,
-        d_ff: Annotated[int, typer.Option(help="Feed-forward width from scratch.")] = 512,
-        n_heads: Annotated[int, typer.Option(help="Attention heads from scratch.")] = 4,
-        n_layers: Annotated[int, typer.Option(help="Encoder layers from scratch.")] = 2,
-        n_decoder_layers: Annotated[int, typer.Option(help="Decoder layers from scratch.")] = 2,
+        d_model: Annotated[int, typer.Option(min=8, help="Width of a student from scratch.")] = 64,
+        d_ff: Annotated[int, typer.Option(min=8, help="Feed-forward width from scratch.")] = 512,
+        n_heads: Annotated[int, typer.Option(min=1, help="Attention heads from scratch.")] = 4,
+        n_layers: Annotated[int, typer.Option(min=1, help="Encoder layers from scratch.")] = 2,
+        n_decoder_layers: Annotated[int, typer.Option(min=1, help="Decoder layers from scratch.")] = 2,
         learning_rate: Annotated[
-            float | None, typer.Option(help="Peak; none: 3e-3 from scratch, 1e-4 from a checkpoint.")
+            float | None, typer.Option(min=0, help="Peak; none: 3e-3 from scratch, 1e-4 from a checkpoint.")
         ] = None,
-        batch_size: Annotated[int, typer.Option(help="Examples a process sees in one forward pass.")] = 32,
+        batch_size: Annotated[
+            int, typer.Option(min=1, help="Examples a process sees in one forward pass.")
+        ] = 32,
         gradient_accumulation: Annotated[
-            int, typer.Option(help="Forward passes a step; means are taken over all of them.")
+            int, typer.Option(min=1, help="Forward passes a step; means are taken over all of them.")
         ] = 1,
         gradient_checkpointing: Annotated[
             bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
         ] = False,
         max_steps: Annotated[
-            int | None, typer.Option(help="Optimiser steps; none and no --epochs: 600.")
+            int | None, typer.Option(min=1, help="Optimiser steps; none and no --epochs: 600.")
         ] = None,
         epochs: Annotated[
-            float | None, typer.Option(help="Passes over the rows, instead of --max-steps.")
+            float | None, typer.Option(min=0, help="Passes over the rows, instead of --max-steps.")
         ] = None,
-        max_source_tokens: Annotated[int, typer.Option(help="Longer inputs are cut, and counted.")] = 512,
-        max_target_tokens: Annotated[int, typer.Option(help="Longer targets are cut, and counted.")] = 256,
+        max_source_tokens: Annotated[
+            int, typer.Option(min=2, help="Longer inputs are cut, and counted.")
+        ] = 512,
+        max_target_tokens: Annotated[
+            int, typer.Option(min=2, help="Longer targets are cut, and counted.")
+        ] = 256,
         row_weight: Annotated[
             RowWeight, typer.Option(help="Weight rows by their confidence, or all alike.")
         ] = RowWeight.none,
         eval_steps: Annotated[
-            int | None, typer.Option(help="Steps between evaluations; none: six a run.")
+            int | None, typer.Option(min=1, help="Steps between evaluations; none: six a run.")
         ] = None,
         save_steps: Annotated[
             int | None,
-            typer.Option(help="Steps between checkpoints; none: at evaluations; 0: no checkpoints."),
+            typer.Option(min=0, help="Steps between checkpoints; none: at evaluations; 0: no checkpoints."),
         ] = None,
         early_stopping_patience: Annotated[
-            int | None, typer.Option(help="Stop after so many evaluations without a better validation score.")
+            int | None,
+            typer.Option(min=1, help="Stop after so many evaluations without a better validation score."),
         ] = None,
         lora_rank: Annotated[
-            int, typer.Option(help="Train LoRA adapters of this rank; merged at the end.")
+            int, typer.Option(min=0, help="Train LoRA adapters of this rank; merged at the end.")
         ] = 0,
         bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
         fsdp: Annotated[
@@ -227,7 +237,7 @@ def register(app: typer.Typer) -> None:
                 "--resume", help="Continue from the newest checkpoint; without it a run starts anew."
             ),
         ] = False,
-        seed: Annotated[int, typer.Option(help="Seed of splits, initial weights and row order.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of splits, initial weights and row order.")] = 0,
         config: ConfigOption = None,
         json_output: JsonOption = False,
         dry_run: DryRunOption = False,

@@ -303,5 +303,5 @@ def refuse(rejected: Sequence[RejectedRow]) -> None:
     )
     raise DataError(
         f"{len(rejected)} row(s) cannot be used: {shown}. Mend them, or go on without them "
-        "with --skip-bad-rows, which counts and lists what was left out."
+        "with --skip-bad-rows, which says what was left out."
     )

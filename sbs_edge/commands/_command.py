@@ -1,0 +1,61 @@
+"""What every command does around its own work: refuse numbers that are none, and say what Ctrl-C left behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from sbs_edge.errors import SbsEdgeError, UsageError
+
+__all__ = ["Command", "Interrupted", "install"]
+
+# By command: what an interrupted run keeps and how to go on; {fields} are the command's parameters.
+_KEPT = {
+    "run": "Students that were finished are under {out}/students, the others' checkpoints beside them; an old "
+    "bundle is unchanged. The same command starts anew.",
+    "train": "Checkpoints, if it came to one, are in {out}.training; go on with the same command and --resume.",
+    "annotate": "Finished calls are in the journal. The same command goes on and asks only what is missing.",
+    "export": "{out} is as it was before. The same command starts anew.",
+    "predict": "Finished shards of --engine ray stay, and the same command goes on with the others; a file is "
+    "written whole or not at all.",
+}
+_NOTHING = "Nothing half-written was kept under its final name. The same command starts anew."
+
+
+class Interrupted(SbsEdgeError):
+    """Ctrl-C; the message says what was kept."""
+
+    exit_code = 130
+
+
+class Command(TyperCommand):
+    """A command of this program; every one is of this class (:func:`install`)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            UsageError: a float option is NaN or infinite, which no range check refuses.
+            Interrupted: instead of ``KeyboardInterrupt``, which typer turns into a silent exit code.
+
+        """
+        for name, value in ctx.params.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} must be a finite number, not {value}.")
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            kept = _KEPT.get(self.name or "", _NOTHING) if ctx.parent.parent is None else _NOTHING
+            raise Interrupted(kept.format(**ctx.params)) from stop
+
+
+def install(group: typer.Typer) -> None:
+    """Make every command of ``group`` and its subgroups a :class:`Command`."""
+    for command in group.registered_commands:
+        command.cls = Command
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            install(inner.typer_instance)
