@@ -34,9 +34,10 @@ from sbs_edge.bench.latency_sections import Schedule
 from sbs_edge.bench.machine import provenance
 from sbs_edge.bench.ratios import ratios
 from sbs_edge.bench.rows import FORMAT, Row
-from sbs_edge.bench.shapes import random_student
+from sbs_edge.bench.shapes import SHAPES, random_student
 from sbs_edge.bench.system import PEERS
-from sbs_edge.errors import DataError, UsageError
+from sbs_edge.errors import DataError, MissingExtra, UsageError
+from sbs_edge.runtime.manifest import read_manifest
 
 __all__ = ["LatencyOptions", "measure_latency", "student_of"]
 
@@ -90,7 +91,13 @@ def student_of(bundle: Path, given: Path | None) -> Path | None:
 
 def shape_student(shape: str, seed: int, say: Say) -> Path:
     """The cached random student of a shape, made on first use."""
-    import transformers
+    if shape not in SHAPES:
+        raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+    try:
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
 
     target = cache_root() / f"student-{shape}-{seed}-v3-transformers{transformers.__version__.split('.')[0]}"
     if not (target / "sbs_edge.json").is_file():
@@ -193,13 +200,16 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
     """Find or make student and bundles, convert, load; return the contest and the task's comparison."""
     if bool(options.shape) == bool(options.bundles):
         raise UsageError("Give bundles to measure, or --shape for random weights of a named shape; not both.")
+    for path in options.bundles:
+        read_manifest(path)  # first: a mistyped path has no student beside it either
     if options.shape:
         student: Path | None = shape_student(options.shape, options.seed, say)
     else:
         student = student_of(options.bundles[0], options.student)
     if student is None:
         raise UsageError(
-            f"The student directory of {options.bundles[0]} is not beside it. Peers and accuracy need its "
+            f"The student directory of {options.bundles[0]} is not beside it (student, step-by-step "
+            "or students/step-by-step). Peers and accuracy need its "
             "checkpoint and validation rows: give it with --student."
         )
     card, config = student_facts(student)

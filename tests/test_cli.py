@@ -84,3 +84,35 @@ def test_run_without_rationales_ends_with_a_bundle_and_a_report(
     assert [student["mode"] for student in report["students"]] == [mode]
     assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
     assert "rationale, as the bundle" not in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_dry_run_writes_no_list_of_skipped_rows(sbs_edge_cli: Run, tmp_path: Path, command: str) -> None:
+    rows = [{"input": f"case {i}", "label": "ab"[i % 2], "rationale": "so"} for i in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    out = tmp_path / "out" / "student"
+    common = (command, data, "--skip-bad-rows", "--json", "--out", out)
+    done = sbs_edge_cli(*common, "--dry-run")
+    assert _plan(done)["skip_bad_rows"] is True
+    assert "Skipped 1 row(s)" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_run_weighs_rationales_as_train_does(sbs_edge_cli: Run, tmp_path: Path) -> None:
+    for model, weight in (((), 3.0), (("--model", tmp_path / "checkpoint"), 1.0)):
+        for command in ("run", "train"):
+            plan = _plan(sbs_edge_cli(command, "--dry-run", "--json", "--out", tmp_path / "out", *model))
+            assert plan["lambda"] == weight, command
+    plan = _plan(sbs_edge_cli("run", "--dry-run", "--json", "--training", "alpha=0.2"))
+    assert plan["lambda"] == pytest.approx(4.0)
+
+
+def test_serve_looks_for_its_bundles_in_a_dry_run_too(sbs_edge_cli: Run, tmp_path: Path) -> None:
+    for flags in ((), ("--dry-run",)):
+        done = sbs_edge_cli("serve", tmp_path / "nowhere", *flags)
+        assert done.returncode == 2
+        assert "There is no directory" in done.stderr
+    done = sbs_edge_cli("serve", tmp_path, "--dry-run")
+    assert done.returncode == 4
+    assert "no manifest.json" in done.stderr

@@ -64,8 +64,12 @@ def register(app: typer.Typer) -> None:
         mode: ModeOption = Mode.stepwise,
         steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every compared student.")] = 600,
         rationale_weight: Annotated[
-            float, typer.Option(min=0, help="lambda in L_label + lambda * L_rationale.")
-        ] = 3.0,
+            float | None,
+            typer.Option(
+                min=0,
+                help="lambda in L_label + lambda * L_rationale; none: 3 from scratch, 1 from a checkpoint.",
+            ),
+        ] = None,
         model: Annotated[
             str | None,
             typer.Option(
@@ -125,17 +129,20 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             max_drop=max_drop,
             training={
-                "rationale_weight": rationale_weight,
+                **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
                 **({"model": model} if model else {}),
                 **_fields(training or ()),
             },
         )
-        make_config(None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training})
-        splits = _load(ctx.params, out)
+        trained = make_config(
+            None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
+        )
+        splits = _load(ctx.params, out, dry_run)
         if dry_run:
             plan = {
                 **resolved(ctx),
                 "rows": {n: len(getattr(splits, n)) for n in ("train", "validation", "test")},
+                "lambda": trained.lambda_,
                 "students": [f"{arm.name}: mode {arm.mode}, {arm.steps} steps" for arm in arms_for(settings)],
             }
             print_json(plan) if json_output else console.print(plan)
@@ -171,7 +178,7 @@ def _fields(items: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _load(values: dict[str, Any], out: Path) -> Splits:
+def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits
@@ -194,7 +201,7 @@ def _load(values: dict[str, Any], out: Path) -> Splits:
         columns=ColumnMap.parse(values["column"] or ()),
         skip_bad_rows=values["skip_bad_rows"],
         seed=values["seed"],
-        skipped_file=out / "skipped.jsonl",
+        skipped_file=None if dry_run else out / "skipped.jsonl",
     )
     if spec:
         splits = dataclasses.replace(splits, task=spec)

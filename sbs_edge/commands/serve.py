@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,28 @@ from sbs_edge.errors import MissingExtra, UsageError
 __all__ = ["register"]
 
 _FLAGS = {"watch_s": "watch", "drain_timeout_s": "drain_timeout"}  # settings whose flag has another name
+
+
+def _found(name: str | None, path: Path, max_versions: int) -> dict[str, Any]:
+    """Say which bundles would be served for one argument; their manifests are read, their files are not."""
+    from sbs_edge.runtime.manifest import read_manifest
+    from sbs_edge.serve.models import Model
+
+    # A folder without any bundle is read as one itself, which says what is missing.
+    found = Model(name, path).candidates(max_versions)[:max_versions] or [(None, path)]
+    bundles = [(version, bundle, read_manifest(bundle)) for version, bundle in found]
+    return {
+        "name": name or bundles[0][2].get("name"),
+        "path": str(path),
+        "bundles": [
+            {
+                "path": str(bundle),
+                "version": version or manifest.get("version"),
+                "targets": list(manifest["targets"]),
+            }
+            for version, bundle, manifest in bundles
+        ],
+    }
 
 
 def register(app: typer.Typer) -> None:
@@ -228,9 +250,12 @@ def register(app: typer.Typer) -> None:
         if log_level not in ("debug", "info", "warning", "error"):
             raise UsageError("--log-level must be debug, info, warning or error.")
         sources = [parse_source(argument) for argument in bundles]
+        for _, path in sources:
+            if not path.is_dir():
+                raise UsageError(f"There is no directory {path} to serve a bundle from. Check the path.")
         if dry_run:
             plan = settings.model_dump(mode="json")
-            plan["sources"] = [{"name": name, "path": str(path)} for name, path in sources]
+            plan["sources"] = [_found(name, path, max_versions) for name, path in sources]
             print_json(plan)
             return
         logs.configure(log_level)

@@ -124,7 +124,7 @@ def _load(values: dict[str, Any], out: Path, seed: int) -> tuple[Splits, Any]:
             columns=columns,
             skip_bad_rows=values["skip_bad_rows"],
             seed=seed,
-            skipped_file=out.with_name(out.name + ".skipped.jsonl"),
+            skipped_file=None if values["dry_run"] else out.with_name(out.name + ".skipped.jsonl"),
         ),
         None,
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sbs_edge.errors import IntegrityError
+from sbs_edge.errors import IntegrityError, UsageError
 
 __all__ = [
     "DIGEST",
@@ -96,12 +96,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """Read ``manifest.json``, check it against its digest file and check its shape.
 
     Raises:
+        UsageError: there is no such directory.
         IntegrityError: the manifest is absent, damaged, of a later format or not shaped like one.
     """
     if not root.is_dir():
-        raise IntegrityError(
-            f"{root} is no bundle: there is no such directory. Make one with sbs-edge export."
-        )
+        what = "it is a file" if root.is_file() else "there is no such directory"
+        raise UsageError(f"{root} is no bundle: {what}. Check the path, or make one with sbs-edge export.")
     if not os.path.lexists(root / MANIFEST):
         raise IntegrityError(f"{root} is no bundle: it has no {MANIFEST}. Make one with sbs-edge export.")
     path, digest = safe_member(root, MANIFEST), safe_member(root, DIGEST)

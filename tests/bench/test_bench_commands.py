@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 
 from sbs_edge.bench.contest import Contest, Entry, Inputs
+from sbs_edge.bench.latency import LatencyOptions, set_up
 from sbs_edge.bench.quality import withheld
 from sbs_edge.bench.ratios import ratios
 from sbs_edge.bench.rows import Row, load_document
 from sbs_edge.bench.train import largest_difference
+from sbs_edge.commands.app import main
+from sbs_edge.errors import UsageError
 
 Cli = Callable[..., "CompletedProcess[str]"]
 
@@ -50,6 +54,24 @@ def test_a_share_of_ones_own_capacity_is_not_compared() -> None:
         for case in ("50% of its capacity", "common rate")
     ]
     assert [row.case for row in ratios(contest, rows)] == ["common rate"]
+
+
+def test_a_bundle_alone_is_told_where_its_student_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sbs_edge.bench.latency.read_manifest", lambda _: {})
+    with pytest.raises(UsageError, match=r"is not beside it .*--student"):
+        set_up(LatencyOptions(bundles=(tmp_path,)), lambda _: None)
+
+
+def test_a_shape_without_transformers_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails, as where it is absent
+    assert main(["bench", "latency", "--shape", "tiny"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "A random student needs the package 'transformers'" in said
+    assert "pip install 'sbs-edge[bench]'" in said
 
 
 @pytest.mark.long
@@ -114,7 +136,7 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
 def test_latency_refuses_what_it_cannot_measure(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     for arguments, message in (
         ([], "Give bundles to measure, or --shape"),
-        ([str(tmp_path)], "is not beside it"),
+        ([str(tmp_path / "nowhere")], "nowhere is no bundle: there is no such directory"),
         (["--shape", "giant"], "no shape 'giant'"),
         (["--shape", "tiny", "--sources", "a"], "--sources takes whole numbers"),
     ):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.errors import IntegrityError
+from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.external_data import external_locations
 from sbs_edge.runtime.student import Student
@@ -263,9 +263,12 @@ def test_later_formats_are_refused_with_the_remedy(own_bundle: Path) -> None:
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(IntegrityError, match="no bundle"):
-            Bundle.open(path)
+    (tmp_path / "file").write_text("")
+    for name, said in (("absent", "no such directory"), ("file", "it is a file")):
+        with pytest.raises(UsageError, match=f"is no bundle: .*{said}"):
+            Bundle.open(tmp_path / name)
+    with pytest.raises(IntegrityError, match="no bundle"):
+        Bundle.open(tmp_path)
     (tmp_path / "manifest.json").symlink_to("/dev/zero")
     with pytest.raises(IntegrityError):
         Bundle.open(tmp_path)
