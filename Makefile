@@ -7,6 +7,20 @@ export PYTHONSAFEPATH = 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
+# The default Linux wheel of torch brings gigabytes of CUDA libraries. Where pip would take them and no NVIDIA driver
+# is loaded, uv installs the CPU build instead: it knows PyTorch's own index. CUDA=1 takes whatever pip finds.
+CUDA ?=
+NVIDIA_DRIVER ?= /proc/driver/nvidia
+define install_torch
+@if $(PY) -c 'import torch' 2>/dev/null; then :; \
+elif [ -z "$(CUDA)" ] && [ ! -e "$(NVIDIA_DRIVER)" ] \
+  && $(PY) -m pip install --quiet --dry-run --report - -c $(CONSTRAINTS) torch | grep -q '"name": "nvidia-'; then \
+  $(PY) -m pip install --quiet uv \
+  && $(PY) -m uv pip install --quiet --python $(PY) --torch-backend cpu -c $(CONSTRAINTS) torch \
+  || { echo "The CPU build of torch could not be installed. 'make CUDA=1 ...' takes the default one, gigabytes larger." >&2; exit 1; }; \
+else $(PY) -m pip install --quiet -c $(CONSTRAINTS) torch; fi
+endef
+
 .PHONY: demo install test test-long lint format types clean
 
 # From nothing to a bundle that answers without torch.
@@ -16,6 +30,7 @@ demo: $(VENV)/.demo
 $(VENV)/.demo: pyproject.toml $(CONSTRAINTS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
+	$(install_torch)
 	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[export]'
 	touch $@
 
@@ -24,7 +39,7 @@ install: $(VENV)/.dev
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(install_torch)
 	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@ $(VENV)/.demo
 

@@ -94,7 +94,8 @@ def small_vocabulary(
     Kept: every token of an input (with its prefix), label, choice or rationale of ``rows``, of the student's
     training sample and of its validation rows; what it takes to spell any text (see
     :func:`sbs_edge.export.small_tokenizer.always_kept`); the student's special tokens; then the vocabulary's
-    first, most frequent tokens, up to a quarter more or ``MARGIN``.
+    first, most frequent tokens: up to a quarter more than those of the rows, or up to ``MARGIN``
+    (a quarter of a small vocabulary) where that is more.
 
     Args:
         opened: the student.

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sbs_edge.commands import doctor
+from sbs_edge.commands.app import main
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -116,3 +119,14 @@ def test_serve_looks_for_its_bundles_in_a_dry_run_too(sbs_edge_cli: Run, tmp_pat
     done = sbs_edge_cli("serve", tmp_path, "--dry-run")
     assert done.returncode == 4
     assert "no manifest.json" in done.stderr
+
+
+def test_doctor_warns_of_two_runtimes_in_one_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.diagnose()["warnings"] == []
+    monkeypatch.setattr(doctor, "_version", lambda _: "1.0")
+    assert main(["doctor"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "warning: onnxruntime and onnxruntime-gpu are both installed" in shown
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in shown

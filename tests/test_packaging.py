@@ -125,3 +125,55 @@ def test_the_public_surface_is_what_it_says() -> None:
         assert getattr(sbs_edge, name) is not None
     code = "from sbs_edge import Student, export, train; assert all(map(callable, (Student, export, train)))"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+_STUB = """#!/bin/sh
+echo "$*" >> {log}
+case "$*" in
+  *"import torch"*) exit 1;;
+  *"-m uv"*) exit {uv};;
+  *--report*) echo '[{{"metadata": {{"name": "torch"}}}}, {{"metadata": {{"name": "{brings}"}}}}]';;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("brings", "flags", "uv", "takes"),
+    [
+        ("nvidia-cublas", (), 0, "--torch-backend cpu"),
+        ("nvidia-cublas", (), 1, None),
+        ("nvidia-cublas", ("CUDA=1",), 0, "-m pip install --quiet -c constraints/main.txt torch"),
+        ("nvidia-cublas", ("NVIDIA_DRIVER=.",), 0, "-m pip install --quiet -c constraints/main.txt torch"),
+        ("sympy", (), 0, "-m pip install --quiet -c constraints/main.txt torch"),
+    ],
+)
+def test_make_takes_no_cuda_libraries_where_there_is_no_gpu(
+    repository: Path, tmp_path: Path, brings: str, flags: tuple[str, ...], uv: int, takes: str | None
+) -> None:
+    """Make runs with a stand-in for the environment's Python, which answers what pip would install."""
+    log = tmp_path / "log"
+    for name in ("python", "sbs-edge"):
+        stub = tmp_path / "env" / "bin" / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(_STUB.format(log=log, uv=uv, brings=brings))
+        stub.chmod(0o755)
+    done = subprocess.run(
+        ["make", "demo", f"VENV={tmp_path / 'env'}", f"NVIDIA_DRIVER={tmp_path / 'none'}", *flags],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    calls = log.read_text().splitlines()
+    installed = [
+        call for call in calls if " install " in call and call.endswith(" torch") and "--dry-run" not in call
+    ]
+    if takes is None:
+        assert done.returncode == 2
+        assert "make CUDA=1" in done.stderr
+        assert "run --out runs/demo" not in calls
+    else:
+        assert done.returncode == 0, done.stderr
+        assert len(installed) == 1
+        assert takes in installed[0]
+        assert calls[-1] == "run --out runs/demo"

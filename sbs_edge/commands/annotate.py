@@ -225,6 +225,8 @@ def register(app: typer.Typer) -> None:
                 data, out, spec, settings, dataclasses.asdict(connection),
                 columns=column or [], workers=workers, ray_address=ray_address, journal=journal,
             )  # fmt: skip
+            if "://" not in out:
+                save_resolved(ctx, Path(out).with_name(Path(out).name + ".config.yaml"))
             print_json(report) if json_output else console.print(report)
             return
         place = Path(out)

@@ -102,9 +102,20 @@ def _gpus() -> list[dict[str, Any]]:
     ]
 
 
+def _warnings() -> list[str]:
+    if _version("onnxruntime") is None or _version("onnxruntime-gpu") is None:
+        return []
+    return [
+        "onnxruntime and onnxruntime-gpu are both installed. They write the same files, so that the one installed last "
+        "is what runs, and removing either breaks the other. Remove both (pip uninstall -y onnxruntime "
+        "onnxruntime-gpu), then install the one this machine needs."
+    ]
+
+
 def diagnose() -> dict[str, Any]:
     """Return what is installed and what works, as plain values."""
     return {
+        "warnings": _warnings(),
         "sbs_edge": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -127,6 +138,8 @@ def diagnose() -> dict[str, Any]:
 
 def _show(report: dict[str, Any]) -> None:
     console = Console()
+    for warning in report["warnings"]:
+        console.print(f"[bold red]warning:[/] {warning}", highlight=False)
     cpu = report["cpu"]
     console.print(f"sbs-edge {report['sbs_edge']}, Python {report['python']}, {report['platform']}")
     features = " ".join(cpu["features"]) or "no vector features known"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sbs_edge import files
-from sbs_edge.commands._common import ConfigOption, JsonOption, print_json
+from sbs_edge.commands._common import ConfigOption, JsonOption, print_json, save_resolved
 from sbs_edge.commands._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
 from sbs_edge.errors import MissingExtra
 
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def evaluate(
+        ctx: typer.Context,
         student: Annotated[Path, typer.Argument(help="The student directory that training wrote.")],
         data: Annotated[
             Path | None, typer.Option(help="Rows to judge on; none: the student's own validation rows.")
@@ -58,6 +59,7 @@ def register(app: typer.Typer) -> None:
         if predictions is not None:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
             files.write_text(predictions, lines)
+            save_resolved(ctx, predictions.with_suffix(".config.yaml"))
         if json_output:
             print_json(report)
             return

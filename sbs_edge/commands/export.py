@@ -10,7 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sbs_edge.commands._common import ConfigOption, DryRunOption, JsonOption, print_json, resolved
+from sbs_edge.commands._common import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    print_json,
+    resolved,
+    save_resolved,
+)
 from sbs_edge.commands._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
 from sbs_edge.errors import MissingExtra, UsageError
 
@@ -169,6 +176,8 @@ def register(app: typer.Typer) -> None:
             version=version,
             say=lambda line: console.print(f"[dim]{line}[/]"),
         )  # fmt: skip
+        # Beside the bundle: what is in it is listed, and nothing else may be.
+        save_resolved(ctx, out.with_name(out.name + ".config.yaml"))
         if json_output:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return

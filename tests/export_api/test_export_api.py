@@ -18,6 +18,7 @@ from sbs_edge.export import api, assemble
 from sbs_edge.export.api import export
 from sbs_edge.export.calibrate import calibrate, expected_calibration_error, fit_temperature
 from sbs_edge.export.checkpoint import write_byte_tokenizer
+from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.student import Student
 
 
@@ -249,3 +250,21 @@ def test_certainty_is_bounded_by_the_rows() -> None:
     temperature = fit_temperature(scores, [0] * 20)
     top = 1 / (1 + np.exp(-5.0 / temperature))
     assert 0.95 < top < 0.99
+
+
+def test_the_command_keeps_its_configuration_beside_the_bundle(
+    make_student, tmp_path: Path, sbs_edge_cli
+) -> None:
+    student = make_student(tmp_path / "student")
+    flags = ("--target", "cpu-fp32", "--name", "kept", "--label-only")
+    done = sbs_edge_cli("export", student, "--out", tmp_path / "b", *flags)
+    assert done.returncode == 0, done.stderr
+    first = listing(tmp_path / "b")
+    assert "config.yaml" not in first
+    shutil.rmtree(tmp_path / "b")
+    again = sbs_edge_cli("export", "--config", tmp_path / "b.config.yaml")
+    assert again.returncode == 0, again.stderr
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert (manifest["name"], list(manifest["targets"])) == ("kept", ["cpu-fp32"])
+    graphs = {name: content for name, content in first.items() if name.startswith("cpu-fp32/")}
+    assert {n: c for n, c in listing(tmp_path / "b").items() if n.startswith("cpu-fp32/")} == graphs

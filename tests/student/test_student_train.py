@@ -246,7 +246,18 @@ def test_the_command_trains_and_evaluates(splits, tmp_path, sbs_edge_cli):
     assert json.loads(done.stdout)["mode"] == "stepwise"
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr
-    judged = sbs_edge_cli("evaluate", out, "--data", held, "--rationales", "2", "--json")
+    judged = sbs_edge_cli(
+        "evaluate",
+        out,
+        "--data",
+        held,
+        "--rationales",
+        "2",
+        "--json",
+        "--predictions",
+        tmp_path / "answers.jsonl",
+    )
+    assert "rationales: 2" in (tmp_path / "answers.config.yaml").read_text()
     assert judged.returncode == 0, judged.stderr
     assert json.loads(judged.stdout)["n"] == len(splits.validation)
     streamed = sbs_edge_cli("train", rows, *flags, "--stream", "--json")
