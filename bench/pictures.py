@@ -24,6 +24,26 @@ def _figure(width: float = 7.0, height: float = 4.2) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _logarithmic(axis: Any) -> None:
+    """Make the upright axis logarithmic, labelled 20, 30, 40 and not by powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+
+
+def _legend(figure: Any) -> None:
+    """Name every system once, below the axes, where no curve is."""
+    named: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=min(4, len(named)), fontsize=8
+    )
+
+
 def _colours(systems: list[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each system, the same in every picture."""
     return {name: (f"C{index % 10}", _MARKS[index % len(_MARKS)]) for index, name in enumerate(systems)}
@@ -54,10 +74,10 @@ def _size_and_accuracy(rows: list[Row], look: dict[str, tuple[str, str]]) -> Pic
                 colour, mark = look[system]
                 axis.scatter(values[system], ms, color=colour, marker=mark, s=60, label=system)
         axis.set_xlabel(name)
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.grid(alpha=0.3)
     left_axis.set_ylabel(f"label latency, ms (batch 1, {source} tokens)")
-    left_axis.legend(fontsize=8)
+    _legend(figure)
     return (
         "latency-size-accuracy",
         figure,
@@ -82,14 +102,13 @@ def _by_length(rows: list[Row], look: dict[str, tuple[str, str]]) -> Picture | N
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, marker=mark, label=system)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("source tokens")
         axis.set_title(f"batch {batch}", fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("label latency p50, ms")
-    axes[0].legend(fontsize=8)
+    _legend(figure)
     return ("latency-by-length", figure, "Label latency by source length; peers write the label and its end.")
 
 
@@ -112,11 +131,11 @@ def _percentiles(rows: list[Row], look: dict[str, tuple[str, str]]) -> Picture |
             axis.plot(
                 levels, [row.extra[level] for level in levels], color=colour, marker=mark, label=row.system
             )
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms")
-    axes[0].legend(fontsize=8)
+    _legend(figure)
     return (
         "latency-percentiles",
         figure,
@@ -142,7 +161,7 @@ def train_pictures(document: dict[str, Any]) -> list[Picture]:
             axis.plot(losses, label=name, color=f"C{index}", linestyle=("-", "--", ":")[index % 3])
         axis.set_xlabel("optimiser step")
         axis.set_ylabel("loss")
-        axis.legend(fontsize=8)
+        _legend(figure)
         axis.grid(alpha=0.3)
         name = "".join(c if c.isalnum() else "-" for c in case)
         found.append((f"loss-{name}", figure, f"Loss on the same seed and data, {case}."))

@@ -10,12 +10,16 @@ from sbs_edge.bench import tables
 from sbs_edge.bench.kinds import TITLES, pictures_of, tables_of
 from sbs_edge.report.page import Page
 
-__all__ = ["markdown_report", "page", "write_report"]
+__all__ = ["SMOKE", "markdown_report", "page", "write_report"]
+
+SMOKE = "A smoke run (--quick): short inputs, two rounds. It shows that everything works; the figures mean nothing."
 
 
 def markdown_report(document: dict[str, Any]) -> str:
     """The whole result as Markdown."""
     parts = [f"# {TITLES[document['kind']]}: {tables.headline(document)}", ""]
+    if document.get("quick"):
+        parts += [f"**{SMOKE}**", ""]
     parts += [f"- {line}" for line in tables.provenance_lines(document)] + [""]
     parts += [tables.markdown(table, level=2) for table in tables_of(document)]
     return "\n".join(parts)
@@ -24,6 +28,8 @@ def markdown_report(document: dict[str, Any]) -> str:
 def page(document: dict[str, Any]) -> str:
     """The whole result as one self-contained HTML page."""
     made = Page(f"{TITLES[document['kind']]}: {tables.headline(document)}")
+    if document.get("quick"):
+        made.banner(SMOKE)
     for _, figure, caption in pictures_of(document):
         made.figure(figure, caption)
     for table in tables_of(document):

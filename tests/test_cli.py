@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from sbs_edge.commands import doctor
 from sbs_edge.commands.app import main
+from sbs_edge.report.run import run_page
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -86,7 +88,20 @@ def test_run_without_rationales_ends_with_a_bundle_and_a_report(
     report = json.loads(done.stdout)
     assert [student["mode"] for student in report["students"]] == [mode]
     assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
-    assert "rationale, as the bundle" not in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "rationale, as the bundle" not in page
+    bold = re.compile(r'<tr class="best"><td>([^<]*)')
+    assert bold.findall(page) == []
+    for shares, best in (((0.5, 0.75, 0.25), ["b"]), ((0.5, 0.5, 0.5), []), ((None, None, 0.1), ["c"])):
+        students = [
+            {
+                **report["students"][0],
+                "name": name,
+                "test": {**report["students"][0]["test"], "label_accuracy": share},
+            }
+            for name, share in zip("abc", shares, strict=True)
+        ]
+        assert bold.findall(run_page({**report, "students": students})) == best
 
 
 @pytest.mark.parametrize("command", ["run", "train"])

@@ -45,6 +45,10 @@ def _show(document: dict[str, Any], console: Console) -> None:
     from sbs_edge.bench.kinds import tables_of
 
     console.print(tables.headline(document), style="bold")
+    if document.get("quick"):
+        from sbs_edge.bench.report import SMOKE
+
+        console.print(SMOKE, style="bold red")
     for table in tables_of(document):
         drawn = RichTable(title=table.title, title_justify="left", caption=table.note or None)
         for index, name in enumerate(table.columns):
@@ -157,6 +161,7 @@ def _latency(app: typer.Typer) -> None:
         )
         console = Console(stderr=True)
         document = measure_latency(options, lambda text: console.print(text, highlight=False, style="dim"))
+        document["quick"] = quick
         _finish(document, out, ctx, json_only)
 
 

@@ -126,4 +126,5 @@ def register(app: typer.Typer, finish: Finish) -> None:
         )
         console = Console(stderr=True)
         document = measure_kernels(options, lambda text: console.print(text, highlight=False, style="dim"))
+        document["quick"] = quick
         finish(document, out, ctx, json_only)

@@ -20,6 +20,7 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
+p.banner { border: 2px solid #c60; border-radius: 6px; padding: .5rem .8rem; font-weight: 600 }
 p.note { opacity: .8; font-size: .92rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
@@ -91,6 +92,10 @@ class Page:
         """Add a paragraph; ``note`` sets it smaller."""
         opening = '<p class="note">' if note else "<p>"
         self.parts.append(f"{opening}{escape(paragraph)}</p>")
+
+    def banner(self, warning: str) -> None:
+        """Add a framed warning."""
+        self.parts.append(f'<p class="banner">{escape(warning)}</p>')
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None) -> None:
         """Add a table."""

@@ -66,7 +66,9 @@ def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> Any:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    if names:  # below the axes, where no curve is
+        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
     return figure
 
 
@@ -102,6 +104,11 @@ def run_page(report: dict[str, Any]) -> str:
         page.text(BUILTIN_CAVEAT, note=True)
 
     page.section("Compared students")
+    reached = [s["test"]["label_accuracy"] for s in report["students"]]
+    most = max((share for share in reached if share is not None), default=None)
+    best = reached.index(most) if len(reached) > 1 and most is not None and reached.count(most) == 1 else None
+    if best is not None:
+        page.text("In bold: the highest label accuracy on the test split.", note=True)
     page.table(
         ["student", "mode", "steps", "label accuracy", "rationale token accuracy", "rationales exact",
          "parameters", "training s"],
@@ -111,7 +118,7 @@ def run_page(report: dict[str, Any]) -> str:
              s["metrics"]["parameters"], s["train_seconds"]]
             for s in report["students"]
         ],
-        best=0,
+        best=best,
     )  # fmt: skip
     page.figure(
         _curves(

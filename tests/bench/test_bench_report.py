@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sbs_edge.bench import docs, tables
-from sbs_edge.bench.report import markdown_report, page, write_report
+from sbs_edge.bench.pictures import latency_pictures
+from sbs_edge.bench.report import SMOKE, markdown_report, page, write_report
 
 
 def test_every_system_has_a_row_and_a_peer_that_failed_says_why(document: dict[str, Any]) -> None:
@@ -54,6 +55,26 @@ def test_the_page_loads_nothing_and_escapes_what_it_was_given(document: dict[str
     assert checker.svgs == 3
     assert "&lt;openvino&gt;" in text
     assert "<openvino>" not in text
+
+
+def test_a_smoke_run_says_so_everywhere(document: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    for quick in (False, True):
+        made = {**document, "quick": quick}
+        assert ('<p class="banner">' + SMOKE in page(made)) is quick
+        assert (SMOKE in markdown_report(made)) is quick
+
+
+def test_the_legend_names_every_system_once_and_covers_no_curve(document: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    for name, figure, _ in latency_pictures(document):
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        names = [text.get_text() for text in legend.get_texts()]
+        assert len(names) == len(set(names)) > 1, name
+        for axis in figure.axes:
+            assert axis.get_legend() is None
+            assert not legend.get_window_extent().overlaps(axis.get_window_extent()), name
 
 
 def test_the_report_is_written_whole(document: dict[str, Any], tmp_path: Path) -> None:
