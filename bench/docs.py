@@ -34,7 +34,8 @@ ratio. Repeat it with the command given under each result.
 Rows named "label only" are the same student exported without the graph for rationales (`--label-only`), and with the
 input vocabulary pruned to its rows and a margin (`--prune-input-vocabulary`): their speed is the bundle's own, so only
 answers, cold start, memory and size are measured. A bundle's cold start uses this machine's caches (weights in the
-order its kernels read them, digests of unchanged files), made when the bundle was first loaded.
+order its kernels read them, digests of unchanged files), made when the bundle was first loaded; Python's byte code
+is compiled beforehand for every system, as an installation does.
 
 The kernel bench times losses, not answers: all of them in one process on the same tensors, in the same
 interleaved rounds, with their gradient errors against float64 beside their times.

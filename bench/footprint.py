@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
 from pathlib import Path
 
 __all__ = ["closure", "directory_bytes", "installed_bytes", "memory_mb"]
@@ -50,6 +49,9 @@ def closure(roots: dict[str, tuple[str, ...]]) -> list[str]:
     is not installed is left out.
 
     """
+    # Here and below: a worker measures its memory with this module and must not pay for these.
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     todo = [(_normal(name), frozenset(extras)) for name, extras in roots.items()]
@@ -80,6 +82,8 @@ def installed_bytes(names: list[str]) -> dict[str, int]:
 
     An editable install lists only its pointer: the package's own folder is counted for it.
     """
+    from importlib import metadata
+
     sizes: dict[str, int] = {}
     for name in names:
         distribution = metadata.distribution(name)

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from sbs_edge.bench.convert import cache_root
 from sbs_edge.bench.system import Spec
 from sbs_edge.errors import SbsEdgeError
 
@@ -38,14 +39,18 @@ class Worker:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.started_ns = time.perf_counter_ns()
         threads = {name: str(spec.threads) for name in _THREAD_VARIABLES}
+        # Byte code is there from the second start on, as after an installation, wherever this runs from: a
+        # source tree that may not be written to would else be compiled in every start of this project alone.
+        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={
-                **os.environ,
+                **inherited,
                 **threads,
+                "PYTHONPYCACHEPREFIX": str(cache_root() / "bytecode"),
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "PYTHONWARNINGS": "ignore",

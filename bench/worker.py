@@ -24,7 +24,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +168,8 @@ def main() -> None:
             else:
                 reply = answer(system, order)
         except Exception as error:
+            import traceback  # here: no system pays for it in its first answer
+
             traceback.print_exc()
             first = str(error).strip().partition("\n")[0]
             reply = {"error": f"{type(error).__name__}: {first[:300]}"}

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import stat
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -196,7 +195,15 @@ def _clash(files: Mapping[str, Any]) -> str | None:
     seen: dict[str, str] = {}
     for name in files:
         for path in (PurePosixPath(name), *PurePosixPath(name).parents):
-            key = unicodedata.normalize("NFC", str(path)).casefold()
+            key = _folded(str(path))
             if seen.setdefault(key, str(path)) != str(path):
                 return f"lists {str(path)!r} twice, in different case; do not use this bundle."
     return None
+
+
+def _folded(path: str) -> str:
+    if path.isascii():
+        return path.lower()
+    import unicodedata  # here: its tables are a third of a megabyte, and names of our own are plain ASCII
+
+    return unicodedata.normalize("NFC", path).casefold()

@@ -40,6 +40,16 @@ def usable_providers(providers: Sequence[str]) -> list[str]:
     return usable
 
 
+def _return_freed_pages() -> None:
+    """Give the system what loading has freed: glibc would keep it, some megabytes a graph, for this process alone."""
+    try:
+        import ctypes  # numpy has it loaded
+
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError):
+        return  # another C library
+
+
 class Session:
     """One graph, ready to run; safe to share between threads."""
 
@@ -89,6 +99,7 @@ class Session:
                 "the GPU's driver are missing or of another version (sbs-edge doctor lists what is installed). "
                 "Mend that, or use a cpu target."
             )
+        _return_freed_pages()
         self._session = session
 
     @property
