@@ -63,15 +63,9 @@ def create_app(service: Service) -> Starlette:
         except TimeoutError:
             raise errors.slow_body(settings.body_timeout_s) from None
 
-    async def work(
-        request: Request, answer: Callable[[bytes], Awaitable[Response]], *, labels: bool = False
-    ) -> Response:
-        """Admit, read and answer one request within its deadline, or give it up with its client."""
+    async def work(request: Request, answer: Callable[[bytes], Awaitable[Response]]) -> Response:
+        """Read and answer one admitted request within its deadline, or give it up with its client."""
         state = request.state
-        try:
-            service.enter(labels=labels)
-        except errors.HttpError as error:
-            return refused(request, error)
         try:
             limit_s = deadline_s(request.headers, settings.timeout_s)
             state.deadline = time.perf_counter() + limit_s
@@ -88,15 +82,13 @@ def create_app(service: Service) -> Starlette:
         except errors.ClientLeft:
             service.refusals.count("client_left")
             return Response(status_code=_CLIENT_LEFT)
-        finally:
-            service.leave()
 
     async def answer(request: Request, version: ModelVersion, asking: Asking) -> list[Answer]:
         state = request.state
         state.model, state.version, state.n_texts = version.card.name, version.card.version, len(asking.texts)
         if settings.log_inputs:
             state.inputs = asking.texts
-        return await service.answer(version, asking, state.timing)
+        return await service.answer(version, asking, state.timing, state.passage)
 
     async def predict(request: Request) -> Response:
         async def run(body: bytes) -> Response:
@@ -105,7 +97,7 @@ def create_app(service: Service) -> Starlette:
             answers = await answer(request, version, asking)
             return json_response(plain.encode_answers(version.card.name, version.card.version, answers))
 
-        return await work(request, run, labels=True)
+        return await work(request, run)
 
     async def infer(request: Request) -> Response:
         async def run(body: bytes) -> Response:

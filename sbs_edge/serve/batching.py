@@ -22,6 +22,8 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from sbs_edge.serve.interpreter import stand_back
+
 __all__ = ["Lane", "Ticket"]
 
 Payload = TypeVar("Payload")
@@ -107,7 +109,7 @@ class Lane(Generic[Payload, Result]):
         self._max_batch_tokens = max_batch_tokens
         self._max_wait_s = max_wait_s
         self._on_batch = on_batch
-        self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix=name)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=stand_back)
         self._workers = workers
         self._idle = workers  # below zero: batches that stand ready
         self._ahead = ahead

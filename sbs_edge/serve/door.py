@@ -7,6 +7,7 @@ is what is left for answers. Its bytes are prepared once for each wording; only 
 from __future__ import annotations
 
 import hmac
+import itertools
 import json
 import re
 import secrets
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from sbs_edge.serve.admission import Passage
 from sbs_edge.serve.errors import HttpError
 from sbs_edge.serve.service import Service
 
@@ -22,6 +24,11 @@ __all__ = ["PREDICT_PATH", "Door", "RawHeaders", "Refused", "header", "request_i
 PREDICT_PATH = "/v1/predict"
 _OPEN_PATHS = frozenset({"/", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+# Ids count from a random start: asking the system for random bytes lets go of the interpreter, and a busy
+# worker then keeps it for a whole switch interval.
+_PROCESS = secrets.token_hex(4).encode()
+_numbers = itertools.count(secrets.randbits(32))
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 
@@ -37,7 +44,7 @@ def header(headers: RawHeaders, wanted: bytes) -> bytes:
 def request_id(headers: RawHeaders) -> bytes:
     """Return the id the client gave, or a new one."""
     given = header(headers, b"x-request-id")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8).encode()
+    return given if _REQUEST_ID.fullmatch(given) else b"%b%08x" % (_PROCESS, next(_numbers) & 0xFFFFFFFF)
 
 
 def _is_work(method: str, path: str) -> bool:
@@ -83,12 +90,20 @@ class Door:
 
     def refuse(self, method: str, path: str, headers: RawHeaders) -> Refused | None:
         """Return the answer of work there is no room for, and count it; ``None``: let it in."""
-        if not _is_work(method, path):
+        asked = self.ask(method, path, headers)
+        if isinstance(asked, Passage):
+            asked.leave()
+            return None
+        return asked
+
+    def ask(self, method: str, path: str, headers: RawHeaders) -> Refused | Passage | None:
+        """Refuse work there is no room for, or take its place; ``None``: not work, or not known here."""
+        if not _is_work(method, path) or not self.knows(path, headers):
             return None
         service = self._service
         refusal = service.refusal(labels=path == PREDICT_PATH)
-        if refusal is None or not self.knows(path, headers):
-            return None
+        if refusal is None:
+            return Passage(service.gate, service.coming)
         service.refusals.count(refusal.reason)
         service.refusals.note(refusal.reason, refusal.status)
         service.metrics.answered("", refusal.status).inc()

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sbs_edge.serve import errors
+from sbs_edge.serve.admission import Passage
 from sbs_edge.serve.asking import Timing
 from sbs_edge.serve.door import Door, RawHeaders, Refused, header, request_id
 from sbs_edge.serve.logs import logger
@@ -52,11 +53,21 @@ class Edge:
             await self._app(scope, receive, send)
             return
         headers: RawHeaders = scope["headers"]
-        refused = self._door.refuse(scope["method"], scope["path"], headers)
-        if refused is not None:
-            await _refuse(refused, headers, send)
-        else:
-            await self._serve(scope, receive, send, allowed=self._door.knows(scope["path"], headers))
+        state: dict[str, Any] = scope.setdefault("state", {})
+        passage: Passage | None = state.get("passage")  # given on the connection
+        if passage is None:
+            asked = self._door.ask(scope["method"], scope["path"], headers)
+            if isinstance(asked, Refused):
+                await _refuse(asked, headers, send)
+                return
+            passage = state["passage"] = asked
+        try:
+            await self._serve(
+                scope, receive, send, allowed=passage is not None or self._door.knows(scope["path"], headers)
+            )
+        finally:
+            if passage is not None:
+                passage.leave()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, *, allowed: bool) -> None:
         started = time.perf_counter()

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from sbs_edge.serve import errors
 from sbs_edge.serve.admission import Gate
 from sbs_edge.serve.batching import Lane
 from sbs_edge.serve.engine import Engine, ExplanationLike, Loader, ModelCard, PredictionLike, card_of
+from sbs_edge.serve.interpreter import stand_back
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.settings import ServeSettings
@@ -44,6 +45,10 @@ def parse_source(argument: str) -> tuple[str | None, Path]:
     if not _NAME.fullmatch(name):
         raise UsageError(f"The model name {name!r} is not usable; use letters, digits, '.', '_' and '-'.")
     return name, Path(path)
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _natural(version: str) -> tuple[Any, ...]:
@@ -166,7 +171,9 @@ class Registry:
         self._settings = settings
         self._metrics = metrics
         self._loader = loader
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        # The threads of a graph are started by the one that loads it, and stand back like it.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=stand_back)
+        self.on_change: Callable[[], None] = _nothing  # called when versions came or went
         self._refreshing = asyncio.Lock()
         self.by_name: dict[str, Model] = {}
 
@@ -208,6 +215,7 @@ class Registry:
         failure leaves in service what was there.
         """
         async with self._refreshing:
+            before = self._in_service()
             for model in self._models:
                 if retry_refused:
                     model.refused.clear()
@@ -216,6 +224,11 @@ class Registry:
                     raise failure or IntegrityError(
                         f"{model.source} holds no bundle: there is no {MANIFEST}."
                     )
+            if self._in_service() != before:
+                self.on_change()
+
+    def _in_service(self) -> list[int]:
+        return [id(version) for model in self._models for version in model.versions.values()]
 
     async def _refresh_model(self, model: Model) -> Exception | None:
         loop = asyncio.get_running_loop()

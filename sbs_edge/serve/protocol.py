@@ -16,7 +16,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from sbs_edge.serve.door import Door, request_id
+from sbs_edge.serve.admission import Passage
+from sbs_edge.serve.door import Door, Refused, request_id
 
 __all__ = ["Connection", "connections"]
 
@@ -50,6 +51,7 @@ class Connection(HttpToolsProtocol):
     _in_head = True  # from the connection, or a request's first byte, to the end of its headers
     _in_body = False
     _head_bytes = 0
+    _passage: Passage | None = None  # of the request at hand
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first request."""
@@ -69,6 +71,8 @@ class Connection(HttpToolsProtocol):
                 self._refuse_head()
                 return
         super().data_received(data)
+        if self._in_body and self._passage is not None:
+            self._passage.unexpect()
         if self.parser is None or self.transport.is_closing():
             return
         if self._in_head:
@@ -88,8 +92,13 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         self._head_bytes = 0
         self._stop_clock()
-        if self.door is None or not self._refuse():
-            super().on_headers_complete()
+        if self._refuse():
+            return
+        before = self.cycle
+        super().on_headers_complete()
+        if self._passage is not None and self.cycle is before:  # no request was made of it
+            self._passage.leave()
+            self._passage = None
 
     def on_message_complete(self) -> None:
         """The body is whole."""
@@ -109,12 +118,16 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self) -> bool:
         """Ask the door; where it refuses, write the answer and keep the connection."""
+        self._passage = None
         if self._busy() or self.expect_100_continue or not self.parser.should_keep_alive():
             return False  # the order of answers, and how the connection ends, are uvicorn's to keep
         door, headers = self.door, self.headers
         path = self.url.partition(b"?")[0].decode("latin-1")
-        refused = door.refuse(self.parser.get_method().decode("ascii"), path, headers) if door else None
-        if refused is None:
+        refused = door.ask(self.parser.get_method().decode("ascii"), path, headers) if door else None
+        if not isinstance(refused, Refused):
+            self._passage = refused
+            if refused is not None:
+                self.scope["state"]["passage"] = refused
             return False
         date = b"".join(b"%b: %b\r\n" % line for line in self.server_state.default_headers)
         end = b"\r\n%b\r\n" % date

@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 
 from sbs_edge.errors import UsageError
+from sbs_edge.serve import interpreter
 from sbs_edge.serve.app import create_app
 from sbs_edge.serve.engine import Loader, student_loader
 from sbs_edge.serve.escalate import Escalation
@@ -35,10 +36,6 @@ __all__ = ["create_service", "serve"]
 # glibc gives every thread a heap of its own and returns little of it: with the workers of this
 # server two heaps keep memory flat under bursts. mallopt's M_ARENA_MAX is -8.
 _M_ARENA_MAX, _ARENAS = -8, 2
-
-# Python hands the interpreter from thread to thread every 5 ms by default; a worker that comes back
-# from onnxruntime would wait that long for a busy event loop. 0.5 ms keeps the wait below a label.
-_SWITCH_INTERVAL_S = 0.0005
 
 
 def create_service(
@@ -140,13 +137,14 @@ def serve(
     Raises the error of a bundle that could not be loaded at the start (an
     :class:`~sbs_edge.errors.IntegrityError` exits with 4).
     """
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    interpreter.share()
     # The tokenizer's own thread pool would take the event loop's core for a gain of microseconds.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(_M_ARENA_MAX, _ARENAS)
     service = create_service(sources, settings, loader)
+    service.registry.on_change = interpreter.tidy
     app = create_app(service)
     config = uvicorn.Config(
         app,
@@ -158,6 +156,7 @@ def serve(
         lifespan="on",
         http=connections(app.state.door, settings.head_timeout_s, settings.max_head_bytes),
         ws="none",
+        proxy_headers=False,  # nothing here asks where a request came from
         timeout_keep_alive=75,
         backlog=2048,
         ssl_certfile=str(settings.tls_cert) if settings.tls_cert else None,

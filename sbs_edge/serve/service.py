@@ -14,10 +14,11 @@ from typing import Any
 
 from sbs_edge.errors import SbsEdgeError, UsageError
 from sbs_edge.serve import errors
-from sbs_edge.serve.admission import Gate
+from sbs_edge.serve.admission import Coming, Gate, Passage
 from sbs_edge.serve.asking import Answer, Asking, Timing
 from sbs_edge.serve.batching import Lane, Ticket
 from sbs_edge.serve.escalate import Escalation
+from sbs_edge.serve.interpreter import stand_back
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import ModelVersion, Registry
 from sbs_edge.serve.refusals import Refusals
@@ -52,11 +53,12 @@ class Service:
         self.escalation = escalation
         self.tracing = tracing
         self.gate = Gate(settings.max_concurrent, "concurrency")
+        self.coming = Coming()
         self.refusals = Refusals(metrics, log=settings.access_log)
         self.started = False
         self.draining = False
         self.failure: BaseException | None = None
-        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=stand_back)
 
     @property
     def ready(self) -> bool:
@@ -76,30 +78,32 @@ class Service:
             return errors.not_ready()
         version = self.registry.only if labels else None
         if version is not None:
-            refusal = version.label_gate.refusal(1, version.labels.wait_estimate_s(1))
+            refusal = version.label_gate.refusal(
+                1, version.labels.wait_estimate_s(1), ahead=self.coming.texts
+            )
             if refusal is not None:
                 return refusal
         return self.gate.refusal(1)
 
-    def enter(self, *, labels: bool) -> None:
-        """Count one request in, or raise :meth:`refusal`; pair with :meth:`leave`."""
+    def enter(self, *, labels: bool) -> Passage:
+        """Count one request in, or raise :meth:`refusal`; it must leave."""
         refusal = self.refusal(labels=labels)
         if refusal is not None:
             raise refusal
-        self.gate.enter(1)
+        return Passage(self.gate, self.coming)
 
-    def leave(self) -> None:
-        """Count one request out."""
-        self.gate.leave(1)
-
-    async def answer(self, version: ModelVersion, asking: Asking, timing: Timing) -> list[Answer]:
-        """Answer one request on ``version``.
+    async def answer(
+        self, version: ModelVersion, asking: Asking, timing: Timing, passage: Passage | None = None
+    ) -> list[Answer]:
+        """Answer one request on ``version``; its texts are ``counted`` in ``passage`` at the queues.
 
         Cancelling this coroutine takes the request's waiting texts out of the queues and frees
         their places at once; a batch that already runs is finished and its share dropped.
         """
         self._check(version, asking)
         n = len(asking.texts)
+        if passage is not None:
+            passage.counted(n)
         if n == 0:
             return []
         held: dict[Lane[Any, Any], Gate] = {}

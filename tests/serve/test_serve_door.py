@@ -51,7 +51,7 @@ def test_a_full_server_refuses_before_it_reads(hand_bundle, running):
             assert value("sbs_edge_requests_total", {"model": "", "code": "429"}) == 3
             assert (await edge.client.get("/v2/health/live")).status_code == 200  # not work: never refused
             assert (await edge.client.post("/v1/other")).status_code == 404
-            edge.service.leave()
+            edge.service.gate.leave(1)
             assert (await edge.predict(["a"])).status_code == 200
 
     run(go())
@@ -101,7 +101,7 @@ def test_strangers_are_told_401_whether_or_not_there_is_room(hand_bundle, runnin
             assert edge.rejected("concurrency") == 0
             status, _, _ = await call(edge, scope(authorization="Bearer s3cret"))
             assert status == 429
-            edge.service.leave()
+            edge.service.gate.leave(1)
 
     run(go())
 
@@ -113,7 +113,7 @@ def test_refusals_are_one_line_a_second_not_one_each(hand_bundle, running, json_
             edge.service.gate.enter(1)
             for _ in range(500):
                 await call(edge, scope())
-            edge.service.leave()
+            edge.service.gate.leave(1)
 
     run(go())
     lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
