@@ -51,6 +51,7 @@ class Outcome:
     due_s: float
     latency_s: float
     n_texts: int = 0
+    late_s: float = 0.0  # open loop: sent so long after it was due, by the client's own fault
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Record:
     seconds: float = 0.0
     unsent: int = 0  # open loop: requests for which the client had no connection left
     cpu_s: float = 0.0  # processor time of this process
+    oversleep: list[float] = field(default_factory=list)  # open loop: how late the client's own loop woke, s
 
     @property
     def codes(self) -> dict[str, int]:
@@ -70,6 +72,15 @@ class Record:
     def latencies(self, status: int) -> list[float]:
         """Return the latencies in seconds of answers with ``status``."""
         return [o.latency_s for o in self.outcomes if o.status == status]
+
+    @property
+    def lateness(self) -> list[float]:
+        """How long after they were due requests were sent, in seconds."""
+        return [o.late_s for o in self.outcomes]
+
+    def answer_times(self, status: int) -> list[float]:
+        """Seconds from sending to the answer, of answers with ``status``."""
+        return [o.latency_s - o.late_s for o in self.outcomes if o.status == status]
 
     @property
     def good_texts_per_s(self) -> float:
@@ -178,6 +189,11 @@ class Client:
         if connection in self._idle:
             self._idle.remove(connection)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a request could be sent now."""
+        return bool(self._idle) or self._n_open < self._most
+
     def start(self, raw: bytes, done: Done) -> bool:
         """Send on a free connection, else on a new one, and call ``done(status, body)`` later.
 
@@ -256,11 +272,14 @@ async def open_loop(
     seconds: float,
     count: int | None = None,
     each: Callable[[int], None] | None = None,
+    patient: bool = False,
 ) -> Record:
     """Send ``rate`` requests a second whether or not earlier ones were answered.
 
-    Latency counts from the time a request was due. A request for which no connection is free is
-    counted as unsent instead of being sent late. ``each`` is called with the number of answers so far.
+    Latency counts from the time a request was due, and for refusals also from its sending: what lies
+    between is the client's own lateness (``Record.lateness``). A request for which no connection is
+    free is counted as unsent instead of being sent late, or where ``patient`` waits for one. ``each`` is
+    called with the number of answers so far.
     """
     record = Record()
     outcomes, outstanding = record.outcomes, 0
@@ -269,11 +288,13 @@ async def open_loop(
     def begin(job: Job, due_s: float) -> None:
         nonlocal outstanding
         raw, n_texts = job
+        sent_s = time.perf_counter() - started
 
         def done(status: int, _: bytes) -> None:
             nonlocal outstanding
             outstanding -= 1
-            outcomes.append(Outcome(status, due_s, time.perf_counter() - started - due_s, n_texts))
+            latency_s = time.perf_counter() - started - due_s
+            outcomes.append(Outcome(status, due_s, latency_s, n_texts, sent_s - due_s))
             if each:
                 each(len(outcomes))
 
@@ -285,9 +306,16 @@ async def open_loop(
     index = 0
     while (now := time.perf_counter() - started) < seconds and (count is None or index < count):
         while (due_s := index / rate) <= now and due_s < seconds and (count is None or index < count):
+            if patient and not client.has_room:
+                break
             begin(jobs[index % len(jobs)], due_s)
             index += 1
-        await asyncio.sleep(max(0.0, min(_TICK_S, index / rate - (time.perf_counter() - started))))
+        rest = max(0.0, min(_TICK_S, index / rate - (time.perf_counter() - started)))
+        if patient and not client.has_room:
+            rest = _TICK_S
+        asleep = time.perf_counter()
+        await asyncio.sleep(rest)
+        record.oversleep.append(time.perf_counter() - asleep - rest)
     record.seconds, record.cpu_s = time.perf_counter() - started, time.process_time() - cpu
     end = time.perf_counter() + 40
     while outstanding and time.perf_counter() < end:

@@ -33,7 +33,7 @@ __all__ = ["cost", "drain", "latency", "overload", "soak", "throughput"]
 
 _NO_QUEUE_LIMIT = ("--max-queue-ms", "600000", "--max-queue-texts", "100000")
 _GET_READY = b"GET /v2/health/ready HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-_SOAK_SHARE = 0.5  # of what the server can do with the same mix
+_SOAK_SHARE, _SOAK_MOST = 0.5, 0.9  # of what the server can do with the same mix: usual, and at most
 
 
 def _texts(n: int = 512) -> list[str]:
@@ -251,7 +251,11 @@ def _mixed(n: int) -> list[Job]:
 async def soak(
     bundle: Path, threads: int, requests: int, max_seconds: float, share: float = _SOAK_SHARE
 ) -> dict[str, Any]:
-    """Many mixed requests in an open loop; memory, threads and descriptors sampled 40 times on the way."""
+    """Many mixed requests in an open loop; memory, threads and descriptors sampled 40 times on the way.
+
+    The rate is ``share`` of what the server can do with the mix, or more where all ``requests`` would not
+    be sent within ``max_seconds`` otherwise. A request for which no connection is free waits for one.
+    """
     samples: list[tuple[int, float, int, int]] = []
     step = max(1, requests // 40)
     jobs = _mixed(4096)
@@ -260,6 +264,7 @@ async def soak(
         client = Client(server.port)
         probe = await closed_loop(client, jobs, concurrency=16, seconds=min(6.0, max_seconds / 10))
         capacity = len(probe.outcomes) / probe.seconds
+        share = max(share, min(_SOAK_MOST, requests / (0.9 * max_seconds) / capacity))
         await client.close()
         await _connections_gone(server)
         start = (server.n_threads, server.n_descriptors(connections=True))
@@ -271,7 +276,7 @@ async def soak(
         client, cpu = Client(server.port), server.cpu_s
         await client.open(512)
         record = await open_loop(
-            client, jobs, rate=share * capacity, seconds=max_seconds, count=requests, each=look
+            client, jobs, rate=share * capacity, seconds=max_seconds, count=requests, each=look, patient=True
         )
         await client.close()
         await _connections_gone(server)
@@ -287,7 +292,7 @@ async def soak(
         "unsent_by_client": record.unsent,
         "seconds": round(record.seconds, 1),
         "rate_per_s": round(share * capacity, 1),
-        "share_of_capacity": share,
+        "share_of_capacity": round(share, 3),
         "codes": record.codes,
         "p50_ms": _ms(percentile(record.latencies(200), 50)),
         "p99_ms": _ms(percentile(record.latencies(200), 99)),
