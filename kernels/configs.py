@@ -80,7 +80,7 @@ def candidates(arch: int, itemsize: int) -> tuple[Tile, ...]:
 
 
 def fits_options(tile: Tile) -> bool:
-    """Return whether the kernels with a bias, a cap or smoothing have registers enough in ``tile``."""
+    """Return whether a bias, a cap, smoothing or kept exponentials have registers enough in ``tile``."""
     return tile.rows * tile.columns <= 64 * 32 * tile.warps
 
 

@@ -108,7 +108,7 @@ def fused_linear_cross_entropy(
         RuntimeError: the engine asked for does not work here.
     """
     _check(hidden, weight, targets, bias, segment_ids, n_segments, row_weights, label_smoothing, softcap)
-    if not logit_scale or not math.isfinite(logit_scale):
+    if not 0.0 < abs(logit_scale) < math.inf:  # compiled with dynamic shapes it is no float: no isfinite
         raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale}.")
     if workspace_mb is not None and workspace_mb <= 0:
         raise ValueError(f"workspace_mb must be positive, or None to have it planned, not {workspace_mb}.")

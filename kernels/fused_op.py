@@ -3,7 +3,8 @@
 Registered, so that ``torch.compile(fullgraph=True)`` sees one opaque node with known shapes, autocast
 leaves it alone, and gradient checkpointing can run it again. All engines share the two operators. The
 ``torch`` and ``cublas`` engines make the gradients of a unit total in the forward operator and scale them
-in the backward one; the ``triton`` engine keeps two numbers a row and makes them in the backward one.
+in the backward one, as does the ``triton`` engine in blocks of rows; over slices of the vocabulary it keeps
+two numbers a row and makes them in the backward one.
 """
 
 from __future__ import annotations
@@ -13,10 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbs_edge.kernels import engines, torch_engine
+from sbs_edge.kernels import engines, orders, torch_engine
 from sbs_edge.kernels.rows import plan_rows, segment_means
 
+try:
+    from torch.fx.experimental.symbolic_shapes import guard_or_false as _guard_or_false
+except ImportError:  # before torch 2.8
+
+    def _guard_or_false(a: bool | torch.SymBool) -> bool:
+        return bool(a)
+
+
 __all__ = ["apply"]
+
+
+def _recomputes(
+    engine: str, hidden: Tensor, weight: Tensor, workspace_mb: float, softcap: float, order: str
+) -> bool:
+    """Whether gradients wait for the backward operator; asked for real and for fake tensors alike."""
+    if engines.resolve(engine, hidden.device, hidden.dtype) != "triton":
+        return False
+    if order:
+        return order == "columns"
+    least = orders.switch_rows(
+        int(weight.shape[0]), int(weight.shape[1]), hidden.dtype.itemsize, weight.dtype.itemsize,
+        float(workspace_mb), softcap > 0,
+    )  # fmt: skip
+    return bool(hidden.shape[0] < least)
 
 
 @torch.library.custom_op("sbs_edge::fused_linear_cross_entropy", mutates_args=())
@@ -37,6 +61,7 @@ def _forward(
     softcap: float,
     workspace_mb: float,
     engine: str,
+    order: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -47,7 +72,9 @@ def _forward(
     saved: list[Tensor] = [lambdas.new_empty(0) for _ in need]
     # The engine chooses its own precision; autocast would turn its products to 16 bits behind its back.
     with torch.autocast(hidden.device.type, enabled=False):
-        if engines.resolve(engine, hidden.device, hidden.dtype) == "triton":
+        name = engines.resolve(engine, hidden.device, hidden.dtype)
+        recomputes = _recomputes(engine, hidden, weight, workspace_mb, softcap, order)
+        if name == "triton" and (recomputes or not any(need)):
             from sbs_edge.kernels import triton_engine
 
             options = triton_engine.Options(label_smoothing, z_loss, logit_scale, softcap, workspace_mb)
@@ -56,7 +83,7 @@ def _forward(
             if any(need):
                 saved[0] = tiles.stats
         else:
-            result = _run(engines.resolve(engine, hidden.device, hidden.dtype))(
+            result = _run(name)(
                 hidden,
                 weight,
                 bias,
@@ -77,6 +104,10 @@ def _forward(
 
 
 def _run(engine: str) -> Any:
+    if engine == "triton":
+        from sbs_edge.kernels import triton_blocks
+
+        return triton_blocks.run
     if engine == "cublas":
         from sbs_edge.kernels.cublas_engine import run_cublas
 
@@ -102,16 +133,21 @@ def _(
     softcap: float,
     workspace_mb: float,
     engine: str,
+    order: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
     counts = lambdas.new_empty(lambdas.shape, dtype=torch.int64)
     shapes: list[Any] = [(0,), (0,), (0,)]
-    if engines.resolve(engine, hidden.device, hidden.dtype) == "triton":
+    tiles = engines.resolve(engine, hidden.device, hidden.dtype) == "triton"
+    kind = lambdas.dtype
+    if _recomputes(engine, hidden, weight, workspace_mb, softcap, order):
         if need_hidden or need_weight or need_bias:
             shapes[0] = (2, hidden.shape[0])
     else:
+        if tiles and need_hidden and hidden.dtype != torch.float16:
+            kind = hidden.dtype
         wholes = (hidden.shape, weight.shape, weight.shape[:1])
         for position, need in enumerate((need_hidden, need_weight, need_bias)):
             if need:
@@ -121,7 +157,9 @@ def _(
         torch.empty_like(lambdas),
         counts,
         torch.empty_like(counts),
-        *(lambdas.new_empty(shape) for shape in shapes),
+        lambdas.new_empty(shapes[0], dtype=kind),
+        lambdas.new_empty(shapes[1]),
+        lambdas.new_empty(shapes[2]),
     )
 
 
@@ -198,7 +236,7 @@ def _(
     )
 
 
-N_INPUTS = 19
+N_INPUTS = 20
 N_TENSORS = 9
 N_OUTPUTS = 4
 
@@ -207,8 +245,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.need = inputs[-3:]
-    ctx.options = inputs[N_TENSORS:-4]
-    ctx.recompute = engines.resolve(inputs[-4], hidden.device, hidden.dtype) == "triton"
+    ctx.options = inputs[N_TENSORS:-5]
+    softcap, workspace_mb, engine, order = inputs[-7:-3]
+    ctx.recompute = _recomputes(engine, hidden, weight, workspace_mb, softcap, order)
     if ctx.recompute:
         ctx.save_for_backward(*inputs[:N_TENSORS], output[N_OUTPUTS])
     else:
@@ -277,6 +316,8 @@ def apply(
         softcap,
         workspace_mb,
         engine,
+        # A compiler that learns the number of rows at run time only cannot weigh them against the classes.
+        orders.asked() or ("" if _guard_or_false(hidden.shape[0] > 1) else "columns"),
         recording and hidden.requires_grad,
         recording and weight.requires_grad,
         recording and bias is not None and bias.requires_grad,

@@ -3,9 +3,10 @@
 ``strip_kernel`` walks a strip of the vocabulary for a block of rows and keeps, a row, the running
 maximum, the sum of exponentials and where the maximum was met first; ``settle_kernel`` joins a row's
 strips and adds its target; ``slope_kernel`` computes a slice of the scores again and writes the gradient
-of the logits. No atomics and no locks: every element has one writer, so a repeated run
-gives the same bits. Scores are in base 2, ``z2 = z * log2(e)``, with the logit scale folded into the
-same factor. Offsets are 64-bit. Knows nothing of torch.
+of the logits. For blocks of rows ``strip_kernel`` also keeps each tile's exponentials, from which
+``spread_kernel`` makes the gradient without another product. No atomics and no locks: every element has
+one writer, so a repeated run gives the same bits. Scores are in base 2, ``z2 = z * log2(e)``, with the
+logit scale folded into the same factor. Offsets are 64-bit. Knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["settle_kernel", "slope_kernel", "strip_kernel"]
+__all__ = ["KEPT_GAIN", "settle_kernel", "slope_kernel", "spread_kernel", "strip_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Exponentials are kept times 2^8: float16's smallest normal number is 6e-5, its largest 65504.
+KEPT_GAIN = tl.constexpr(8.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -77,11 +80,11 @@ def _scores(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def strip_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, indices, partials,  # noqa: ANN001
-    n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd,  # noqa: ANN001
+    hidden, weight, bias, indices, partials, kept,  # noqa: ANN001
+    n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, kept_stride,  # noqa: ANN001
     scale, softcap, tiles_a_strip, n_strips,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SUM: tl.constexpr, CARRY: tl.constexpr,
-    EVEN_V: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, EVEN_V: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """Partial statistics (4, n_rows, n_strips) of vocabulary ``[base, base + n_columns)``.
@@ -116,17 +119,23 @@ def strip_kernel(  # type: ignore[no-untyped-def]
             HAS_BIAS, HAS_CAP, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         if SUM:
-            kept = z
+            real = z
             if not EVEN_V:
-                kept = tl.where((columns < n_columns)[None, :], z, 0.0)
-            summed += tl.sum(kept, axis=1)
+                real = tl.where((columns < n_columns)[None, :], z, 0.0)
+            summed += tl.sum(real, axis=1)
         if not EVEN_V:
             z = tl.where((columns < n_columns)[None, :], z, -float("inf"))
         top = tl.max(z, axis=1)
         higher = tl.maximum(largest, top)
         # -inf only while every logit so far is -inf (a bias may ban classes): no -inf - -inf.
         shift = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp2(largest - shift) + tl.sum(tl.exp2(z - shift[:, None]), axis=1)
+        powers = tl.exp2(z - shift[:, None])
+        total = total * tl.exp2(largest - shift) + tl.sum(powers, axis=1)
+        if KEEP:
+            kept_at = kept + row.to(tl.int64)[:, None] * kept_stride + columns[None, :]
+            inside = inside_rows[:, None] & (columns < n_columns)[None, :]
+            rounded = (powers * (2.0**KEPT_GAIN)).to(kept.dtype.element_ty)
+            tl.store(kept_at, rounded, mask=inside)
         # float32 holds a tile's first column exactly up to 2^24
         winner = tl.where(top > largest, (base + start).to(tl.float32), winner)
         largest = higher
@@ -255,3 +264,29 @@ def slope_kernel(  # type: ignore[no-untyped-def]
     place = slopes + row.to(tl.int64)[:, None] * slopes_stride + columns[None, :]
     inside = (row < n_rows)[:, None] & (columns < n_columns)[None, :]
     tl.store(place, slope.to(slopes.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def spread_kernel(  # type: ignore[no-untyped-def]
+    kept, targets, partials, peaks, sums, gains,  # noqa: ANN001
+    n_rows, n_classes, n_tiles, kept_stride, on_target, elsewhere, z_loss,  # noqa: ANN001
+    TILE_V: tl.constexpr, BLOCK_V: tl.constexpr,
+) -> None:  # fmt: skip
+    """Exponentials that :func:`strip_kernel` kept become ``gain_i * dloss_i/dlogit_iv``, in place.
+
+    ``partials`` begins with the tiles' maxima (n_rows, n_tiles), of tiles TILE_V wide; ``peaks`` and
+    ``sums`` are the rows'. One program has BLOCK_V columns of one row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = columns < n_classes
+    peak = tl.load(peaks + row)
+    total = tl.load(sums + row)
+    natural = tl.log(total) + LN2 * peak
+    share = (1.0 + 2.0 * z_loss * natural) / total
+    top = tl.load(partials + row * n_tiles + columns // TILE_V, mask=inside, other=0.0)
+    place = kept + row * kept_stride + columns
+    power = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    slope = power * (tl.exp2(top - peak - KEPT_GAIN) * share) - elsewhere
+    slope -= tl.where(columns == tl.load(targets + row), on_target, 0.0)
+    tl.store(place, (slope * tl.load(gains + row)).to(kept.dtype.element_ty), mask=inside)

@@ -24,16 +24,16 @@ import triton
 from torch import Tensor
 
 from sbs_edge.kernels import configs
+from sbs_edge.kernels.orders import plan_columns
 from sbs_edge.kernels.products import add_product, product, whole_sums
 from sbs_edge.kernels.rows import RowPlan
 from sbs_edge.kernels.tiles import settle_kernel, slope_kernel, strip_kernel
 
-__all__ = ["Options", "TileResult", "backward", "forward", "plan_columns"]
+__all__ = [
+    "Launch", "Options", "TileResult", "backward", "forward", "launch_of", "on_device", "settle", "split_factors"
+]  # fmt: skip
 
 CAST_BYTES = 16 << 20
-SLOPE_BYTES = 48 << 20
-LEAST_COLUMNS = 1536
-COLUMN_STEP = 128
 FLOAT16_GAIN = 256.0
 SETTLE_ROWS, SETTLE_DEPTH = 16, 256
 
@@ -56,8 +56,8 @@ class TileResult(NamedTuple):
     stats: Tensor
 
 
-class _Launch(NamedTuple):
-    """What every launch over scores needs."""
+class Launch(NamedTuple):
+    """What every launch over scores needs: the tile, (N, D) states, (V,) bias or None, rows, options."""
 
     tile: configs.Tile
     hidden: Tensor
@@ -67,6 +67,7 @@ class _Launch(NamedTuple):
 
     @property
     def flags(self) -> dict[str, Any]:
+        """Compile-time arguments and sizes of the launch."""
         return {
             "HAS_BIAS": self.bias is not None, "HAS_CAP": self.options.softcap > 0,
             "EVEN_D": self.hidden.shape[1] % self.tile.depth == 0, "PRECISION": "ieee",
@@ -79,18 +80,24 @@ class _Launch(NamedTuple):
         return self.hidden if self.bias is None else self.bias[base:]
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on ``device``, which need not be the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _launch(kernel: str, hidden: Tensor, bias: Tensor | None, plan: RowPlan, options: Options) -> _Launch:
+def launch_of(kernel: str, hidden: Tensor, bias: Tensor | None, plan: RowPlan, options: Options) -> Launch:
+    """Choose the tile for a launch of ``kernel``.
+
+    Raises:
+        RuntimeError: the inputs are float64, which this engine would round.
+    """
     if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RuntimeError(f"The triton engine computes in float32; use engine='torch' for {hidden.dtype}.")
     arch = 90
     if hidden.is_cuda:
         arch = configs.architecture(torch.cuda.get_device_capability(hidden.device))
     tile = configs.pick(arch, hidden.element_size(), plan.indices.shape[0], kernel)
-    return _Launch(tile, hidden, bias if bias is None else bias.contiguous(), plan, options)
+    return Launch(tile, hidden, bias if bias is None else bias.contiguous(), plan, options)
 
 
 def _strips(n_row_blocks: int, n_tiles: int, device: torch.device) -> int:
@@ -110,7 +117,7 @@ def forward(
     Raises:
         RuntimeError: the inputs are float64, which this engine would round.
     """
-    launch = _launch("strip", hidden, bias, plan, options)
+    launch = launch_of("strip", hidden, bias, plan, options)
     device, (n_classes, width) = hidden.device, weight.shape
     n_rows = plan.indices.shape[0]
     losses = torch.empty(n_rows, device=device)
@@ -121,60 +128,62 @@ def forward(
     tile = launch.tile
     span = n_classes
     if weight.dtype != hidden.dtype:  # only a slice of the weight is ever cast
-        span = _columns_of(CAST_BYTES, width * hidden.element_size(), n_classes, tile.columns)
+        fitting = CAST_BYTES // (width * hidden.element_size()) // tile.columns * tile.columns
+        span = min(max(fitting, tile.columns), n_classes)
     blocks, tiles = triton.cdiv(n_rows, tile.rows), triton.cdiv(span, tile.columns)
     tiles_a_strip = triton.cdiv(tiles, _strips(blocks, tiles, device))
     n_strips = triton.cdiv(tiles, tiles_a_strip)
     partials = torch.empty((4, n_rows, n_strips), device=device)
     scores: Any = strip_kernel
-    settle: Any = settle_kernel
-    with _on(device):
+    with on_device(device):
         for base in range(0, n_classes, span):
             columns = min(span, n_classes - base)
             part = weight[base : base + columns].to(hidden.dtype)
             scores[(blocks, n_strips)](
-                hidden, part, launch.offset(base), plan.indices, partials,
-                n_rows, base, columns, width, *hidden.stride(), *part.stride(),
+                hidden, part, launch.offset(base), plan.indices, partials, partials,
+                n_rows, base, columns, width, *hidden.stride(), *part.stride(), 0,
                 options.logit_scale, options.softcap, tiles_a_strip, n_strips,
-                SUM=options.label_smoothing > 0, CARRY=base > 0, EVEN_V=columns % tile.columns == 0,
+                SUM=options.label_smoothing > 0, CARRY=base > 0, KEEP=False, EVEN_V=columns % tile.columns == 0,
                 **launch.flags,
             )  # fmt: skip
-        settle[(n_rows,)](
-            hidden, weight, launch.offset(0), plan.indices, plan.targets, partials, losses, hits, stats,
-            n_rows, n_strips, n_classes, width, *hidden.stride(), *weight.stride(), stats.stride(0),
-            options.logit_scale, options.softcap, options.label_smoothing, options.z_loss,
-            HAS_BIAS=bias is not None, HAS_CAP=options.softcap > 0,
-            BLOCK_S=triton.next_power_of_2(n_strips), BLOCK_V=tile.columns,
-            BLOCK_D=min(SETTLE_DEPTH, triton.next_power_of_2(width)), CHUNK=SETTLE_ROWS,
-        )  # fmt: skip
+        settle(launch, weight, 0, partials, losses, hits, stats)
     return TileResult(losses, hits.bool(), stats)
 
 
-def _columns_of(budget: float, bytes_a_column: int, n_classes: int, step: int) -> int:
-    fitting = int(budget // max(bytes_a_column, 1)) // step * step
-    return min(max(fitting, step), n_classes)
+def settle(
+    launch: Launch, weight: Tensor, start: int, partials: Tensor, losses: Tensor, hits: Tensor, stats: Tensor
+) -> None:
+    """Join the strips of the valid rows from ``start`` on: ``partials`` is (4, rows, strips).
 
-
-def plan_columns(
-    n_rows: int, n_classes: int, width: int, itemsize: int, workspace_mb: float, bytes_beside: int = 0
-) -> int:
-    """Return how many classes one slice of the backward pass takes.
-
-    Args:
-        n_rows: M valid rows.
-        n_classes: V.
-        width: D.
-        itemsize: bytes of an element of the slopes.
-        workspace_mb: bound in MiB on all temporary buffers: the slopes, the gathered rows and dX in
-            float32; 0 plans 48 MiB of slopes, or 1536 columns where that is more, since each slice
-            reads and writes all of dX.
-        bytes_beside: further bytes a column, for a cast weight or a float32 piece of dW.
+    ``losses`` and ``hits`` are (rows,), ``stats`` is (2, rows or more); all begin at row ``start``.
     """
-    if workspace_mb > 0:
-        budget = workspace_mb * 2**20 - n_rows * width * (itemsize + 4)
-        return _columns_of(budget, n_rows * itemsize + bytes_beside, n_classes, COLUMN_STEP)
-    columns = _columns_of(SLOPE_BYTES, n_rows * itemsize, n_classes, COLUMN_STEP)
-    return min(max(columns, LEAST_COLUMNS), n_classes)
+    kernel: Any = settle_kernel
+    plan, options = launch.plan, launch.options
+    n_rows, n_strips = partials.shape[1:]
+    n_classes, width = weight.shape
+    kernel[(n_rows,)](
+        launch.hidden, weight, launch.offset(0), plan.indices[start:], plan.targets[start:], partials,
+        losses, hits, stats, n_rows, n_strips, n_classes, width,
+        *launch.hidden.stride(), *weight.stride(), stats.stride(0),
+        options.logit_scale, options.softcap, options.label_smoothing, options.z_loss,
+        HAS_BIAS=launch.bias is not None, HAS_CAP=options.softcap > 0,
+        BLOCK_S=triton.next_power_of_2(n_strips), BLOCK_V=launch.tile.columns,
+        BLOCK_D=min(SETTLE_DEPTH, triton.next_power_of_2(width)), CHUNK=SETTLE_ROWS,
+    )  # fmt: skip
+
+
+def split_factors(
+    factors: Tensor, bad: Tensor, logit_scale: float, low: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what of the rows' ``factors`` goes into P (gains), into the rows, and what is common to all.
+
+    The last is None where the gains carry everything, the logit scale included; see the module's text.
+    """
+    if low != torch.float16:
+        return factors * logit_scale, torch.ones_like(factors), None
+    largest = factors.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    gains = torch.full_like(factors, FLOAT16_GAIN).masked_fill(bad, torch.nan)
+    return gains, factors / largest, largest / FLOAT16_GAIN
 
 
 def backward(
@@ -198,7 +207,7 @@ def backward(
     grad_weight = make(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
     grad_bias = make(weight.shape[0], device=weight.device) if need_bias else None
     if plan.indices.shape[0]:
-        with _on(hidden.device), whole_sums():
+        with on_device(hidden.device), whole_sums():
             _slices(
                 grad_total, hidden, weight, bias, plan, stats, options, grad_hidden, grad_weight, grad_bias
             )
@@ -219,7 +228,7 @@ def _slices(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    launch = _launch("slope", hidden, bias, plan, options)
+    launch = launch_of("slope", hidden, bias, plan, options)
     tile, low, device = launch.tile, hidden.dtype, hidden.device
     n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape
     peaks, sums = stats[0, :n_rows], stats[1, :n_rows]
@@ -229,23 +238,14 @@ def _slices(
     bad = ((plan.targets < 0) | (plan.targets >= n_classes)) & (plan.grad_factor != 0)
     factors = (plan.grad_factor * grad_total).masked_fill(bad, torch.nan)
 
-    apart = low == torch.float16
-    common: Tensor | float = 1.0
     rows = hidden.index_select(0, plan.indices) if grad_weight is not None else None
-    if apart:
-        largest = factors.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        gains = torch.full_like(factors, FLOAT16_GAIN).masked_fill(bad, torch.nan)
-        relative = factors / largest
-        common = largest / FLOAT16_GAIN
-        if rows is not None:
-            rows.mul_(relative.unsqueeze(1))
-    else:
-        gains = factors * options.logit_scale
-        relative = torch.ones_like(factors)
+    gains, relative, common = split_factors(factors, bad, options.logit_scale, low)
+    if common is not None and rows is not None:
+        rows.mul_(relative.unsqueeze(1))
 
     # The product goes straight into dW where it rounds to dW's type and no factor is left that it needs
     # in float32; else through a float32 piece.
-    straight = weight.dtype == torch.float32 or (weight.dtype == low and not apart)
+    straight = weight.dtype == torch.float32 or (weight.dtype == low and common is None)
     through_piece = grad_weight is not None and not straight
     beside = width * ((low.itemsize if weight.dtype != low else 0) + (4 if through_piece else 0))
     span = plan_columns(n_rows, n_classes, width, low.itemsize, options.workspace_mb, beside)
@@ -268,7 +268,7 @@ def _slices(
             target = grad_weight[base : base + columns]
             made = target if piece is None else piece[:columns]
             product(made, slope.t(), rows)
-            if apart:
+            if common is not None:
                 torch.mul(made, common * options.logit_scale, out=target)
             elif piece is not None:
                 target.copy_(made)
@@ -277,9 +277,9 @@ def _slices(
         if wide is not None:
             (add_product if base else product)(wide, slope, part)
     if grad_bias is not None:
-        grad_bias.mul_(common if apart else 1.0 / options.logit_scale)
+        grad_bias.mul_(1.0 / options.logit_scale if common is None else common)
     if grad_hidden is not None and wide is not None:
         del slopes, slope, rows, piece  # before the rounded copy: the peak is in the loop
-        if apart:
+        if common is not None:
             wide.mul_((factors * (options.logit_scale / FLOAT16_GAIN)).unsqueeze(1))
         grad_hidden.index_copy_(0, plan.indices, wide.to(low))

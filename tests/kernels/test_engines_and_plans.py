@@ -45,7 +45,7 @@ def test_an_engine_asked_for_by_name_says_why_it_cannot_run():
 @pytest.mark.parametrize("workspace_mb", [0.0, 256.0])
 def test_slices_of_the_vocabulary_stay_within_the_workspace(n, v, workspace_mb):
     pytest.importorskip("triton")
-    from sbs_edge.kernels.triton_engine import COLUMN_STEP, LEAST_COLUMNS, plan_columns
+    from sbs_edge.kernels.orders import COLUMN_STEP, LEAST_COLUMNS, plan_columns
 
     width, itemsize = 768, 2
     columns = plan_columns(n, v, width, itemsize, workspace_mb)

@@ -17,15 +17,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 FLOATS = {"scale", "softcap", "on_target", "elsewhere", "smoothing", "z_loss"}
-INTEGERS = {"n_rows", "n_columns", "n_classes", "tiles_a_strip", "n_strips", "base"}
-STRIDES = {"width", "stride_hn", "stride_wv", "slopes_stride", "stats_stride"}
+KERNELS = (("strip_kernel", False), ("strip_kernel", True), ("slope_kernel", False))  # and whether it keeps
+INTEGERS = {"n_rows", "n_columns", "n_classes", "tiles_a_strip", "n_strips", "n_tiles", "base"}
+STRIDES = {"width", "stride_hn", "stride_wv", "slopes_stride", "stats_stride", "kept_stride"}
 POINTERS = {
     "indices": "*i64", "targets": "*i64", "partials": "*fp32", "losses": "*fp32", "hits": "*i8",
-    "stats": "*fp32", "peaks": "*fp32", "shares": "*fp32", "gains": "*fp32",
+    "stats": "*fp32", "sums": "*fp32", "peaks": "*fp32", "shares": "*fp32", "gains": "*fp32",
 }  # fmt: skip
 
 
-def _build(name, capability, kind, tile, *, options=False, aligned=True):
+def _build(name, capability, kind, tile, *, options=False, aligned=True, keep=False):
     """The kernel as a launch with these arguments would build it: aligned pointers and strides, or none."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -34,10 +35,14 @@ def _build(name, capability, kind, tile, *, options=False, aligned=True):
 
     kernel = getattr(tiles, name)
     constants = {
-        "HAS_BIAS": options, "HAS_CAP": options, "SUM": options, "CARRY": options,
-        "EVEN_V": aligned and not options, "EVEN_D": aligned, "PRECISION": "ieee", "BLOCK_S": 64, "CHUNK": 16,
+        "HAS_BIAS": options, "HAS_CAP": options, "SUM": options, "KEEP": keep,
+        "CARRY": options and not keep, "EVEN_V": aligned and not options, "EVEN_D": aligned,
+        "PRECISION": "ieee", "BLOCK_S": 64, "CHUNK": 16,
         "BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_D": tile.depth,
+        "TILE_V": tile.columns,
     }  # fmt: skip
+    if keep:  # a soft cap is refused there
+        constants["HAS_CAP"] = False
     if aligned:
         constants |= {"stride_hd": 1, "stride_wd": 1}
     signature, attributes = {}, {}
@@ -94,8 +99,12 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("capability", configs.ARCHITECTURES)
 def test_the_first_choice_builds(capability, cache):
     tile = configs.pick(capability, 2, 4096)
-    for name in ("strip_kernel", "slope_kernel"):
-        _check(name, capability, "bf16", tile, cache)
+    for name, keep in KERNELS:
+        _check(name, capability, "bf16", tile, cache, keep=keep)
+    wide = tile._replace(columns=4096, warps=4)  # of a row
+    spread = _resources(_build("spread_kernel", capability, "bf16", wide), cache)
+    assert spread["REG"] <= 128
+    assert spread["STACK"] == spread["LOCAL"] == 0
     row = tile._replace(depth=256, warps=4)
     for options in (False, True):
         settle = _resources(_build("settle_kernel", capability, "bf16", row, options=options), cache)
@@ -110,9 +119,10 @@ def test_the_first_choice_builds(capability, cache):
 @pytest.mark.parametrize("capability", configs.ARCHITECTURES)
 def test_every_shipped_tile_builds_with_and_without_every_option(capability, kind, cache):
     for tile in configs.candidates(capability, 4 if kind == "fp32" else 2):
-        for name in ("strip_kernel", "slope_kernel"):
-            for options in (False, True)[: 1 + configs.fits_options(tile)]:
-                _check(name, capability, kind, tile, cache, options=options)
+        for name, keep in KERNELS:
+            roomy = configs.fits_options(tile)
+            for options in (False, True)[: 1 + roomy] if roomy or not keep else ():
+                _check(name, capability, kind, tile, cache, options=options, keep=keep)
 
 
 @pytest.mark.long
