@@ -75,7 +75,8 @@ def run(
     losses = torch.empty(n_rows, dtype=dtype, device=hidden.device)
     correct = torch.empty(n_rows, dtype=torch.bool, device=hidden.device)
     grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_hidden else None
-    grad_weight = torch.zeros((n_classes, width), dtype=dtype, device=hidden.device) if need_weight else None
+    make = torch.empty if n_rows else torch.zeros  # the first slice writes it, the others add
+    grad_weight = make((n_classes, width), dtype=dtype, device=hidden.device) if need_weight else None
     grad_bias = torch.zeros(n_classes, dtype=dtype, device=hidden.device) if need_bias else None
     step = plan_slice_rows(n_rows, n_classes, width, wide.element_size(), workspace_mb, 2 if softcap else 1)
     buffer = torch.empty((min(step, n_rows), n_classes), dtype=dtype, device=hidden.device)
@@ -91,20 +92,20 @@ def run(
             rows = rows * logit_scale
         logits = buffer[: stop - start]
         torch.mm(rows, wide.t(), out=logits)
-        coefficient = torch.empty(stop - start, dtype=dtype, device=hidden.device)
-        for low in range(0, stop - start, inner):
-            high = min(low + inner, stop - start)
-            here = slice(start + low, start + high)
-            losses[here], correct[here], coefficient[low:high] = _pointwise(
-                logits[low:high], offset, plan.targets[here], plan.grad_factor[here],
-                None if slope_buffer is None else slope_buffer[low:high],
-                label_smoothing, z_loss, softcap, any_grad,
-            )  # fmt: skip
+        losses[start:stop], correct[start:stop], coefficient = _pointwise(
+            logits, offset, plan.targets[start:stop], plan.grad_factor[start:stop],
+            None if slope_buffer is None else slope_buffer[: stop - start], inner,
+            label_smoothing, z_loss, softcap, any_grad,
+        )  # fmt: skip
         if not any_grad:
             continue
         # dL/dlogits = coefficient * logits, row by row; the coefficient goes into the thin operand.
         if grad_weight is not None:
-            grad_weight.addmm_(logits.t(), rows * coefficient.unsqueeze(1))
+            scaled = rows.mul(coefficient.unsqueeze(1))
+            if start:
+                grad_weight.addmm_(logits.t(), scaled)
+            else:
+                torch.mm(logits.t(), scaled, out=grad_weight)
         if grad_bias is not None:
             grad_bias.addmv_(logits.t(), coefficient)
         if grad_hidden is not None:
@@ -113,19 +114,85 @@ def run(
     return SliceResult(losses, correct, grad_hidden, grad_weight, grad_bias)
 
 
+class _RowSums(NamedTuple):
+    """Of every row of a slice, each (R,): what the loss and the factor of its gradient are made of."""
+
+    largest: Tensor
+    at_target: Tensor
+    total: Tensor
+    mean: Tensor
+    hit: Tensor
+
+
 def _pointwise(
     logits: Tensor,
     offset: Tensor | None,
     targets: Tensor,
     factor: Tensor,
     slope: Tensor | None,
+    inner: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
     any_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn ``logits`` in place into the gradient up to a factor a row; return (loss, hit, factor)."""
-    n_classes = logits.shape[1]
+    """Turn ``logits`` in place into the gradient up to a factor a row; return (loss, hit, factor).
+
+    The wide buffer is passed over ``inner`` rows at a time, everything a row has one of at once: there
+    are hundreds of such pieces, and a dozen small operators on each would cost as much as the exponential.
+    """
+    n_rows, n_classes = logits.shape
+    bad = (targets < 0) | (targets >= n_classes)
+    column = targets.clamp(0, n_classes - 1).unsqueeze(1)
+    sums = _RowSums(*(logits.new_empty(n_rows) for _ in range(4)), torch.empty_like(bad))
+    units = logits.new_empty((n_rows, 1)) if any_grad else None
+    # With smoothing or a cap the gradient takes further passes, made while the piece is in cache.
+    at_once = label_smoothing == 0.0 and slope is None
+    for low in range(0, n_rows, inner):
+        here = slice(low, low + inner)
+        piece, place = logits[here], column[here]
+        steep = None if slope is None else slope[here]
+        _exponentials(
+            piece, offset, place, steep, softcap, label_smoothing > 0, _RowSums(*(x[here] for x in sums))
+        )
+        if units is not None and not at_once:
+            lse = sums.largest[here] + sums.total[here].log()
+            unit = torch.div(
+                sums.total[here], 1.0 + 2.0 * z_loss * lse, out=units[here].squeeze(1)
+            ).unsqueeze(1)
+            piece.scatter_add_(1, place, (label_smoothing - 1.0) * unit)
+            if label_smoothing:
+                piece.sub_(unit * (label_smoothing / n_classes))
+            if steep is not None:
+                piece.mul_(steep)
+    lse = sums.largest + sums.total.log()
+    at_target = sums.at_target.masked_fill(bad, torch.nan)
+    loss = lse - (1.0 - label_smoothing) * at_target + z_loss * lse.square()
+    if label_smoothing:
+        loss = loss - label_smoothing * sums.mean
+    # dloss/dz = p (1 + 2 z_loss lse) - (1 - eps) onehot - eps / V, and p = logits / total
+    spread = 1.0 + 2.0 * z_loss * lse
+    if any_grad and at_once:
+        logits.scatter_add_(1, column, (sums.total / spread).neg_().unsqueeze(1))
+    coefficient = (factor * spread / sums.total).masked_fill(bad & (factor != 0), torch.nan)
+    return loss, sums.hit & ~bad, coefficient
+
+
+def _exponentials(
+    logits: Tensor,
+    offset: Tensor | None,
+    column: Tensor,
+    slope: Tensor | None,
+    softcap: float,
+    mean: bool,
+    sums: _RowSums,
+) -> None:
+    """Turn a few rows of ``logits`` in place into ``exp(z - max)`` and fill their ``sums``.
+
+    Four passes: the maximum, the difference, the exponential, the sum. The target's own logit is set
+    aside while the maximum of the others is looked for, which says whether it is the largest: torch's
+    maximum with its position takes many times as long on a CPU as the maximum alone.
+    """
     if offset is not None:
         logits.add_(offset)
     if softcap:
@@ -133,24 +200,18 @@ def _pointwise(
         if slope is not None:
             torch.square(logits, out=slope).neg_().add_(1.0)  # d softcap(u) / d u = 1 - tanh(u / c)^2
         logits.mul_(softcap)
-    bad = (targets < 0) | (targets >= n_classes)
-    column = targets.clamp(0, n_classes - 1).unsqueeze(1)
-    largest, winner = logits.max(dim=1)
-    at_target = logits.gather(1, column).squeeze(1).masked_fill(bad, torch.nan)
-    mean_logit = logits.mean(dim=1) if label_smoothing else at_target
-    logits.sub_(largest.unsqueeze(1)).exp_()
-    total = logits.sum(dim=1)
-    lse = largest + total.log()
-    loss = lse - (1.0 - label_smoothing) * at_target - label_smoothing * mean_logit + z_loss * lse.square()
-    # dloss/dz = p (1 + 2 z_loss lse) - (1 - eps) onehot - eps / V, and p = logits / total
-    spread = 1.0 + 2.0 * z_loss * lse
-    coefficient = factor * spread / total
-    coefficient = coefficient.masked_fill(bad & (factor != 0), torch.nan)
-    if any_grad:
-        unit = (total / spread).unsqueeze(1)
-        logits.scatter_add_(1, column, (label_smoothing - 1.0) * unit)
-        if label_smoothing:
-            logits.sub_(unit * (label_smoothing / n_classes))
-        if slope is not None:
-            logits.mul_(slope)
-    return loss, (winner == column.squeeze(1)) & ~bad, coefficient
+    own = logits.gather(1, column)
+    if mean:
+        torch.mean(logits, dim=1, out=sums.mean)
+    logits.scatter_(1, column, -torch.inf)
+    others = logits.amax(dim=1, keepdim=True)
+    logits.scatter_(1, column, own)
+    largest = torch.maximum(own, others)
+    sums.largest.copy_(largest.squeeze(1))
+    sums.at_target.copy_(own.squeeze(1))
+    torch.gt(own, others, out=sums.hit.unsqueeze(1))
+    # The first of several largest is the winner, which only a search tells; equal logits are rare.
+    tied = own == others
+    if tied.any():
+        sums.hit.logical_or_((tied & (logits.argmax(dim=1, keepdim=True) == column)).squeeze(1))
+    torch.sum(logits.sub_(largest).exp_(), dim=1, out=sums.total)
