@@ -276,7 +276,7 @@ async def open_loop(
 ) -> Record:
     """Send ``rate`` requests a second whether or not earlier ones were answered.
 
-    Latency counts from the time a request was due, and for refusals also from its sending: what lies
+    Latency counts from the time a request was due; ``Record.answer_times`` from its sending. What lies
     between is the client's own lateness (``Record.lateness``). A request for which no connection is
     free is counted as unsent instead of being sent late, or where ``patient`` waits for one. ``each`` is
     called with the number of answers so far.

@@ -43,6 +43,17 @@ def _overload(part: dict[str, Any]) -> list[Row]:
         f"{_percent(part['goodput_of_peak'])} of {part['peak_texts_per_s']:.0f} texts a second, "
         f"with {part['rejections_per_s']:.0f} rejections a second"
     )
+    rows: list[Row] = []
+    if "client_late_p99_ms" in part:
+        rows.append(
+            (
+                f"{name}the client's own lateness, p99",
+                "",
+                f"{part['client_late_p99_ms']:.1f} ms after a request was due, its loop "
+                f"{part['client_loop_late_p99_ms']:.1f} ms",
+                None,
+            )
+        )
     return [
         (f"{name}answers", "only 200 and 429", codes, "only_200_and_429"),
         (
@@ -66,6 +77,7 @@ def _overload(part: dict[str, Any]) -> list[Row]:
             f"a connection {part['unsent_by_client']}",
             None,
         ),
+        *rows,
     ]
 
 

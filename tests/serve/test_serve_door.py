@@ -7,6 +7,9 @@ import json
 
 import pytest
 
+from sbs_edge.serve.admission import Passage
+from sbs_edge.serve.door import Refused, request_id
+
 
 def scope(path="/v1/predict", method="POST", **headers):
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
@@ -76,6 +79,37 @@ def test_a_full_label_queue_refuses_labels_at_the_door_and_lets_rationales_in(ha
             version.label_gate.leave(32)
 
     run(go())
+
+
+def test_a_burst_is_counted_before_its_bodies_are_read(hand_bundle, running):
+    """Room for 32 texts, requests of 16 lately: the third of a burst is refused at the door, not later."""
+
+    async def go():
+        async with running(hand_bundle, max_queue_texts=32) as edge:
+            for i in range(80):
+                assert (await edge.predict([f"{i} {j}" for j in range(16)])).status_code == 200
+            asked = [edge.app.state.door.ask("POST", "/v1/predict", []) for _ in range(3)]
+            assert [type(each) for each in asked] == [Passage, Passage, Refused]
+            assert (edge.service.gate.inside, edge.service.coming.texts) == (2, 32)
+            asked[0].unexpect()  # its body is still on its way
+            assert edge.service.coming.texts == 16
+            last = edge.app.state.door.ask("POST", "/v1/predict", [])
+            assert isinstance(last, Passage)
+            for passage in (asked[0], asked[1], last, last):
+                passage.leave()
+            assert (edge.service.gate.inside, edge.service.coming.texts) == (0, 0)
+            full = await asyncio.gather(*(edge.predict([f"{i}"] * 16) for i in range(8)))
+            assert {answer.status_code for answer in full} == {200, 429}
+            assert (edge.service.gate.inside, edge.service.coming.texts) == (0, 0)
+
+    run(go())
+
+
+def test_ids_differ_and_need_nothing_of_the_system():
+    ids = [request_id([]) for _ in range(1000)]
+    assert len(set(ids)) == 1000
+    assert all(len(each) == 16 for each in ids)
+    assert request_id([(b"x-request-id", b"mine")]) == b"mine"
 
 
 def test_draining_and_loading_close_or_keep_the_connection_as_they_say(hand_bundle, running):

@@ -115,6 +115,22 @@ def test_what_finds_no_connection_is_reported_not_hidden():
     run(asyncio.wait_for(go(), 20))
 
 
+def test_a_patient_loop_sends_everything_and_tells_its_lateness_from_the_servers():
+    async def go():
+        async with Peer() as port:
+            client = Client(port, most=1)
+            record = await open_loop(client, jobs(20), rate=1e5, seconds=30, count=20, patient=True)
+            await client.close()
+        assert (record.unsent, record.codes) == (0, {"200": 20})
+        assert record.lateness == sorted(record.lateness)  # one connection: each waits longer than the last
+        for outcome, answer_s in zip(record.outcomes, record.answer_times(200), strict=True):
+            assert outcome.latency_s == pytest.approx(outcome.late_s + answer_s)
+            assert answer_s > 0
+        assert record.oversleep
+
+    run(asyncio.wait_for(go(), 20))
+
+
 def test_goodput_counts_what_was_answered_in_time():
     record = Record(seconds=2.0)
     record.outcomes = [Outcome(200, 0.5, 1.0, 3), Outcome(200, 1.5, 1.0, 5), Outcome(429, 0.1, 0.1, 7)]
@@ -128,6 +144,7 @@ def document(held):
         "goodput_of_peak": 0.95, "peak_texts_per_s": 4000.0, "rejections_per_s": 700.0,
         "rejection_p99_ms": 5.0, "rss_growth": 0.01, "accepted_p99_ms": 500.0, "calm_p99_ms": 10.0,
         "server_cpu_s": 60.0, "client_cpu_s": 4.0, "unsent_by_client": 0,
+        "client_late_p99_ms": 2.5, "client_loop_late_p99_ms": 1.5,
         "held": dict.fromkeys(
             ("only_200_and_429", "rejection_p99_20_ms", "goodput_90_percent", "rss_growth_5_percent",
              "accepted_p99_within_queue_budget"), held),
@@ -154,6 +171,7 @@ def test_a_missed_promise_is_marked_on_the_page(tmp_path, held):
     (tmp_path / "serving.json").write_text(json.dumps(document(held)))
     page = docs.generate(tmp_path)
     assert "## Serving" in page
+    assert "2.5 ms after a request was due, its loop 1.5 ms" in page
     assert page.count(", missed**") == (0 if held else 5)
     assert "95.0 % of 4000 texts a second" in page
     assert kinds.pictures_of(document(held)) == []

@@ -1,0 +1,75 @@
+"""What keeps the event loop quick: workers stand back, and the collector leaves alone what stays."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sbs_edge.serve import interpreter
+from sbs_edge.serve.batching import Lane
+
+
+@pytest.fixture
+def collector():
+    """Put the collector of the test run back as it was."""
+    before = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*before)
+
+
+class Node:
+    """Something that can be part of a cycle and be watched."""
+
+
+def test_what_is_loaded_is_out_of_the_collectors_way_and_freed_once_retired(collector):
+    kept = Node()
+    kept.itself = kept  # type: ignore[attr-defined]
+    seen = weakref.ref(kept)
+    interpreter.tidy()
+    assert gc.get_freeze_count() > 1000
+    assert not any(each is kept for each in gc.get_objects())
+    del kept
+    gc.collect()
+    assert seen() is not None  # frozen: no collection looks at it
+    interpreter.tidy()
+    assert seen() is None
+
+
+def test_a_reload_tidies_and_a_look_without_news_does_not(hand_bundle, running, hand):
+    import asyncio
+
+    async def go():
+        calls = []
+        edge = running(hand_bundle)
+        edge.service.registry.on_change = lambda: calls.append(1)
+        async with edge:
+            assert len(calls) == 1
+            await edge.service.registry.refresh()
+            assert len(calls) == 1
+            hand.write(hand_bundle, "2")
+            edge.engine.version = "2"
+            await edge.service.registry.refresh()
+            assert len(calls) == 2
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+def test_workers_stand_back_and_the_loop_does_not():
+    def priority(batch=None):
+        return [os.getpriority(os.PRIO_PROCESS, 0)]
+
+    mine = priority()
+    lane = Lane(priority)
+    try:
+        assert lane._pool.submit(priority).result()[0] > mine[0]
+    finally:
+        lane.close()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(priority).result() == mine  # only the lane's own threads
