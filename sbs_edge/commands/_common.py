@@ -18,7 +18,15 @@ import yaml
 from sbs_edge import files
 from sbs_edge.errors import UsageError
 
-__all__ = ["ConfigOption", "DryRunOption", "JsonOption", "print_json", "resolved", "save_resolved"]
+__all__ = [
+    "ConfigOption",
+    "DryRunOption",
+    "JsonOption",
+    "print_json",
+    "resolved",
+    "save_resolved",
+    "save_resolved_beside",
+]
 
 _NOT_CONFIGURATION = {"config", "dry_run", "json_output"}
 
@@ -90,6 +98,13 @@ def resolved(ctx: typer.Context) -> dict[str, Any]:
 def save_resolved(ctx: typer.Context, path: Path) -> None:
     """Write the resolved configuration, so that ``--config`` on it repeats the command."""
     files.write_text(path, yaml.safe_dump(resolved(ctx), sort_keys=False, allow_unicode=True))
+
+
+def save_resolved_beside(ctx: typer.Context, folder: str | Path) -> None:
+    """Write it beside a directory whose content is counted or listed: ``NAME.config.yaml``; nothing for a URI."""
+    if "://" not in str(folder):
+        place = Path(folder).resolve()  # "." has no name
+        save_resolved(ctx, place.with_name(place.name + ".config.yaml"))
 
 
 def print_json(content: Any) -> None:

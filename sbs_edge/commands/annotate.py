@@ -19,7 +19,14 @@ from sbs_edge.commands._annotate import (
     say_estimate,
     summary,
 )
-from sbs_edge.commands._common import ConfigOption, DryRunOption, JsonOption, print_json, save_resolved
+from sbs_edge.commands._common import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    print_json,
+    save_resolved,
+    save_resolved_beside,
+)
 
 __all__ = ["register"]
 
@@ -225,8 +232,7 @@ def register(app: typer.Typer) -> None:
                 data, out, spec, settings, dataclasses.asdict(connection),
                 columns=column or [], workers=workers, ray_address=ray_address, journal=journal,
             )  # fmt: skip
-            if "://" not in out:
-                save_resolved(ctx, Path(out).with_name(Path(out).name + ".config.yaml"))
+            save_resolved_beside(ctx, out)
             print_json(report) if json_output else console.print(report)
             return
         place = Path(out)

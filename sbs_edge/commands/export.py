@@ -16,7 +16,7 @@ from sbs_edge.commands._common import (
     JsonOption,
     print_json,
     resolved,
-    save_resolved,
+    save_resolved_beside,
 )
 from sbs_edge.commands._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
 from sbs_edge.errors import MissingExtra, UsageError
@@ -177,7 +177,7 @@ def register(app: typer.Typer) -> None:
             say=lambda line: console.print(f"[dim]{line}[/]"),
         )  # fmt: skip
         # Beside the bundle: what is in it is listed, and nothing else may be.
-        save_resolved(ctx, out.with_name(out.name + ".config.yaml"))
+        save_resolved_beside(ctx, out)
         if json_output:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return

@@ -14,7 +14,7 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
-from sbs_edge.commands._common import ConfigOption, save_resolved
+from sbs_edge.commands._common import ConfigOption, save_resolved, save_resolved_beside
 from sbs_edge.commands._data_options import ColumnOption
 from sbs_edge.commands._predict_rows import PredictRow, columns_of, is_table, table_rows, text_rows
 from sbs_edge.errors import DataError, UsageError
@@ -119,8 +119,7 @@ def register(app: typer.Typer) -> None:
                 cpus_each=worker_cpus, gpus_each=worker_gpus, shard_bytes=int(shard_mb * 1e6),
                 form=shard_format, ray_address=ray_address,
             )  # fmt: skip
-            if "://" not in out:
-                save_resolved(ctx, Path(out).with_name(Path(out).name + ".config.yaml"))
+            save_resolved_beside(ctx, out)
             sys.stdout.write(json.dumps(totals) + "\n")
             return
         messages = Console(stderr=True)
