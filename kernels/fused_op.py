@@ -256,6 +256,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
+def _graph_ends_here(grad_total: Tensor) -> bool:
+    """Whether nobody can ask for the saved gradients again, so that they may be scaled where they are.
+
+    They were never handed out, and a graph that autograd is about to free is not walked twice. With
+    ``retain_graph``, gradients of gradients, a compiler or ``vmap`` at work, they are copied instead.
+    """
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    if keeps is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    batched = "Batched" in str(torch._C._dispatch_keys(grad_total))  # not every vmap's key has a name here
+    return type(grad_total) is Tensor and not batched and not keeps()
+
+
+def _scaled(saved: Tensor, grad_total: Tensor) -> Tensor:
+    """``saved`` times the total's gradient, in place; on a CPU a factor of one costs no pass."""
+    if grad_total.device.type == "cpu" and grad_total == 1.0:
+        return saved
+    return saved.mul_(grad_total)
+
+
 def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * N_INPUTS
     if grad_total is None or not any(ctx.need):
@@ -266,12 +286,13 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[T
             if need:
                 grads[position] = made[position]
         return tuple(grads)
+    owned = _graph_ends_here(grad_total)
     for position, (saved, dtype, need) in enumerate(
         zip(ctx.saved_tensors, ctx.dtypes, ctx.need, strict=True)
     ):
         if need:
             # Scaled in the accumulator's precision, then rounded once: exact for any loss scale.
-            grads[position] = (saved * grad_total).to(dtype)
+            grads[position] = (_scaled(saved, grad_total) if owned else saved * grad_total).to(dtype)
     return tuple(grads)
 
 
