@@ -124,9 +124,10 @@ def _tiles(device: Any, itemsize: int) -> list[Any]:
 
 
 def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
-    """Forward + backward over workspaces and tiles; what does not build or fit is a row that says why."""
+    """Forward + backward over orders, tiles and workspaces; what does not build or fit is a row that says why."""
     import torch
 
+    from sbs_edge.kernels import orders
     from sbs_edge.kernels.configs import use
     from sbs_edge.kernels.cross_entropy import available_engines
 
@@ -136,25 +137,33 @@ def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
     cases = (
         [Case(33, 16, 70)]
         if small
-        else [Case(*shape, "bfloat16") for shape in ((16384, 768, 32128), GPU_SHAPES[0], _MAIN)]
+        else [
+            Case(*shape, "bfloat16") for shape in ((16384, 768, 32128), GPU_SHAPES[0], GPU_SHAPES[3], _MAIN)
+        ]
     )
     workspaces = (1.0,) if small else (24.0, 48.0, 96.0, 192.0, 384.0)
     for case in cases:
         inputs = make_inputs(case, device, 0)
         # What may be tuned first: the tiles, each of which is compiled once, then the slices' size.
-        tries: list[tuple[str, float | None, Any]] = [(name, None, None) for name in names]
+        tries: list[tuple[str, float | None, Any, str]] = [(name, None, None, "") for name in names]
         if "triton" in names:
-            tries += [("triton", None, tile) for tile in _tiles(device, inputs.hidden.element_size())]
-        tries += [(name, mb, None) for name in names for mb in workspaces]
-        for engine, workspace, tile in tries:
+            tries += [("triton", None, None, order) for order in ("columns", "rows")]
+            tries += [("triton", None, tile, "") for tile in _tiles(device, inputs.hidden.element_size())]
+            tries += [("triton", workspaces[-1], None, order) for order in ("columns", "rows")]
+        tries += [(name, mb, None, "") for name in names for mb in workspaces]
+        for engine, workspace, tile, order in tries:
             row: dict[str, Any] = {
                 "case": case.name,
                 "engine": engine,
                 "workspace, MiB": "planned" if workspace is None else workspace,
                 "tile": "table" if tile is None else ",".join(map(str, tile)),
+                "order": order or "planned",
             }
             try:
-                with use(tile) if tile is not None else nullcontext():
+                with (
+                    use(tile) if tile is not None else nullcontext(),
+                    orders.use(order) if order else nullcontext(),
+                ):
                     row["ms"] = _step_ms(clock, inputs, engine, workspace, 2 if small else 10)
             except Exception as error:
                 row["why"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
