@@ -175,7 +175,8 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--log-inputs", help="Write the texts into the log: personal data may follow.")
         ] = False,
         access_log: Annotated[
-            bool, typer.Option(help="One log line for each answered request; off saves about 30 us of each.")
+            bool,
+            typer.Option(help="One log line for each answered request; off saves the time of writing them."),
         ] = True,
         otel_endpoint: Annotated[
             str | None, typer.Option(help="Send OpenTelemetry traces to this OTLP/HTTP URL (extra 'otel').")

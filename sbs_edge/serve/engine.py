@@ -92,6 +92,7 @@ class ModelCard:
     max_new_tokens: int
     target: str
     abstain_below: float
+    explains: bool = True  # whether the target has a graph that generates
 
 
 def card_of(engine: Engine) -> ModelCard:
@@ -106,6 +107,9 @@ def card_of(engine: Engine) -> ModelCard:
         max_source_tokens=int(limits["max_source_tokens"]),
         max_new_tokens=int(limits["max_new_tokens"]),
         target=str(engine.target),
+        explains=any(role in manifest["targets"][engine.target] for role in ("explainer", "decoder_step"))
+        if "targets" in manifest
+        else True,
         abstain_below=float((manifest.get("calibration") or {}).get("abstain_below") or 0.0),
     )
 

@@ -200,7 +200,8 @@ class Registry:
         else:
             if not self.ready:
                 raise errors.not_ready()
-            raise errors.HttpError(404, "There is no model of that name here.")
+            served = ", ".join(sorted(self.by_name))
+            raise errors.HttpError(404, f"There is no model of that name here; there are: {served}.")
         chosen = model.newest if version is None else model.versions.get(version)
         if chosen is None:
             if not model.versions:

@@ -61,6 +61,8 @@ def model_metadata(card: ModelCard, versions: list[str]) -> dict[str, Any]:
         inputs.append({"name": "labels", "datatype": "BYTES", "shape": [-1, -1]})
     outputs: list[dict[str, Any]] = []
     for name, datatype in OUTPUTS.items():
+        if name in _ON_REQUEST and not card.explains:
+            continue
         if name != "probabilities":
             outputs.append({"name": name, "datatype": datatype, "shape": [-1]})
         elif card.label_kind == "closed":

@@ -12,6 +12,7 @@ answered has the time of a head.
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -20,8 +21,6 @@ from sbs_edge.serve.admission import Passage
 from sbs_edge.serve.door import Door, Refused, request_id
 
 __all__ = ["Connection", "connections"]
-
-_TOO_LARGE = b"Request line and headers are over the limit."
 
 
 class _Answered:
@@ -158,11 +157,13 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse_head(self) -> None:
+        message = f"The request line and headers are over {self.max_head_bytes} bytes (--max-head-bytes)."
+        body = json.dumps({"error": message}).encode()
         head = (
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(_TOO_LARGE)
+            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         )
-        self.transport.write(head + _TOO_LARGE)
+        self.transport.write(head + body)
         self.transport.close()
 
 

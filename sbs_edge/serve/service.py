@@ -133,6 +133,11 @@ class Service:
             raise errors.bad_request("This model chooses among given answers: send labels.")
         if kind != "choices" and asking.labels is not None:
             raise errors.bad_request("This model has its own answers: leave labels out.")
+        if asking.explain and not version.card.explains:
+            raise errors.bad_request(
+                "This model answers with labels alone: its bundle has no graph that writes rationales. Leave "
+                "explain out, or export a student trained with rationales without --label-only."
+            )
         most = version.card.max_new_tokens
         if asking.max_new_tokens is not None and asking.max_new_tokens > most:
             raise errors.bad_request(f"max_new_tokens is over this model's limit of {most}.")

@@ -231,8 +231,9 @@ def test_endless_headers_are_431(connect, at_once):
                 sock.sendall(head[i : i + 1000])
     except (ConnectionResetError, BrokenPipeError):
         pass
-    status, headers, _ = read_answer(sock)
-    assert (status, headers["connection"]) == (431, "close")
+    status, headers, body = read_answer(sock)
+    assert (status, headers["connection"], headers["content-type"]) == (431, "close", "application/json")
+    assert set(json.loads(body)) == {"error"}
     assert closes(sock)
 
 

@@ -177,3 +177,27 @@ def test_unknown_names_make_no_new_series(hand_bundle, running):
             assert await ask(1) == await ask(2) == await ask(3)
 
     run(go())
+
+
+def test_a_model_of_labels_alone_promises_no_rationales(hand_bundle, running):
+    async def go():
+        edge = running(hand_bundle)
+        kind = type(edge.engine)
+        targets = {"by-hand": {"label_scorer": "a.onnx"}}
+        edge.engine.__class__ = type(
+            "LabelsOnly",
+            (kind,),
+            {"manifest": property(lambda self: {**kind.manifest.fget(self), "targets": targets})},
+        )
+        async with edge:
+            metadata = (await edge.client.get("/v2/models/hand")).json()
+            names = {output["name"] for output in metadata["outputs"]}
+            assert "label" in names
+            assert not names & {"rationale", "rationale_complete"}
+            answer = await edge.predict(["a"], explain=True)
+            assert (answer.status_code, "--label-only" in answer.json()["error"]) == (400, True)
+            assert (await edge.predict(["a"])).status_code == 200
+            missing = await edge.client.get("/v2/models/nobody")
+            assert (missing.status_code, "there are: hand" in missing.json()["error"]) == (404, True)
+
+    run(go())

@@ -58,7 +58,7 @@ def test_it_shows_what_was_wrong(browse, server, texts):
     dom, _ = browse(server.url, text=texts[1], model="desk", labels="wait,close")
     assert status_of(dom) == ("error", "This model has its own answers: leave labels out.")
     dom, _ = browse(server.url, text="<b>bold</b>", model="<img src=x onerror=alert(1)>")
-    assert status_of(dom) == ("error", "There is no model of that name here.")
+    assert status_of(dom) == ("error", "There is no model of that name here; there are: choose, desk.")
     assert "<img" not in dom.replace("&lt;img", "")
 
 
