@@ -1,7 +1,7 @@
 """``annotate --engine ray``: one teacher client an actor, one journal a unit.
 
 A unit's journal lies beside its shard, so that a unit whose actor died asks only what it had not
-asked before. Limits on cost and tokens are divided among the units by their share of the input.
+asked before. Limits on cost and tokens hold over all units: see :mod:`sbs_edge.scale.ledger`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import dataclasses
 import fcntl
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.data.jsonl import example_to_json
 from sbs_edge.errors import UsageError
 from sbs_edge.scale.run import run_units
-from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
+from sbs_edge.scale.units import Unit, read_unit, shard_name, unit_of, write_shard
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Example
     from sbs_edge.teacher.annotate import Settings
+    from sbs_edge.teacher.cost import Budget
+    from sbs_edge.teacher.journal import Journal
     from sbs_edge.teacher.task import TaskFile
 
 __all__ = ["AnnotateWorker", "annotate_with_ray"]
@@ -72,12 +75,14 @@ class AnnotateWorker:
         connection: dict[str, Any],
         columns: list[str],
         journals: str,
+        ledger: Any = None,
     ) -> None:
         from sbs_edge.teacher.task import parse_task
 
         self._task = parse_task(task, "the task")
         self._settings, self._connection, self._columns = settings, connection, columns
         self._out, self._form, self._journals = out, form, Path(journals)
+        self._ledger = ledger
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Work on one unit (a batch of one row) and return its figures as JSON."""
@@ -86,14 +91,15 @@ class AnnotateWorker:
 
         unit = unit_of(batch)
         started = time.perf_counter()
-        settings = self._share(unit.share)
         read = [(place, _example(place, row, self._columns)) for place, row in read_unit(unit)]
         rows = [item for _, item in read if not isinstance(item, str)]
         name = shard_name(unit, self._form)
         journal = self._journals / f"{Path(name).stem}.jsonl"
         _wait_until_free(journal)
-        teacher = connect(settings, **self._connection)
-        annotation = annotate(rows, self._task, teacher, journal, settings)
+        teacher = connect(self._settings, **self._connection)
+        annotation = annotate(
+            rows, self._task, teacher, journal, self._settings, budget_of=self._budget_of(unit.index)
+        )
         results = iter(annotation.results)
         lines: list[dict[str, Any]] = []
         for place, item in read:
@@ -118,15 +124,34 @@ class AnnotateWorker:
         }
         return {"figures": [json.dumps(figures)]}
 
-    def _share(self, share: float) -> Settings:
-        settings = self._settings
-        return dataclasses.replace(
-            settings,
-            max_cost=None if settings.max_cost is None else settings.max_cost * share,
-            max_total_tokens=None
-            if settings.max_total_tokens is None
-            else int(settings.max_total_tokens * share),
-        )
+    def _budget_of(self, unit: int) -> Callable[[Journal], Budget] | None:
+        """Return what opens this unit's account with the ledger, or None where nothing is limited."""
+        if self._ledger is None:
+            return None
+
+        def opened(journal: Journal) -> Budget:
+            import ray
+
+            from sbs_edge.scale.ledger import SharedBudget
+
+            ray.get(self._ledger.begin.remote(unit, journal.total_cost, journal.total_tokens))
+            return SharedBudget(self._settings.prices, self._ledger, unit)
+
+        return opened
+
+
+def _spent(journals: Path, units: list[Unit], form: str) -> dict[int, tuple[float, int]]:
+    """Return unit -> (cost, tokens) of every journal that earlier runs left."""
+    from sbs_edge.teacher.journal import Journal
+
+    found: dict[int, tuple[float, int]] = {}
+    for unit in units:
+        path = journals / f"{Path(shard_name(unit, form)).stem}.jsonl"
+        if path.exists():
+            _wait_until_free(path)
+            with Journal(path) as journal:
+                found[unit.index] = journal.total_cost, journal.total_tokens
+    return found
 
 
 def annotate_with_ray(
@@ -159,6 +184,16 @@ def annotate_with_ray(
     for name in ("concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices"):
         shown.pop(name)  # may change between a run and its continuation
     plain = task.model_dump(mode="json", exclude_none=True)
+
+    def ledger(ray: Any, units: list[Unit]) -> dict[str, Any]:
+        if settings.max_cost is None and settings.max_total_tokens is None:
+            return {}
+        from sbs_edge.scale.ledger import Ledger
+
+        spent = _spent(Path(journals), units, "jsonl")
+        account = settings.prices, settings.max_cost, settings.max_total_tokens, spent
+        return {"ledger": ray.remote(Ledger).options(num_cpus=0, max_concurrency=1000).remote(*account)}
+
     return run_units(
         AnnotateWorker,
         {
@@ -176,4 +211,5 @@ def annotate_with_ray(
         shard_bytes=shard_bytes,
         ray_address=ray_address,
         again=_has_failures if settings.retry_failed else None,
+        with_ray=ledger,
     )

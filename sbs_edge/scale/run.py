@@ -48,7 +48,13 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
         cpus = max(os.cpu_count() or 1, int(workers * cpus_each) + 1)
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     else:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except ConnectionError as error:
+            raise UsageError(
+                f"No Ray cluster answers at {address}. Check the address, that both sides have the same versions of Ray "
+                "and Python, and, where it asks for a token, that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH says it here."
+            ) from error
     try:
         yield ray
     finally:
@@ -92,6 +98,7 @@ def run_units(
     ray_address: str | None = None,
     on_unit: Callable[[dict[str, Any]], None] | None = None,
     again: Callable[[bytes], bool] | None = None,
+    with_ray: Callable[[Any, list[Unit]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Give every unit to a worker; return the totals.
 
@@ -110,6 +117,7 @@ def run_units(
         ray_address: a cluster, or None for one in this machine.
         on_unit: receives each finished unit's figures.
         again: whether a finished shard, given its content, is to be made once more.
+        with_ray: given Ray and all units of the plan, returns further constructor arguments (handles of actors).
 
     """
     if form not in ("jsonl", "parquet"):
@@ -129,6 +137,7 @@ def run_units(
     done: list[dict[str, Any]] = []
     if left:
         with session(ray_address, workers, cpus_each) as ray:
+            arguments = {**worker_arguments, **(with_ray(ray, units) if with_ray else {})}
             pool = {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(left)))}
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = sys.stderr.isatty()
@@ -137,7 +146,7 @@ def run_units(
             data = ray.data.from_items([unit.as_dict() for unit in left], override_num_blocks=len(left))
             data = data.map_batches(
                 worker,
-                fn_constructor_kwargs={**worker_arguments, "out": out, "form": form},
+                fn_constructor_kwargs={**arguments, "out": out, "form": form},
                 batch_size=1,
                 num_cpus=cpus_each,
                 num_gpus=gpus_each or None,

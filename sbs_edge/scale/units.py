@@ -32,7 +32,6 @@ class Unit:
         index: place in the plan, from 0.
         uri: the file, as a path or a URI that pyarrow understands.
         start, stop: bytes (JSON Lines) or row groups (Parquet), half-open.
-        share: this unit's part of the whole input, by bytes.
         name: the file under the folder that the pattern starts from, unique in the input.
 
     """
@@ -41,7 +40,6 @@ class Unit:
     uri: str
     start: int
     stop: int
-    share: float
     name: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,18 +115,17 @@ def plan_units(pattern: str, shard_bytes: int) -> list[Unit]:
     """
     if shard_bytes < 1:
         raise UsageError("A shard must have at least one byte of input.")
-    pieces: list[tuple[str, int, int, float, str]] = []
+    pieces: list[tuple[str, int, int, str]] = []
     for uri, size, name in _listed(pattern):
         if _is_parquet(uri):
             pieces += [(*piece, name) for piece in _row_groups(uri, shard_bytes)]
         elif size:
             edges = [*range(0, size, shard_bytes), size]
-            pieces += [(uri, a, b, float(b - a), name) for a, b in itertools.pairwise(edges)]
-    total = sum(piece[3] for piece in pieces) or 1.0
-    return [Unit(i, uri, a, b, weight / total, name) for i, (uri, a, b, weight, name) in enumerate(pieces)]
+            pieces += [(uri, a, b, name) for a, b in itertools.pairwise(edges)]
+    return [Unit(index, *piece) for index, piece in enumerate(pieces)]
 
 
-def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int, float]]:
+def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int]]:
     import pyarrow.parquet as parquet
 
     filesystem, path = _filesystem(uri)
@@ -138,11 +135,11 @@ def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int, float]]
     pieces, start, held = [], 0, 0
     for index, size in enumerate(sizes):
         if held and held + size > shard_bytes:
-            pieces.append((uri, start, index, float(held)))
+            pieces.append((uri, start, index))
             start, held = index, 0
         held += size
     if held:
-        pieces.append((uri, start, len(sizes), float(held)))
+        pieces.append((uri, start, len(sizes)))
     return pieces
 
 

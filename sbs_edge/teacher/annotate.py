@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,12 @@ def annotate(
     settings: Settings,
     *,
     on_progress: Callable[[Progress], None] | None = None,
+    budget_of: Callable[[Journal], Budget] | None = None,
 ) -> Annotation:
     """Ask for every row that the journal does not answer yet, then parse all of it.
 
-    Gold labels are used for the progress figures only; they reach neither prompt nor result.
+    Gold labels are used for the progress figures only; they reach neither prompt nor result. ``budget_of`` gives
+    the budget in place of one from the settings' limits and what the journal has spent.
     """
     owners = _by_key(rows, task, settings)
     with Journal(journal_path) as journal:
@@ -126,7 +129,8 @@ def annotate(
         for key in owners:
             if key in journal and key not in asked_again:
                 note(dataclasses.replace(journal.records[key], cost=0.0))
-        stats = asyncio.run(_ask(wanted, teacher, journal, settings, note)) if wanted else AskStats()
+        budget = (budget_of or partial(_own_budget, settings))(journal)
+        stats = asyncio.run(_ask(wanted, teacher, journal, settings, budget, note)) if wanted else AskStats()
         records = journal.records
 
         def lookup(_: int, row: Example) -> list[Record | None]:
@@ -138,20 +142,24 @@ def annotate(
         return Annotation(collect(rows, task, lookup), [records[k] for k in owners if k in records], stats)
 
 
-async def _ask(
-    wanted: Iterable[Any],
-    teacher: Teacher,
-    journal: Journal,
-    settings: Settings,
-    note: Callable[[Record], None],
-) -> AskStats:
-    budget = Budget(
+def _own_budget(settings: Settings, journal: Journal) -> Budget:
+    return Budget(
         settings.prices,
         settings.max_cost,
         settings.max_total_tokens,
         spent_cost=journal.total_cost,
         spent_tokens=journal.total_tokens,
     )
+
+
+async def _ask(
+    wanted: Iterable[Any],
+    teacher: Teacher,
+    journal: Journal,
+    settings: Settings,
+    budget: Budget,
+    note: Callable[[Record], None],
+) -> AskStats:
     try:
         return await ask(
             wanted,

@@ -27,6 +27,7 @@ def counting_teacher():
     rows = builtin_splits("ci", n_train=300).train
     answers = {row.input: f"{row.rationale} So the answer is {row.teacher_label}." for row in rows}
     calls: Counter = Counter()
+    calls.answers = answers  # what a test may change
     broken: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
@@ -91,3 +92,62 @@ def test_every_row_once_and_a_second_run_finishes_the_first(counting_teacher, lo
     assert "JSON" in lines[-1]["error"]
     assert set(calls.values()) == {1}  # through both runs
     assert len(read_examples(tmp_path / "out" / "part-*.jsonl").examples) == 300
+
+
+def test_one_budget_holds_over_all_actors_and_a_greater_one_goes_on(counting_teacher, local_ray, tmp_path):
+    rows, calls, _, url = counting_teacher
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"id": r.id, "input": r.input}) + "\n" for r in rows))
+    connection = {"backend": "openai", "base_url": url}
+
+    def run(limit):
+        settings = Settings(
+            "desk", Sampling(max_tokens=20), concurrency=4, max_attempts=1, max_total_tokens=limit
+        )
+        return annotate_with_ray(
+            str(data), tmp_path / "out", PRESETS["hvac"], settings, connection, shard_bytes=8000
+        )
+
+    limit, each, most = (
+        9_000,
+        120,
+        1_100,
+    )  # a call is counted at 120 tokens, and reserved at what its text may take
+    with pytest.raises(SbsEdgeError, match="a budget ended"):
+        run(limit)
+    spent = sum(calls.values()) * each
+    assert limit - most < spent <= limit  # none of it is stranded with a unit that did not need it
+    with pytest.raises(SbsEdgeError, match="a budget ended"):
+        run(limit)
+    assert sum(calls.values()) * each <= limit  # what earlier runs spent counts
+    totals = run(len(rows) * each + most)
+    assert set(calls.values()) == {1}
+    assert len(calls) == len(rows)
+    assert totals["errors"] == 0
+
+
+def test_failed_rows_are_asked_again_and_no_others(counting_teacher, local_ray, tmp_path):
+    rows, calls, _, url = counting_teacher
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"id": r.id, "input": r.input}) + "\n" for r in rows[:90]))
+    connection = {"backend": "openai", "base_url": url}
+
+    def run(**more):
+        settings = Settings("desk", Sampling(max_tokens=60), concurrency=4, max_attempts=1, **more)
+        return annotate_with_ray(
+            str(data), tmp_path / "out", PRESETS["hvac"], settings, connection, shard_bytes=4000
+        )
+
+    good = calls.answers[rows[40].input]
+    calls.answers[rows[40].input] = "I would rather not say."
+    first = run()
+    assert first["errors"] == 1
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("part-*.jsonl")}
+    assert run()["units_run"] == 0  # not asked again unless wanted
+    calls.answers[rows[40].input] = good
+    again = run(retry_failed=True)
+    assert again["units_run"] == 1
+    assert again["errors"] == 0
+    assert [text for text, count in calls.items() if count > 1] == [rows[40].input]
+    changed = [name for name, content in shards.items() if (tmp_path / "out" / name).read_bytes() != content]
+    assert len(changed) == 1
