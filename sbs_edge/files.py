@@ -90,9 +90,15 @@ def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str],
         kind: what is written, for the message.
 
     Raises:
-        UsageError: it is a file, or holds something else.
+        UsageError: it is a file, holds something else, or is where this process stands.
     """
     target = Path(destination)
+    here, resolved = Path.cwd(), target.resolve()
+    if resolved == here or resolved in here.parents:
+        raise UsageError(
+            f"{target} is the directory this command runs in, or above it, and cannot be replaced as a whole. Name a "
+            "directory of its own."
+        )
     if target.is_dir():
         if not any(target.iterdir()) or any(any(target.glob(mark)) for mark in marks):
             return

@@ -69,3 +69,13 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     for refused in (mine, file):
         with pytest.raises(UsageError, match=f"{refused.name} is there already and is no bundle"):
             files.check_replaceable(refused, ("manifest.json",), "bundle")
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_the_directory_one_stands_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UsageError, match="runs in"):
+        files.check_replaceable(name, ("manifest.json",), "bundle")
