@@ -157,21 +157,23 @@ class Client:
 
     async def open(self, n: int) -> None:
         """Have ``n`` connections ready; each is used once, because servers close those that never are."""
-        missing = min(n, self._most) - self._n_open
-        made = [await self._connect() for _ in range(missing)]
+        made = []
+        while self._n_open < min(n, self._most):
+            self._n_open += 1
+            made.append(await self._connect())
         answered = [asyncio.get_running_loop().create_future() for _ in made]
         for connection, future in zip(made, answered, strict=True):
             connection.request(_GET_LIVE, lambda *_, future=future: future.set_result(None))
         await asyncio.gather(*answered)
 
     async def _connect(self) -> _Connection:
-        self._n_open += 1
+        """Open a connection that the caller has counted already: room taken late is taken twice."""
         try:
             _, made = await asyncio.get_running_loop().create_connection(
                 lambda: _Connection(self), HOST, self._port
             )
         except OSError:
-            self._n_open -= 1
+            self._one_less()
             raise
         self._connections.add(made)
         return made
@@ -179,15 +181,24 @@ class Client:
     def take_back(self, connection: _Connection) -> None:
         """A connection is free again."""
         self._idle.append(connection)
-        if self._waiting:
-            self._waiting.pop(0).set_result(None)
+        self._wake()
 
     def lost(self, connection: _Connection) -> None:
         """A connection was closed; it is replaced when one is needed."""
-        self._n_open -= 1
         self._connections.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
+        self._one_less()
+
+    def _one_less(self) -> None:
+        self._n_open -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting:
+            waiter = self._waiting.pop(0)
+            if not waiter.done():  # given up by its task
+                return waiter.set_result(None)
 
     @property
     def has_room(self) -> bool:
@@ -204,6 +215,7 @@ class Client:
             return True
         if self._n_open >= self._most:
             return False
+        self._n_open += 1
 
         async def connect() -> None:
             try:

@@ -25,6 +25,7 @@ class Peer:
     def __init__(self, cuts=(), status=b"200 OK", silent=False, closing=False):
         self.cuts, self.status, self.silent, self.closing = cuts, status, silent, closing
         self.requests: list[bytes] = []
+        self.connections = 0
 
     async def __aenter__(self):
         self.server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
@@ -34,6 +35,7 @@ class Peer:
         self.server.close()
 
     async def talk(self, reader, writer):
+        self.connections += 1
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -111,6 +113,36 @@ def test_what_finds_no_connection_is_reported_not_hidden():
                 writer.transport.close()
             record = await loop
         assert (record.unsent, record.codes) == (7, {"0": 3})
+
+    run(asyncio.wait_for(go(), 20))
+
+
+def test_connections_stay_within_their_number_however_fast_requests_come():
+    async def go():
+        peer = Peer()
+        async with peer as port:
+            client = Client(port, most=2)
+            codes = []
+            taken = [client.start(raw, lambda status, _: codes.append(status)) for raw, _ in jobs(5)]
+            assert taken == [True, True, False, False, False]
+            answers = await asyncio.gather(*(client.send(raw) for raw, _ in jobs(9)))
+            await client.close()
+        assert codes == [200, 200]
+        assert [status for status, _ in answers] == [200] * 9
+        assert peer.connections == 2
+
+    run(asyncio.wait_for(go(), 20))
+
+
+def test_who_waits_for_a_connection_gets_a_new_one_when_the_server_closes_it():
+    async def go():
+        peer = Peer(closing=True)
+        async with peer as port:
+            client = Client(port, most=1)
+            answers = await asyncio.gather(*(client.send(raw) for raw, _ in jobs(4)))
+            await client.close()
+        assert [status for status, _ in answers] == [200] * 4
+        assert peer.connections == 4
 
     run(asyncio.wait_for(go(), 20))
 
