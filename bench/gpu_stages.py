@@ -25,6 +25,7 @@ SESSION_CASES = [
     Case(*_MAIN, "bfloat16", data="peaked"),
     Case(16384, 768, 250112, "bfloat16"),
     Case(*_MAIN, "float16"),
+    Case(*_MAIN, "amp-bfloat16"),
     Case(16384, 768, 32128, "bfloat16", padding=0.3),
     Case(*_MAIN, "bfloat16", data="flat"),
     *(Case(*shape, "bfloat16") for shape in GPU_SHAPES[5:]),
@@ -80,6 +81,7 @@ def kernels(device: Any, small: bool, save: Save, seconds: float, say: Say) -> d
         minutes=seconds / 60,
         prepare_s=90.0,
         slow_cases=1,
+        graph_cases=3,
     )
     return measure_kernels(options, say, save=save)
 

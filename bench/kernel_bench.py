@@ -48,6 +48,8 @@ class KernelOptions:
         student: the student behind the data kind ``student``.
         prepare_s: limit on the first call of one loss, compiling included.
         slow_cases: losses that compile for most of a minute take part in this many of the first cases.
+        graph_cases: steps are also captured in a CUDA graph and replayed in this many of the first cases;
+            none where the device is a CPU.
 
     """
 
@@ -62,6 +64,7 @@ class KernelOptions:
     student: Path | None = None
     prepare_s: float = 300.0
     slow_cases: int | None = None
+    graph_cases: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain form for JSON."""
@@ -104,7 +107,7 @@ class _Losses:
             if entry in self.ready:
                 self.ready.remove(entry)
             if not self.worker.alive or _unusable(str(failure)):
-                self._again()
+                self.again()
             return None
 
     def prepare(self, entry: Entry, check: bool) -> dict[str, Any] | None:
@@ -113,7 +116,8 @@ class _Losses:
             self.ready.append(entry)
         return reply
 
-    def _again(self) -> None:
+    def again(self) -> None:
+        """Go on in a new process with every loss that is ready."""
         self.close()
         self.open(truth=False)
         for entry in list(self.ready):
@@ -161,6 +165,30 @@ def _timed_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, e
                 record.host[(entry, what)] = min(reply["host_ms"])
 
 
+def _graph_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, end: float) -> None:
+    """Replay captured steps in turn; who cannot be captured keeps the other figures."""
+    for number in range(3):
+        at = number % max(1, len(losses.ready))
+        for entry in [*losses.ready[at:], *losses.ready[:at]]:
+            if entry in record.graph_failures or entry not in losses.ready:
+                continue
+            if time.monotonic() > end and number == 0 and not entry.peer.startswith(OURS):
+                record.graph_failures[entry] = _NOT_REACHED
+                continue
+            try:
+                reply = losses.worker.ask(
+                    "graph", timeout_s=300.0, peer=entry.peer, variant=entry.variant, calls=options.calls
+                )
+            except WorkerFailed as failure:
+                record.graph_failures[entry] = str(failure)
+                record.times.pop((entry, "graph"), None)
+                # Whatever was recorded on the device when a capture broke off: a new process has none of it.
+                losses.again()
+                continue
+            record.series(entry, "graph").add([int(ms * 1e6) for ms in reply["ms"]])
+            record.host[(entry, "graph")] = min(reply["host_ms"])
+
+
 def _memory(losses: _Losses, record: CaseRecord, options: KernelOptions) -> None:
     for entry in list(losses.ready):
         if entry not in losses.ready:
@@ -182,7 +210,7 @@ def _memory(losses: _Losses, record: CaseRecord, options: KernelOptions) -> None
 
 
 def _case(
-    options: KernelOptions, case: Case, end: float, start: Start, say: Say, slow: bool = True
+    options: KernelOptions, case: Case, end: float, start: Start, say: Say, slow: bool, graph: bool
 ) -> CaseRecord:
     record = CaseRecord(case, options.device)
     losses = _Losses(_spec(options, case), record, start, options.prepare_s)
@@ -217,6 +245,9 @@ def _case(
         say(f"{case.name}: {len(losses.ready)} losses in turn")
         _timed_rounds(losses, record, options, end)
         _memory(losses, record, options)
+        if graph:
+            say(f"{case.name}: captured steps in turn")
+            _graph_rounds(losses, record, options, end)
     except WorkerFailed as failure:  # the process could not be started again
         for entry in losses.ready:
             record.fail(entry, str(failure))
@@ -286,7 +317,8 @@ def measure_kernels(
         # The first cases matter most: each may take a quarter of what is left, however many follow.
         end = time.monotonic() + left / min(len(options.cases) - number, 4)
         slow = options.slow_cases is None or number < options.slow_cases
-        record = _case(options, case, end, start, say, slow)
+        graph = options.device == "cuda" and (options.graph_cases is None or number < options.graph_cases)
+        record = _case(options, case, end, start, say, slow, graph)
         record.write(document)
         save(document)
     return document

@@ -15,7 +15,11 @@ from sbs_edge.bench.stats import paired_ratio, percentiles
 
 __all__ = ["SECTIONS", "CaseRecord", "Entry"]
 
-SECTIONS = {"forward": "forward", "step": "forward + backward"}
+SECTIONS = {
+    "forward": "forward",
+    "step": "forward + backward",
+    "graph": "forward + backward, CUDA graph",
+}
 ROOF = "slice products"
 # Below this a memory figure is the allocator's grain, not the method's need.
 _LEAST_MIB = 1.0
@@ -45,6 +49,7 @@ class CaseRecord:
         failures: why an entry was not measured.
         wrong: why an entry's result fails the tolerance; it is measured but gets no ratio.
         memory_failures: why an entry has times but no memory.
+        graph_failures: why an entry has times but none of a captured step.
         roofs: the slice products' rates, one a round.
 
     """
@@ -55,6 +60,7 @@ class CaseRecord:
     failures: dict[Entry, str] = field(default_factory=dict)
     wrong: dict[Entry, str] = field(default_factory=dict)
     memory_failures: dict[Entry, str] = field(default_factory=dict)
+    graph_failures: dict[Entry, str] = field(default_factory=dict)
     first_ms: dict[Entry, float] = field(default_factory=dict)
     errors: dict[Entry, dict[str, float]] = field(default_factory=dict)
     times: dict[tuple[Entry, str], Series] = field(default_factory=dict)
@@ -70,7 +76,7 @@ class CaseRecord:
             self.times.pop((entry, what), None)
 
     def series(self, entry: Entry, what: str) -> Series:
-        """The samples of one entry, ``forward`` or ``step``."""
+        """The samples of one entry, ``what`` being a key of :data:`SECTIONS`."""
         return self.times.setdefault((entry, what), Series())
 
     @property
@@ -178,6 +184,8 @@ class CaseRecord:
         for what, section in SECTIONS.items():
             top, bottom = (self.times.get((entry, what), Series()).rounds for entry in (peer, ours))
             shared = min(len(top), len(bottom))
+            if what == "graph" and not shared:  # measured in the cases that ask for it
+                continue
             ratio = asdict(paired_ratio(top[:shared], bottom[:shared])) if shared else None
             found.append((section, ratio))
         if peer.peer != FLOOR and ours in self.memory and peer in self.memory:
@@ -206,6 +214,8 @@ class CaseRecord:
             document["systems"].append(self._state(entry, "no speed-up", why))
         for entry, why in self.memory_failures.items():
             document["systems"].append(self._state(entry, "memory failed", why))
+        for entry, why in self.graph_failures.items():
+            document["systems"].append(self._state(entry, "no CUDA graph", why))
 
     def _state(self, entry: Entry, status: str, why: str) -> dict[str, str]:
         return {

@@ -27,7 +27,9 @@ __all__ = [
 ]
 
 IGNORED = -100
-DTYPES = ("float32", "bfloat16", "float16")
+# ``amp-*``: what autocast sees in a step of mixed precision, states in 16 bits and a float32 weight.
+DTYPES = ("float32", "bfloat16", "float16", "amp-bfloat16", "amp-float16")
+_AMP = "amp-"
 DATA = ("random", "flat", "peaked", "student")
 CPU_SHAPES = ((2048, 512, 32128),)
 # The order is the order of importance: a time limit cuts the list from its end. mT5's vocabulary with few
@@ -57,7 +59,7 @@ class Case:
         n: rows that count.
         d: width of a row.
         v: classes.
-        dtype: of states and weight, one of :data:`DTYPES`.
+        dtype: of states and weight, one of :data:`DTYPES`; under ``amp-`` the weight is float32.
         padding: share of ignored rows in the padded batch, in [0, 1); they come on top of ``n``.
         data: one of :data:`DATA`.
 
@@ -74,6 +76,19 @@ class Case:
     def shape(self) -> str:
         """``N=2048 D=512 V=32128 float32``."""
         return f"N={self.n} D={self.d} V={self.v} {self.dtype}"
+
+    @property
+    def amp(self) -> bool:
+        """Whether the loss runs under autocast, with a float32 weight."""
+        return self.dtype.startswith(_AMP)
+
+    @property
+    def states(self) -> torch.dtype:
+        """Type of the states, and under autocast of the products."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype.removeprefix(_AMP))
+        return found
 
     @property
     def name(self) -> str:
@@ -156,7 +171,7 @@ def make_inputs(case: Case, device: torch.device, seed: int, student: Path | Non
     if case.data not in DATA:
         raise UsageError(f"--data takes {', '.join(DATA)}; found {case.data!r}.")
     generator = torch.Generator(device=device).manual_seed(seed)
-    dtype = getattr(torch, case.dtype)
+    dtype, master = case.states, torch.float32 if case.amp else case.states
     if case.data == "student":
         hidden, weight, targets = _student_inputs(case, device, student)
     else:
@@ -174,7 +189,7 @@ def make_inputs(case: Case, device: torch.device, seed: int, student: Path | Non
         batch.index_copy_(0, valid, hidden)
     labels = torch.full((total,), IGNORED, device=device)
     labels[valid] = targets
-    return Inputs(batch.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, valid)
+    return Inputs(batch.to(dtype).requires_grad_(), weight.to(master).requires_grad_(), labels, valid)
 
 
 def _student_inputs(case: Case, device: torch.device, student: Path | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sbs_edge.bench.kernel_case import SECTIONS
 from sbs_edge.bench.kernel_peers import OURS, PEERS
 from sbs_edge.bench.rows import Row, rows_of
 from sbs_edge.bench.tables import Table, ratio_text, train_tables
@@ -56,6 +57,7 @@ def _case_table(document: dict[str, Any], case: dict[str, Any], rows: list[Row])
         {(system, variant) for section, system, variant in found if section != "roof"},
         key=lambda item: (item[1] == "compacted", order.get(item[0], len(order)), item),
     )
+    graphs = any(section == SECTIONS["graph"] for section, _, _ in found)
     body = []
     for system, variant in names:
         mine = {section: row for (section, *who), row in found.items() if who == [system, variant]}
@@ -63,13 +65,14 @@ def _case_table(document: dict[str, Any], case: dict[str, Any], rows: list[Row])
         memory = [
             mine[key].value if key in mine else None for key in ("extra memory, forward", "extra memory")
         ]
-        share = mine.get("share of roof")
+        share, captured = mine.get("share of roof"), mine.get(SECTIONS["graph"])
         against = [ratios.get((ours, system, variant)) for ours in engines]
         body.append(
             [
                 f"{system}, {variant}" if variant else system,
                 _spread(mine.get("forward")),
                 _spread(mine.get("forward + backward")),
+                *([_number(captured.value if captured else None)] if graphs else []),
                 " / ".join(_number(value) for value in memory),
                 _three([errors.get(key) for key in ("loss", "hidden_rel_l2", "weight_rel_l2")]),
                 _number(errors.get("times_plain")),
@@ -89,7 +92,8 @@ def _case_table(document: dict[str, Any], case: dict[str, Any], rows: list[Row])
     if facts.get("loss_scale", 1.0) != 1.0:
         told.append(f"Gradients under a loss scale of {facts['loss_scale']:g}.")
     columns = [
-        "loss", "forward, ms", "forward + backward, ms", "extra MiB", "error of loss / dX / dW", "x plain",
+        "loss", "forward, ms", "forward + backward, ms", *(["as a CUDA graph, ms"] if graphs else []),
+        "extra MiB", "error of loss / dX / dW", "x plain",
         "roof %", *(f"{ours} is" for ours in engines),
     ]  # fmt: skip
     return Table(f"{case['device']}, {name}", " ".join(told), columns, body)

@@ -3,6 +3,7 @@
 {"do": "open", "truth"}                    -> sizes, the engine ``auto`` takes, plain torch's error
 {"do": "prepare", "peer", "variant", "check"} -> ms of the first call (compiling included), its errors
 {"do": "time", "peer", "variant", "what", "calls"} -> ms of each call on the device and on the host
+{"do": "graph", "peer", "variant", "calls"} -> the same for replays of a captured forward + backward pass
 {"do": "roof", "repeats"}                  -> rate of the three slice products
 {"do": "memory", "peer", "variant"}        -> extra peak of a forward and of a forward + backward pass
 """
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ class CaseRunner:
         self.case = Case(**given["case"])
         self.seed = int(given["seed"])
         self.device = torch.device(given["device"])
-        self.dtype = getattr(torch, self.case.dtype)
+        self.dtype = self.case.states
         student = given.get("student")
         padded = make_inputs(self.case, self.device, self.seed, Path(student) if student else None)
         compacted = padded.compacted() if self.case.padding else padded
@@ -61,9 +63,15 @@ class CaseRunner:
             self._clock = Clock(self.device)
         return self._clock
 
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast where the case asks for it; its casts are made anew in every pass, as in every step."""
+        if not self.case.amp:
+            return nullcontext()
+        return self.torch.autocast(self.device.type, self.dtype)
+
     def forward(self, peer: str, inputs: Inputs) -> Any:
         """One pass without gradients."""
-        with self.torch.no_grad():
+        with self.torch.no_grad(), self.precision():
             if peer == FLOOR:
                 return inputs.hidden @ inputs.weight.t()
             return self.losses[peer](inputs)
@@ -71,12 +79,14 @@ class CaseRunner:
     def step(self, peer: str, inputs: Inputs) -> tuple[Any, Any, Any]:
         """Loss, dX and dW of one pass; of the three products, the two that have gradients' shapes."""
         if peer == FLOOR:
-            with self.torch.no_grad():
+            with self.torch.no_grad(), self.precision():
                 wide = inputs.hidden @ inputs.weight.t()
                 return None, wide @ inputs.weight, wide.t() @ inputs.hidden
-        loss = self.losses[peer](inputs)
+        with self.precision():
+            loss = self.losses[peer](inputs)
         scale = 1.0 if self.truth is None else self.truth.scale
-        grads = self.torch.autograd.grad(loss, (inputs.hidden, inputs.weight), loss.new_tensor(scale))
+        # Filled on the device: a copy from the host could not be captured.
+        grads = self.torch.autograd.grad(loss, (inputs.hidden, inputs.weight), loss.new_full((), scale))
         return loss.detach(), grads[0], grads[1]
 
     def _prepare(self, peer: str, variant: str, check: bool) -> dict[str, Any]:
@@ -105,6 +115,24 @@ class CaseRunner:
         finally:
             gc.enable()
         return {"ms": [took for took, _ in both], "host_ms": [host for _, host in both]}
+
+    def _graph(self, peer: str, inputs: Inputs, calls: int) -> dict[str, Any]:
+        """Time replays of one captured step: what is left when launching costs the host nothing."""
+        cuda = self.torch.cuda
+        gc.collect()
+        aside = cuda.Stream(self.device)
+        aside.wait_stream(cuda.current_stream(self.device))
+        with cuda.stream(aside):
+            self.step(peer, inputs)  # libraries' work areas and lazy modules cannot be made in a capture
+        cuda.current_stream(self.device).wait_stream(aside)
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph, stream=aside):
+            held = self.step(peer, inputs)
+        try:
+            return self._time(graph.replay, calls, warm=2)
+        finally:
+            del held
+            graph.reset()
 
     def _gpu_memory(self, peer: str, inputs: Inputs) -> dict[str, float]:
         cuda, found = self.torch.cuda, {}
@@ -162,6 +190,8 @@ class CaseRunner:
         if do == "time":
             call = {"forward": self.forward, "step": self.step}[order["what"]]
             return self._time(lambda: call(peer, inputs), order["calls"], order["warm"])
+        if do == "graph":
+            return self._graph(peer, inputs, order["calls"])
         if do == "memory":
             measure = self._gpu_memory if self.device.type == "cuda" else self._cpu_memory
             return dict(measure(peer, inputs))

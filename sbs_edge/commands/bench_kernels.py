@@ -56,7 +56,8 @@ def register(app: typer.Typer, finish: Finish) -> None:
         dtype: Annotated[
             str,
             typer.Option(
-                help="float32, bfloat16, float16, by commas; default: float32 on a CPU, else bfloat16."
+                help="float32, bfloat16, float16, by commas; amp-bfloat16 and amp-float16: under autocast, the "
+                "weight in float32. Default: float32 on a CPU, else bfloat16."
             ),
         ] = "",
         padding: Annotated[

@@ -102,6 +102,68 @@ def test_logits_cast_to_float32_are_a_peer_of_their_own_below_it():
     assert "the same as eager" in _states(document)["eager-fp32-logits", ""]
 
 
+def test_autocast_gets_float32_weights_and_their_gradients_in_float32():
+    case = Case(24, 8, 50, "amp-bfloat16", padding=0.25)
+    document = _measure(("eager", "torch-linear-ce", FLOOR), case)
+    states = _states(document)
+    assert ("sbs-edge:torch", "padded") not in states
+    assert ("eager", "compacted") not in states
+    errors = {
+        (r["system"], r["variant"]): r["extra"] for r in document["rows"] if r["section"] == "gradient error"
+    }
+    for variant in ("padded", "compacted"):
+        assert 0 < errors["sbs-edge:torch", variant]["weight_rel_l2"] < 0.02
+        assert errors["sbs-edge:torch", variant]["ignored_rows" if variant == "padded" else "loss"] < 0.02
+    runner = CaseRunner(Spec("kernels", "", "", options={"case": case.as_dict(), "device": "cpu", "seed": 0}))
+    runner.losses["eager"] = _eager()
+    inputs = runner.inputs["padded"]
+    assert (inputs.hidden.dtype, inputs.weight.dtype) == (torch.bfloat16, torch.float32)
+    _, grad_hidden, grad_weight = runner.step("eager", inputs)
+    assert (grad_hidden.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+    assert runner.forward(FLOOR, inputs).dtype == torch.bfloat16, "the products run in 16 bits"
+
+
+class GraphWorker(HereWorker):
+    """A device's worker, its steps run on the CPU; one loss cannot be captured."""
+
+    started = 0
+
+    def __init__(self, spec: Spec) -> None:
+        spec.options["device"] = "cpu"
+        super().__init__(spec)
+        GraphWorker.started += 1
+
+    def ask(self, do: str, timeout_s: float = 300.0, **order: Any) -> dict[str, Any]:
+        if do == "graph":
+            if order["peer"] == "eager":
+                raise WorkerFailed("RuntimeError: CUDA error: operation not permitted in a capture")
+            do, order = "time", {**order, "what": "step", "warm": 1}
+        return super().ask(do, timeout_s, **order)
+
+
+def test_who_cannot_be_captured_keeps_its_other_figures():
+    GraphWorker.started = 0
+    cases = [Case(24, 8, 50), Case(16, 8, 50)]
+    options = KernelOptions(cases, ("sbs-edge:torch", "eager", FLOOR), "cuda", rounds=3, graph_cases=1)
+    document = measure_kernels(options, start=GraphWorker)
+    assert GraphWorker.started == 3, "a process for each case, and a new one after the failed capture"
+    section = "forward + backward, CUDA graph"
+    captured = {(r["system"], r["case"]): r for r in document["rows"] if r["section"] == section}
+    assert set(captured) == {("sbs-edge:torch", cases[0].name), (FLOOR, cases[0].name)}
+    assert all(len(row["rounds"]) == 3 for row in captured.values())
+    timed = {r["system"] for r in document["rows"] if r["section"] == "forward + backward"}
+    assert timed == {"sbs-edge:torch", "eager", FLOOR}
+    (state,) = document["systems"]
+    assert (state["name"], state["status"], state["case"]) == ("eager", "no CUDA graph", cases[0].name)
+    assert "in a capture" in state["why"]
+    found = {t.title: t for t in kernel_tables(document)}
+    at = found[f"cuda, {cases[0].name}"].columns.index("as a CUDA graph, ms")
+    shown = {row[0]: row[at] for row in found[f"cuda, {cases[0].name}"].rows}
+    assert shown["eager"] == "–"
+    assert shown["sbs-edge:torch"] != "–"
+    assert "as a CUDA graph, ms" not in found[f"cuda, {cases[1].name}"].columns
+
+
 def test_gradients_are_not_counted_as_extra_memory_of_a_gpu():
     case = Case(32, 8, 4096)
     runner = CaseRunner(Spec("kernels", "", "", options={"case": case.as_dict(), "device": "cpu", "seed": 0}))
