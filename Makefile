@@ -45,10 +45,10 @@ $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 
 # The default run: under 15 minutes on two cores.
 test: install
-	$(PY) -m pytest -m "not long and not tensorrt"
+	$(PY) -m pytest --durations=25 -m "not long and not tensorrt"
 
 test-long: install
-	$(PY) -m pytest -m "long and not tensorrt"
+	$(PY) -m pytest --durations=25 -m "long and not tensorrt"
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -42,11 +42,12 @@ ARCHITECTURES = tuple(SHARED_LIMIT)
 # 16-bit inputs. On Hopper two blocks of the first tile fit a multiprocessor (128 registers a thread with 8
 # warps), so that one block's exponentials run beside the other's products; the second tile reads a third
 # less for the same products, alone on its multiprocessor, and has no registers left for a bias or a cap.
-_AMPERE = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 32, 4, 4))
+_AMPERE = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 128, 32, 4, 4))
 _HOPPER = (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4))
 # Few rows: a block of 128 would be mostly padding.
 _FEW_ROWS = (Tile(16, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4))
-# float32 is multiplied in float32 (no TF32), outside the tensor cores.
+# float32 is multiplied in float32 (no TF32), outside the tensor cores. Where exponentials are kept, the
+# first tile spills on sm_120 with a bias: the assembler gives up registers for a second block.
 _WIDE = (Tile(64, 64, 16, 8, 2), Tile(32, 64, 32, 4, 2))
 _INTERPRETER = (Tile(16, 32, 16, 4, 1),)
 
@@ -72,10 +73,10 @@ def architecture(capability: tuple[int, int]) -> int:
     return fitting[-1]
 
 
-def candidates(arch: int, itemsize: int) -> tuple[Tile, ...]:
-    """Return every tile shipped for ``arch`` and inputs of ``itemsize`` bytes (2 or 4)."""
+def candidates(arch: int, itemsize: int, kernel: str = "strip") -> tuple[Tile, ...]:
+    """Return every tile shipped for ``arch``, inputs of ``itemsize`` bytes (2 or 4) and ``kernel``."""
     if itemsize == 4:
-        return _WIDE
+        return _WIDE[1:] if kernel == "kept" else _WIDE
     return (_HOPPER if arch == 90 else _AMPERE) + _FEW_ROWS
 
 
@@ -91,15 +92,15 @@ def pick(arch: int, itemsize: int, n_rows: int, kernel: str = "strip") -> Tile:
         arch: a key of the table, see :func:`architecture`.
         itemsize: bytes of an input element, 2 or 4.
         n_rows: valid rows.
-        kernel: ``strip`` (forward) or ``slope`` (backward); the table has one choice for both.
+        kernel: ``strip`` (forward), ``kept`` (the same, keeping its exponentials) or ``slope`` (backward).
     """
     for wanted, tile in reversed(_override):
-        if wanted in (None, kernel):
+        if wanted in (None, kernel, "strip" if kernel == "kept" else kernel):
             return tile
     if interpreted():
         return _INTERPRETER[0]
     if itemsize == 4:
-        return _WIDE[1] if n_rows <= FEW else _WIDE[0]
+        return _WIDE[1] if n_rows <= FEW or kernel == "kept" else _WIDE[0]
     if n_rows <= FEW:
         return _FEW_ROWS[0] if n_rows <= FEW // 2 else _FEW_ROWS[1]
     table = _HOPPER if arch == 90 else _AMPERE
@@ -108,7 +109,10 @@ def pick(arch: int, itemsize: int, n_rows: int, kernel: str = "strip") -> Tile:
 
 @contextmanager
 def use(tile: Tile, kernel: str | None = None) -> Iterator[None]:
-    """Take ``tile`` for every launch of ``kernel`` (None: of both) inside the ``with`` block."""
+    """Take ``tile`` for every launch of ``kernel`` (None: of all) inside the ``with`` block.
+
+    What is asked for ``strip`` holds for ``kept`` too.
+    """
     _override.append((kernel, tile))
     try:
         yield

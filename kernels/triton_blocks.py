@@ -67,7 +67,7 @@ def run(
         raise RuntimeError(
             "Blocks of rows keep exponentials, which do not tell a soft cap's slope: take slices of the vocabulary."
         )
-    launch = launch_of("strip", hidden, bias, plan, options)
+    launch = launch_of("kept", hidden, bias, plan, options)
     n_rows, n_classes, device = plan.indices.shape[0], weight.shape[0], hidden.device
     losses = torch.empty(n_rows, device=device)
     hits = torch.empty(n_rows, dtype=torch.int8, device=device)

@@ -118,8 +118,9 @@ def test_the_first_choice_builds(capability, cache):
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("capability", configs.ARCHITECTURES)
 def test_every_shipped_tile_builds_with_and_without_every_option(capability, kind, cache):
-    for tile in configs.candidates(capability, 4 if kind == "fp32" else 2):
-        for name, keep in KERNELS:
+    itemsize = 4 if kind == "fp32" else 2
+    for name, keep in KERNELS:
+        for tile in configs.candidates(capability, itemsize, "kept" if keep else "strip"):
             roomy = configs.fits_options(tile)
             for options in (False, True)[: 1 + roomy] if roomy or not keep else ():
                 _check(name, capability, kind, tile, cache, options=options, keep=keep)
