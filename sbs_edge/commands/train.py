@@ -282,5 +282,11 @@ def register(app: typer.Typer) -> None:
             "seconds": round(result.seconds, 1),
             **result.metrics,
         }
+        if rows is not None and rows.left_out:
+            report["malformed_rows_left_out"] = rows.left_out
+            Console(stderr=True).print(
+                f"{values['data']}: {rows.left_out} malformed row(s) left out of a pass; the first: {rows.first}",
+                highlight=False,
+            )
         files.write_json(out / "metrics.json", report)
         print_json(report) if json_output else _show(result.metrics, result.seconds, out)

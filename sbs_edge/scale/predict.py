@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -121,6 +122,9 @@ class PredictWorker:
         from sbs_edge.runtime.student import Student
 
         self._student = Student.load(bundle, target=target, threads=threads)
+        # Ray's modules and the student are no garbage: left to the collector, each of its rounds reads them all.
+        gc.collect()
+        gc.freeze()
         self._out, self._form, self._options = out, form, options
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,47 @@ from sbs_edge.data.load import infer_task
 from sbs_edge.data.readers import ColumnMap, RejectedRow, read_examples, refuse, stream_examples
 from sbs_edge.errors import DataError, UsageError
 
-__all__ = ["open_stream"]
+__all__ = ["StreamSource", "open_stream"]
 
 SAMPLE_ROWS = 5000
+
+
+class StreamSource:
+    """Opens the training rows for one pass more, and counts what a pass had to leave out.
+
+    Attributes:
+        left_out: malformed rows met in the pass that met most of them; a pass may have been cut short.
+        first: the first of them.
+
+    """
+
+    def __init__(
+        self, source: str | Path, columns: ColumnMap, excluded: set[str], *, skip_bad_rows: bool
+    ) -> None:
+        self._source, self._columns, self._excluded = source, columns, excluded
+        self._skip = skip_bad_rows
+        self.left_out = 0
+        self.first: RejectedRow | None = None
+
+    def __call__(self) -> Iterator[Example]:
+        """Read the rows once, without those whose input is a validation input.
+
+        Raises:
+            DataError: a malformed row, unless such rows are left out.
+
+        """
+        met = 0
+
+        def count(row: RejectedRow) -> None:
+            nonlocal met
+            met += 1
+            self.left_out = max(self.left_out, met)
+            self.first = self.first or row
+
+        on_reject = count if self._skip else None
+        for row in stream_examples(self._source, columns=self._columns, on_reject=on_reject):
+            if normalise(row.input) not in self._excluded:
+                yield row
 
 
 def open_stream(
@@ -26,12 +64,12 @@ def open_stream(
     label_kind: LabelKind | None = None,
     compare: Literal["text", "value"] = "text",
     skip_bad_rows: bool = False,
-) -> tuple[Splits, Callable[[], Iterable[Example]]]:
+) -> tuple[Splits, StreamSource]:
     """Return splits that hold a sample of the training rows, and what opens all of them.
 
     The sample (the first 5000 rows) gives the task, the tokenizer and the calibration rows. Rows
     whose input is a validation input are left out of every pass. A malformed row stops the run when
-    it is reached, unless ``skip_bad_rows``.
+    it is reached, unless ``skip_bad_rows``: then the source counts them.
 
     Raises:
         UsageError: there is no validation file; rows of a stream cannot be held out of it.
@@ -46,12 +84,7 @@ def open_stream(
     refuse(held.rejected)
     excluded = {normalise(row.input) for row in held.examples}
 
-    def rows() -> Iterator[Example]:
-        skip: Callable[[RejectedRow], None] | None = (lambda _: None) if skip_bad_rows else None
-        for row in stream_examples(source, columns=columns, on_reject=skip):
-            if normalise(row.input) not in excluded:
-                yield row
-
+    rows = StreamSource(source, columns, excluded, skip_bad_rows=skip_bad_rows)
     sample = list(itertools.islice(rows(), SAMPLE_ROWS))
     if not sample:
         raise DataError(f"{source} holds no usable training row outside {validation}.")

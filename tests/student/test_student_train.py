@@ -262,3 +262,11 @@ def test_the_command_trains_and_evaluates(splits, tmp_path, sbs_edge_cli):
     assert json.loads(judged.stdout)["n"] == len(splits.validation)
     streamed = sbs_edge_cli("train", rows, *flags, "--stream", "--json")
     assert streamed.returncode == 0, streamed.stderr
+    assert "malformed_rows_left_out" not in json.loads(streamed.stdout)
+    with rows.open("a", encoding="utf-8") as handle:
+        handle.write('{"input": "no label"\n\n{"input": 3}\n')
+    skipping = sbs_edge_cli("train", rows, *flags, "--stream", "--skip-bad-rows", "--json")
+    assert skipping.returncode == 0, skipping.stderr
+    assert json.loads(skipping.stdout)["malformed_rows_left_out"] == 2
+    assert "2 malformed row(s) left out" in skipping.stderr
+    assert f"rows.jsonl:{len(splits.train) + 1}" in skipping.stderr.replace("\n", "")
