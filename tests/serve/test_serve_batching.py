@@ -203,3 +203,50 @@ def test_what_stands_ready_is_whole_and_still_drops_what_is_given_up():
         assert 0 < kept.enqueued_s <= kept.started_s <= kept.finished_s
 
     asyncio.run(go())
+
+
+def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
+    loops, threads = threading.get_ident(), []
+
+    def work(batch):
+        threads.append(threading.get_ident())
+        if "slow" in batch:
+            time.sleep(0.1)
+        if "bad" in batch:
+            raise ValueError("no")
+        return [f"{text}!" for text in batch]
+
+    async def go():
+        lane = Lane(work, max_wait_s=0)
+
+        async def run(*texts, length=8):
+            threads.clear()
+            tickets = [lane.submit([text], [length]) for text in texts]
+            found = [(await asyncio.wait_for(ticket.future, 5))[0] for ticket in tickets]
+            assert found == [f"{text}!" for text in texts]
+            return {thread == loops for thread in threads}
+
+        assert await run("first") == {False}, "nobody knows yet how long it takes"
+        while await run("warm") == {False}:  # the threads' own start may have made the first ones slow
+            await asyncio.sleep(0.01)
+        assert await run("lone") == {True}
+        assert await run("a", "b") == {False}
+        assert await run("long", length=400) == {False}
+        lane.expected = 1
+        assert await run("company comes") == {False}
+        lane.expected = 0
+        with pytest.raises(ValueError, match="no"):
+            await run("bad")
+        assert await run("after an error") == {True}
+        await run("slow")
+        assert await run("after a slow one") == {False}
+        lane.close()
+
+        several = Lane(work, max_wait_s=0, workers=2)
+        threads.clear()
+        for text in ("one", "two", "three"):
+            assert await asyncio.wait_for(several.submit([text], [8]).future, 5) == [f"{text}!"]
+        assert loops not in threads
+        several.close()
+
+    asyncio.run(go())
