@@ -47,8 +47,10 @@ $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 test: install
 	$(PY) -m pytest --durations=25 -m "not long and not tensorrt"
 
+# Compiling kernels and interpreting them need one core each and share nothing; servers and benches want them all.
 test-long: install
-	$(PY) -m pytest --durations=25 -m "long and not tensorrt"
+	$(PY) -m pytest --durations=10 -m "long and not tensorrt" -n logical --dist worksteal tests/kernels
+	$(PY) -m pytest --durations=25 -m "long and not tensorrt" --ignore=tests/kernels
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -8,13 +8,14 @@ measured beside what the server costs (``Record.cpu_s``).
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["HOST", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
+__all__ = ["HOST", "Alone", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
            "request_bytes", "run"]  # fmt: skip
 
 HOST = "127.0.0.1"
@@ -82,17 +83,31 @@ class Record:
         """Seconds from sending to the answer, of answers with ``status``."""
         return [o.latency_s - o.late_s for o in self.outcomes if o.status == status]
 
-    @property
-    def good_texts_per_s(self) -> float:
-        """Texts of requests answered 200 before the phase ended, a second of it."""
-        inside = (o for o in self.outcomes if o.status == 200 and o.due_s + o.latency_s <= self.seconds)
-        return sum(o.n_texts for o in inside) / max(self.seconds, 1e-9)
+    def goodput(self, from_s: float = 0.0) -> float:
+        """Texts a second of requests answered 200 from ``from_s`` to the phase's end."""
+        ends = ((o.due_s + o.latency_s, o.n_texts) for o in self.outcomes if o.status == 200)
+        inside = sum(n_texts for end_s, n_texts in ends if from_s <= end_s <= self.seconds)
+        return inside / max(self.seconds - from_s, 1e-9)
 
 
 def request_bytes(path: str, body: bytes, headers: str = "") -> bytes:
     """Return a whole HTTP/1.1 POST."""
     head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n{headers}"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _whole_answer(buffer: bytes) -> tuple[int, bytes, bool] | None:
+    """Status, body, and whether the connection closes after it; None while some of it is missing."""
+    end = buffer.find(b"\r\n\r\n")
+    if end < 0:
+        return None
+    head = buffer[:end].lower()
+    at = head.find(b"content-length:")
+    line_end = head.find(b"\r\n", at)
+    length = int(head[at + 15 : line_end if line_end >= 0 else None]) if at >= 0 else 0
+    if len(buffer) < end + 4 + length:
+        return None
+    return int(head[9:12]), buffer[end + 4 :], head.find(b"connection: close") >= 0
 
 
 Done = Callable[[int, bytes], None]
@@ -118,29 +133,61 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer = self._buffer + data if self._buffer else data
-        end = buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return
-        head = buffer[:end].lower()
-        at = head.find(b"content-length:")
-        line_end = head.find(b"\r\n", at)
-        length = int(head[at + 15 : line_end if line_end >= 0 else None]) if at >= 0 else 0
-        if len(buffer) < end + 4 + length:
+        found = _whole_answer(buffer)
+        if found is None:
             return
         self._buffer = b""
         done, self._done = self._done, None
-        if head.find(b"connection: close") >= 0:
+        status, body, closes = found
+        if closes:
             self.transport.close()
         else:
             self._client.take_back(self)
         if done:
-            done(int(head[9:12]), buffer[end + 4 :])
+            done(status, body)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._client.lost(self)
         done, self._done = self._done, None
         if done:
             done(0, b"")
+
+
+class Alone:
+    """One kept connection of blocking calls: nothing of a client's own event loop is in its times.
+
+    Args:
+        port: the server's.
+        timeout_s: longest silence within an answer.
+
+    """
+
+    def __init__(self, port: int, timeout_s: float = 40.0) -> None:
+        self._socket = socket.create_connection((HOST, port), timeout=timeout_s)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.close()
+
+    def ask(self, raw: bytes) -> tuple[int, bytes]:
+        """Send one request, wait for its whole answer; return (status, body).
+
+        Raises:
+            ConnectionError: the server closed the connection before the answer was whole.
+
+        """
+        self._socket.sendall(raw)
+        held = b""
+        while (found := _whole_answer(held)) is None:
+            piece = self._socket.recv(1 << 16)
+            if not piece:
+                raise ConnectionError("The server closed the connection within an answer.")
+            held += piece
+        status, body, _ = found
+        return status, body
 
 
 class Client:

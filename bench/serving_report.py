@@ -39,8 +39,10 @@ def _overload(part: dict[str, Any]) -> list[Row]:
     where = "shared processors" if cores["server"] == cores["client"] else "processors of their own"
     name = f"4x overload, {part['seconds']:.0f} s, client and server on {where}: "
     codes = ", ".join(f"{n} x {code}" for code, n in part["codes"].items())
+    turns = part["goodput_of_peak_by_turn"]
     goodput = (
-        f"{_percent(part['goodput_of_peak'])} of {part['peak_texts_per_s']:.0f} texts a second, "
+        f"{_percent(part['goodput_of_peak'])} of {part['peak_texts_per_s']:.0f} texts a second "
+        f"(median of {len(turns)} turns, {_percent(min(turns))} to {_percent(max(turns))}), "
         f"with {part['rejections_per_s']:.0f} rejections a second"
     )
     rows: list[Row] = []

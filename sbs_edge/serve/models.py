@@ -9,6 +9,7 @@ out, the reason is logged, and what served before goes on serving.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import os
 import re
@@ -51,6 +52,7 @@ def _nothing() -> None:
     """Do nothing."""
 
 
+@functools.lru_cache(maxsize=1024)  # asked for each request, refused ones too
 def _natural(version: str) -> tuple[Any, ...]:
     """Order versions as people count: 2 before 10, 1.9 before 1.10."""
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.findall(r"\d+|\D+", version))
@@ -130,6 +132,8 @@ class Model:
     @property
     def newest(self) -> ModelVersion | None:
         """The version that answers requests without one."""
+        if len(self.versions) == 1:
+            return next(iter(self.versions.values()))
         return self.versions[max(self.versions, key=_natural)] if self.versions else None
 
     def in_service(self, version: str | None, fingerprint: str) -> ModelVersion | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -39,6 +40,44 @@ class _Answered:
 _ANSWERED: Any = _Answered()
 
 
+class _Whole:
+    """A response's way out: its head leaves with the first piece of its body.
+
+    uvicorn writes the two apart, and each is a call of the system and a packet that wakes the client.
+    """
+
+    def __init__(self, transport: asyncio.Transport, answered: Callable[[], None]) -> None:
+        self._transport = transport
+        self._answered = answered
+        self._head = b""
+        self._begun = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Write ``data``, or keep it back where it is the head of the final response."""
+        if not self._begun and not data.startswith(b"HTTP/1.1 1"):  # a client waits for 100 Continue
+            self._begun, self._head = True, data
+            return
+        head, self._head = self._head, b""
+        self._transport.write(head + data if head else data)
+
+    def _flush(self) -> None:
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Close the connection once what was kept back is written."""
+        self._flush()
+        self._transport.close()
+
+    def on_response(self) -> None:
+        """The response is complete: one without a body has only its head."""
+        self._flush()
+        self._answered()
+
+
 class Connection(HttpToolsProtocol):
     """One connection; subclasses made by :func:`connections` carry the door and the limits."""
 
@@ -46,6 +85,8 @@ class Connection(HttpToolsProtocol):
     head_timeout_s = 10.0
     max_head_bytes = 65_536
 
+    _default_headers: list[tuple[bytes, bytes]] | None = None  # those that _end was written from
+    _end = b""
     _late: asyncio.TimerHandle | None = None  # closes the connection when it fires
     _in_head = True  # from the connection, or a request's first byte, to the end of its headers
     _in_body = False
@@ -95,7 +136,10 @@ class Connection(HttpToolsProtocol):
             return
         before = self.cycle
         super().on_headers_complete()
-        if self._passage is not None and self.cycle is before:  # no request was made of it
+        if self.cycle is not before:
+            whole: Any = _Whole(self.transport, self.cycle.on_response)
+            self.cycle.transport, self.cycle.on_response = whole, whole.on_response
+        elif self._passage is not None:  # no request was made of it
             self._passage.leave()
             self._passage = None
 
@@ -128,10 +172,13 @@ class Connection(HttpToolsProtocol):
             if refused is not None:
                 self.scope["state"]["passage"] = refused
             return False
-        date = b"".join(b"%b: %b\r\n" % line for line in self.server_state.default_headers)
-        end = b"\r\n%b\r\n" % date
+        kind = type(self)
+        if kind._default_headers is not self.server_state.default_headers:  # another list each second
+            kind._default_headers = self.server_state.default_headers
+            lines = b"".join(b"%b: %b\r\n" % line for line in kind._default_headers)
+            kind._end = b"\r\n%b\r\n" % lines
         self.cycle = _ANSWERED
-        self.transport.write(b"".join((refused.head, request_id(headers), end, refused.body)))
+        self.transport.write(b"".join((refused.head, request_id(headers), kind._end, refused.body)))
         if refused.closes:
             self.transport.close()
         self.on_response_complete()
