@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,16 +145,19 @@ def run_units(
             # An actor may die (spot machines, memory): it is started again without limit. A unit that
             # takes every actor down with it must end the run, not occupy the cluster for ever.
             data = ray.data.from_items([unit.as_dict() for unit in left], override_num_blocks=len(left))
-            data = data.map_batches(
-                worker,
-                fn_constructor_kwargs={**arguments, "out": out, "form": form},
-                batch_size=1,
-                num_cpus=cpus_each,
-                num_gpus=gpus_each or None,
-                max_restarts=-1,
-                max_task_retries=UNIT_RETRIES,
-                **pool,
-            )
+            with warnings.catch_warnings():
+                # Ray 2.60 warns of retries given like this and names nothing else that bounds them.
+                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+                data = data.map_batches(
+                    worker,
+                    fn_constructor_kwargs={**arguments, "out": out, "form": form},
+                    batch_size=1,
+                    num_cpus=cpus_each,
+                    num_gpus=gpus_each or None,
+                    max_restarts=-1,
+                    max_task_retries=UNIT_RETRIES,
+                    **pool,
+                )
             try:
                 for row in data.iter_rows():
                     done.append(json.loads(row["figures"]))

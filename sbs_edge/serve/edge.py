@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import traceback
 from typing import Any
@@ -117,7 +118,9 @@ class Edge:
         if code in _OVERLOAD:
             service.refusals.note(state["reason"], code)
         elif service.settings.access_log:
-            self._log(scope, state, code, elapsed_s)
+            # On the loop's next turn: the connection writes at the end of this one, and a log line first
+            # would keep the answer from the client.
+            asyncio.get_running_loop().call_soon(self._log, scope, state, code, elapsed_s)
         if service.tracing:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             attributes = {"sbs_edge.model": model, "sbs_edge.n_texts": state["n_texts"]}
