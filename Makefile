@@ -49,7 +49,7 @@ test: install
 
 # Compiling kernels and interpreting them need one core each and share nothing; servers and benches want them all.
 test-long: install
-	$(PY) -m pytest --durations=10 -m "long and not tensorrt" -n logical --dist worksteal tests/kernels
+	$(PY) -m pytest --durations=10 -m "long and not tensorrt" -n logical --maxprocesses 4 --dist worksteal tests/kernels
 	$(PY) -m pytest --durations=25 -m "long and not tensorrt" --ignore=tests/kernels
 
 lint: install
