@@ -43,14 +43,20 @@ $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
+# These rooms compute and share nothing, so their tests are spread over the cores; servers, benches and Ray want every
+# core for themselves and come after. A process with torch in it takes up to a gigabyte: hence the bound.
+SPREAD := -n logical --maxprocesses 4 --dist worksteal
+APART := tests/data tests/kernels tests/student tests/export_graphs tests/export_api tests/runtime
+TOGETHER := $(addprefix --ignore=,$(APART))
+
 # The default run: under 15 minutes on two cores.
 test: install
-	$(PY) -m pytest --durations=25 -m "not long and not tensorrt"
+	$(PY) -m pytest --durations=10 -m "not long and not tensorrt" $(SPREAD) $(APART)
+	$(PY) -m pytest --durations=15 -m "not long and not tensorrt" $(TOGETHER)
 
-# Compiling kernels and interpreting them need one core each and share nothing; servers and benches want them all.
 test-long: install
-	$(PY) -m pytest --durations=10 -m "long and not tensorrt" -n logical --maxprocesses 4 --dist worksteal tests/kernels
-	$(PY) -m pytest --durations=25 -m "long and not tensorrt" --ignore=tests/kernels
+	$(PY) -m pytest --durations=10 -m "long and not tensorrt" $(SPREAD) $(APART) tests/teacher
+	$(PY) -m pytest --durations=15 -m "long and not tensorrt" $(TOGETHER) --ignore=tests/teacher
 
 lint: install
 	$(VENV)/bin/ruff format --check .
