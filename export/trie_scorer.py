@@ -134,7 +134,7 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
     ]
     picked = graph.op("GatherND", log_softmax, graph.op("Concat", *lifted, axis=2))  # (B, E)
     log_p = graph.op("Unsqueeze", picked, np.array([2], np.int64))  # (B, E, 1)
-    # Summed over the middle axis, edge after edge: a sum over the last one is split where memory happens
-    # to be aligned, which depends on the batch.
+    # Summed edge after edge: how ReduceSum splits a sum depends on the batch, and MatMul's on the padding.
     chosen = graph.op("Transpose", writer.widen(trie.label_edges), perm=[0, 2, 1])  # (B, E, K)
-    return str(graph.op("ReduceSum", graph.op("Mul", chosen, log_p), np.array([1], np.int64), keepdims=0))
+    sums = graph.op("CumSum", graph.op("Mul", chosen, log_p), np.array(1, np.int64))
+    return str(graph.op("Gather", sums, np.array(-1, np.int64), axis=1))

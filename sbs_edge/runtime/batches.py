@@ -7,7 +7,7 @@ keep the activations in the second-level cache (more is slower, not faster).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,7 +22,10 @@ def padded_length(n_tokens: int) -> int:
 
 
 def token_budget_batches(
-    lengths: Sequence[int], budget: int, most_rows: int | None = None
+    lengths: Sequence[int],
+    budget: int,
+    most_rows: int | None = None,
+    shapes: Sequence[Hashable] | None = None,
 ) -> Iterator[list[int]]:
     """Yield lists of row numbers: equal padded length, at most ``budget`` padded tokens (at least one row).
 
@@ -30,13 +33,13 @@ def token_budget_batches(
         lengths: tokens of every row.
         budget: most padded tokens a call.
         most_rows: most rows a call, for graphs that were built for so many; None: any number.
+        shapes: of whatever else a row brings and is padded; rows of different ones never share a call.
     """
-    by_length: dict[int, list[int]] = {}
+    alike: dict[tuple[int, Hashable], list[int]] = {}
     for row, length in enumerate(lengths):
-        by_length.setdefault(padded_length(length), []).append(row)
-    for length in sorted(by_length):
+        alike.setdefault((padded_length(length), shapes[row] if shapes else None), []).append(row)
+    for (length, _), rows in sorted(alike.items(), key=lambda item: item[0][0]):
         size = max(1, min(budget // max(length, 1), most_rows or len(lengths)))
-        rows = by_length[length]
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 

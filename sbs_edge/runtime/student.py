@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ class Student:
         session = self._session("choice_scorer", "labels given with the request")
         tries = tries_of(choices, self._texts.label_tokens, self._start)
         out: list[Any] = [None] * len(rows)
-        for batch in self._batches(rows):
+        for batch in self._batches(rows, [tries[names].padded_shape for names in choices]):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             trie_inputs = batch_tries([tries[choices[i]] for i in batch])
             (scores,) = session.run({"input_ids": ids, "attention_mask": mask, **trie_inputs})
@@ -331,9 +331,11 @@ class Student:
     ) -> tuple[list[list[int]], list[bool]]:
         return self._texts.encode(texts, task, self.truncate if truncate is None else truncate, tokens)
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    def _batches(
+        self, rows: Sequence[Sequence[int]], shapes: Sequence[Hashable] | None = None
+    ) -> Iterator[list[int]]:
         most_rows: int | None = self._entry.get("max_batch_rows")
-        return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows)
+        return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows, shapes)
 
     def _session(self, role: str, purpose: str) -> Session:
         if role not in self._sessions:

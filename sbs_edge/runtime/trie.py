@@ -9,6 +9,8 @@ import numpy as np
 
 __all__ = ["Trie", "batch_tries", "build_trie"]
 
+PAD_MULTIPLE = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Trie:
@@ -29,6 +31,13 @@ class Trie:
     edge_node: np.ndarray
     edge_token: np.ndarray
     label_edges: np.ndarray
+
+    @property
+    def padded_shape(self) -> tuple[int, int, int]:
+        """(nodes, edges, labels) it is padded to, by its own size alone: rows of one shape share a call."""
+        sizes = len(self.node_ids), len(self.edge_node), len(self.label_edges)
+        nodes, edges, labels = (-(-size // PAD_MULTIPLE) * PAD_MULTIPLE for size in sizes)
+        return nodes, edges, labels
 
 
 def build_trie(label_tokens: Sequence[Sequence[int]], start_id: int) -> Trie:
@@ -62,13 +71,12 @@ def build_trie(label_tokens: Sequence[Sequence[int]], start_id: int) -> Trie:
 
 
 def batch_tries(tries: Sequence[Trie]) -> dict[str, np.ndarray]:
-    """Pad tries to one size and stack them: the scoring graph's inputs by name.
+    """Pad tries to one shape and stack them: the scoring graph's inputs by name.
 
-    A padding node attends to itself only; a padding edge is on no label's path.
+    A padding node attends to itself only; a padding edge is on no label's path. How far a trie is padded
+    still shows in the last bits of its scores, so the runtime stacks tries of one padded shape only.
     """
-    nodes = max(len(trie.node_ids) for trie in tries)
-    edges = max(len(trie.edge_node) for trie in tries)
-    labels = max(len(trie.label_edges) for trie in tries)
+    nodes, edges, labels = (max(sizes) for sizes in zip(*(trie.padded_shape for trie in tries), strict=True))
     batch = len(tries)
     out: dict[str, np.ndarray] = {
         "node_ids": np.zeros((batch, nodes), np.int64),

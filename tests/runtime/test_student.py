@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,25 @@ def test_labels_of_the_request(tiny, tiny_bundle: Path, some_texts) -> None:
         expected = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         assert list(answer.probabilities) == labels
         assert np.allclose(list(answer.probabilities.values()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_labels_of_the_request_are_scored_the_same_in_any_company(
+    tiny_bundle: Path, some_texts, target: str
+) -> None:
+    # From two to six labels of one to five tokens: tries of many sizes, which are padded in a call.
+    rng = random.Random(3)
+    words = sorted({word for names in CHOICES for name in names for word in name.split()})
+    asked = [
+        ["stay", *{" ".join(rng.choices(words, k=rng.randint(1, 5))): None for _ in range(rng.randint(1, 5))}]
+        for _ in some_texts
+    ]
+    with Student.load(tiny_bundle, target, threads=1) as student:
+        together = student.predict(some_texts, labels=asked)
+        alone = [student.predict([text], labels=[own])[0] for text, own in zip(some_texts, asked, strict=True)]
+        some = student.predict(some_texts[5:12], labels=asked[5:12])
+    assert alone == together
+    assert some == together[5:12]
 
 
 def test_rationales_and_open_labels_are_the_greedy_tokens(
