@@ -97,7 +97,7 @@ def make_bundle(folder: Path, *, d_model: int = 64, d_ff: int = 512) -> Path:
     (student / "sbs_edge.json").write_text(json.dumps(card), encoding="utf-8")
     write_examples(student / "validation.jsonl", splits.validation[:48])
     write_examples(student / "calibration.jsonl", splits.train[:64])
-    export(student, folder / "bundle", targets=("cpu-int8",), max_drop=100)
+    export(student, folder / "bundle", targets=("cpu-int8",), max_drop=100, min_rationale_agreement=0.0)
     return folder / "bundle"
 
 

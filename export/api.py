@@ -19,6 +19,7 @@ import numpy as np
 
 from sbs_edge import __version__, files
 from sbs_edge.data.example import Example
+from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import UsageError
 from sbs_edge.export import card, guard
 from sbs_edge.export.assemble import Recipe, write_target
@@ -32,6 +33,7 @@ from sbs_edge.export.measure import (
     calibration_of,
     check_labels_known,
     guard_figures,
+    rationale_tokens,
 )
 from sbs_edge.export.mixed import check_layers
 from sbs_edge.export.padding import padding_figures
@@ -48,6 +50,7 @@ from sbs_edge.student.student_dir import CALIBRATION, VALIDATION, StudentDir
 __all__ = ["ExportResult", "export"]
 
 RATIONALE_ROWS = 32
+MIN_RATIONALE_AGREEMENT = 0.9
 REFERENCE = "cpu-fp32"
 
 Layout = Literal["bundle", "optimum", "triton"]
@@ -82,8 +85,15 @@ class _Job:
     small: SmallVocabulary | None
     rows: list[Example]
     max_drop: float
+    min_rationale_agreement: float
     abstain_below: float
     say: Callable[[str], None]
+
+    @property
+    def texts(self) -> list[str]:
+        """Inputs whose rationales are compared; none if the student learnt no rationales."""
+        learnt = self.opened.mode.startswith("stepwise") or self.opened.mode == CHECKPOINT_MODE
+        return [row.input for row in self.rows[:RATIONALE_ROWS]] if self.recipe.explains and learnt else []
 
     @property
     def plan(self) -> LabelPlan:
@@ -106,6 +116,7 @@ def export(
     targets: Sequence[str] = ("cpu-int8",),
     guard_data: Sequence[Example] | None = None,
     max_drop: float = 1.0,
+    min_rationale_agreement: float = MIN_RATIONALE_AGREEMENT,
     calibration_rows: int = 256,
     abstain_below: float = 0.0,
     name: str | None = None,
@@ -131,7 +142,10 @@ def export(
         targets: names from :data:`sbs_edge.export.targets.TARGETS`; the first is the default target.
         guard_data: labelled rows for the guard and for calibrated probabilities; None: the student's
             own validation rows.
-        max_drop: points of label accuracy a lossy target may lose against float32.
+        max_drop: points of label accuracy a lossy target may lose against float32; for pruning also per cent
+            of the rationales' tokens.
+        min_rationale_agreement: share of steps, in [0, 1], in which a lossy target must go on with the float32
+            student's next token while it writes rationales.
         calibration_rows: at most this many training rows set the ranges of int8 activations.
         abstain_below: probability under which ``predict`` marks an answer as doubtful.
         name: the bundle's name; None: the task's.
@@ -155,7 +169,8 @@ def export(
         UsageError: the student, a target or the labels cannot be exported, or a target cannot run here.
         DataError: a row of ``guard_data`` or of the student's own rows has a label the student cannot give.
         SbsEdgeError: the float32 graphs differ from PyTorch.
-        GuardError: a lossy step lost more than ``max_drop``; the old bundle stays.
+        GuardError: a lossy step lost more than ``max_drop`` or ``min_rationale_agreement`` allow; the old
+            bundle stays.
     """
     wanted = targets_named(tuple(targets))
     if any(width < 2 for width in beams):
@@ -187,6 +202,7 @@ def export(
     weights = weights_of(model)
     check_layers(weights, keep_float)
     tokenizer = opened.tokenizer()
+    check_covered(tokenizer, len(weights.embedding), opened.path)
     plan = plan_labels(opened.task, tokenizer, weights.eos_id)
     rows = list(guard_data) if guard_data is not None else opened.validation()
     if guard_data is not None:
@@ -232,7 +248,9 @@ def export(
             whole, weights=less, plan=plan_labels(opened.task, small.tokenizer(), less.eos_id),
             output_tokens=None if kept is None else small.moved(kept),
         )  # fmt: skip
-    job = _Job(opened, model, recipe, whole, small, rows, max_drop, abstain_below, say)
+    job = _Job(
+        opened, model, recipe, whole, small, rows, max_drop, min_rationale_agreement, abstain_below, say
+    )
     manifest = _manifest(job, wanted, name, version)
     if layout == "bundle":
         report = _write_bundle(Path(out), job, wanted, manifest, single_file)
@@ -280,10 +298,10 @@ def _write_bundle(
             answers = answer_rows(reference, job.rows, job.plan)
             manifest["calibration"] = calibration_of(answers, job.rows, job.abstain_below)
             padding = padding_figures(reference, job.rows, job.plan)
-            texts = [row.input for row in job.rows[:RATIONALE_ROWS]] if job.recipe.explains else []
-            rationales = [
-                e.rationale.split() for e in (reference.explain(texts, truncate=True) if texts else [])
-            ]
+            rationales = rationale_tokens(reference, job.texts, job.opened)
+        if job.pruned and job.rows:
+            job.say(f"judging the smaller vocabulary on {len(job.rows)} rows")
+            manifest["pruning"] = report["pruning"] = _judge_pruning(job, manifest, answers, rationales)
         for target in wanted if job.rows else ():
             if not providers_here(target):
                 why = f"the machine that exported it has no {' or '.join(target.providers)}"
@@ -293,45 +311,71 @@ def _write_bundle(
             job.say(f"guarding {target.name} on {len(job.rows)} rows")
             with Student(Bundle.open(work, verify=False), target.name) as candidate:
                 figures = guard_figures(
-                    candidate, answers, rationales, texts, job.rows, job.opened, job.plan,
+                    candidate, answers, rationales, job.texts, job.rows, job.opened, job.plan,
                     padding if target.lossy else None,
                 )  # fmt: skip
             manifest["targets"][target.name]["accuracy"] = figures
             report["targets"][target.name] = figures
-            _judge(target, figures, job, manifest, answers)
+            _judge(target, figures, job, manifest, answers, rationales)
         (work / "README.md").write_text(card.render(manifest), encoding="utf-8")
         seal(work, manifest)
         Bundle.open(work)
     return report
 
 
+def _judge_pruning(
+    job: _Job, manifest: dict[str, Any], answers: Answers, rationales: list[list[int]]
+) -> dict[str, Any] | None:
+    """Return what a smaller vocabulary alone costs, in float32, whichever targets are wanted; raise when too much."""
+    with tempfile.TemporaryDirectory() as scratch:
+        entry = write_target(Path(scratch) / REFERENCE, TARGETS[REFERENCE], job.recipe)
+        with _candidate(job, manifest, REFERENCE)(Path(scratch), entry) as pruned:
+            figures = guard_figures(pruned, answers, rationales, job.texts, job.rows, job.opened, job.plan)
+    if figures is not None and (refused := guard.pruning_refusal(figures, job.max_drop, job.pruned)):
+        raise refused
+    return figures
+
+
+def _candidate(job: _Job, manifest: dict[str, Any], target: str) -> Callable[[Path, dict[str, Any]], Student]:
+    """Return what makes a student of graphs in a scratch directory."""
+
+    def opened(root: Path, entry: dict[str, Any]) -> Student:
+        write_companions(job.opened, job.small, root)
+        seal(root, {**manifest, "targets": {target: entry}, "default_target": target})
+        return Student(Bundle.open(root, verify=False), target)
+
+    return opened
+
+
 def _judge(
-    target: Target, figures: dict[str, Any] | None, job: _Job, manifest: dict[str, Any], answers: Answers
-) -> None:
+    target: Target, figures: dict[str, Any] | None, job: _Job, manifest: dict[str, Any],
+    answers: Answers, rationales: list[list[int]],
+) -> None:  # fmt: skip
     """Raise :class:`GuardError` when the target lost too much, naming the layers that cost most."""
-    if figures is None or not (target.lossy or job.pruned):
+    if figures is None or not target.lossy:
         return
-    if job.pruned and not target.lossy:
-        guard.check_pruning(target.name, figures, job.max_drop, job.pruned)
-    if not guard.too_much(figures, job.max_drop):
-        return
-    layers: list[tuple[str, float]] = []
-    if target.lossy and answers.scores is not None:
+
+    def label_distance(student: Student, rows: Sequence[Example]) -> float:
+        got = answer_rows(student, rows, job.plan)
+        if answers.scores is None or got.scores is None:  # open labels: texts
+            return float(np.mean([a != b for a, b in zip(got.labels, answers.labels, strict=False)]))
+        pairs = zip(got.scores, answers.scores, strict=False)
+        return float(np.mean([np.abs(a - b).mean() for a, b in pairs]))
+
+    def rationale_distance(student: Student, rows: Sequence[Example]) -> float:
+        written = rationale_tokens(student, job.texts, job.opened)
+        return 1.0 - float(guard.compare_rationales(rationales, written)["rationale_next_token_agreement"])
+
+    def layers(distance: Callable[[Student, Sequence[Example]], float]) -> list[tuple[str, float]]:
         job.say(f"{target.name} lost too much; measuring every layer")
+        make = _candidate(job, manifest, target.name)
+        return most_sensitive(target, job.recipe, job.rows, make, distance)
 
-        def opened(root: Path, entry: dict[str, Any]) -> Student:
-            write_companions(job.opened, job.small, root)
-            seal(root, {**manifest, "targets": {target.name: entry}, "default_target": target.name})
-            return Student(Bundle.open(root, verify=False), target.name)
-
-        def distance(student: Student, rows: Sequence[Example]) -> float:
-            got = answer_rows(student, rows, job.plan).scores or []
-            return float(
-                np.mean([np.abs(a - b).mean() for a, b in zip(got, answers.scores or [], strict=False)])
-            )
-
-        layers = most_sensitive(target, job.recipe, job.rows, opened, distance)
-    raise guard.refusal(target.name, figures, job.max_drop, layers, job.pruned)
+    if guard.too_much(figures, job.max_drop):
+        raise guard.refusal(target.name, figures, job.max_drop, layers(label_distance), job.pruned)
+    if guard.drifted(figures, job.min_rationale_agreement):
+        least = job.min_rationale_agreement
+        raise guard.rationale_refusal(target.name, figures, least, layers(rationale_distance))
 
 
 def _reference(root: Path, manifest: dict[str, Any], job: _Job) -> Student:

@@ -25,19 +25,38 @@ def render(manifest: dict[str, Any]) -> str:
         + (f": {', '.join(f'`{label}`' for label in labels['labels'])}." if labels["labels"] else "."),
         f"Labels are scored by the method `{labels['method']}`.",
         "",
-        "| target | validation rows | accuracy float32 | accuracy | drop, points (95 % bound) | same label |",
-        "|---|---|---|---|---|---|",
+        "| target | validation rows | accuracy float32 | accuracy | drop, points (95 % bound) | same label | "
+        "same next token of a rationale |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, entry in manifest["targets"].items():
         figures = entry["accuracy"]
         if figures is None:
-            lines.append(f"| {name} | 0 | not measured | not measured | not measured | not measured |")
+            lines.append(
+                f"| {name} | 0 | not measured | not measured | not measured | not measured | not measured |"
+            )
         else:
             lines.append(
                 f"| {name} | {figures['n']} | {_percent(figures['before'])} | {_percent(figures['after'])} | "
                 f"{figures['drop_points']:.2f} ({figures['drop_bound']:.2f}) | "
-                f"{_percent(figures['label_agreement'])} |"
+                f"{_percent(figures['label_agreement'])} | "
+                + (
+                    f"{_percent(figures['rationale_next_token_agreement'])} |"
+                    if "rationale_next_token_agreement" in figures
+                    else "no rationales |"
+                )
             )
+    if pruning := manifest.get("pruning"):
+        lines += [
+            "",
+            f"The smaller vocabulary alone, in float32: {pruning['drop_points']:.2f} points of accuracy lost on "
+            f"{pruning['n']} rows"
+            + (
+                f", {_percent(1 - pruning['rationale_token_agreement'])} of the rationales' tokens changed."
+                if "rationale_token_agreement" in pruning
+                else "."
+            ),
+        ]
     for name, entry in manifest["targets"].items():
         if padding := (entry["accuracy"] or {}).get("padding"):
             exact = entry["accuracy"]["padding_float32"]

@@ -9,7 +9,15 @@ import numpy as np
 
 from sbs_edge.errors import GuardError
 
-__all__ = ["check_pruning", "compare_labels", "refusal", "token_agreement", "too_much"]
+__all__ = [
+    "compare_labels",
+    "compare_rationales",
+    "drifted",
+    "pruning_refusal",
+    "rationale_refusal",
+    "refusal",
+    "too_much",
+]
 
 RESAMPLES = 2000
 
@@ -37,13 +45,32 @@ def compare_labels(
     }
 
 
-def token_agreement(reference: Sequence[Sequence[str]], got: Sequence[Sequence[str]]) -> float:
-    """Return the share of positions with the same word, over the longer of each pair of texts."""
-    same = total = 0
+def compare_rationales(reference: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return two agreements of decoded token lists, each in [0, 1].
+
+    ``rationale_token_agreement`` is the share of positions with the same token, over the longer of each
+    pair: what a reader sees. One token that turns moves all after it, so a fluent rationale may score low.
+
+    ``rationale_next_token_agreement`` is how often the same token follows the same beginning: equal tokens
+    before the first difference, over those and the first difference. It tells a student that took another
+    turn somewhere from one that is broken, whatever the length, and is what the guard limits.
+    """
+    same = places = followed = asked = 0
     for first, second in zip(reference, got, strict=True):
-        same += sum(a == b for a, b in zip(first, second, strict=False))
-        total += max(len(first), len(second))
-    return same / total if total else 1.0
+        equal = [a == b for a, b in zip(first, second, strict=False)]
+        same, places = same + sum(equal), places + max(len(first), len(second))
+        begin = next((at for at, alike in enumerate(equal) if not alike), len(equal))
+        followed, asked = followed + begin, asked + begin + (list(first) != list(second))
+    return {
+        "n_rationales": len(reference),
+        "rationale_token_agreement": same / places if places else 1.0,
+        "rationale_next_token_agreement": followed / asked if asked else 1.0,
+    }
+
+
+def drifted(figures: dict[str, Any], least: float) -> bool:
+    """Tell whether rationales go on like the reference's less often than ``least``."""
+    return bool(figures.get("rationale_next_token_agreement", 1.0) < least)
 
 
 def too_much(figures: dict[str, Any], max_drop: float) -> bool:
@@ -67,11 +94,7 @@ def refusal(
         layers: the layers that cost most, each with its share of the error.
         pruned: the flags given that make the vocabulary smaller.
     """
-    advice = "more calibration rows (--calibration-rows), the target cpu-fp32"
-    if layers:
-        named = ", ".join(f"{layer} ({100 * share:.0f} % of the error)" for layer, share in layers)
-        flags = " ".join(f"--keep-float {layer}" for layer, _ in layers)
-        advice = f"to keep the layers that cost most in float32 ({named}): {flags}; {advice}"
+    advice = _advice(layers, target)
     if pruned:
         advice = f"without {' and '.join(pruned)}, {advice}"
     return GuardError(
@@ -83,14 +106,47 @@ def refusal(
     )
 
 
-def check_pruning(
-    target: str, figures: dict[str, Any], max_drop: float, flags: Sequence[str] = ("--prune-vocabulary",)
-) -> None:
-    """Raise :class:`GuardError` when fewer tokens to write changed more than ``max_drop`` % of the rationales' words."""
+def rationale_refusal(
+    target: str, figures: dict[str, Any], least: float, layers: Sequence[tuple[str, float]] = ()
+) -> GuardError:
+    """Return the error for a target whose rationales go another way too often; arguments as for :func:`refusal`."""
+    return GuardError(
+        f"{target} goes on with the float32 student's next token in {100 * figures['rationale_next_token_agreement']:.2f} % "
+        f"of the steps of its rationales ({figures['n_rationales']} rows, {100 * figures['rationale_token_agreement']:.2f} % of "
+        f"all tokens equal); the limit is {100 * least:.2f} %. Nothing was replaced. Try, of the options of 'sbs-edge "
+        f"export', {_advice(layers, target)}, --label-only if nobody reads rationales, or lower "
+        "--min-rationale-agreement if such rationales are acceptable."
+    )
+
+
+def _advice(layers: Sequence[tuple[str, float]], target: str) -> str:
+    finer = "cpu-int8 or cpu-fp32" if target.endswith("int4") else "cpu-fp32"
+    advice = f"more calibration rows (--calibration-rows), the target {finer}"
+    if not layers:
+        return advice
+    named = ", ".join(f"{layer} ({100 * share:.0f} % of the error)" for layer, share in layers)
+    flags = " ".join(f"--keep-float {layer}" for layer, _ in layers)
+    return f"to keep the layers that cost most in float32 ({named}): {flags}; {advice}"
+
+
+def pruning_refusal(figures: dict[str, Any], max_drop: float, flags: Sequence[str]) -> GuardError | None:
+    """Return the error when a smaller vocabulary alone, in float32, costs more than ``max_drop``; None when it does not.
+
+    Points of label accuracy count, and per cent of the rationales' tokens that changed.
+    """
     changed = 100.0 * (1.0 - figures.get("rationale_token_agreement", 1.0))
-    if changed > max_drop:
-        raise GuardError(
-            f"With the pruned vocabulary {target} writes {changed:.2f} % of the rationales' words differently "
-            f"({figures['n_rationales']} rows); the limit is {max_drop:.2f}. Nothing was replaced. Export without "
-            f"{' and '.join(flags)}, or raise --max-drop if this loss is acceptable."
+    if too_much(figures, max_drop):
+        cost = (
+            f"answers {figures['drop_points']:.2f} points fewer rows right ({100 * figures['before']:.2f} % to "
+            f"{100 * figures['after']:.2f} %, {figures['n']} rows)"
         )
+    elif changed > max_drop:
+        cost = (
+            f"writes {changed:.2f} % of the rationales' tokens differently ({figures['n_rationales']} rows)"
+        )
+    else:
+        return None
+    return GuardError(
+        f"With the pruned vocabulary the float32 student {cost}; the limit is {max_drop:.2f}. Nothing was replaced. "
+        f"Export without {' and '.join(flags)}, or raise --max-drop if this loss is acceptable."
+    )

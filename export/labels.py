@@ -42,7 +42,7 @@ def plan_labels(task: TaskSpec, tokenizer: Tokenizer, eos_id: int) -> LabelPlan:
     prefix trie is scored. Labels that come with the request use the trie, open labels are decoded.
 
     Raises:
-        UsageError: a label has no tokens, or two have the same.
+        UsageError: a label has no tokens that are known, or two have the same.
     """
     if task.label_kind == "open":
         return LabelPlan("open", "decode", (), ())
@@ -57,7 +57,7 @@ def plan_labels(task: TaskSpec, tokenizer: Tokenizer, eos_id: int) -> LabelPlan:
         ids = tuple(tokenizer.encode(label).ids)
         if ids[-1:] != (eos_id,):
             ids = (*ids, eos_id)
-        if len(ids) < 2:
+        if not {*ids} - {eos_id, tokenizer.token_to_id("<unk>")}:
             raise UsageError(
                 f"The label {label!r} has no token in this student's tokenizer. Rename the label, or train with "
                 "a tokenizer that knows its characters."

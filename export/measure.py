@@ -25,6 +25,7 @@ __all__ = [
     "check_labels_known",
     "gold_of",
     "guard_figures",
+    "rationale_tokens",
 ]
 
 
@@ -89,10 +90,19 @@ def calibration_of(answers: Answers, rows: Sequence[Example], abstain_below: flo
     return {**calibrate([s for s, _ in known], [g for _, g in known]), "abstain_below": abstain_below}
 
 
+def rationale_tokens(student: Student, texts: Sequence[str], opened: StudentDir) -> list[list[int]]:
+    """Return the rationale of every text as tokens of the checkpoint's own tokenizer, end-of-sequence if it came to it."""
+    tokenizer, eos = opened.tokenizer(), student.manifest["model"]["eos_token_id"]
+    return [
+        [*tokenizer.encode(e.rationale, add_special_tokens=False).ids, *([eos] if e.complete else [])]
+        for e in (student.explain(texts, truncate=True) if texts else [])
+    ]
+
+
 def guard_figures(
     candidate: Student,
     reference: Answers,
-    rationales: list[list[str]],
+    rationales: list[list[int]],
     texts: list[str],
     rows: Sequence[Example],
     opened: StudentDir,
@@ -118,9 +128,7 @@ def guard_figures(
         right(got.labels),
     )
     if texts:
-        explained = [e.rationale.split() for e in candidate.explain(texts, truncate=True)]
-        figures["rationale_token_agreement"] = guard.token_agreement(rationales, explained)
-        figures["n_rationales"] = len(texts)
+        figures |= guard.compare_rationales(rationales, rationale_tokens(candidate, texts, opened))
     if padding is not None:
         figures["padding"] = padding_figures(candidate, rows, plan)
         figures["padding_float32"] = padding

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from sbs_edge.errors import UsageError
+from sbs_edge.student.pretrained import FAMILY as FAMILIES
 
 __all__ = ["FAMILIES", "T5Weights", "load_weights", "weights_of"]
 
-FAMILIES = ("t5", "mt5", "umt5")
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 
 
@@ -99,8 +99,12 @@ def load_weights(folder: str | Path) -> T5Weights:
 
 
 def load_model(folder: str | Path) -> Any:
-    """Load the transformers model of a checkpoint directory in float32, refusing other families."""
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    """Load the transformers model of a checkpoint directory in float32, in evaluation mode.
+
+    Raises:
+        UsageError: it is no checkpoint, not of the T5 family, damaged, or lacks tensors.
+    """
+    from sbs_edge.student.pretrained import load_checkpoint
 
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -108,13 +112,7 @@ def load_model(folder: str | Path) -> Any:
             f"{path} is no checkpoint directory: it has no config.json. Give the directory that training "
             "wrote, or one that save_pretrained wrote."
         )
-    config = AutoConfig.from_pretrained(str(path))
-    if config.model_type not in FAMILIES:
-        raise UsageError(
-            f"{path} holds a {config.model_type!r} model; only the T5 family can be exported "
-            f"(model types {', '.join(FAMILIES)}; ByT5 and FLAN-T5 are t5)."
-        )
-    return AutoModelForSeq2SeqLM.from_pretrained(str(path), use_safetensors=True).float().eval()
+    return load_checkpoint(str(path)).eval()
 
 
 def weights_of(model: Any) -> T5Weights:
@@ -123,6 +121,12 @@ def weights_of(model: Any) -> T5Weights:
 
     config = model.config
     arrays = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UsageError(
+                f"The checkpoint's tensor {name} holds numbers that are not finite, so nothing it answers can be "
+                "trusted. Training has diverged, or the file is damaged; train again or copy it again."
+            )
     activation = config.dense_act_fn
     if activation not in ACTIVATIONS:
         raise UsageError(

@@ -45,6 +45,7 @@ class RunConfig(BaseModel):
     targets: tuple[str, ...] = ("cpu-int8", "cpu-fp32")
     seed: int = 0
     max_drop: float = Field(1.0, ge=0)
+    min_rationale_agreement: float = Field(0.9, ge=0, le=1)
     training: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -181,7 +182,10 @@ def run(
 
     main = students[0]
     say(f"exporting for {', '.join(config.targets)}")
-    exported = export(main["student_dir"], out / "bundle", targets=config.targets, max_drop=config.max_drop)
+    exported = export(
+        main["student_dir"], out / "bundle", targets=config.targets, max_drop=config.max_drop,
+        min_rationale_agreement=config.min_rationale_agreement,
+    )  # fmt: skip
 
     say(f"reading the test split once: {len(splits.test)} rows")
     for student in students:

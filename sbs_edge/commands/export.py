@@ -65,6 +65,14 @@ def register(app: typer.Typer) -> None:
                 help="Points of accuracy a lossy target may lose; over it exit 3, old bundle kept.",
             ),
         ] = 1.0,
+        min_rationale_agreement: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=1,
+                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
+            ),
+        ] = 0.9,
         calibration_rows: Annotated[
             int, typer.Option(min=1, help="Training rows that set the ranges of int8 activations.")
         ] = 256,
@@ -168,8 +176,8 @@ def register(app: typer.Typer) -> None:
 
         result = export_student(
             student, out, targets=targets, beams=tuple(beam or ()),
-            guard_data=rows, max_drop=max_drop, calibration_rows=calibration_rows,
-            abstain_below=abstain_below, name=name, labels=label, label_prefix=label_prefix,
+            guard_data=rows, max_drop=max_drop, min_rationale_agreement=min_rationale_agreement,
+            calibration_rows=calibration_rows, abstain_below=abstain_below, name=name, labels=label, label_prefix=label_prefix,
             rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
             prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
             layout=layout.value, single_file=single_file, unguarded=unguarded,
@@ -182,18 +190,21 @@ def register(app: typer.Typer) -> None:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return
         table = Table(title=f"{result.manifest['name']} in {result.path}")
-        for heading in ("target", "MB", "accuracy", "drop, points", "same label"):
+        for heading in ("target", "MB", "accuracy", "drop, points", "same label", "same next token"):
             table.add_column(heading, justify="left" if heading == "target" else "right")
         for key, entry in result.manifest["targets"].items():
             size = sum(f["bytes"] for n, f in result.manifest["files"].items() if n.startswith(f"{key}/"))
             figures = entry["accuracy"]
             shown = (
-                ("not measured",) * 3
+                ("not measured",) * 4
                 if figures is None
                 else (
                     f"{100 * figures['after']:.2f} %",
                     f"{figures['drop_points']:.2f} (bound {figures['drop_bound']:.2f})",
                     f"{100 * figures['label_agreement']:.2f} %",
+                    f"{100 * figures['rationale_next_token_agreement']:.2f} %"
+                    if "rationale_next_token_agreement" in figures
+                    else "no rationales",
                 )
             )
             table.add_row(key, f"{size / 1e6:.2f}", *shown)

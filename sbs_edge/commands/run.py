@@ -106,6 +106,14 @@ def register(app: typer.Typer) -> None:
                 help="Points of accuracy a lossy target may cost before the guard stops (exit 3).",
             ),
         ] = 1.0,
+        min_rationale_agreement: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=1,
+                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
+            ),
+        ] = 0.9,
         skip_bad_rows: SkipBadRowsOption = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
@@ -128,6 +136,7 @@ def register(app: typer.Typer) -> None:
             targets=tuple(target or ("cpu-int8", "cpu-fp32")),
             seed=seed,
             max_drop=max_drop,
+            min_rationale_agreement=min_rationale_agreement,
             training={
                 **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
                 **({"model": model} if model else {}),

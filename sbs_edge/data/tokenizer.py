@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sbs_edge.errors import DataError
+from sbs_edge.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["EOS_ID", "PAD_ID", "SPECIAL", "UNK_ID", "build_tokenizer", "load_tokenizer"]
+__all__ = ["EOS_ID", "PAD_ID", "SPECIAL", "UNK_ID", "build_tokenizer", "check_covered", "load_tokenizer"]
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -99,7 +99,11 @@ def _in_fixed_order(tokenizer: Tokenizer, n_special: int) -> Any:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load ``tokenizer.json`` from ``folder``."""
+    """Load ``tokenizer.json`` from ``folder``.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
@@ -108,4 +112,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{path} does not exist. Save the checkpoint's fast tokenizer there "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...)) and try again."
         )
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # what the library raises has no narrower class
+        raise DataError(
+            f"{path} is no tokenizer ({error}). Copy it again from where the checkpoint was saved, or train again."
+        ) from error
+
+
+def check_covered(tokenizer: Tokenizer, n_embeddings: int, where: object) -> None:
+    """Raise :class:`UsageError` when the tokenizer gives ids that the model's embedding has no row for."""
+    token, largest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if largest >= n_embeddings:
+        raise UsageError(
+            f"The tokenizer of {where} gives the token {token!r} the number {largest}, but the model's embedding has "
+            f"{n_embeddings} rows: they do not belong together. Put the checkpoint's own tokenizer.json beside it, or "
+            "enlarge the model with resize_token_embeddings and train it."
+        )

@@ -152,11 +152,11 @@ def run_page(report: dict[str, Any]) -> str:
     if guarded:
         page.section("Guard: each target beside the float32 student, on validation rows")
         page.table(
-            ["target", "rows", "float32", "target's", "drop, points", "95 % bound", "same label", "same rationale words"],
+            ["target", "rows", "float32", "target's", "drop, points", "95 % bound", "same label", "same next token"],
             [
                 [name, g["n"], _percent(g["before"]), _percent(g["after"]), round(g["drop_points"], 2),
                  round(g["drop_bound"], 2), _percent(g["label_agreement"]),
-                 _percent(g.get("rationale_token_agreement"))]
+                 _percent(g.get("rationale_next_token_agreement"))]
                 for name, g in guarded
             ],
         )  # fmt: skip

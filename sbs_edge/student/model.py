@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbs_edge.errors import UsageError
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 from sbs_edge.student.config import TrainConfig
 
@@ -20,12 +19,10 @@ __all__ = [
     "TwoTaskModel",
     "add_lora",
     "build_student",
-    "load_checkpoint",
     "measure_logit_scale",
     "merge_lora",
 ]
 
-FAMILY = ("t5", "mt5", "umt5")
 LORA_LAYERS = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 
 
@@ -183,34 +180,6 @@ def build_student(config: TrainConfig, vocabulary: int) -> Any:
             eos_token_id=1,
         )
     )
-
-
-def load_checkpoint(name: str, dropout: float | None = None) -> Any:
-    """Load a T5-family checkpoint by hub name or directory, in float32.
-
-    Raises:
-        UsageError: it cannot be loaded, or it is of another family.
-
-    """
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
-
-    try:
-        settings = AutoConfig.from_pretrained(name)
-        if settings.model_type not in FAMILY:
-            raise UsageError(
-                f"The checkpoint {name} is a {settings.model_type!r} model; students are of the T5 family "
-                f"({', '.join(FAMILY)}, which includes FLAN-T5 and ByT5)."
-            )
-        if dropout is not None:
-            settings.dropout_rate = dropout
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            name, config=settings, dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"The checkpoint {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a directory with "
-            "config.json and model.safetensors, or the name of a checkpoint on a hub you can reach."
-        ) from error
 
 
 def add_lora(student: Any, rank: int, alpha: float | None) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.data.example import Example, TaskSpec
-from sbs_edge.data.readers import read_examples
+from sbs_edge.data.readers import RejectedRow, stream_examples
 from sbs_edge.data.tokenizer import load_tokenizer
 from sbs_edge.errors import DataError, UsageError
 
@@ -101,18 +101,40 @@ class StudentDir:
 
     def _rows(self, name: str) -> list[Example]:
         path = self.path / name
-        return list(read_examples(path).examples) if path.is_file() and path.stat().st_size else []
+        if not path.is_file() or not path.stat().st_size:
+            return []
+        bad: list[RejectedRow] = []
+        rows = list(stream_examples(path, on_reject=bad.append))
+        if bad:
+            # Training wrote them all, so the file is damaged; fewer rows would judge more mildly.
+            raise DataError(
+                f"{bad[0]}. {len(bad)} row(s) of {path} cannot be read, though training wrote them. Mend them, or "
+                "copy the student again."
+            )
+        return rows
 
     def validation(self) -> list[Example]:
-        """Return the validation rows the student was selected on; empty when there were none."""
+        """Return the validation rows the student was selected on; empty when there were none.
+
+        Raises:
+            DataError: a row is damaged.
+        """
         return self._rows(VALIDATION)
 
     def calibration(self) -> list[Example]:
-        """Return training rows kept for calibrating quantisation; empty when there are none."""
+        """Return training rows kept for calibrating quantisation; empty when there are none.
+
+        Raises:
+            DataError: a row is damaged.
+        """
         return self._rows(CALIBRATION)
 
     def load_model(self) -> Any:
-        """Load the transformers model in float32, in evaluation mode (imports torch)."""
-        from transformers import AutoModelForSeq2SeqLM
+        """Load the transformers model in float32, in evaluation mode (imports torch).
 
-        return AutoModelForSeq2SeqLM.from_pretrained(str(self.path), use_safetensors=True).float().eval()
+        Raises:
+            UsageError: the weights are damaged or lack tensors.
+        """
+        from sbs_edge.student.pretrained import load_checkpoint
+
+        return load_checkpoint(str(self.path)).eval()

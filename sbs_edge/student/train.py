@@ -24,6 +24,7 @@ from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
+from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 from sbs_edge.student.config import TrainConfig, make_config
 from sbs_edge.student.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION, StudentDir
@@ -165,11 +166,12 @@ def _validation(
 def _make_model(config: TrainConfig, vocabulary: int) -> Any:
     """Build or load the student, with adapters if asked for, and put the two-task loss around it."""
     from sbs_edge.student import model as models
+    from sbs_edge.student.pretrained import load_checkpoint
 
     if config.model is None:
         student = models.build_student(config, vocabulary)
     else:
-        student = models.load_checkpoint(config.model, config.dropout)
+        student = load_checkpoint(config.model, config.dropout)
     if config.gradient_checkpointing:
         # transformers 5 renamed the method
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
@@ -264,6 +266,9 @@ def _run(
         else checkpoint_tokenizer(config.model)
     )
     model = _make_model(config, tokenizer.get_vocab_size())
+    check_covered(
+        tokenizer, model.student.get_input_embeddings().num_embeddings, config.model or "this student"
+    )
     # adapters are counted by what they are merged into
     n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
     settings = model.student.config

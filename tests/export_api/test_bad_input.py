@@ -196,3 +196,85 @@ def test_an_export_replaces_nothing_but_an_export(make_student: Any, tmp_path: P
 def test_an_unknown_target_is_answered_with_the_known_ones(make_student: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no target 'tpu'; known are cpu-fp32, .*tensorrt-int8"):
         export(make_student(tmp_path / "first"), tmp_path / "out", targets=("tpu",))
+
+
+def _edit_tensors(student: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(student / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, student / "model.safetensors", {"format": "pt"})
+
+
+def _edit_tokenizer(student: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    saved = json.loads((student / "tokenizer.json").read_text())
+    edit(saved)
+    (student / "tokenizer.json").write_text(json.dumps(saved))
+
+
+def _edit_line(student: Path, name: str, number: int, text: str) -> None:
+    lines = (student / name).read_text().splitlines()
+    lines[number - 1] = text
+    (student / name).write_text("\n".join(lines) + "\n")
+
+
+def _cut(student: Path) -> None:
+    whole = (student / "model.safetensors").read_bytes()
+    (student / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+WO = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a tensor is missing": (
+        lambda s: _edit_tensors(s, lambda t: t.pop(WO)),
+        rf"lacks 1 tensor\(s\).*{WO}",
+    ),
+    "a tensor has another shape": (
+        lambda s: _edit_tensors(s, lambda t: t.update({WO: t[WO][:, :-1].contiguous()})),
+        r"cannot be loaded: .*(size mismatch|mismatched|shape)",
+    ),
+    "a tensor is not finite": (
+        lambda s: _edit_tensors(s, lambda t: t[WO][0].fill_(float("nan"))),
+        rf"{WO} holds numbers that are not finite",
+    ),
+    "the weights are cut off": (_cut, "cannot be loaded"),
+    "the tokenizer is damaged": (
+        lambda s: (s / "tokenizer.json").write_text("{}"),
+        "tokenizer.json is no tokenizer",
+    ),
+    "the tokenizer is another model's": (
+        lambda s: _edit_tokenizer(s, lambda t: t["model"]["vocab"].update(elsewhere=9999)),
+        "'elsewhere' the number 9999.*do not belong together",
+    ),
+    "a validation row is damaged": (
+        lambda s: _edit_line(s, "validation.jsonl", 7, '{"id": "6", "inp'),
+        r"validation.jsonl:7: .*copy the student again",
+    ),
+    "a calibration row is damaged": (
+        lambda s: _edit_line(s, "calibration.jsonl", 3, '{"id": "2", "input": 5}'),
+        r"calibration.jsonl:3: wrong type of 'input'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(DAMAGE))
+def test_a_damaged_student_is_not_exported(
+    previous: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    import re
+
+    student = Path(shutil.copytree(tmp_path / "first", tmp_path / "damaged"))
+    damage, said = DAMAGE[what]
+    damage(student)
+    assert main(["export", str(student), "--out", str(tmp_path / "out"), "--target", "cpu-int8"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(said, error), error
+    assert "internal error" not in error
+    previous("damaged")
+
+
+def test_a_label_of_unknown_words_is_refused(make_student: Any, tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", labels=("stay", "日本"))
+    with pytest.raises(UsageError, match="label '日本' has no token in this student's tokenizer"):
+        export(student, tmp_path / "out", guard_data=[])

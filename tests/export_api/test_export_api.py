@@ -76,7 +76,18 @@ def test_the_guard_refuses_and_keeps_the_old_bundle(
     assert caught.value.exit_code == 3
     assert listing(tmp_path / "bundle") == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    export(student, tmp_path / "bundle", targets=("cpu-int8",), max_drop=100.0)
+    # Whoever gives up accuracy has not given up rationales.
+    with pytest.raises(
+        GuardError, match=r"next token in .* % of the steps.*Nothing.*--keep-float.*--label-only"
+    ) as caught:
+        export(student, tmp_path / "bundle", targets=("cpu-int8",), max_drop=100.0)
+    assert caught.value.exit_code == 3
+    assert listing(tmp_path / "bundle") == before
+    labels = export(student, tmp_path / "labels", targets=("cpu-int8",), max_drop=100.0, label_only=True)
+    assert "rationale_next_token_agreement" not in labels.manifest["targets"]["cpu-int8"]["accuracy"]
+    accepted = {"max_drop": 100.0, "min_rationale_agreement": 0.0}
+    result = export(student, tmp_path / "bundle", targets=("cpu-int8",), **accepted)
+    assert result.manifest["targets"]["cpu-int8"]["accuracy"]["rationale_next_token_agreement"] < 0.9
     assert listing(tmp_path / "bundle") != before
 
 
@@ -103,15 +114,18 @@ def test_fewer_tokens_to_write(trained, tmp_path: Path, monkeypatch: pytest.Monk
     export(student, tmp_path / "whole", targets=("cpu-fp32",))
     result = export(student, tmp_path / "pruned", targets=("cpu-fp32",), prune_vocabulary=True)
     assert result.manifest["targets"]["cpu-fp32"]["quantisation"]["output_tokens"] > 0
+    assert result.manifest["pruning"]["rationale_token_agreement"] == 1.0
+    assert "The smaller vocabulary alone" in (tmp_path / "pruned" / "README.md").read_text()
     texts = ["hot pump", "cold door fan", "ice"]
     with Student.load(tmp_path / "whole") as whole, Student.load(tmp_path / "pruned") as pruned:
         assert whole.explain(texts) == pruned.explain(texts)
     # A vocabulary too small to write the rationales is refused.
     monkeypatch.setattr(api, "output_tokens", lambda *_: np.array([1, 3, 4], np.int64))
     before = listing(tmp_path / "pruned")
-    with pytest.raises(GuardError, match="--prune-vocabulary"):
-        export(student, tmp_path / "pruned", targets=("cpu-fp32",), prune_vocabulary=True)
-    assert listing(tmp_path / "pruned") == before
+    for targets in (("cpu-fp32",), ("cpu-int8",), ("cpu-int4", "cpu-fp32")):
+        with pytest.raises(GuardError, match="pruned vocabulary.*rationales' tokens.*--prune-vocabulary"):
+            export(student, tmp_path / "pruned", targets=targets, prune_vocabulary=True)
+        assert listing(tmp_path / "pruned") == before
 
 
 def test_rows_of_the_users_own(trained, tmp_path: Path) -> None:

@@ -103,13 +103,18 @@ def test_choices_and_open_labels_with_fewer_tokens(make_student, tmp_path: Path,
         pairs = list(zip(whole.predict(texts), small.predict(texts), strict=True))
     assert sum(a.label == b.label for a, b in pairs) >= 0.8 * len(pairs)
     opened = make_student(tmp_path / "open", kind="open", labels=())
-    export(opened, tmp_path / "opened", targets=("cpu-int8",), prune_input_vocabulary=True, max_drop=100.0)
+    # Random weights: what they write hangs on the last bits.
+    accepted = {"max_drop": 100.0, "min_rationale_agreement": 0.0}
+    export(opened, tmp_path / "opened", targets=("cpu-int8",), prune_input_vocabulary=True, **accepted)
     with Student.load(tmp_path / "opened") as answering:
         assert all(isinstance(answer.label, str) for answer in answering.predict(texts))
 
 
 @pytest.mark.usefixtures("no_margin")
-def test_too_few_tokens_are_refused(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_too_few_tokens_are_refused(
+    trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
     student, _ = trained
     export(student, tmp_path / "bundle", targets=("cpu-fp32",))
     before = {path: path.read_bytes() for path in sorted((tmp_path / "bundle").rglob("*")) if path.is_file()}
@@ -118,8 +123,8 @@ def test_too_few_tokens_are_refused(trained, tmp_path: Path, monkeypatch: pytest
         return iter([*opened.task.labels, *opened.prefixes.values()])
 
     monkeypatch.setattr(input_vocabulary, "_texts", labels_alone)  # no row was looked at
-    with pytest.raises(GuardError, match="--prune-input-vocabulary"):
-        export(student, tmp_path / "bundle", targets=("cpu-fp32",), prune_input_vocabulary=True)
+    with pytest.raises(GuardError, match="pruned vocabulary the float32 student.*--prune-input-vocabulary"):
+        export(student, tmp_path / "bundle", targets=(target,), prune_input_vocabulary=True)
     assert before == {
         path: path.read_bytes() for path in sorted((tmp_path / "bundle").rglob("*")) if path.is_file()
     }
