@@ -110,12 +110,13 @@ def rationale_refusal(
     target: str, figures: dict[str, Any], least: float, layers: Sequence[tuple[str, float]] = ()
 ) -> GuardError:
     """Return the error for a target whose rationales go another way too often; arguments as for :func:`refusal`."""
+    followed, same = figures["rationale_next_token_agreement"], figures["rationale_token_agreement"]
     return GuardError(
-        f"{target} goes on with the float32 student's next token in {100 * figures['rationale_next_token_agreement']:.2f} % "
-        f"of the steps of its rationales ({figures['n_rationales']} rows, {100 * figures['rationale_token_agreement']:.2f} % of "
-        f"all tokens equal); the limit is {100 * least:.2f} %. Nothing was replaced. Try, of the options of 'sbs-edge "
-        f"export', {_advice(layers, target)}, --label-only if nobody reads rationales, or lower "
-        "--min-rationale-agreement if such rationales are acceptable."
+        f"{target} goes on with the float32 student's next token in {100 * followed:.2f} % of the steps of its "
+        f"rationales ({figures['n_rationales']} rows, {100 * same:.2f} % of all tokens equal); the limit is "
+        f"{100 * least:.2f} %. Nothing was replaced. Try, of the options of 'sbs-edge export', "
+        f"{_advice(layers, target)}, --label-only if nobody reads rationales, or lower --min-rationale-agreement "
+        "if such rationales are acceptable."
     )
 
 

@@ -177,8 +177,8 @@ def register(app: typer.Typer) -> None:
         result = export_student(
             student, out, targets=targets, beams=tuple(beam or ()),
             guard_data=rows, max_drop=max_drop, min_rationale_agreement=min_rationale_agreement,
-            calibration_rows=calibration_rows, abstain_below=abstain_below, name=name, labels=label, label_prefix=label_prefix,
-            rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
+            calibration_rows=calibration_rows, abstain_below=abstain_below, name=name, labels=label,
+            label_prefix=label_prefix, rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
             prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
             layout=layout.value, single_file=single_file, unguarded=unguarded,
             version=version,
@@ -190,7 +190,8 @@ def register(app: typer.Typer) -> None:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return
         table = Table(title=f"{result.manifest['name']} in {result.path}")
-        for heading in ("target", "MB", "accuracy", "drop, points", "same label", "same next token"):
+        headings = ("target", "MB", "accuracy", "drop, points", "same label", "same next token")
+        for heading in headings:
             table.add_column(heading, justify="left" if heading == "target" else "right")
         for key, entry in result.manifest["targets"].items():
             size = sum(f["bytes"] for n, f in result.manifest["files"].items() if n.startswith(f"{key}/"))

@@ -123,7 +123,7 @@ def test_fewer_tokens_to_write(trained, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(api, "output_tokens", lambda *_: np.array([1, 3, 4], np.int64))
     before = listing(tmp_path / "pruned")
     for targets in (("cpu-fp32",), ("cpu-int8",), ("cpu-int4", "cpu-fp32")):
-        with pytest.raises(GuardError, match="pruned vocabulary.*rationales' tokens.*--prune-vocabulary"):
+        with pytest.raises(GuardError, match=r"pruned vocabulary.*rationales' tokens.*--prune-vocabulary"):
             export(student, tmp_path / "pruned", targets=targets, prune_vocabulary=True)
         assert listing(tmp_path / "pruned") == before
 

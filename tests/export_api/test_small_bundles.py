@@ -123,7 +123,7 @@ def test_too_few_tokens_are_refused(
         return iter([*opened.task.labels, *opened.prefixes.values()])
 
     monkeypatch.setattr(input_vocabulary, "_texts", labels_alone)  # no row was looked at
-    with pytest.raises(GuardError, match="pruned vocabulary the float32 student.*--prune-input-vocabulary"):
+    with pytest.raises(GuardError, match=r"pruned vocabulary the float32 student.*--prune-input-vocabulary"):
         export(student, tmp_path / "bundle", targets=(target,), prune_input_vocabulary=True)
     assert before == {
         path: path.read_bytes() for path in sorted((tmp_path / "bundle").rglob("*")) if path.is_file()
