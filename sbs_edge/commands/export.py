@@ -190,7 +190,7 @@ def register(app: typer.Typer) -> None:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return
         table = Table(title=f"{result.manifest['name']} in {result.path}")
-        headings = ("target", "MB", "accuracy", "drop, points", "same label", "same next token")
+        headings = ("target", "MB", "accuracy", "drop, points (bound)", "same label", "same next token")
         for heading in headings:
             table.add_column(heading, justify="left" if heading == "target" else "right")
         for key, entry in result.manifest["targets"].items():
@@ -201,7 +201,7 @@ def register(app: typer.Typer) -> None:
                 if figures is None
                 else (
                     f"{100 * figures['after']:.2f} %",
-                    f"{figures['drop_points']:.2f} (bound {figures['drop_bound']:.2f})",
+                    f"{figures['drop_points']:.2f} ({figures['drop_bound']:.2f})",
                     f"{100 * figures['label_agreement']:.2f} %",
                     f"{100 * figures['rationale_next_token_agreement']:.2f} %"
                     if "rationale_next_token_agreement" in figures
