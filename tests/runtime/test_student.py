@@ -77,7 +77,9 @@ def test_labels_of_the_request_are_scored_the_same_in_any_company(
     ]
     with Student.load(tiny_bundle, target, threads=1) as student:
         together = student.predict(some_texts, labels=asked)
-        alone = [student.predict([text], labels=[own])[0] for text, own in zip(some_texts, asked, strict=True)]
+        alone = [
+            student.predict([text], labels=[own])[0] for text, own in zip(some_texts, asked, strict=True)
+        ]
         some = student.predict(some_texts[5:12], labels=asked[5:12])
     assert alone == together
     assert some == together[5:12]
