@@ -1,7 +1,7 @@
 """Fused linear + cross-entropy over task segments: the one public operation of this folder.
 
 For hidden states h_i (N, D), a head weight W (V, D), targets t_i and segments k(i), with
-``z_i = softcap(logit_scale * (W h_i + b))`` and ``lse_i = logsumexp(z_i)``::
+``z_i = softcap(logit_scale * (W h_i) + b)`` and ``lse_i = logsumexp(z_i)``::
 
     ce_i   = (1 - eps) * (lse_i - z_i[t_i]) + eps * (lse_i - mean_v z_i[v]) + z_loss * lse_i^2
     loss_k = sum_{i in k} r_i ce_i / d_k        d_k = sum_{i in k} r_i, or what `denominators` says
@@ -77,11 +77,12 @@ def fused_linear_cross_entropy(
         hidden: (N, D) hidden states, any floating dtype and strides; N may be 0.
         weight: (V, D) head weight; may be the (tied) embedding. Sharded tensors are refused.
         targets: (N,) integer class of each row, or ``ignore_index``.
-        bias: (V,) optional.
+        bias: (V,) optional; added to the scaled logits, before the cap.
         segment_ids: (N,) segment of each row in ``[0, n_segments)``; None: all rows are segment 0.
         n_segments: K >= 1.
         segment_weights: K factors lambda_k; None: all 1. No gradient flows into them.
-        row_weights: (N,) non-negative factors r_i; None: all 1. No gradient flows into them.
+        row_weights: (N,) non-negative factors r_i; None: all 1. No gradient flows into them. NaN makes
+            its segment's loss NaN.
         valid_indices: (M,) the rows whose target is not ``ignore_index``, when the collator knows
             them: this avoids the device synchronisation of finding them here.
         ignore_index: target of rows to leave out.
@@ -91,10 +92,11 @@ def fused_linear_cross_entropy(
             accumulator's precision.
         softcap: c > 0 gives ``z = c * tanh(z / c)``; 0 switches it off.
         denominators: (K,) replaces the local sums of row weights: under data parallelism the sums
-            over all ranks divided by the number of ranks make means global, not means of means.
+            over all ranks divided by the number of ranks make means global, not means of means. A
+            segment whose value is 0 contributes 0; a negative or not finite one makes its loss NaN.
         workspace_mb: bound on the temporary buffers, in MiB; None plans it.
         engine: ``auto``, ``triton``, ``cublas``, ``torch`` or ``reference``.
-        debug: check targets, segments and values first and name the first bad row; costs a
+        debug: check targets, segments and values first and name the first bad row or segment; costs a
             synchronisation on a GPU. Without it an out-of-range target gives NaN, never a silent
             wrong number.
 
@@ -103,11 +105,14 @@ def fused_linear_cross_entropy(
         one; a frozen one costs nothing.
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit; in debug mode, a bad row.
+        ValueError: shapes, dtypes or options do not fit; in debug mode, a bad row or segment.
         TypeError: the weight is sharded.
         RuntimeError: the engine asked for does not work here.
     """
-    _check(hidden, weight, targets, bias, segment_ids, n_segments, row_weights, label_smoothing, softcap)
+    _check(
+        hidden, weight, targets, bias, segment_ids, n_segments, row_weights, denominators, label_smoothing, softcap
+    )  # fmt: skip
+    targets = targets.long()  # a narrow type need not hold ignore_index
     if not 0.0 < abs(logit_scale) < math.inf:  # compiled with dynamic shapes it is no float: no isfinite
         raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale}.")
     if workspace_mb is not None and workspace_mb <= 0:
@@ -119,6 +124,7 @@ def fused_linear_cross_entropy(
             segment_ids,
             row_weights,
             valid_indices,
+            denominators,
             n_segments,
             weight.shape[0],
             ignore_index,
@@ -168,6 +174,7 @@ def _check(
     segment_ids: Tensor | None,
     n_segments: int,
     row_weights: Tensor | None,
+    denominators: Tensor | None,
     label_smoothing: float,
     softcap: float,
 ) -> None:
@@ -186,11 +193,11 @@ def _check(
     n = hidden.shape[0]
     for name, tensor, size in (
         ("targets", targets, n), ("segment_ids", segment_ids, n), ("row_weights", row_weights, n),
-        ("bias", bias, weight.shape[0]),
+        ("bias", bias, weight.shape[0]), ("denominators", denominators, n_segments),
     ):  # fmt: skip
         if tensor is not None and tensor.shape != (size,):
             raise ValueError(f"{name} must have shape ({size},), not {tuple(tensor.shape)}.")
-    if targets.is_floating_point():
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integers, not {targets.dtype}.")
     if not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point, not {hidden.dtype}.")
@@ -208,6 +215,7 @@ def _check_values(
     segment_ids: Tensor | None,
     row_weights: Tensor | None,
     valid_indices: Tensor | None,
+    denominators: Tensor | None,
     n_segments: int,
     n_classes: int,
     ignore_index: int,
@@ -231,6 +239,14 @@ def _check_values(
                 valid & ~((row_weights >= 0) & torch.isfinite(row_weights)),
             )
         )
+    if denominators is not None:
+        wrong = ~((denominators >= 0) & torch.isfinite(denominators))
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"Segment {first} is bad: its denominator is negative or not finite ({denominators[first].item()}); "
+                f"{int(wrong.sum())} such segment(s)."
+            )
     if valid_indices is not None:
         given = valid_indices.sort().values
         if not torch.equal(given, valid.nonzero().squeeze(1).to(given.dtype)):

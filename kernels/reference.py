@@ -34,11 +34,13 @@ def reference_loss(
         logits = logits + bias.to(hidden.dtype)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    lse = torch.logsumexp(logits, dim=1)
-    picked = logits.gather(1, kept.unsqueeze(1)).squeeze(1)
-    losses = lse - (1 - label_smoothing) * picked + z_loss * lse**2
+    # Less the largest logit before anything is subtracted: logsumexp less a confident target's is mostly rounding.
+    shares = torch.log_softmax(logits, dim=1)
+    losses = (label_smoothing - 1) * shares.gather(1, kept.unsqueeze(1)).squeeze(1)
     if label_smoothing:  # apart: a class banned by a bias of -inf must not make 0 * -inf
-        losses = losses - label_smoothing * logits.mean(dim=1)
+        losses = losses - label_smoothing * shares.mean(dim=1)
+    if z_loss:
+        losses = losses + z_loss * torch.logsumexp(logits, dim=1) ** 2
     weights = torch.ones_like(losses) if row_weights is None else row_weights[valid].to(losses.dtype)
     hits = logits.argmax(dim=1) == kept
     means, counts, correct = [], [], []
@@ -46,7 +48,10 @@ def reference_loss(
         member = segments == k
         divisor = weights[member].sum() if denominators is None else denominators[k]
         share = (losses[member] * weights[member]).sum()
-        means.append(share / divisor if divisor > 0 else share * 0.0)
+        if divisor == 0 or not member.any():
+            means.append(share * 0.0)
+        else:
+            means.append(share / (divisor if 0 < divisor < torch.inf else torch.nan))
         counts.append(member.sum())
         correct.append((hits & member).sum())
     stacked = torch.stack(means)

@@ -39,9 +39,13 @@ def plan_rows(
     denominators: Tensor | None,
     ignore_index: int,
 ) -> RowPlan:
-    """Gather the valid rows' targets and factors; O(N), no synchronisation when indices are given."""
+    """Gather the valid rows' targets and factors; O(N), no synchronisation when indices are given.
+
+    A segment whose divisor is 0 has factors of 0; one whose divisor is negative or not finite, of NaN.
+    """
     if valid_indices is None:
         valid_indices = (targets != ignore_index).nonzero().squeeze(1)
+    valid_indices = valid_indices.long().contiguous()  # kernels read it as such
     n_segments = lambdas.shape[0]
     dtype = lambdas.dtype
     kept = targets.index_select(0, valid_indices).long()
@@ -58,7 +62,8 @@ def plan_rows(
     counts = member.sum(dim=1)
     sums = torch.where(member, weights.unsqueeze(0), weights.new_zeros(())).sum(dim=1)
     divisor = sums if denominators is None else denominators.to(device=kept.device, dtype=dtype)
-    share = torch.where(divisor > 0, 1.0 / divisor, torch.zeros_like(divisor))
+    share = torch.where((divisor > 0) & torch.isfinite(divisor), 1.0 / divisor, torch.nan)
+    share = share.masked_fill(divisor == 0, 0.0)
     mean_factor = weights * share.index_select(0, segments)
     grad_factor = mean_factor * lambdas.index_select(0, segments)
     return RowPlan(valid_indices, kept, segments, mean_factor, grad_factor, counts)
@@ -68,6 +73,6 @@ def segment_means(plan: RowPlan, losses: Tensor, correct: Tensor, n_segments: in
     """Reduce (M,) losses and hits to ((K,) means, (K,) int64 counts of hits), in a fixed order."""
     member = plan.segments.unsqueeze(0) == torch.arange(n_segments, device=losses.device).unsqueeze(1)
     # A row with factor 0 must not spread a NaN of its own; a bad target of a counted row must.
-    share = torch.where(plan.mean_factor > 0, losses * plan.mean_factor, torch.zeros_like(losses))
+    share = (losses * plan.mean_factor).masked_fill(plan.mean_factor == 0, 0.0)
     means = torch.where(member, share.unsqueeze(0), share.new_zeros(())).sum(dim=1)
     return means, (member & correct.unsqueeze(0)).sum(dim=1)
