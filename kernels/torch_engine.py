@@ -121,13 +121,71 @@ def run(
 
 
 class _RowSums(NamedTuple):
-    """Of every row of a slice, each (R,): what the loss and the factor of its gradient are made of."""
+    """Of every row of a slice, each (R,): what the loss and the factor of its gradient are made of.
+
+    Attributes:
+        largest: the largest logit z.
+        gap: ``largest - z[target]``.
+        rest: the sum of ``exp(z - largest)`` over all classes but the target.
+        depth: ``mean(largest - z)``; filled only where labels are smoothed.
+        hit: whether the target is the largest, the first of equal ones.
+    """
 
     largest: Tensor
-    at_target: Tensor
-    total: Tensor
-    mean: Tensor
+    gap: Tensor
+    rest: Tensor
+    depth: Tensor
     hit: Tensor
+
+
+class _RowFactors(NamedTuple):
+    """What follows from a row's sums, each (R,); its gradient is ``spread / total`` times :func:`_to_gradient`'s.
+
+    Attributes:
+        total: the sum of ``exp(z - largest)``.
+        log_total: its logarithm.
+        lse: ``largest + log_total``.
+        spread: ``dlse'/dlse``, where ``lse' = lse + z_loss * lse^2``.
+        at_target: the target's own entry, before what smoothing takes from every class.
+    """
+
+    total: Tensor
+    log_total: Tensor
+    lse: Tensor
+    spread: Tensor
+    at_target: Tensor
+
+
+def _row_factors(sums: _RowSums, label_smoothing: float, z_loss: float) -> _RowFactors:
+    """Return what follows from ``sums``, without a difference of nearly equal numbers.
+
+    A confident row's sum is its target's nearly alone; its loss and its gradient are what the others add,
+    which a sum of both would round away.
+    """
+    own = torch.exp(-sums.gap)
+    total = own + sums.rest
+    log_total = torch.log1p(sums.rest + (own - 1.0))
+    lse = sums.largest + log_total
+    # dloss/dz = p spread - (1 - eps) onehot - eps / V, and p = exp(z - largest) / total
+    excess = 2.0 * z_loss * lse
+    spread = 1.0 + excess
+    # It divides here what the row's factor multiplies: kept as far from 0 as its rounding may be off.
+    least = torch.finfo(spread.dtype).eps
+    spread = spread.masked_fill(spread.abs() < least, least)
+    at_target = (own * excess - sums.rest + label_smoothing * total) / spread
+    return _RowFactors(total, log_total, lse, spread, at_target)
+
+
+def _to_gradient(
+    powers: Tensor, column: Tensor, slope: Tensor | None, factors: _RowFactors, label_smoothing: float
+) -> None:
+    """Turn ``exp(z - largest)`` of all but the target in place into the gradient up to a factor a row."""
+    powers.scatter_(1, column, factors.at_target.unsqueeze(1))
+    if label_smoothing:
+        share = factors.total / factors.spread * (label_smoothing / powers.shape[1])
+        powers.sub_(share.unsqueeze(1))
+    if slope is not None:
+        powers.mul_(slope)
 
 
 def _pointwise(
@@ -150,38 +208,26 @@ def _pointwise(
     n_rows, n_classes = logits.shape
     bad = (targets < 0) | (targets >= n_classes)
     column = targets.clamp(0, n_classes - 1).unsqueeze(1)
-    largest, at_target, total, mean = (logits.new_empty(n_rows) for _ in range(4))
-    sums = _RowSums(largest, at_target, total, mean, torch.empty_like(bad))
-    units = logits.new_empty((n_rows, 1)) if any_grad else None
+    largest, gap, rest, depth = (logits.new_empty(n_rows) for _ in range(4))
+    sums = _RowSums(largest, gap, rest, depth, torch.empty_like(bad))
     # With smoothing or a cap the gradient takes further passes, made while the piece is in cache.
     at_once = label_smoothing == 0.0 and slope is None
     for low in range(0, n_rows, inner):
         here = slice(low, low + inner)
         piece, place = logits[here], column[here]
         steep = None if slope is None else slope[here]
-        _exponentials(
-            piece, offset, place, steep, softcap, label_smoothing > 0, _RowSums(*(x[here] for x in sums))
-        )
-        if units is not None and not at_once:
-            lse = sums.largest[here] + sums.total[here].log()
-            unit = torch.div(
-                sums.total[here], 1.0 + 2.0 * z_loss * lse, out=units[here].squeeze(1)
-            ).unsqueeze(1)
-            piece.scatter_add_(1, place, (label_smoothing - 1.0) * unit)
-            if label_smoothing:
-                piece.sub_(unit * (label_smoothing / n_classes))
-            if steep is not None:
-                piece.mul_(steep)
-    lse = sums.largest + sums.total.log()
-    at_target = sums.at_target.masked_fill(bad, torch.nan)
-    loss = lse - (1.0 - label_smoothing) * at_target + z_loss * lse.square()
+        known = _RowSums(*(x[here] for x in sums))
+        _exponentials(piece, offset, place, steep, softcap, label_smoothing > 0, known)
+        if any_grad and not at_once:
+            _to_gradient(piece, place, steep, _row_factors(known, label_smoothing, z_loss), label_smoothing)
+    factors = _row_factors(sums, label_smoothing, z_loss)
+    loss = factors.log_total + (1.0 - label_smoothing) * sums.gap.masked_fill(bad, torch.nan)
+    loss = loss + z_loss * factors.lse.square()
     if label_smoothing:
-        loss = loss - label_smoothing * sums.mean
-    # dloss/dz = p (1 + 2 z_loss lse) - (1 - eps) onehot - eps / V, and p = logits / total
-    spread = 1.0 + 2.0 * z_loss * lse
+        loss = loss + label_smoothing * sums.depth
     if any_grad and at_once:
-        logits.scatter_add_(1, column, (sums.total / spread).neg_().unsqueeze(1))
-    coefficient = (factor * spread / sums.total).masked_fill(bad & (factor != 0), torch.nan)
+        _to_gradient(logits, column, None, factors, label_smoothing)
+    coefficient = (factor * factors.spread / factors.total).masked_fill(bad & (factor != 0), torch.nan)
     return loss, sums.hit & ~bad, coefficient
 
 
@@ -194,12 +240,12 @@ def _exponentials(
     mean: bool,
     sums: _RowSums,
 ) -> None:
-    """Turn a few rows of ``logits`` in place into ``exp(z - max)`` and fill their ``sums``.
+    """Turn a few rows of ``logits`` in place into ``exp(z - max)``, 0 at the target, and fill their ``sums``.
 
     Five passes: the maximum, the difference, its factor, the power of two, the sum. Powers of two take half
-    the time of powers of e and the factor's pass. The target's own logit is set
-    aside while the maximum of the others is looked for, which says whether it is the largest: torch's
-    maximum with its position takes many times as long on a CPU as the maximum alone.
+    the time of powers of e and the factor's pass. The target's own logit is set aside throughout: the
+    maximum of the others says whether it is the largest (torch's maximum with its position takes many times
+    as long on a CPU as the maximum alone), their sum says what a confident row's loss is.
     """
     if offset is not None:
         logits.add_(offset)
@@ -209,17 +255,22 @@ def _exponentials(
             torch.square(logits, out=slope).neg_().add_(1.0)  # d softcap(u) / d u = 1 - tanh(u / c)^2
         logits.mul_(softcap)
     own = logits.gather(1, column)
-    if mean:
-        torch.mean(logits, dim=1, out=sums.mean)
     logits.scatter_(1, column, -torch.inf)
     others = logits.amax(dim=1, keepdim=True)
-    logits.scatter_(1, column, own)
     largest = torch.maximum(own, others)
     sums.largest.copy_(largest.squeeze(1))
-    sums.at_target.copy_(own.squeeze(1))
+    torch.sub(largest, own, out=sums.gap.unsqueeze(1))
     torch.gt(own, others, out=sums.hit.unsqueeze(1))
-    # The first of several largest is the winner, which only a search tells; equal logits are rare.
+    # The first of several largest is the winner, which only a search tells; equal logits are rare, but
+    # to ask a device whether there are any is to wait for it.
     tied = own == others
-    if tied.any():
-        sums.hit.logical_or_((tied & (logits.argmax(dim=1, keepdim=True) == column)).squeeze(1))
-    torch.sum(logits.sub_(largest).mul_(LOG2E).exp2_(), dim=1, out=sums.total)
+    if logits.device.type != "cpu" or tied.any():
+        first = logits.scatter_(1, column, own).argmax(dim=1, keepdim=True)
+        sums.hit.logical_or_((tied & (first == column)).squeeze(1))
+        logits.scatter_(1, column, -torch.inf)
+    logits.sub_(largest)
+    if mean:
+        torch.sum(logits.scatter_(1, column, 0.0), dim=1, out=sums.depth)
+        sums.depth.sub_(sums.gap).div_(-logits.shape[1])
+        logits.scatter_(1, column, -torch.inf)
+    torch.sum(logits.mul_(LOG2E).exp2_(), dim=1, out=sums.rest)
