@@ -8,7 +8,8 @@ Where the library multiplies 16-bit operands into float32 (sm_80), logits are fl
 float16 logits come from the tensor cores rounded to float16, which is what plain torch has; bfloat16 has
 no tensor cores there and is multiplied in float32, a slice of the weight at a time. The gradient of the
 logits, which lies in about [-1, 1], is kept in the inputs' 16-bit type and the row factors stay out of
-it, so that no loss scale can underflow it.
+it, so that no loss scale can underflow it. In float16 it is kept times a power of two, for a flat softmax
+over 250112 classes is 4e-6 and the smallest normal number 6e-5.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from sbs_edge.kernels.products import add_product, mixed_products, product, whole_sums
 from sbs_edge.kernels.rows import RowPlan
+from sbs_edge.kernels.tiles import log_one_more, tanh
 from sbs_edge.kernels.torch_engine import SliceResult, plan_slice_rows
+from sbs_edge.kernels.triton_engine import FLOAT16_GAIN
 
 __all__ = ["run_cublas"]
 
@@ -34,16 +37,20 @@ CAST_BYTES = 16 << 20  # of a slice of the weight in another type, or of dW in f
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def softmax_rows(  # type: ignore[no-untyped-def]
-    logits, bias, targets, losses, hits, slopes,  # noqa: ANN001
+    logits, bias, targets, losses, hits, slopes, gains,  # noqa: ANN001
     n_classes, scale, smoothing, z_loss, softcap,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WRITE: tl.constexpr, BLOCK_V: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Losses and hits of (R, V) logits; with WRITE, dloss/dlogits into ``slopes`` (R, V)."""
+    """Losses and hits of (R, V) logits; with WRITE, ``gains[0] * dloss/dlogits`` into ``slopes`` (R, V).
+
+    The target's exponential is kept out of the others' sum: nearly all of a confident row's sum is its
+    target's, and its loss and gradient are what the others add.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     lane = tl.arange(0, BLOCK_V)
     largest = -float("inf")
-    total = 0.0
+    rest = 0.0
     summed = 0.0
     at_target = 0.0
     winner = n_classes + 0
@@ -54,7 +61,7 @@ def softmax_rows(  # type: ignore[no-untyped-def]
         if HAS_BIAS:
             z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_CAP:
-            z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))
+            z = softcap * tanh(z / softcap)
         summed += tl.sum(tl.where(inside, z, 0.0), axis=0)
         at_target += tl.sum(tl.where(column == target, z, 0.0), axis=0)
         z = tl.where(inside, z, -float("inf"))
@@ -62,17 +69,27 @@ def softmax_rows(  # type: ignore[no-untyped-def]
         place = tl.min(tl.where(z == here, column, n_classes), axis=0)
         winner = tl.where(here > largest, place, winner)
         higher = tl.maximum(largest, here)
-        total = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher), axis=0)
+        # -inf only while every logit so far is -inf (a bias may ban classes): no -inf - -inf.
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        powers = tl.where(column == target, 0.0, tl.exp(z - shift))
+        rest = rest * tl.exp(largest - shift) + tl.sum(powers, axis=0)
         largest = higher
-    lse = largest + tl.log(total)
-    loss = lse - (1.0 - smoothing) * at_target + z_loss * lse * lse
+    own = tl.exp(at_target - largest)
+    total = own + rest
+    natural = log_one_more(rest + (own - 1.0))
+    lse = largest + natural
+    loss = natural + (1.0 - smoothing) * (largest - at_target) + z_loss * lse * lse
     if smoothing > 0.0:  # apart: a class banned by a bias of -inf must not make 0 * -inf
-        loss -= smoothing * summed / n_classes
+        loss += smoothing * (largest - summed / n_classes)
     bad = (target < 0) | (target >= n_classes)
     tl.store(losses + row, tl.where(bad, float("nan"), loss))
     tl.store(hits + row, (winner == target).to(tl.int8))
     if WRITE:
-        spread = 1.0 + 2.0 * z_loss * lse
+        excess = 2.0 * z_loss * lse
+        share = (1.0 + excess) / total
+        # (1 + excess) own / total - (1 - smoothing), without the difference
+        goal = (own * excess - rest + smoothing * total) / total
+        gain = tl.load(gains)
         for start in range(0, n_classes, BLOCK_V):
             column = start + lane
             inside = column < n_classes
@@ -81,13 +98,12 @@ def softmax_rows(  # type: ignore[no-untyped-def]
                 z += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
             t = z
             if HAS_CAP:
-                t = 1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0)
+                t = tanh(z / softcap)
                 z = softcap * t
-            slope = spread * tl.exp(z - lse) - smoothing / n_classes
-            slope -= tl.where(column == target, 1.0 - smoothing, 0.0)
+            slope = tl.where(column == target, goal, share * tl.exp(z - largest)) - smoothing / n_classes
             if HAS_CAP:
                 slope *= 1.0 - t * t
-            slope = tl.where(bad, float("nan"), slope)
+            slope = tl.where(bad, float("nan"), slope * gain)
             place = slopes + row * n_classes + column
             tl.store(place, slope.to(slopes.dtype.element_ty), mask=inside)
 
@@ -128,6 +144,8 @@ def run_cublas(
     early = 1.0
     if low == torch.float16 and not mixed_products(device):
         early = 2.0 ** min(0, round(math.log2(abs(logit_scale))))
+    bias = bias if bias is None else bias.contiguous()
+    gain = torch.full((1,), FLOAT16_GAIN if low == torch.float16 else 1.0, device=device)
     kernel: Any = softmax_rows
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
@@ -136,14 +154,17 @@ def run_cublas(
         logits, slope = buffer[: stop - start], slopes[: stop - start]
         for columns, part in _parts(weight, low):
             _score(logits[:, columns], rows * early if early != 1.0 else rows, part)
+        if any(need) and low == torch.float16 and hidden.is_cuda and not mixed_products(device):
+            gain = _bounded_gain(rows, weight)
         kernel[(stop - start,)](
             logits, logits if bias is None else bias, plan.targets[start:stop], losses[start:stop],
-            hits[start:stop], slope, n_classes, logit_scale / early, label_smoothing, z_loss, softcap,
+            hits[start:stop], slope, gain, n_classes, logit_scale / early, label_smoothing, z_loss, softcap,
             HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WRITE=any(need),
             BLOCK_V=min(BLOCK, triton.next_power_of_2(n_classes)),
         )  # fmt: skip
         if any(need):
-            _accumulate(rows, slope, weight, index, plan.grad_factor[start:stop], logit_scale, grads)
+            factor = plan.grad_factor[start:stop]
+            _accumulate(rows, slope, weight, index, factor, logit_scale, gain, grads)
     return SliceResult(losses, hits.bool(), grad_hidden, grad_weight, grad_bias)
 
 
@@ -166,6 +187,16 @@ def _score(out: Tensor, rows: Tensor, part: Tensor) -> None:
         product(out, rows, part.t())
 
 
+def _bounded_gain(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return the gain, (1,) float32, with which no product that is rounded to float16 overflows.
+
+    A row's slopes add up to less than 4 in size, and so do a class's times the rows' factors, which add up to 1.
+    """
+    sizes = torch.stack([side.abs().float() for x in (rows, weight) for side in torch.aminmax(x)])
+    room = torch.finfo(torch.float16).max / (4.0 * sizes.amax())
+    return torch.exp2(torch.log2(room).floor()).clamp(1.0, FLOAT16_GAIN).reshape(1)
+
+
 def _accumulate(
     rows: Tensor,
     slope: Tensor,
@@ -173,9 +204,13 @@ def _accumulate(
     index: Tensor,
     factor: Tensor,
     logit_scale: float,
+    gain: Tensor,
     grads: list[Tensor | None],
 ) -> None:
-    """Add one slice of rows to the gradients (hidden, weight, bias), each float32 or None."""
+    """Add one slice of rows to the gradients (hidden, weight, bias), each float32 or None.
+
+    ``slope`` is (R, V), ``gain`` (1,) times the gradient of the rows' losses by their logits.
+    """
     grad_hidden, grad_weight, grad_bias = grads
     # Factors that add up to one bound the product by the largest state: no float16 overflow.
     size = factor.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
@@ -187,10 +222,10 @@ def _accumulate(
             if grad_weight is not None:
                 piece = torch.empty(part.shape, device=rows.device)
                 product(piece, here.t(), scaled)
-                grad_weight[columns].add_(piece.mul_(size * logit_scale))
+                grad_weight[columns].add_(piece.mul_(size * logit_scale / gain))
             if grad_bias is not None:
-                grad_bias[columns].addmv_(here.t().float(), factor)
+                grad_bias[columns].addmv_(here.t().float(), factor / gain)
             if wide is not None:
                 add_product(wide, here, part)
     if grad_hidden is not None and wide is not None:
-        grad_hidden.index_copy_(0, index, wide.mul_((factor * logit_scale).unsqueeze(1)))
+        grad_hidden.index_copy_(0, index, wide.mul_((factor * logit_scale / gain).unsqueeze(1)))

@@ -14,12 +14,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["KEPT_GAIN", "settle_kernel", "slope_kernel", "spread_kernel", "strip_kernel"]
+__all__ = [
+    "KEPT_GAIN", "log_one_more", "settle_kernel", "slope_kernel", "spread_kernel", "strip_kernel", "tanh"
+]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Exponentials are kept times 2^8: float16's smallest normal number is 6e-5, its largest 65504.
 KEPT_GAIN = tl.constexpr(8.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def tanh(u) -> tl.tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """The hyperbolic tangent of float32 ``u``, as exact near 0 as anywhere."""
+    # Near 0 the exponential form cancels; a Pade approximant is exact to 1e-9 there.
+    q = u * u
+    small = u * (945.0 + q * (105.0 + q)) / (945.0 + q * (420.0 + 15.0 * q))
+    large = 1.0 - 2.0 / (tl.exp2(u * (2.0 * LOG2E)) + 1.0)
+    return tl.where(q < 0.36, small, large)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def log_one_more(x) -> tl.tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """``log(1 + x)`` of float32 ``x >= 0``, as exact near 0 as anywhere: a GPU's logarithm is not near 1."""
+    s = x / (2.0 + x)
+    q = s * s
+    small = 2.0 * s * (1.0 + q * (1.0 / 3.0 + q * (0.2 + q * (1.0 / 7.0 + q * (1.0 / 9.0)))))
+    return tl.where(x < 0.5, small, tl.log(1.0 + x))
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -33,12 +54,7 @@ def _base_two(  # type: ignore[no-untyped-def]
         if HAS_BIAS:
             z += offset
         if HAS_CAP:
-            u = z / softcap
-            # Near 0 the exponential form cancels; a Pade approximant is exact to 1e-9 there.
-            q = u * u
-            small = u * (945.0 + q * (105.0 + q)) / (945.0 + q * (420.0 + 15.0 * q))
-            large = 1.0 - 2.0 / (tl.exp2(u * (2.0 * LOG2E)) + 1.0)
-            t = tl.where(q < 0.36, small, large)
+            t = tanh(z / softcap)
             z = softcap * t
         z = z * LOG2E
     else:
@@ -89,10 +105,10 @@ def strip_kernel(  # type: ignore[no-untyped-def]
 ) -> None:  # fmt: skip
     """Partial statistics (4, n_rows, n_strips) of vocabulary ``[base, base + n_columns)``.
 
-    The four are: maximum, sum of exponentials, sum of scores, and the first column of the tile where the
-    maximum was met first. With CARRY the strip goes on from what it left. The target's score is left to
-    :func:`settle_kernel`: looking for it here costs 58 registers a thread, and with them the second block
-    a multiprocessor.
+    The four are: maximum, sum of exponentials less the maximum's own 1 (in which small ones would drown),
+    sum of scores, and the first column of the tile where the maximum was met first. With CARRY the strip
+    goes on from what it left. The target's score is left to :func:`settle_kernel`: looking for it here
+    costs 58 registers a thread, and with them the second block a multiprocessor.
     """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_rows = row < n_rows
@@ -102,12 +118,12 @@ def strip_kernel(  # type: ignore[no-untyped-def]
     plane = tl.full((), n_strips, tl.int64) * n_rows
     place = partials + row.to(tl.int64) * n_strips + tl.program_id(1)
     largest = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    rest = tl.zeros((BLOCK_N,), dtype=tl.float32)
     summed = tl.zeros((BLOCK_N,), dtype=tl.float32)
     winner = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if CARRY:
         largest = tl.load(place, mask=inside_rows, other=0.0)
-        total = tl.load(place + plane, mask=inside_rows, other=0.0)
+        rest = tl.load(place + plane, mask=inside_rows, other=0.0)
         summed = tl.load(place + 2 * plane, mask=inside_rows, other=0.0)
         winner = tl.load(place + 3 * plane, mask=inside_rows, other=0.0)
     first = tl.program_id(1) * tiles_a_strip * BLOCK_V
@@ -130,7 +146,9 @@ def strip_kernel(  # type: ignore[no-untyped-def]
         # -inf only while every logit so far is -inf (a bias may ban classes): no -inf - -inf.
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         powers = tl.exp2(z - shift[:, None])
-        total = total * tl.exp2(largest - shift) + tl.sum(powers, axis=1)
+        added = tl.sum(powers, axis=1)
+        under = (rest + 1.0) * tl.exp2(largest - shift) + (added - 1.0)  # with the maximum in this tile
+        rest = tl.where(top > largest, under, rest + added)
         if KEEP:
             kept_at = kept + row.to(tl.int64)[:, None] * kept_stride + columns[None, :]
             inside = inside_rows[:, None] & (columns < n_columns)[None, :]
@@ -140,7 +158,7 @@ def strip_kernel(  # type: ignore[no-untyped-def]
         winner = tl.where(top > largest, (base + start).to(tl.float32), winner)
         largest = higher
     tl.store(place, largest, mask=inside_rows)
-    tl.store(place + plane, total, mask=inside_rows)
+    tl.store(place + plane, rest, mask=inside_rows)
     tl.store(place + 2 * plane, summed, mask=inside_rows)
     tl.store(place + 3 * plane, winner, mask=inside_rows)
 
@@ -169,7 +187,12 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     tops = tl.load(place, mask=known, other=-float("inf"))
     largest = tl.max(tops, axis=0)
     shift = tl.where(largest == -float("inf"), 0.0, largest)
-    total = tl.sum(tl.load(place + plane, mask=known, other=0.0) * tl.exp2(tops - shift), axis=0)
+    share = tl.exp2(tops - shift)
+    # Every strip's sum lacks the 1 of its own maximum; what is joined lacks that of the first largest alone.
+    leader = tl.min(tl.where(tops == largest, strip, BLOCK_S), axis=0)
+    rest = tl.sum(tl.load(place + plane, mask=known, other=0.0) * share, axis=0)
+    rest += tl.sum(tl.where(strip == leader, 0.0, share), axis=0)
+    total = 1.0 + rest
     summed = tl.sum(tl.load(place + 2 * plane, mask=known, other=0.0), axis=0)
     winners = tl.load(place + 3 * plane, mask=known, other=0.0)
     winner = tl.min(tl.where(known & (tops == largest), winners, float("inf")), axis=0)
@@ -217,10 +240,10 @@ def settle_kernel(  # type: ignore[no-untyped-def]
             best = tl.maximum(top, best)
         hit = place_of_best == target
     at_target = tl.where(hit, largest, at_target)
-    natural = tl.log(total)
-    loss = natural + LN2 * (largest - (1.0 - smoothing) * at_target)
+    natural = log_one_more(rest)
+    loss = natural + LN2 * ((1.0 - smoothing) * (largest - at_target))
     if smoothing > 0.0:  # apart: 0 * -inf is no loss
-        loss -= LN2 * (smoothing * summed / n_classes)
+        loss += LN2 * (smoothing * (largest - summed / n_classes))
     lse = natural + LN2 * largest
     loss += z_loss * lse * lse
     tl.store(losses + row, tl.where(bad, float("nan"), loss))

@@ -64,7 +64,8 @@ def test_builds_ahead_of_time(capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     signature = {
         "logits": "*fp32", "bias": "*fp16", "targets": "*i64", "losses": "*fp32", "hits": "*i8",
-        "slopes": "*fp16", "n_classes": "i32", "scale": "fp32", "smoothing": "fp32", "z_loss": "fp32", "softcap": "fp32",
+        "slopes": "*fp16", "gains": "*fp32",
+        "n_classes": "i32", "scale": "fp32", "smoothing": "fp32", "z_loss": "fp32", "softcap": "fp32",
         "HAS_BIAS": "constexpr", "HAS_CAP": "constexpr", "WRITE": "constexpr", "BLOCK_V": "constexpr",
     }  # fmt: skip
     constants = {"HAS_BIAS": True, "HAS_CAP": True, "WRITE": True, "BLOCK_V": BLOCK}
