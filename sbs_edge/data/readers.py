@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.data.example import Example
-from sbs_edge.data.rows import RawRow, iterate_rows
+from sbs_edge.data.rows import RawRow, is_text, iterate_rows, printable
 from sbs_edge.errors import DataError, UsageError
 
 __all__ = ["ColumnMap", "ReadResult", "RejectedRow", "choices_cell", "read_examples", "stream_examples"]
@@ -88,7 +88,7 @@ class ReadResult:
 class _Unusable(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = printable(reason), printable(detail)  # names of columns may be no text
 
 
 def _fetch(values: dict[str, Any], columns: ColumnMap, name: str) -> Any:
@@ -106,16 +106,14 @@ def _text(value: Any, name: str, *, numbers: bool = False) -> str | None:
     """Return ``value`` as text; labels and ids may be numbers, nothing else may."""
     if value is None:
         return None
-    if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
+    if numbers and (type(value) is int or (isinstance(value, float) and math.isfinite(value))):
+        return str(value)  # an int of 400 digits is finite too, and math.isfinite cannot take it
     if not isinstance(value, str):
         raise _Unusable(f"wrong type of {name!r}", f"{type(value).__name__} instead of text")
     if not value.strip():
         raise _Unusable(f"empty {name!r}", "" if name == "input" else "leave out what is unknown")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a character: "\ud800"
-        raise _Unusable("not UTF-8", f"a lone surrogate in {name!r}") from None
+    if not is_text(value):
+        raise _Unusable("not UTF-8", f"a lone surrogate in {name!r}")
     return value
 
 

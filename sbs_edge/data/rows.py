@@ -15,7 +15,16 @@ from typing import Any
 
 from sbs_edge.errors import DataError, MissingExtra
 
-__all__ = ["FORMATS", "RawRow", "iterate_rows", "json_line_rows"]
+__all__ = [
+    "FORMATS",
+    "RawRow",
+    "is_text",
+    "iterate_rows",
+    "json_line_rows",
+    "json_row",
+    "parquet_rows",
+    "printable",
+]
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -67,8 +76,25 @@ def iterate_rows(path: Path) -> Iterator[RawRow]:
     )
 
 
+def is_text(value: str) -> bool:
+    r"""Tell whether ``value`` is valid Unicode: JSON can spell half a character, ``"\ud800"``, a lone surrogate."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(value: str) -> str:
+    r"""Return ``value`` with lone surrogates spelt out (``\ud800``), as no file in UTF-8 can hold them."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would make one a line
 
 
 def _json_lines(path: Path) -> Iterator[RawRow]:
@@ -82,21 +108,24 @@ def json_line_rows(lines: Iterable[bytes]) -> Iterator[RawRow]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark says nothing in UTF-8
         if line.strip():
-            yield _json_row(number, line)
+            yield json_row(number, line)
 
 
-def _json_row(number: int, line: bytes) -> RawRow:
+def json_row(number: int, line: bytes) -> RawRow:
+    """Return the row that one line of JSON Lines holds, or why it holds none."""
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         shown = line.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
         return RawRow(number, None, shown, "not UTF-8", f"byte {error.start + 1} of the line")
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         return RawRow(number, None, text, "broken JSON", f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, NaN, 100,000 brackets
+    except ValueError as error:  # a number of 5000 digits, NaN
         return RawRow(number, None, text, "broken JSON", str(error)[:200])
+    except RecursionError:
+        return RawRow(number, None, text, "broken JSON", "nested too deeply")
     if not isinstance(values, dict):
         return RawRow(number, None, text, "not a JSON object", f"it is {type(values).__name__}")
     return RawRow(number, values, text)
@@ -115,14 +144,18 @@ def read_json(path: Path) -> Any:
         raise DataError(
             f"{path} is not UTF-8 at byte {error.start + 1}. Convert the file to UTF-8 and try again."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise DataError(
+            f"{path} is broken JSON: nested too deeply. Write the file again; in JSON Lines one such row costs one line."
+        ) from error
+    except ValueError as error:
         raise DataError(f"{path} is broken JSON: {error}. Write the file again.") from error
 
 
 def _json_array(path: Path) -> Iterator[RawRow]:
     content = read_json(path)
     for number, item in enumerate(content, start=1):
-        raw = json.dumps(item, ensure_ascii=False)
+        raw = _shown(item)
         if isinstance(item, dict):
             yield RawRow(number, item, raw)
         else:
@@ -159,19 +192,14 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path}:1: the header names the column {twice[0]!r} twice. Rename one of them.")
-    if not _is_text(names):
+    if not all(map(is_text, names)):
         raise DataError(f"{path}:1: the header is not UTF-8. Convert the file to UTF-8 and try again.")
     return names
 
 
-def _is_text(cells: Iterable[str]) -> bool:
-    """Tell whether no cell holds a byte that did not decode (kept as a lone surrogate)."""
-    return not any("\ud800" <= character <= "\udfff" for cell in cells for character in cell)
-
-
 def _csv_row(line: int, header: list[str], cells: list[str], delimiter: str) -> RawRow:
     raw = delimiter.join(cells)
-    if not _is_text(cells):
+    if not all(map(is_text, cells)):  # a byte that did not decode is kept as a lone surrogate
         shown = raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return RawRow(line, None, shown, "not UTF-8")
     if len(cells) != len(header):
@@ -193,12 +221,42 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+                for values in parquet_rows(batch):
                     number += 1
-                    yield RawRow(number, values, _shown(values))
+                    if isinstance(values, str):
+                        yield RawRow(number, None, "", "cannot be read", values)
+                    else:
+                        yield RawRow(number, values, _shown(values))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}. Write the file again.") from error
 
 
-def _shown(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, default=str)
+def parquet_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Yield the rows of a batch of pyarrow's; one that Python cannot hold is yielded as a message.
+
+    Parquet does not check that text is UTF-8, and its times reach further and finer than Python's.
+    """
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # of pyarrow's errors it is ArrowInvalid that is a ValueError
+        rows = [_parquet_row(batch, number) for number in range(batch.num_rows)]
+    yield from rows
+
+
+def _parquet_row(batch: Any, number: int) -> dict[str, Any] | str:
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[number].as_py()
+        except UnicodeDecodeError:
+            return f"{name!r} is not UTF-8"
+        except (ValueError, OverflowError) as error:
+            return f"{name!r}: {error}"
+    return values
+
+
+def _shown(values: Any) -> str:
+    try:
+        return printable(json.dumps(values, ensure_ascii=False, default=str))
+    except RecursionError:
+        return ""  # read near the limit; nothing that was asked for lies so deep

@@ -162,6 +162,32 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, line, reason):
             list(stream_examples(path))
 
 
+def test_a_number_of_any_length_is_an_id(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": ' + "1" * 400 + ', "input": "x"}\n')
+    assert [row.id for row in read_examples(path).examples] == ["1" * 400]
+
+
+def test_what_is_said_of_a_row_can_be_written(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"\\ud800": "x"}, ' + '{"input": ' + "[" * 900 + "]" * 900 + "}]")
+    first, second = read_examples(path).rejected
+    assert (first.detail, first.raw) == ("columns are \\ud800", '{"\\ud800": "x"}')
+    assert second.reason == "wrong type of 'input'"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        read_examples(path)
+
+
+def test_a_parquet_row_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    text = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"input": text}), path)
+    result = read_examples(path)
+    assert [row.input for row in result.examples] == ["a", "c"]
+    assert [str(row) for row in result.rejected] == [f"{path}:2: cannot be read ('input' is not UTF-8)"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason", "line"),
     [
