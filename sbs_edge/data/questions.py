@@ -1,0 +1,144 @@
+"""What a row to answer holds (its id, its text, its choices) and how rows are asked: alike in every engine of ``predict``.
+
+Knows nothing of files or workers; a student is whatever has :meth:`sbs_edge.runtime.student.Student.predict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sbs_edge.data.readers import choices_cell
+from sbs_edge.data.rows import is_text, printable
+from sbs_edge.errors import DataError, UsageError
+
+__all__ = ["Unanswerable", "answers_of", "choices_of", "id_of", "text_of"]
+
+_MEND = "Every row gets an answer: mend it or take it out."
+
+
+class Unanswerable(DataError):
+    """A row that no student can be asked; whoever catches it knows the file and the line.
+
+    Attributes:
+        remedy: what to do about it, for whoever stops here.
+
+    """
+
+    def __init__(self, reason: str, remedy: str = _MEND) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+def id_of(value: Any) -> str | int | float | None:
+    """Return what an answer repeats of a row's id: it must fit JSON and UTF-8.
+
+    Raises:
+        Unanswerable: it is nested too deeply to be written.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, int | float):
+        return value
+    try:
+        return printable(str(value))  # Parquet knows dates and decimals, JSON does not
+    except RecursionError:
+        raise Unanswerable("the id is nested too deeply") from None
+
+
+def text_of(values: dict[str, Any], column: str) -> str:
+    """Return a row's text.
+
+    Raises:
+        Unanswerable: there is none, or half a character in it, which no tokenizer takes.
+    """
+    value = values.get(column)
+    if not isinstance(value, str):
+        found = "not text" if column in values else f"it has {', '.join(map(str, values)) or 'none'}"
+        raise Unanswerable(
+            printable(f"no text in the column {column!r} ({found})"),
+            "Name the column with --column input=NAME, or mend the row.",
+        )
+    if not value.strip():
+        raise Unanswerable(f"the text in the column {column!r} is empty")
+    return _unicode(value, f"the text in the column {column!r}")
+
+
+def choices_of(value: Any) -> list[str] | None:
+    """Return a row's own choices, each once, from a list or a CSV cell; None where it has none.
+
+    Raises:
+        Unanswerable: they are no list of strings.
+    """
+    choices = choices_cell(value)
+    if choices is None:
+        return None
+    if not (isinstance(choices, list | tuple) and choices and all(isinstance(c, str) for c in choices)):
+        raise Unanswerable("'choices' must be a list of strings, or 'a|b|c'")
+    for choice in choices:
+        _unicode(choice, "one of 'choices'")
+    return list(dict.fromkeys(choices))  # real rows name a choice twice
+
+
+def _unicode(text: str, what: str) -> str:
+    if is_text(text):
+        return text
+    place = next(place for place, character in enumerate(text, 1) if not is_text(character))
+    raise Unanswerable(
+        f"{what} is not valid Unicode: character {place} is {printable(text[place - 1])}, half of a pair"
+    )
+
+
+def answers_of(
+    student: Any,
+    texts: Sequence[str],
+    choices: Sequence[Sequence[str] | None],
+    labels: Sequence[str] | None = None,
+    *,
+    tokens: Sequence[Sequence[int]] | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Return a prediction a text, or in its place the :class:`UsageError` of choices that cannot be used.
+
+    Rows with choices of their own are asked apart from the others, so that no answer depends on what else is asked.
+
+    Args:
+        student: who is asked.
+        texts: inputs, none over the limit.
+        choices: each row's own labels, or None; of no account with ``labels``.
+        labels: what all rows choose among, or None.
+        tokens: what the student's ``tokenize`` gave for these texts.
+        options: further keyword arguments of the student's ``predict``.
+
+    Raises:
+        UsageError: the request itself is wrong, whatever the rows hold.
+    """
+    answers: list[Any] = [None] * len(texts)
+
+    def ask(part: list[int], given: Any) -> None:
+        known = {} if tokens is None else {"tokens": [tokens[i] for i in part]}
+        found = student.predict([texts[i] for i in part], labels=given, **known, **options)
+        for i, answer in zip(part, found, strict=True):
+            answers[i] = answer
+
+    def ask_own(part: list[int]) -> None:
+        try:
+            ask(part, [choices[i] for i in part])
+        except UsageError as error:
+            if len(part) == 1:
+                answers[part[0]] = error
+                return
+            ask_own(part[: len(part) // 2])  # some row's choices: find out whose
+            ask_own(part[len(part) // 2 :])
+
+    own = [i for i, names in enumerate(choices) if names is not None and labels is None]
+    others = sorted({*range(len(texts))} - {*own})
+    if own:
+        ask_own(own)
+    if others and labels is None and student.manifest["labels"]["method"] == "choices":
+        lacking = Unanswerable("no 'choices', and rows of this bundle bring their own (or all take --label)")
+        answers = [lacking if answer is None else answer for answer in answers]
+    elif others:
+        ask(others, labels)
+    return answers
