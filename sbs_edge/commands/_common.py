@@ -22,6 +22,7 @@ __all__ = [
     "ConfigOption",
     "DryRunOption",
     "JsonOption",
+    "either",
     "print_json",
     "resolved",
     "save_resolved",
@@ -83,6 +84,37 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return value
+
+
+# What wins over what: the order of this module's first lines.
+_RANK = {"COMMANDLINE": 3, "ENVIRONMENT": 2, "DEFAULT_MAP": 1}
+
+
+def either(ctx: typer.Context, name: str, other: str, flags: str) -> Any:
+    """Return the parameter ``name``, or ``other``, its second spelling, where that was given; keep it as ``name``.
+
+    Args:
+        ctx: of the command; the resolved configuration it gives knows ``name`` only.
+        name: the parameter.
+        other: the parameter that is the same under another name; None where it was not given.
+        flags: both as the user writes them, for the message.
+
+    Raises:
+        UsageError: both were given in one way; else the stronger of flag, environment and file wins.
+
+    """
+    second = ctx.params.pop(other)
+    if second is None:
+        return ctx.params[name]
+    ranks = []
+    for each in (name, other):
+        source = ctx.get_parameter_source(each)
+        ranks.append(_RANK.get(source.name, 0) if source else 0)
+    if ranks[0] == ranks[1]:
+        raise UsageError(f"{flags} are two names of one thing, and both were given. Leave one out.")
+    if ranks[1] > ranks[0]:
+        ctx.params[name] = second
+    return ctx.params[name]
 
 
 def resolved(ctx: typer.Context) -> dict[str, Any]:

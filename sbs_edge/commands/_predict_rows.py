@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.data.readers import ColumnMap, choices_cell
+from sbs_edge.data.questions import Unanswerable, choices_of, id_of, text_of
+from sbs_edge.data.readers import ColumnMap
 from sbs_edge.data.rows import FORMATS, RawRow, iterate_rows, json_line_rows
 from sbs_edge.errors import DataError, UsageError
 
@@ -67,53 +67,40 @@ def text_rows(lines: Iterable[bytes], source: str) -> Iterator[PredictRow]:
             yield PredictRow(f"{source}:{number}", text, None, {})
 
 
-def table_rows(source: str, columns: ColumnMap, lines: Iterable[bytes] | None = None) -> Iterator[PredictRow]:
+def table_rows(
+    source: str, columns: ColumnMap, lines: Iterable[bytes] | None = None, *, own_choices: bool = True
+) -> Iterator[PredictRow]:
     """Yield the rows of a file with columns.
 
     Args:
         source: the file, whose suffix says its format; with ``lines``, only a name for messages.
         columns: which column is which field; all but ``input`` may be left at None.
         lines: JSON Lines to read instead of the file.
+        own_choices: read each row's choices; without, they may be anything.
 
     Raises:
         DataError: a row cannot be read or lacks its text; one row out a row in leaves none out.
 
     """
     for raw in iterate_rows(Path(source)) if lines is None else json_line_rows(lines):
-        yield _row(raw, f"{source}:{raw.line}", columns)
+        yield _row(raw, f"{source}:{raw.line}", columns, own_choices)
 
 
-def _row(raw: RawRow, place: str, columns: ColumnMap) -> PredictRow:
+def _row(raw: RawRow, place: str, columns: ColumnMap, own_choices: bool) -> PredictRow:
     if raw.values is None:
         detail = f" ({raw.detail})" if raw.detail else ""
         raise DataError(f"{place}: {raw.problem}{detail}. Every row gets an answer: mend it or take it out.")
-    name = columns.input or "input"
-    text = raw.values.get(name)
-    if not isinstance(text, str):
-        found = (
-            f"it has {', '.join(map(str, raw.values)) or 'none'}" if name not in raw.values else "not text"
-        )
-        raise DataError(
-            f"{place} has no text in the column {name!r} ({found}); name the column with --column input=NAME."
-        )
     for field in ("choices", "id"):
         wanted = getattr(columns, field)
         if wanted is not None and wanted not in raw.values:
             raise DataError(f"{place} has no column {wanted!r}, which --column names for {field!r}.")
-    choices = choices_cell(raw.values.get(columns.choices or "choices"))
-    if choices is not None and not (
-        isinstance(choices, list | tuple) and choices and all(isinstance(c, str) for c in choices)
-    ):
-        raise DataError(f"{place}: 'choices' must be a list of strings.")
     key = columns.id or "id"
-    identity = raw.values.get(key)
-    if isinstance(identity, float) and not math.isfinite(identity):
-        identity = None
-    if not isinstance(identity, str | int | float | None):
-        identity = str(identity)
-    return PredictRow(
-        place,
-        text,
-        None if choices is None else list(dict.fromkeys(choices)),  # real rows name a choice twice
-        {"id": identity} if key in raw.values else {},
-    )
+    try:
+        return PredictRow(
+            place,
+            text_of(raw.values, columns.input or "input"),
+            choices_of(raw.values.get(columns.choices or "choices")) if own_choices else None,
+            {"id": id_of(raw.values[key])} if key in raw.values else {},
+        )
+    except Unanswerable as error:
+        raise DataError(f"{place}: {error}. {error.remedy}") from error

@@ -23,6 +23,7 @@ from sbs_edge.commands._common import (
     ConfigOption,
     DryRunOption,
     JsonOption,
+    either,
     print_json,
     save_resolved,
     save_resolved_beside,
@@ -51,19 +52,19 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def annotate(
         ctx: typer.Context,
+        task: Annotated[str, typer.Option(help="Task file, or a preset: cqa, svamp, anli1, esnli, hvac.")],
         data: Annotated[
-            str,
+            str | None,
             typer.Argument(
                 metavar="INPUT",
-                help="Rows to annotate: a file, a directory, a pattern, or a data set's name.",
+                help="Rows to annotate: a file, a directory, a pattern, or a data set's name. --input INPUT is the same.",
             ),
-        ],
-        task: Annotated[str, typer.Option(help="Task file, or a preset: cqa, svamp, anli1, esnli, hvac.")],
+        ] = None,
         out: Annotated[
             str,
             typer.Option(
                 help="Annotated rows (JSON Lines); failures, report and journal go beside it. "
-                "Ray: a folder of shards, or a URI."
+                "Ray: a folder of shards, or a URI. --output is the same."
             ),
         ] = "annotated.jsonl",
         model: Annotated[
@@ -183,6 +184,8 @@ def register(app: typer.Typer) -> None:
         ray_address: Annotated[
             str | None, typer.Option(help="Ray cluster; none starts one on this machine.")
         ] = None,
+        input: Annotated[str | None, typer.Option("--input", hidden=True, help="INPUT.")] = None,
+        output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
         config: ConfigOption = None,
         json_output: JsonOption = False,
         dry_run: DryRunOption = False,
@@ -190,7 +193,8 @@ def register(app: typer.Typer) -> None:
         """Ask a teacher for labels and rationales. Killed and started again, it repeats no finished call.
 
         Examples: sbs-edge annotate rows.jsonl --task task.yaml --base-url http://localhost:8080/v1 --model any;
-        sbs-edge annotate DIR --dataset svamp --task svamp --outputs 'DIR/svamp/llm/train_CoT_*.json'
+        sbs-edge annotate DIR --dataset svamp --task svamp --outputs 'DIR/svamp/llm/train_CoT_*.json';
+        sbs-edge annotate --engine ray --task task.yaml --model any --input 'rows/*.jsonl' --output annotated
         """
         from sbs_edge.errors import SbsEdgeError, UsageError
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
@@ -199,6 +203,10 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.teacher.prompt import render, show
         from sbs_edge.teacher.task import load_task, refuse_placeholders
 
+        data = either(ctx, "data", "input", "INPUT and --input")
+        out = either(ctx, "out", "output", "--out and --output")
+        if data is None:
+            raise UsageError("There is nothing to annotate: name the rows as INPUT, or with --input.")
         console = Console(stderr=True)
         spec = load_task(task)
         if not (show_prompt or outputs):  # these ask nobody

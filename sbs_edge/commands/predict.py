@@ -14,9 +14,11 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
-from sbs_edge.commands._common import ConfigOption, save_resolved, save_resolved_beside
+from sbs_edge.commands._common import ConfigOption, either, save_resolved, save_resolved_beside
 from sbs_edge.commands._data_options import ColumnOption
 from sbs_edge.commands._predict_rows import PredictRow, columns_of, is_table, table_rows, text_rows
+from sbs_edge.data.questions import answers_of
+from sbs_edge.data.rows import is_text
 from sbs_edge.errors import DataError, UsageError
 
 __all__ = ["register"]
@@ -41,11 +43,13 @@ def register(app: typer.Typer) -> None:
         source: Annotated[
             str,
             typer.Argument(
-                help="JSON Lines, JSON, CSV, TSV or Parquet by suffix; else texts, one a line; '-' is stdin."
+                help="JSON Lines, JSON, CSV, TSV or Parquet by suffix; else texts, one a line; '-' is stdin. "
+                "--input SOURCE is the same."
             ),
         ] = "-",
         out: Annotated[
-            str | None, typer.Option(help="Write here instead of stdout; complete or not at all.")
+            str | None,
+            typer.Option(help="Write here instead of stdout; complete or not at all. --output is the same."),
         ] = None,
         target: Annotated[
             str | None, typer.Option(help="Which target of the bundle; none: its default.")
@@ -96,21 +100,30 @@ def register(app: typer.Typer) -> None:
         ray_address: Annotated[
             str | None, typer.Option(help="Ray cluster; none: one is started in this machine.")
         ] = None,
+        input: Annotated[str | None, typer.Option("--input", hidden=True, help="SOURCE.")] = None,
+        output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
         config: ConfigOption = None,
     ) -> None:
         """Answer every row; one JSON object a row, in the order of the input.
 
-        Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle
+        Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle;
+        sbs-edge predict bundle --engine ray --input 'rows/*.jsonl' --output scored
         """
         from sbs_edge import files
         from sbs_edge.runtime.student import Student
 
+        source = either(ctx, "source", "input", "SOURCE and --input")
+        out = either(ctx, "out", "output", "--out and --output")
         columns = columns_of(column or (), field)
+        if not all(map(is_text, labels or ())):
+            raise UsageError("A --label is not valid UTF-8; give labels as text.")
         if engine is Engine.ray:
             from sbs_edge.scale.predict import predict_with_ray
 
             if out is None or source == "-":
-                raise UsageError("--engine ray reads files and writes a folder: give SOURCE and --out.")
+                raise UsageError(
+                    "--engine ray reads files and writes a folder: give SOURCE (or --input) and --out (or --output)."
+                )
             if columns.choices or columns.id:
                 raise UsageError("--engine ray reads 'choices' and 'id' from columns of these names.")
             totals = predict_with_ray(
@@ -133,9 +146,11 @@ def register(app: typer.Typer) -> None:
                 why = entry.get("unmeasured") or "it was exported without labelled rows"
                 messages.print(f"{bundle}: the accuracy of {student.target} was never measured: {why}.")
             if source != "-" and not jsonl and is_table(source):
-                rows = table_rows(source, columns)
+                rows = table_rows(source, columns, own_choices=not labels)
+            elif jsonl:
+                rows = table_rows(source, columns, lines, own_choices=not labels)
             else:
-                rows = table_rows(source, columns, lines) if jsonl else text_rows(lines, source)
+                rows = text_rows(lines, source)
             answers = _answers(student, rows, labels, explain, abstain_below, truncate)
             if out is None:
                 _write(answers, sys.stdout)
@@ -156,10 +171,17 @@ def _answers(
     while part := list(islice(rows, ROWS_A_CALL)):
         texts = [row.text for row in part]
         _refuse_long(student, part, truncate, explain)
-        choices: Any = labels
-        if labels is None and any(row.labels for row in part):
-            choices = [row.labels or list(student.labels) for row in part]
-        predictions = student.predict(texts, labels=choices, truncate=truncate, abstain_below=abstain_below)
+        predictions = answers_of(
+            student,
+            texts,
+            [row.labels for row in part],
+            labels,
+            truncate=truncate,
+            abstain_below=abstain_below,
+        )
+        for row, prediction in zip(part, predictions, strict=True):
+            if isinstance(prediction, UsageError):
+                raise DataError(f"{row.place}: {prediction}") from prediction
         explanations = student.explain(texts, truncate=truncate) if explain else [None] * len(part)
         for row, prediction, explanation in zip(part, predictions, explanations, strict=True):
             answer = {

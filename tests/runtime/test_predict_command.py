@@ -97,10 +97,17 @@ def test_what_was_written_can_be_repeated(tiny_bundle: Path, sbs_edge_cli: Run, 
 @pytest.mark.parametrize(
     ("name", "content", "flags", "said"),
     [
-        ("rows.csv", "question,label\nhot,hot\n", (), r"rows.csv:2 has no text in the column 'input'"),
+        ("rows.csv", "question,label\nhot,hot\n", (), r"rows.csv:2: no text in the column 'input'"),
         ("rows.csv", "input\nhot,pump\n", (), r"rows.csv:2: wrong number of cells"),
         ("rows.jsonl", '{"input": "hot"}\n{"input"\n', (), r"rows.jsonl:2: broken JSON"),
         ("rows.jsonl", '{"input": "hot", "choices": "[1"}\n', (), r"rows.jsonl:1: 'choices'"),
+        ("rows.jsonl", '{"input": "hot"}\n{"input": "\\ud800"}\n', (), "rows.jsonl:2: the text in the column"),
+        ("rows.jsonl", '{"input": "hot", "choices": ["\\ud800", "hot"]}\n', (), "rows.jsonl:1: one of 'choices' is"),
+        ("rows.jsonl", '{"input": "hot", "choices": ["hot", ""]}\n', (), "rows.jsonl:1: The label ''"),
+        ("rows.jsonl", '{"input": "hot", "choices": {"hot": 1, "cold": 2}}\n', (), "rows.jsonl:1: 'choices' must be a list"),
+        ("rows.jsonl", '{"input": ' + "[" * 100_000, (), "rows.jsonl:1: broken JSON (nested too deeply)"),
+        ("rows.json", '[{"input": ' + "[" * 100_000, (), "rows.json is broken JSON: nested too deeply"),
+        ("rows.jsonl", '{"input": " "}\n', (), "rows.jsonl:1: the text in the column 'input' is empty"),
         ("rows.csv", "input\nhot\n", ("--column", "rationale=why"), "predict reads no column for 'rationale'"),
         ("rows.csv", "input\nhot\n", ("--column", "id=key"), "no column 'key'"),
         ("rows.csv", "input\nhot\n", ("--field", "a", "--column", "input=b"), "one of the two"),
@@ -113,3 +120,60 @@ def test_a_bad_table_stops_with_file_and_line(
     done = sbs_edge_cli("predict", tiny_bundle, tmp_path / name, *flags)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
+
+
+def test_half_a_character_is_spelt_out_in_an_id(tiny_bundle: Path, sbs_edge_cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "a\\ud800", "input": "hot pump"}\n')
+    (answer,) = _answers(sbs_edge_cli("predict", tiny_bundle, tmp_path / "rows.jsonl"))
+    assert answer["id"] == "a\\ud800"
+
+
+def test_bytes_of_a_parquet_text_that_are_no_utf8(
+    tiny_bundle: Path, sbs_edge_cli: Run, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"input": pa.array([b"hot", b"\xff"]).view(pa.string())}), path)
+    done = sbs_edge_cli("predict", tiny_bundle, path)
+    assert done.returncode == 2
+    assert f"{path}:2: cannot be read ('input' is not UTF-8)" in done.stderr
+
+
+def test_an_answer_does_not_depend_on_what_the_other_rows_bring(
+    tiny_bundle: Path, sbs_edge_cli: Run, tmp_path: Path
+) -> None:
+    alone, company = tmp_path / "alone.jsonl", tmp_path / "company.jsonl"
+    alone.write_text('{"input": "hot pump"}\n')
+    company.write_text(alone.read_text() + '{"input": "fan", "choices": "fan|pump"}\n')
+    first = _answers(sbs_edge_cli("predict", tiny_bundle, alone))
+    assert _answers(sbs_edge_cli("predict", tiny_bundle, company))[:1] == first
+    got = _answers(sbs_edge_cli("predict", tiny_bundle, company, "--label", "fan", "--label", "pump"))
+    assert [set(row["probabilities"]) for row in got] == [{"fan", "pump"}] * 2
+
+
+def test_input_and_output_are_other_names(tiny_bundle: Path, sbs_edge_cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("input\nhot pump\n")
+    rows, out = tmp_path / "rows.csv", tmp_path / "answers.jsonl"
+    done = sbs_edge_cli("predict", tiny_bundle, "--input", rows, "--output", out)
+    assert done.returncode == 0, done.stderr
+    said = out.with_suffix(".config.yaml").read_text()
+    assert f"source: {rows}\n" in said
+    assert f"out: {out}\n" in said
+    assert "input:" not in said
+    first = out.read_bytes()
+    out.unlink()
+    again = sbs_edge_cli("predict", tiny_bundle, "--config", out.with_suffix(".config.yaml"))
+    assert again.returncode == 0, again.stderr
+    assert out.read_bytes() == first
+    other = tmp_path / "other.jsonl"
+    done = sbs_edge_cli(
+        "predict", tiny_bundle, "--config", out.with_suffix(".config.yaml"), "--output", other
+    )  # a flag wins over the file
+    assert done.returncode == 0, done.stderr
+    assert other.read_bytes() == first
+    for both in ((rows, "--input", rows), ("--input", rows, "--out", out, "--output", out)):
+        done = sbs_edge_cli("predict", tiny_bundle, *both)
+        assert done.returncode == 2
+        assert "two names of one thing" in done.stderr

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from sbs_edge.commands.app import main
 from sbs_edge.data.readers import read_examples
 from sbs_edge.teacher.annotate import Settings, annotate
 from sbs_edge.teacher.ask import TeacherUnavailableError
@@ -265,3 +266,44 @@ def test_the_command_reports_as_json_and_a_dry_run_asks_nobody(http_teacher, des
     assert plan["prompt_tokens"] == pytest.approx(report["calls"]["prompt_tokens"], rel=0.35)
     assert report["calls"]["cost"] <= plan["most_cost"]
     assert out.with_suffix(".report.html").read_text().startswith("<!doctype html>")
+
+
+def test_input_and_output_are_other_names(http_teacher, desk, raw_rows, tmp_path):
+    data, out = raw_rows(desk.train[:4]), tmp_path / "out.jsonl"
+    begin = (sys.executable, "-m", "sbs_edge.cli", "annotate", "--task", "hvac")
+    asked = ("--base-url", http_teacher.url, "--model", "desk", "--max-tokens", "100")
+    own = {**os.environ, "OPENAI_API_KEY": "none"}
+
+    def run(*more):
+        command = [*begin, *asked, *map(str, more)]
+        return subprocess.run(command, env=own, capture_output=True, text=True, timeout=120, check=False)
+
+    done = run("--input", data, "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert len(read_examples(out).examples) == 4
+    for wrong, said in (
+        ((data, "--input", data), "INPUT and --input are two names of one thing"),
+        ((data, "--out", out, "--output", out), "--out and --output are two names of one thing"),
+        ((), "name the rows as INPUT, or with --input"),
+    ):
+        done = run(*wrong)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert len(http_teacher.calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"input": "half \\ud800"}', "a lone surrogate in 'input'"),
+        ('{"id": "\\ud800", "input": "x"}', "a lone surrogate in 'id'"),
+        ('{"input": ' + "[" * 100_000, "broken JSON (nested too deeply)"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(capsys, tmp_path, line, said):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"input": "x"}\n' + line + "\n")
+    assert main(["annotate", str(data), "--task", "hvac", "--dry-run"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{data}:2: " in shown
+    assert said in shown
