@@ -14,13 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sbs_edge.data.example import Example
 from sbs_edge.data.jsonl import example_to_json
+from sbs_edge.data.questions import Unanswerable, id_of
+from sbs_edge.data.readers import ColumnMap, examples_of
+from sbs_edge.data.rows import RawRow, printable
 from sbs_edge.errors import UsageError
 from sbs_edge.scale.run import run_units
 from sbs_edge.scale.units import Unit, read_unit, shard_name, unit_of, write_shard
 
 if TYPE_CHECKING:
-    from sbs_edge.data.example import Example
     from sbs_edge.teacher.annotate import Settings
     from sbs_edge.teacher.cost import Budget
     from sbs_edge.teacher.journal import Journal
@@ -29,17 +32,20 @@ if TYPE_CHECKING:
 __all__ = ["AnnotateWorker", "annotate_with_ray"]
 
 
-def _example(place: str, row: Any, columns: list[str]) -> Example | str:
-    from sbs_edge.data.readers import ColumnMap, RejectedRow, examples_of
-    from sbs_edge.data.rows import RawRow
-
+def _example(place: str, row: Any, columns: ColumnMap) -> Example | dict[str, Any]:
+    """Return a row as an example, or the output row that says why it is none."""
     if isinstance(row, str):
-        return row
-    raw = RawRow(0, row, "")
-    item = next(iter(examples_of([raw], place, ColumnMap.parse(columns), place)))
-    if isinstance(item, RejectedRow):
-        return str(item.reason)
-    return item if "id" in row else dataclasses.replace(item, id=place)
+        return {"id": printable(place), "input": None, "error": row}
+    item = next(iter(examples_of([RawRow(0, row, "")], place, columns, place)))
+    known = row.get(columns.id or "id") is not None
+    if isinstance(item, Example):
+        return item if known else dataclasses.replace(item, id=place)
+    problem = item.reason + (f" ({item.detail})" if item.detail else "")
+    try:
+        identity = id_of(row[columns.id or "id"]) if known else None
+    except Unanswerable:
+        identity = None
+    return {"id": printable(place) if identity is None else identity, "input": None, "error": problem}
 
 
 def _wait_until_free(journal: Path, seconds: float = 60.0) -> None:
@@ -91,8 +97,9 @@ class AnnotateWorker:
 
         unit = unit_of(batch)
         started = time.perf_counter()
-        read = [(place, _example(place, row, self._columns)) for place, row in read_unit(unit)]
-        rows = [item for _, item in read if not isinstance(item, str)]
+        columns = ColumnMap.parse(self._columns)
+        read = [_example(place, row, columns) for place, row in read_unit(unit)]
+        rows = [item for item in read if isinstance(item, Example)]
         name = shard_name(unit, self._form)
         journal = self._journals / f"{Path(name).stem}.jsonl"
         _wait_until_free(journal)
@@ -102,9 +109,9 @@ class AnnotateWorker:
         )
         results = iter(annotation.results)
         lines: list[dict[str, Any]] = []
-        for place, item in read:
-            if isinstance(item, str):
-                lines.append({"id": place, "input": None, "error": item})
+        for item in read:
+            if not isinstance(item, Example):
+                lines.append(item)
                 continue
             result = next(results)
             lines.append(
@@ -179,6 +186,7 @@ def annotate_with_ray(
             f"The journals cannot lie in {out}: an object store cannot append a line. Name a folder that all "
             "nodes share with --journal."
         )
+    ColumnMap.parse(columns or ())  # refused here, not by every worker
     journals = str(Path(journal or Path(str(out)) / "journal").absolute())
     shown = dataclasses.asdict(settings)
     for name in ("concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices"):

@@ -7,13 +7,29 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sbs_edge.data.questions import Unanswerable, answers_of, choices_of, id_of, text_of
+from sbs_edge.data.rows import printable
 from sbs_edge.errors import UsageError
 from sbs_edge.scale.run import run_units
 from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
 
-__all__ = ["PredictWorker", "answer_rows", "predict_with_ray"]
+__all__ = ["COLUMNS", "PredictWorker", "answer_rows", "predict_with_ray"]
+
+COLUMNS = {
+    "id": "string", "label": "string", "probability": "double", "probabilities": "string", "abstained": "bool",
+    "truncated": "bool", "rationale": "string", "rationale_complete": "bool", "error": "string",
+}  # fmt: skip
+"""Columns of a Parquet shard, the same in every shard: what reads a folder takes the first one's for all."""
+
+
+class _Question(NamedTuple):
+    """A row that can be asked; ``place`` counts the rows of its unit."""
+
+    place: int
+    text: str
+    choices: list[str] | None
 
 
 def answer_rows(
@@ -31,66 +47,52 @@ def answer_rows(
     The student forms token-budget batches itself, over all rows it is given.
     """
     answers: list[dict[str, Any]] = []
-    good: list[tuple[int, str, Any]] = []
+    good: list[_Question] = []
     for place, row in rows:
-        problem = row if isinstance(row, str) else None
-        text = None if problem else row.get(field)
-        if problem is None and (not isinstance(text, str) or not text.strip()):
-            problem = f"no text in the field {field!r}"
-        identity = place if isinstance(row, str) else row.get("id", place)
-        if not isinstance(identity, str | int | float | None):
-            identity = str(identity)  # Parquet knows dates and decimals, JSON does not
-        answers.append({"id": identity, **({"error": problem} if problem else {})})
-        if problem is None:
-            good.append((len(answers) - 1, str(text), None if labels else row.get("choices")))
+        identity: Any = printable(place)
+        try:
+            if isinstance(row, str):
+                raise Unanswerable(row)
+            if "id" in row:
+                identity = id_of(row["id"])
+            choices = None if labels else choices_of(row.get("choices"))
+            good.append(_Question(len(answers), text_of(row, field), choices))
+            answers.append({"id": identity})
+        except Unanswerable as problem:
+            answers.append({"id": identity, "error": printable(str(problem))})
     good, tokens = _short_enough(student, good, answers, explain, truncate)
-
-    def answer(part: list[int]) -> None:
-        texts = [good[i][1] for i in part]
-        given: Any = labels
-        if any(good[i][2] is not None for i in part):
-            given = [student.labels if good[i][2] is None else list(dict.fromkeys(good[i][2])) for i in part]
-        options: dict[str, Any] = {"truncate": truncate}
-        predictions = student.predict(
-            texts, labels=given, abstain_below=abstain_below,
-            tokens=[tokens["label"][i] for i in part], **options,
-        )  # fmt: skip
-        rationales: list[Any] = [None] * len(part)
-        if explain:
-            rationales = student.explain(texts, tokens=[tokens["rationale"][i] for i in part], **options)
-        for i, prediction, rationale in zip(part, predictions, rationales, strict=True):
-            answers[good[i][0]] |= _as_json(prediction, rationale)
-
-    everything = list(range(len(good)))
-    try:
-        if everything:
-            answer(everything)
-    except (UsageError, TypeError):
-        if all(choices is None for _, _, choices in good):
-            raise  # nothing that one row could be to blame for
-        for i in everything:  # some row's own choices cannot be used: find out which
-            try:
-                answer([i])
-            except (UsageError, TypeError) as error:
-                answers[good[i][0]]["error"] = str(error)
+    predictions = answers_of(
+        student, [q.text for q in good], [q.choices for q in good], labels or None, tokens=tokens["label"],
+        truncate=truncate, abstain_below=abstain_below,
+    )  # fmt: skip
+    told = [i for i, prediction in enumerate(predictions) if not isinstance(prediction, UsageError)]
+    rationales: dict[int, Any] = {}
+    if explain and told:
+        texts, known = [good[i].text for i in told], [tokens["rationale"][i] for i in told]
+        rationales = dict(zip(told, student.explain(texts, tokens=known, truncate=truncate), strict=True))
+    for i, (question, prediction) in enumerate(zip(good, predictions, strict=True)):
+        if isinstance(prediction, UsageError):
+            answers[question.place]["error"] = printable(str(prediction))
+        else:
+            answers[question.place] |= _as_json(prediction, rationales.get(i))
     return answers
 
 
 def _short_enough(
-    student: Any, good: list[tuple[int, str, Any]], answers: list[dict[str, Any]], explain: bool, cut: bool
-) -> tuple[list[tuple[int, str, Any]], dict[str, list[list[int]]]]:
+    student: Any, good: list[_Question], answers: list[dict[str, Any]], explain: bool, cut: bool
+) -> tuple[list[_Question], dict[str, list[list[int]]]]:
     """Tokenise once; mark rows over the limit as errors and leave them out, unless they may be cut."""
-    texts = [text for _, text, _ in good]
+    texts = [question.text for question in good]
     tasks = ("label", "rationale") if explain else ("label",)
     tokens = {task: student.tokenize(texts, task) if texts else [] for task in tasks}
     limit = student.limits["max_source_tokens"]
     kept = []
-    for i, (place, _, _) in enumerate(good):
+    for i, question in enumerate(good):
         count = max(len(tokens[task][i]) for task in tasks)
         if cut or count <= limit:
             kept.append(i)
         else:
-            answers[place]["error"] = f"{count} tokens, the limit is {limit}"
+            answers[question.place]["error"] = f"{count} tokens, the limit is {limit}"
     return [good[i] for i in kept], {task: [rows[i] for i in kept] for task, rows in tokens.items()}
 
 
@@ -133,7 +135,7 @@ class PredictWorker:
         started = time.perf_counter()
         rows = list(read_unit(unit))
         answers = answer_rows(self._student, rows, **self._options)
-        write_shard(self._out, shard_name(unit, self._form), answers)
+        write_shard(self._out, shard_name(unit, self._form), answers, COLUMNS)
         figures = {
             "unit": unit.index,
             "rows": len(rows),
@@ -204,6 +206,7 @@ def predict_with_ray(
         **options,
         "target": target or manifest.get("default_target"),
         "form": form,
+        **({"columns": COLUMNS} if form == "parquet" else {}),
         "bundle_files": sorted(entry["sha256"] for entry in manifest["files"].values()),
     }
     return run_units(

@@ -13,17 +13,23 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sbs_edge.errors import MissingExtra, SbsEdgeError, UsageError
-from sbs_edge.scale.units import Folder, Unit, plan_units, shard_name
+from sbs_edge.errors import DataError, GuardError, IntegrityError, MissingExtra, SbsEdgeError, UsageError
+from sbs_edge.scale.units import Folder, Unit, plan_units, shard_name, unit_of
 
 __all__ = ["run_units", "session"]
 
 UNIT_RETRIES = 8
 """How often a unit whose actor died runs again before the run ends with an error."""
+
+FAILURES_IN_A_ROW = 8
+"""How many units may fail one after another, none finished between them, before the run ends without the others."""
+
+_ERRORS = {kind.exit_code: kind for kind in (SbsEdgeError, UsageError, GuardError, IntegrityError)}
 
 
 @contextlib.contextmanager
@@ -67,7 +73,7 @@ def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]
     plan = {"format": 1, "input": pattern, "settings": settings, "units": [u.as_dict() for u in units]}
     content = json.dumps(plan, indent=2, ensure_ascii=False) + "\n"
     if "_plan.json" not in out.names():
-        out.write("_plan.json", content.encode("utf-8"))
+        out.write("_plan.json", content.encode("utf-8", "backslashreplace"))
         return
     old, new = json.loads(out.read("_plan.json")), json.loads(content)
     changed = [key for key in new if old.get(key) != new[key]]
@@ -82,6 +88,74 @@ def _span(done: list[dict[str, Any]]) -> float:
     """Seconds from the first unit's start to the last one's end, without starting Ray and the actors."""
     ends = [figures["ended"] for figures in done]
     return max(ends) - min(f["ended"] - f["seconds"] for f in done) if done else 0.0
+
+
+def _said(error: BaseException) -> str:
+    """Return an exception's text as one line; Ray's own are pages, with the cause at their end."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 1000 else f"{text[:300]} ... {text[-700:]}"
+
+
+def _failure(error: BaseException, *, starting: bool = False) -> dict[str, Any]:
+    """Return an exception as figures: what happened, the exit code, and whether other units would fare the same."""
+    trace = "".join(traceback.format_exception(error))
+    while isinstance(error, BaseExceptionGroup):  # asyncio's, around the one that ended the others
+        error = error.exceptions[0]
+    ours = isinstance(error, SbsEdgeError)
+    return {
+        "failed": _said(error) if ours else f"{type(error).__name__}: {_said(error)}",
+        "exit_code": error.exit_code if isinstance(error, SbsEdgeError) else 1,
+        "ends_run": starting or (ours and not isinstance(error, DataError)),
+        "starting": starting,
+        "trace": trace,
+    }
+
+
+def _guarded(worker: type) -> type:
+    """Return the class with its exceptions made figures: Ray would end the run at the first and bury its cause."""
+
+    class Guarded(worker):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            self.__broken: dict[str, Any] | None = None
+            try:
+                super().__init__(**arguments)
+            except Exception as error:
+                self.__broken = _failure(error, starting=True)
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            failed = self.__broken
+            if failed is None:
+                try:
+                    done: dict[str, Any] = super().__call__(batch)
+                    return done
+                except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                    raise
+                except BaseException as error:  # a panic in Rust is no Exception
+                    failed = _failure(error)
+            return {"figures": [json.dumps({"unit": unit_of(batch).index, **failed})]}
+
+    Guarded.__name__ = Guarded.__qualname__ = worker.__name__  # what Ray calls the process
+    return Guarded
+
+
+def _failed(failures: list[dict[str, Any]], units: list[Unit], form: str, out: str) -> SbsEdgeError:
+    """Return the error of units that failed: the first of them by name, its cause, and what is left."""
+    first = next((f for f in failures if f["ends_run"]), min(failures, key=lambda f: f["unit"]))
+    unit = units[first["unit"]]
+    where = f"{shard_name(unit, form)} (from {unit.place})"
+    if first["starting"]:
+        what = f"A worker could not start: {first['failed']}"
+    elif first["ends_run"]:
+        what = f"{first['failed'].rstrip('.')}. That ended the run at {where}"
+    elif len(failures) == 1:
+        what = f"{where} could not be made: {first['failed']}"
+    else:
+        what = f"{len(failures)} shards could not be made, the first is {where}: {first['failed']}"
+    error = _ERRORS[first["exit_code"]](
+        f"{what.rstrip('.')}. Finished shards are in {out}; run the same command again to make the missing ones."
+    )
+    error.__cause__ = RuntimeError(f"in a worker:\n{first['trace']}")  # what --debug shows
+    return error
 
 
 def run_units(
@@ -136,6 +210,7 @@ def run_units(
     ]
     started = time.perf_counter()
     done: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
     if left:
         with session(ray_address, workers, cpus_each) as ray:
             arguments = {**worker_arguments, **(with_ray(ray, units) if with_ray else {})}
@@ -149,7 +224,7 @@ def run_units(
                 # Ray 2.60 warns of retries given like this and names nothing else that bounds them.
                 warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
                 data = data.map_batches(
-                    worker,
+                    _guarded(worker),
                     fn_constructor_kwargs={**arguments, "out": out, "form": form},
                     batch_size=1,
                     num_cpus=cpus_each,
@@ -158,18 +233,30 @@ def run_units(
                     max_task_retries=UNIT_RETRIES,
                     **pool,
                 )
+            in_a_row = 0
             try:
                 for row in data.iter_rows():
-                    done.append(json.loads(row["figures"]))
+                    figures = json.loads(row["figures"])
+                    if "failed" in figures:
+                        failures.append(figures)
+                        in_a_row += 1
+                        if figures["ends_run"] or in_a_row == FAILURES_IN_A_ROW:
+                            break
+                        continue
+                    in_a_row = 0
+                    done.append(figures)
                     if on_unit is not None:
-                        on_unit(done[-1])
+                        on_unit(figures)
             except ray.exceptions.RayError as error:
-                # Shards that exist stay; the reason is the last line of the worker's own message.
-                cause = getattr(error, "cause", None) or error
+                there = folder.names()
+                unit = next((unit for unit in left if shards[unit.index] not in there), left[0])
                 raise SbsEdgeError(
-                    f"A worker failed: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}. Finished "
-                    f"shards are in {out}; run the same command again to go on."
+                    f"Ray ended the run ({type(error).__name__}: {_said(error)}). One unit may take down every worker, by "
+                    f"its memory or a crash; the first without a shard is {shards[unit.index]} (from {unit.place}). "
+                    f"Finished shards are in {out}; run the same command again to go on."
                 ) from error
+    if failures:
+        raise _failed(failures, units, form, out)
     there = folder.names()
     missing = [index for index, name in shards.items() if name not in there]
     if missing:

@@ -8,15 +8,17 @@ Knows nothing of Ray, students or teachers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from sbs_edge.data.rows import json_row, parquet_rows, printable
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 
 __all__ = ["Folder", "Unit", "plan_units", "read_unit", "shard_name", "unit_of", "write_shard"]
@@ -42,6 +44,11 @@ class Unit:
     stop: int
     name: str
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return f"{self.uri}, {'row groups' if _is_parquet(self.uri) else 'bytes'} {self.start} to {self.stop}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as Ray Data carries them."""
         return asdict(self)
@@ -61,6 +68,20 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         filesystem, path = fs.FileSystem.from_uri(uri)
         return filesystem, path
     return fs.LocalFileSystem(), uri
+
+
+@contextlib.contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """Say which file it was that could not be read as Parquet."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        said = " ".join(str(error).split()).rstrip(". ")
+        raise DataError(
+            f"{uri} cannot be read as Parquet: {said}. Check that it can be reached, or write it again."
+        ) from error
 
 
 def _is_parquet(uri: str) -> bool:
@@ -88,21 +109,27 @@ def _listed(pattern: str) -> list[tuple[str, int, str]]:
     wanted = parts[first:]
     filesystem, root = _filesystem(base)
     prefix = base[: len(base) - len(root)] if mark else ""
-    if wanted:
-        deep = len(wanted) > 1
-        infos = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=deep))
-    else:
-        infos = filesystem.get_file_info([root])
-        if infos[0].type == fs.FileType.Directory:
-            infos = filesystem.get_file_info(fs.FileSelector(root))
+    try:
+        if wanted:
+            deep = len(wanted) > 1
+            infos = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=deep))
         else:
-            root = root.rpartition("/")[0]
+            infos = filesystem.get_file_info([root])
+            if infos[0].type == fs.FileType.Directory:
+                infos = filesystem.get_file_info(fs.FileSelector(root))
+            else:
+                root = root.rpartition("/")[0]
+        files = [(info.path, info.size) for info in infos if info.type == fs.FileType.File]
+    except UnicodeError as error:
+        raise UsageError(
+            f"A file's name under {printable(base)} is not UTF-8, and pyarrow opens no such file. Rename it."
+        ) from error
     found = []
-    for info in infos:
-        name = info.path.removeprefix(root).lstrip("/")
+    for path, size in files:
+        name = path.removeprefix(root).lstrip("/")
         is_data = name.lower().endswith((".jsonl", ".ndjson", ".json", ".parquet"))
-        if info.type == fs.FileType.File and is_data and (not wanted or _fits(name.split("/"), wanted)):
-            found.append((prefix + info.path, info.size, name))
+        if is_data and (not wanted or _fits(name.split("/"), wanted)):
+            found.append((prefix + path, size, name))
     if not found:
         raise UsageError(f"No .jsonl or .parquet file fits {pattern}.")
     return sorted(found)
@@ -120,16 +147,29 @@ def plan_units(pattern: str, shard_bytes: int) -> list[Unit]:
         if _is_parquet(uri):
             pieces += [(*piece, name) for piece in _row_groups(uri, shard_bytes)]
         elif size:
+            if uri.lower().endswith(".json"):
+                _refuse_array(uri)
             edges = [*range(0, size, shard_bytes), size]
             pieces += [(uri, a, b, name) for a, b in itertools.pairwise(edges)]
     return [Unit(index, *piece) for index, piece in enumerate(pieces)]
+
+
+def _refuse_array(uri: str) -> None:
+    """Refuse a file that is no JSON Lines: every line of it would be a row of its own, and none would be one."""
+    filesystem, path = _filesystem(uri)
+    with filesystem.open_input_file(path) as handle:
+        start = handle.read(4096)
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise DataError(
+            f"{uri} holds one JSON array, which cannot be cut. Write one object a line, or leave out --engine ray."
+        )
 
 
 def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int]]:
     import pyarrow.parquet as parquet
 
     filesystem, path = _filesystem(uri)
-    with filesystem.open_input_file(path) as handle:
+    with _named(uri), filesystem.open_input_file(path) as handle:
         metadata = parquet.ParquetFile(handle).metadata
         sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     pieces, start, held = [], 0, 0
@@ -167,28 +207,31 @@ def _json_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
             line = handle.readline()
             if not line:
                 return
-            place = f"{unit.name}@{position}"
-            position += len(line)
+            start, position = position, position + len(line)
+            if start == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark says nothing in UTF-8
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield place, f"not valid JSON: {error}"
-                continue
-            yield place, row if isinstance(row, dict) else "not a JSON object"
+            row = json_row(0, line)
+            yield (
+                f"{unit.name}@{start}",
+                f"{row.problem} ({row.detail})" if row.values is None else row.values,
+            )
 
 
 def _parquet_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet as parquet
 
     filesystem, path = _filesystem(unit.uri)
-    with filesystem.open_input_file(path) as handle:
+    number = 0
+    with _named(unit.uri), filesystem.open_input_file(path) as handle:
         file = parquet.ParquetFile(handle)
-        number = 0
         for batch in file.iter_batches(batch_size=1024, row_groups=list(range(unit.start, unit.stop))):
-            for row in batch.to_pylist():
-                yield f"{unit.name}@{unit.start}.{number}", row
+            for row in parquet_rows(batch):
+                yield (
+                    f"{unit.name}@{unit.start}.{number}",
+                    f"cannot be read ({row})" if isinstance(row, str) else row,
+                )
                 number += 1
 
 
@@ -198,9 +241,16 @@ def shard_name(unit: Unit, form: str) -> str:
     return f"part-{unit.index:06d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.{form}"
 
 
-def write_shard(folder: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a shard so that it exists complete or not at all."""
-    Folder(folder).write(name, _parquet_bytes(rows) if name.endswith(".parquet") else _json_bytes(rows))
+def write_shard(
+    folder: str, name: str, rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | None = None
+) -> None:
+    """Write a shard so that it exists complete or not at all.
+
+    ``columns`` gives the columns of a Parquet shard with their types, by Arrow's names; None: as the rows have them.
+    """
+    Folder(folder).write(
+        name, _parquet_bytes(rows, columns) if name.endswith(".parquet") else _json_bytes(rows)
+    )
 
 
 class Folder:
@@ -235,25 +285,36 @@ class Folder:
 
 
 def _json_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    # What UTF-8 cannot hold, half a character, becomes the escape by which JSON spells it.
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return text.encode("utf-8", "backslashreplace")
 
 
-def _parquet_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
+def _parquet_bytes(rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | None) -> bytes:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {
-        # One type a column, whatever a shard holds: nested values travel as JSON.
-        name: [
-            json.dumps(v, ensure_ascii=False) if isinstance(v := row.get(name), dict | list) else v
-            for row in rows
-        ]
-        for name in names
-    }
+    names = columns or dict.fromkeys(name for row in rows for name in row)
+    table = {name: _column([row.get(name) for row in rows], names[name]) for name in names}
     sink = io.BytesIO()
-    try:
-        parquet.write_table(pyarrow.table(columns), sink)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"A shard cannot be written as Parquet ({error}). Use jsonl output.") from error
+    parquet.write_table(pyarrow.table(table), sink)
     return sink.getvalue()
+
+
+def _column(values: list[Any], kind: str | None) -> Any:
+    """Return an Arrow array; one type a column: what shares none travels as text, nested values as JSON."""
+    import pyarrow
+
+    if kind != "string" and not any(isinstance(value, dict | list) for value in values):
+        try:
+            return pyarrow.array(values, kind and pyarrow.type_for_alias(kind))
+        except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
+            if kind is not None:
+                raise
+    return pyarrow.array([_as_text(value) for value in values], pyarrow.string())
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None:
+        return None
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

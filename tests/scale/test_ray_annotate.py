@@ -12,7 +12,7 @@ import pytest
 
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.readers import read_examples
-from sbs_edge.errors import SbsEdgeError
+from sbs_edge.errors import SbsEdgeError, UsageError
 from sbs_edge.scale.annotate import annotate_with_ray
 from sbs_edge.teacher.annotate import Settings
 from sbs_edge.teacher.calls import Sampling
@@ -27,7 +27,7 @@ def counting_teacher():
     rows = builtin_splits("ci", n_train=300).train
     answers = {row.input: f"{row.rationale} So the answer is {row.teacher_label}." for row in rows}
     calls: Counter = Counter()
-    calls.answers = answers  # what a test may change
+    calls.answers, calls.fault = answers, 503  # what a test may change
     broken: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,7 +36,7 @@ def counting_teacher():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             prompt = body["messages"][-1]["content"]
-            status = 503 if prompt in broken else 200
+            status = calls.fault if prompt in broken else 200
             calls[prompt] += status == 200
             message = {"role": "assistant", "content": answers[prompt]}
             content = {
@@ -151,3 +151,62 @@ def test_failed_rows_are_asked_again_and_no_others(counting_teacher, local_ray, 
     assert [text for text, count in calls.items() if count > 1] == [rows[40].input]
     changed = [name for name, content in shards.items() if (tmp_path / "out" / name).read_bytes() != content]
     assert len(changed) == 1
+
+
+def test_rows_that_cannot_be_asked_cost_themselves(counting_teacher, local_ray, tmp_path):
+    rows, calls, _, url = counting_teacher
+    lines = [json.dumps({"number": row.id, "input": row.input}).encode() for row in rows[:3]]
+    bad = {
+        b'{"number": "b", "input": "half \\ud800"}': ("b", "not UTF-8 (a lone surrogate in 'input')"),
+        b'{"number": "\\ud800", "input": "x"}': ("\\ud800", "not UTF-8 (a lone surrogate in 'id')"),
+        b'{"number": "c", "\\ud800": "x"}': ("c", "missing column 'input' (columns are number, \\ud800)"),
+        b'{"number": "d", "input": "x", "choices": {"a": 1}}': ("d", "wrong type of 'choices'"),
+        b'{"input": ' + b"[" * 100_000: (None, "broken JSON (nested too deeply)"),
+    }
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*lines[:2], *bad, lines[2]]))
+    settings = Settings("desk", Sampling(max_tokens=60), concurrency=4, max_attempts=1)
+    how = (tmp_path / "out", PRESETS["hvac"], settings, {"backend": "openai", "base_url": url})
+    with pytest.raises(UsageError, match="maps no column"):
+        annotate_with_ray(str(tmp_path / "rows.jsonl"), *how, columns=["key=number"])
+    totals = annotate_with_ray(str(tmp_path / "rows.jsonl"), *how, columns=["id=number"])
+    assert (totals["rows_run"], totals["errors"], totals["annotated"]) == (8, 5, 3)
+    (shard,) = (tmp_path / "out").glob("part-*.jsonl")
+    got = [json.loads(line) for line in shard.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in (*got[:2], got[-1])] == [row.id for row in rows[:3]]
+    assert len(calls) == 3
+    for row, (identity, said) in zip(got[2:-1], bad.values(), strict=True):
+        assert row["id"] == (identity or f"rows.jsonl@{sum(map(len, [*lines[:2], *bad][:-1])) + 6}")
+        assert row["error"].startswith(said)
+
+
+def test_input_and_output_are_other_names(counting_teacher, sbs_edge_cli, tmp_path):
+    rows, calls, _, url = counting_teacher
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"id": r.id, "input": r.input}) + "\n" for r in rows[:5]))
+    command = (
+        "annotate", "--engine", "ray", "--input", tmp_path / "*.jsonl", "--output", out, "--task", "hvac",
+        "--base-url", url, "--model", "desk", "--workers", "1", "--json",
+    )  # fmt: skip
+    done = sbs_edge_cli(*command, OPENAI_API_KEY="none")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["annotated"] == 5
+    assert len(calls) == 5
+    said = (tmp_path / "out.config.yaml").read_text()
+    assert f"data: {tmp_path}/*.jsonl\n" in said
+    assert f"out: {out}\n" in said
+
+
+def test_what_a_teacher_refuses_ends_the_run_with_its_words(counting_teacher, sbs_edge_cli, tmp_path):
+    rows, calls, broken, url = counting_teacher
+    broken.add(rows[0].input)
+    calls.fault = 401
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"id": "a", "input": rows[0].input}) + "\n")
+    done = sbs_edge_cli(
+        "annotate", data, "--engine", "ray", "--output", tmp_path / "out", "--task", "hvac", "--workers", "1",
+        "--base-url", url, "--model", "desk", OPENAI_API_KEY="none",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: The teacher 'desk' refuses every call (" in done.stderr
+    assert "That ended the run at part-000000-" in done.stderr
+    assert f" (from {data}, bytes 0 to " in done.stderr

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbs_edge.errors import UsageError
-from sbs_edge.scale.units import plan_units, read_unit, shard_name
+from sbs_edge.errors import DataError, UsageError
+from sbs_edge.scale.predict import COLUMNS
+from sbs_edge.scale.units import plan_units, read_unit, shard_name, write_shard
 
 
 @given(
@@ -46,8 +47,74 @@ def test_a_broken_line_is_a_message_at_its_place(tmp_path):
     (unit,) = plan_units(str(tmp_path), 10**6)
     kinds = [row if isinstance(row, str) else "row" for _, row in read_unit(unit)]
     assert kinds[0] == "row"
-    assert kinds[1].startswith("not valid JSON")
-    assert kinds[2] == "not a JSON object"
+    assert kinds[1].startswith("broken JSON")
+    assert kinds[2] == "not a JSON object (it is list)"
+
+
+def test_a_line_that_cannot_be_read_costs_no_other(tmp_path):
+    lines = [
+        b'\xef\xbb\xbf{"input": "a"}',
+        b"[" * 100_000,
+        b'{"input": "\xed\xa0\x80"}',
+        b'{"id": NaN}',
+        b'{"input": "b"}',
+    ]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    (unit,) = plan_units(str(tmp_path), 10**9)
+    read = list(read_unit(unit))
+    assert [row for _, row in read if isinstance(row, dict)] == [{"input": "a"}, {"input": "b"}]
+    assert read[1] == (f"rows.jsonl@{len(lines[0]) + 1}", "broken JSON (nested too deeply)")
+    assert "not UTF-8" in read[2][1]
+    assert "NaN" in read[3][1]
+
+
+def test_a_parquet_row_that_cannot_be_read_costs_no_other(tmp_path):
+    raw = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    far = pa.array([0, 0, 2**60], pa.timestamp("ms"))
+    pq.write_table(pa.table({"input": raw, "at": far}), tmp_path / "rows.parquet")
+    (unit,) = plan_units(str(tmp_path), 10**9)
+    rows = [row for _, row in read_unit(unit)]
+    assert rows[0]["input"] == "a"
+    assert rows[1] == "cannot be read ('input' is not UTF-8)"
+    assert rows[2].startswith("cannot be read ('at'")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=str(path)):
+        plan_units(str(tmp_path), 100)
+    path.unlink()
+    (tmp_path / "rows.json").write_text('[\n{"input": "a"}\n]')
+    with pytest.raises(DataError, match="one JSON array"):
+        plan_units(str(tmp_path), 100)
+    (tmp_path / "\udcff.jsonl").write_text("{}")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        plan_units(str(tmp_path), 100)
+
+
+def test_every_shard_of_a_run_has_the_same_columns(tmp_path):
+    rows = [
+        {"id": 1, "label": "a", "probability": 0.5, "probabilities": {"a": 0.5}},
+        {"id": "b"},
+        {"id": 2**70},
+    ]
+    for number, part in enumerate((rows, [{"id": None, "error": "so \ud800"}], [])):
+        write_shard(str(tmp_path), f"part-{number}.parquet", part, COLUMNS)
+    table = pq.read_table(tmp_path)
+    assert table.column_names == list(COLUMNS)
+    assert table["id"].to_pylist() == ["1", "b", str(2**70), None]
+    assert table["error"].to_pylist()[-1] == "so \\ud800"
+    write_shard(str(tmp_path), "plain.parquet", rows)  # types of the rows' own, as far as they agree
+    assert pq.read_table(tmp_path / "plain.parquet")["id"].to_pylist() == ["1", "b", str(2**70)]
+    write_shard(str(tmp_path), "plain.parquet", rows[:1])
+    assert pq.read_table(tmp_path / "plain.parquet")["id"].to_pylist() == [1]
+
+
+def test_half_a_character_is_written_as_json_spells_it(tmp_path):
+    write_shard(str(tmp_path), "part-0.jsonl", [{"rationale": "so \ud800"}])
+    (unit,) = plan_units(str(tmp_path), 100)
+    assert [row for _, row in read_unit(unit)] == [{"rationale": "so \ud800"}]
 
 
 def test_a_uri_names_the_same_units_as_its_path(tmp_path):
