@@ -261,6 +261,11 @@ def register(app: typer.Typer) -> None:
         if dry_run:
             say_estimate(rows, spec, settings, journal_path, console, json_output)
             return
+        if place.exists() and not any(p.exists() for p in (journal_path, place.with_suffix(".report.json"))):
+            raise UsageError(
+                f"{place} is there already, and no journal or report beside it says that annotate wrote it. Name "
+                "another file with --out, or remove this one. (A teacher's finished answers are --outputs.)"
+            )
         place.parent.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, place.with_suffix(".config.yaml"))
         if outputs:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from sbs_edge.data.rows import is_text, printable
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.files import fsync_directory
 
@@ -27,7 +28,7 @@ __all__ = ["Journal", "Record"]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One finished call.
+    r"""One finished call. Half a character in its texts, which no file in UTF-8 can hold, is spelt out: ``\ud800``.
 
     Attributes:
         key: see :func:`sbs_edge.teacher.prompt.call_key`.
@@ -56,6 +57,12 @@ class Record:
     model: str = ""
     sample: int = 0
     at: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("text", "finish_reason", "error", "model"):
+            value = getattr(self, name)
+            if isinstance(value, str) and not is_text(value):
+                object.__setattr__(self, name, printable(value))
 
 
 _FIELDS = {field.name for field in fields(Record)}

@@ -52,7 +52,7 @@ class FakeTeacher:
 
 def build_app(teacher: FakeTeacher):
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
     def limits(now: float) -> tuple[bool, dict[str, str]]:
@@ -123,7 +123,8 @@ def build_app(teacher: FakeTeacher):
                 "completion_tokens": written,
                 "total_tokens": asked + written,
             }
-        return JSONResponse(content, headers=headers)
+        # ASCII: a lone surrogate in a text goes out as the escape that a real server would send.
+        return Response(json.dumps(content), media_type="application/json", headers=headers)
 
     return Starlette(
         routes=[

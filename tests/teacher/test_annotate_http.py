@@ -48,6 +48,36 @@ def test_both_protocols_give_the_teachers_own_answers(http_teacher, desk, tmp_pa
     assert all("label" not in body for body in http_teacher.bodies)
 
 
+def test_half_a_character_of_the_teachers_is_spelt_out_and_paid_for_once(
+    http_teacher, desk, raw_rows, tmp_path
+):
+    broken = desk.train[3].input
+    http_teacher.answers[broken] = "half \ud800 " + http_teacher.answers[broken]
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):
+        ran = subprocess.run(
+            command(http_teacher, raw_rows(desk.train[:8]), out), capture_output=True, text=True, timeout=120
+        )
+        assert ran.returncode == 0, ran.stderr
+    written = {row.input: row.rationale for row in read_examples(out).examples}
+    assert written[broken].startswith(r"half \ud800 ")
+    assert http_teacher.finished()[broken] == 1
+
+
+def test_a_file_that_annotate_did_not_write_is_not_written_over(http_teacher, desk, raw_rows, tmp_path):
+    data = raw_rows(desk.train[:2])
+    mine = tmp_path / "answers.jsonl"  # --output for --outputs is one letter
+    mine.write_text('{"text": "mine"}\n')
+    for flag in ("--out", "--output"):
+        call = [flag if part == "--out" else part for part in command(http_teacher, data, mine)]
+        ran = subprocess.run(call, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 2
+        assert "answers.jsonl is there already" in " ".join(ran.stderr.split())
+    assert mine.read_text() == '{"text": "mine"}\n'
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, data.name}
+    assert not http_teacher.calls
+
+
 def test_a_finished_run_asks_nothing_again_and_other_parameters_ask_anew(http_teacher, desk, tmp_path):
     rows = desk.train[:10]
     run(http_teacher, rows, tmp_path / "j.jsonl")
