@@ -83,6 +83,7 @@ class Student:
                 if role in _ROLES or role.startswith("explainer_beam")
             }
         )
+        self._closed = False
         if eager:
             self._sessions.open_all()
 
@@ -338,6 +339,8 @@ class Student:
         return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows, shapes)
 
     def _session(self, role: str, purpose: str) -> Session:
+        if self._closed:
+            raise UsageError("This Student was closed; load the bundle again, or ask within the with block.")
         if role not in self._sessions:
             only_labels = role == "explainer" and "label_scorer" in self._sessions
             raise UsageError(
@@ -390,7 +393,8 @@ class Student:
                 self.explain(text, 1, int(role.removeprefix("explainer_beam")), truncate=True)
 
     def close(self) -> None:
-        """Drop the sessions; later calls fail."""
+        """Drop the sessions; later calls fail and say so."""
+        self._closed = True
         self._sessions.clear()
 
     def __enter__(self) -> Student:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -169,6 +170,7 @@ def serve(
             f"The certificate {settings.tls_cert} and the key {settings.tls_key} cannot be used: "
             f"{error.strerror or error}. Both must be PEM files that belong together (--tls-cert, --tls-key)."
         ) from error
+    _check_address(settings.host, settings.port)
     server = _Server(config, service)
     if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
         logger.warning(
@@ -178,3 +180,16 @@ def serve(
     if service.failure is not None:
         raise service.failure
     return 0 if server.clean else 1
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on: uvicorn would log it and leave with the guard's exit code."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise UsageError(
+            f"Nothing can listen on {host} port {port}: {error.strerror or error}. Choose another with --host and --port."
+        ) from error

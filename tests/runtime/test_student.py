@@ -214,3 +214,11 @@ print(sorted(heavy & set(sys.modules)))
 def test_a_manifest_can_be_printed(tiny_bundle: Path) -> None:
     with Student.load(tiny_bundle, threads=1) as student:
         assert json.loads(json.dumps(student.manifest))["default_target"] == student.target
+
+
+def test_a_closed_student_says_so(tiny_bundle: Path) -> None:
+    with Student.load(tiny_bundle, threads=1) as student:
+        student.predict(["hot pump"])
+    for ask in (student.predict, student.explain):
+        with pytest.raises(UsageError, match="was closed"):
+            ask(["hot pump"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
@@ -232,3 +233,13 @@ def test_tls_and_token(serve_process, bundles, tmp_path, sbs_edge_cli):
         assert client.post("/v1/predict", json=body).status_code == 401
         headers = {"Authorization": "Bearer s3cret"}
         assert client.post("/v1/predict", json=body, headers=headers).status_code == 200
+
+
+def test_an_address_in_use_is_one_clear_sentence(bundles, sbs_edge_cli):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ran = sbs_edge_cli("serve", bundles["closed"], "--port", port)
+    assert ran.returncode == 2
+    assert f"Nothing can listen on 127.0.0.1 port {port}" in " ".join(ran.stderr.split())
