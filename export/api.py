@@ -41,7 +41,7 @@ from sbs_edge.export.ranges import collect_calibration
 from sbs_edge.export.sensitivity import most_sensitive
 from sbs_edge.export.targets import TARGETS, Target, check_runnable, providers_here, targets_named
 from sbs_edge.export.vocabulary import output_tokens
-from sbs_edge.export.weights import load_model, weights_of
+from sbs_edge.export.weights import weights_of
 from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.manifest import FORMAT
 from sbs_edge.runtime.student import Student
@@ -198,7 +198,7 @@ def export(
         )
     files.check_replaceable(out, _EXPORTED, "bundle or other output of export")
     opened = open_student(student, labels, label_prefix, rationale_prefix)
-    model = load_model(opened.path)
+    model = opened.load_model()
     weights = weights_of(model)
     check_layers(weights, keep_float)
     tokenizer = opened.tokenizer()

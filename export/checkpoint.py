@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sbs_edge import files
 from sbs_edge.data.example import TaskSpec
-from sbs_edge.data.tokenizer import load_tokenizer
 from sbs_edge.errors import UsageError
-from sbs_edge.export.weights import FAMILIES
-from sbs_edge.student.student_dir import CARD, StudentDir
+from sbs_edge.student.checkpoint import CARD, Checkpoint, open_checkpoint, weight_files
+from sbs_edge.student.student_dir import StudentDir
+from sbs_edge.student.tokens import checkpoint_tokenizer, write_tokenizer
 
-__all__ = ["CHECKPOINT_MODE", "open_student", "write_byte_tokenizer"]
+__all__ = ["CHECKPOINT_MODE", "open_student"]
 
 CHECKPOINT_MODE = "checkpoint"
 DEFAULT_SOURCE_TOKENS = 512
@@ -29,81 +31,50 @@ def open_student(
     """Open ``path`` for export.
 
     Args:
-        path: a directory that training wrote, or that ``save_pretrained`` wrote.
+        path: a checkpoint: a directory that training or ``save_pretrained`` wrote, or a name on a hub.
         labels: the closed label set of a checkpoint without ``sbs_edge.json``; None: it has no label
             task, and what it generates is its answer.
         label_prefix: the checkpoint's prefix of the label task; None: none.
         rationale_prefix: the same for rationales.
 
     Raises:
-        UsageError: it is no T5-family checkpoint, has no tokenizer, or says itself what its labels are.
+        UsageError: it is not a T5-family checkpoint, has no tokenizer, or says itself what its labels are.
     """
-    root = Path(path)
-    if not (root / "config.json").is_file():
-        raise UsageError(
-            f"{root} is no checkpoint directory: it has no config.json. Give the directory that training wrote, "
-            "or one that save_pretrained wrote."
-        )
-    try:
-        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{root / 'config.json'} cannot be read: {error}.") from error
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in FAMILIES:
-        raise UsageError(
-            f"{root} holds a {family!r} model; only the T5 family can be exported (model types "
-            f"{', '.join(FAMILIES)}; ByT5 and FLAN-T5 are t5)."
-        )
-    if not any(root.glob("*.safetensors")):
-        raise UsageError(
-            f"{root} has no .safetensors weights. Save it with save_pretrained(..., safe_serialization=True); "
-            "pickled weights are not opened."
-        )
-    if (root / CARD).is_file():
+    checkpoint = open_checkpoint(str(path))
+    root = checkpoint.folder
+    weight_files(root)  # absent ones are refused before any work
+    if checkpoint.adapter is None and (root / CARD).is_file():
         if labels or label_prefix is not None or rationale_prefix is not None:
             raise UsageError(
                 f"{root / CARD} already says what the labels and prefixes are; leave --label, --label-prefix "
                 "and --rationale-prefix out."
             )
         return StudentDir.load(root)
-    if not (root / "tokenizer.json").is_file() and _is_byt5(root):
-        raise UsageError(
-            f"{root} holds ByT5 without a tokenizer.json; write one with "
-            "sbs_edge.export.checkpoint.write_byte_tokenizer(directory) and export again."
-        )
-    load_tokenizer(root)  # a missing one is refused before any work
+    made = _companions(checkpoint)
     kind: Any = "closed" if labels else "open"
-    limit = config.get("n_positions") or DEFAULT_SOURCE_TOKENS
+    limit = checkpoint.config.get("n_positions") or DEFAULT_SOURCE_TOKENS
     return StudentDir(
         root,
-        TaskSpec(root.resolve().name, kind, tuple(labels or ())),
+        TaskSpec(Path(checkpoint.adapter or path).expanduser().resolve().name, kind, tuple(labels or ())),
         {"label": label_prefix or "", "rationale": rationale_prefix or ""},
         {"max_source_tokens": int(limit), "max_target_tokens": 256, "max_label_tokens": 64},
         CHECKPOINT_MODE,
         {},
+        checkpoint,
+        made,
     )
 
 
-def _is_byt5(root: Path) -> bool:
-    try:
-        saved = json.loads((root / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return bool(saved.get("tokenizer_class") == "ByT5Tokenizer")
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def write_byte_tokenizer(folder: str | os.PathLike[str]) -> Path:
-    """Write ByT5's tokenizer as ``tokenizer.json``: a byte b is the token b + 3, end-of-sequence is 1.
-
-    ByT5 comes without one, because its tokenizer is a few lines of Python; the runtime reads only this form.
-    """
-    from tokenizers import Tokenizer, decoders, models, processors
-
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    path = Path(folder) / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+def _companions(checkpoint: Checkpoint) -> tempfile.TemporaryDirectory[str]:
+    """Make the small files a bundle takes from a student: the fast tokenizer, and the configuration with its start."""
+    made = tempfile.TemporaryDirectory(prefix="sbs-edge-")
+    folder, config = Path(made.name), dict(checkpoint.config)
+    pad, eos = (config.get(name) for name in ("pad_token_id", "eos_token_id"))
+    tokenizer = checkpoint_tokenizer(checkpoint.tokenizer_folder, config["model_type"])
+    if not (checkpoint.tokenizer_folder / "tokenizer.json").is_file():
+        write_tokenizer(tokenizer, folder, pad_id=0 if pad is None else pad, eos_id=1 if eos is None else eos)
+    elif checkpoint.tokenizer_folder != checkpoint.folder:
+        shutil.copyfile(checkpoint.tokenizer_folder / "tokenizer.json", folder / "tokenizer.json")
+    if config.get("decoder_start_token_id") is None:
+        files.write_json(folder / "config.json", {**config, "decoder_start_token_id": checkpoint.start_id})
+    return made

@@ -112,7 +112,7 @@ def small_vocabulary(
             "Pruning the vocabulary needs rows to see which tokens are read; this student kept none. Give labelled "
             "rows with --guard-data, or leave --prune-input-vocabulary out."
         )
-    saved = json.loads((opened.path / "tokenizer.json").read_text(encoding="utf-8"))
+    saved = json.loads((opened.companion("tokenizer.json")).read_text(encoding="utf-8"))
     whole = _loaded(saved)
     size = min(len(vocabulary_of(saved)), weights.vocab_size)
     own = {weights.start_id, weights.eos_id, weights.pad_id, *also}
@@ -181,7 +181,7 @@ def _unchanged(texts: Sequence[str], whole: Tokenizer, small: Tokenizer) -> floa
 def write_companions(opened: StudentDir, small: SmallVocabulary | None, folder: Path) -> None:
     """Write the tokenizer and the student's configuration beside the graphs, in the exported vocabulary."""
     for name in COMPANIONS:
-        source = opened.path / name
+        source = opened.companion(name)
         if not source.is_file():
             continue
         if small is None:

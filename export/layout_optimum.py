@@ -64,8 +64,8 @@ def write_optimum(
             work,
         )
         for name in COMPANIONS:
-            if (opened.path / name).is_file():
-                shutil.copyfile(opened.path / name, work / name)
+            if opened.companion(name).is_file():
+                shutil.copyfile(opened.companion(name), work / name)
         (work / "README.md").write_text(_readme(target, manifest), encoding="utf-8")
 
 

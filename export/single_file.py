@@ -48,7 +48,7 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Re
         raise UsageError(
             "A single file answers with one of a closed label set; this student's labels are not closed."
         )
-    saved = json.loads((opened.path / "tokenizer.json").read_text(encoding="utf-8"))
+    saved = json.loads((opened.companion("tokenizer.json")).read_text(encoding="utf-8"))
     kind = saved["model"].get("type", "BPE")
     if kind not in KINDS:
         raise UsageError(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sbs_edge.errors import UsageError
-from sbs_edge.student.pretrained import FAMILY as FAMILIES
 
-__all__ = ["FAMILIES", "T5Weights", "load_weights", "weights_of"]
+__all__ = ["T5Weights", "weights_of"]
 
 ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 
@@ -89,32 +87,6 @@ class T5Weights:
         return own + (0 if tied else self.head.size)
 
 
-def load_weights(folder: str | Path) -> T5Weights:
-    """Load a checkpoint directory (``config.json`` and safetensors).
-
-    Raises:
-        UsageError: the directory is not a T5-family checkpoint.
-    """
-    return weights_of(load_model(folder))
-
-
-def load_model(folder: str | Path) -> Any:
-    """Load the transformers model of a checkpoint directory in float32, in evaluation mode.
-
-    Raises:
-        UsageError: it is no checkpoint, not of the T5 family, damaged, or lacks tensors.
-    """
-    from sbs_edge.student.pretrained import load_checkpoint
-
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UsageError(
-            f"{path} is no checkpoint directory: it has no config.json. Give the directory that training "
-            "wrote, or one that save_pretrained wrote."
-        )
-    return load_checkpoint(str(path)).eval()
-
-
 def weights_of(model: Any) -> T5Weights:
     """Take shapes and arrays out of a live transformers model (on CPU, any floating dtype)."""
     from sbs_edge.student.model import measure_logit_scale
@@ -146,7 +118,7 @@ def weights_of(model: Any) -> T5Weights:
         activation=activation,
         gated=bool(config.is_gated_act),
         vocab_size=arrays["shared.weight"].shape[0],
-        start_id=config.decoder_start_token_id or 0,
+        start_id=config.decoder_start_token_id,
         eos_id=config.eos_token_id,
         pad_id=config.pad_token_id,
         logit_scale=measure_logit_scale(model),

@@ -19,6 +19,7 @@ __all__ = [
     "TwoTaskModel",
     "add_lora",
     "build_student",
+    "is_tied",
     "measure_logit_scale",
     "merge_lora",
 ]
@@ -46,6 +47,11 @@ def measure_logit_scale(student: Any) -> float:
     ratio = float(seen["in"].double().norm() / seen["out"].double().norm())
     candidates = (1.0, float(student.config.d_model) ** -0.5)
     return float(min(candidates, key=lambda value: abs(value - ratio)))
+
+
+def is_tied(student: Any) -> bool:
+    """Tell whether the LM head is the embedding itself."""
+    return bool(student.get_output_embeddings().weight is student.get_input_embeddings().weight)
 
 
 class TwoTaskModel(nn.Module):
@@ -163,7 +169,7 @@ def build_student(config: TrainConfig, vocabulary: int) -> Any:
     """Make a T5 with random weights of the configured size; the vocabulary is rounded up to 8."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return T5ForConditionalGeneration(
+    student = T5ForConditionalGeneration(
         T5Config(
             vocab_size=-(-vocabulary // 8) * 8,
             d_model=config.d_model,
@@ -180,6 +186,10 @@ def build_student(config: TrainConfig, vocabulary: int) -> Any:
             eos_token_id=1,
         )
     )
+    if not config.tied and is_tied(student):  # transformers 5 ties every head
+        student.lm_head.weight = nn.Parameter(torch.randn_like(student.shared.weight))
+        student.config.tie_word_embeddings = False
+    return student
 
 
 def add_lora(student: Any, rank: int, alpha: float | None) -> Any:

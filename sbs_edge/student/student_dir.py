@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.readers import RejectedRow, stream_examples
 from sbs_edge.data.tokenizer import load_tokenizer
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.student.checkpoint import CARD, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["CALIBRATION", "CARD", "FORMAT", "VALIDATION", "StudentDir"]
 
 FORMAT = 1
-CARD = "sbs_edge.json"
 VALIDATION = "validation.jsonl"
 CALIBRATION = "calibration.jsonl"
 
@@ -41,6 +42,8 @@ class StudentDir:
         limits: ``max_source_tokens``, ``max_target_tokens``, ``max_label_tokens``.
         mode: the training mode.
         card: everything in ``sbs_edge.json``.
+        checkpoint: where weights and configuration lie, for a checkpoint that was not trained here.
+        made: directory of small files made for such a checkpoint, such as its fast tokenizer.
     """
 
     path: Path
@@ -49,18 +52,18 @@ class StudentDir:
     limits: Mapping[str, int]
     mode: str
     card: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
+    made: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StudentDir:
         """Open the directory ``path``.
 
         Raises:
-            UsageError: it is no student directory.
+            UsageError: it is not a student directory.
             DataError: its card is damaged or of a later format.
         """
-        root = Path(path)
-        if not (root / "config.json").is_file():
-            raise UsageError(f"{root} is no student: it has no config.json. Train one with sbs-edge train.")
+        root = open_checkpoint(str(path)).folder
         card_path = root / CARD
         if not card_path.is_file():
             raise UsageError(
@@ -97,7 +100,12 @@ class StudentDir:
 
     def tokenizer(self) -> Tokenizer:
         """Load the fast tokenizer."""
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.companion("tokenizer.json").parent)
+
+    def companion(self, name: str) -> Path:
+        """Return the path of a small file beside the weights: one made for this checkpoint, or its own."""
+        made = Path(self.made.name) / name if self.made is not None else None
+        return made if made is not None and made.is_file() else self.path / name
 
     def _rows(self, name: str) -> list[Example]:
         path = self.path / name
@@ -135,6 +143,6 @@ class StudentDir:
         Raises:
             UsageError: the weights are damaged or lack tensors.
         """
-        from sbs_edge.student.pretrained import load_checkpoint
+        from sbs_edge.student.pretrained import load_checkpoint, load_opened
 
-        return load_checkpoint(str(self.path)).eval()
+        return load_checkpoint(str(self.path)) if self.checkpoint is None else load_opened(self.checkpoint)

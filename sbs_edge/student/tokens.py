@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sbs_edge import files
 from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.data.example import Example, TaskSpec
+from sbs_edge.data.spiece import spiece_tokenizer
 from sbs_edge.data.targets import label_for, rationale_for
-from sbs_edge.data.tokenizer import build_tokenizer
-from sbs_edge.errors import UsageError
+from sbs_edge.data.tokenizer import build_tokenizer, load_tokenizer
+from sbs_edge.errors import DataError, UsageError
 from sbs_edge.student.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -55,29 +56,92 @@ def byte_tokenizer(n_extra: int = 125) -> Tokenizer:
     return tokenizer
 
 
-def checkpoint_tokenizer(name: str) -> Tokenizer:
-    """Load the fast tokenizer of a checkpoint, without padding or truncation.
+def checkpoint_tokenizer(folder: Path, family: str = "t5") -> Tokenizer:
+    """Load the fast tokenizer of the checkpoint in ``folder``, without padding or truncation.
+
+    It is read from the first of these that is there, the same under every version of transformers: ``tokenizer.json``,
+    ByT5's few rules, a SentencePiece model, whatever else transformers can convert.
+
+    Args:
+        folder: the checkpoint's directory.
+        family: its model type, which says how many ``<extra_id_N>`` follow T5's pieces.
 
     Raises:
         UsageError: there is none that can be carried as ``tokenizer.json``.
+        DataError: its file is damaged.
 
     """
+    if (folder / "tokenizer.json").is_file():
+        fast = load_tokenizer(folder)
+    else:
+        settings = _settings(folder / "tokenizer_config.json")
+        named = settings.get("tokenizer_class") or _settings(folder / "config.json").get("tokenizer_class")
+        if named == "ByT5Tokenizer":
+            return byte_tokenizer()
+        spiece = folder / "spiece.model"
+        if spiece.is_file():
+            fast = spiece_tokenizer(spiece, _extra_ids(settings, family))
+            _add_later(fast, folder / "added_tokens.json")
+        else:
+            fast = _converted(folder)
+    fast.no_padding()
+    fast.no_truncation()
+    return fast
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Copy it again from where the checkpoint was saved.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _extra_ids(settings: dict[str, Any], family: str) -> list[str]:
+    """Return T5's sentinel tokens in the order of their ids, the highest number first."""
+    count = settings.get("extra_ids")
+    if not isinstance(count, int):
+        named = [str(token) for token in settings.get("additional_special_tokens") or ()]
+        count = sum(token.startswith("<extra_id_") for token in named) or (100 if family == "t5" else 0)
+    return [f"<extra_id_{number}>" for number in range(count - 1, -1, -1)]
+
+
+def _add_later(tokenizer: Tokenizer, path: Path) -> None:
+    """Add the tokens that were added to a slow tokenizer, each under its own id."""
+    later = _settings(path)
+    for token, index in sorted(later.items(), key=lambda item: int(item[1])):
+        known = tokenizer.token_to_id(token)
+        if known is None:
+            tokenizer.add_tokens([token])
+            known = tokenizer.token_to_id(token)
+        if known != index:
+            raise DataError(
+                f"{path} gives the token {token!r} the number {index}, but beside spiece.model it would get {known}. Save "
+                "the checkpoint's fast tokenizer as tokenizer.json there."
+            )
+
+
+def _converted(folder: Path) -> Tokenizer:
+    """Let transformers convert a tokenizer of another kind."""
     from transformers import AutoTokenizer
 
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # its converters raise what the formats' libraries raise
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(
-            f"The tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]} A student needs "
-            "tokenizer.json beside its weights, or spiece.model and the sentencepiece package to make it."
+            f"The tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}). A student needs the "
+            "checkpoint's tokenizer.json or its spiece.model beside the weights; copy one of them there."
         ) from error
-    if type(loaded).__name__ == "ByT5Tokenizer":
-        return byte_tokenizer()
     fast = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
-        raise UsageError(f"The tokenizer of {name!r} ({type(loaded).__name__}) has no fast form.")
-    fast.no_padding()
-    fast.no_truncation()
+        raise UsageError(
+            f"The tokenizer in {folder} ({type(loaded).__name__}) has no fast form, so a bundle cannot carry it. Give a "
+            "checkpoint with a tokenizer.json."
+        )
     return fast
 
 

@@ -26,6 +26,7 @@ from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
+from sbs_edge.student.checkpoint import Checkpoint, open_checkpoint
 from sbs_edge.student.config import TrainConfig, make_config
 from sbs_edge.student.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION, StudentDir
 
@@ -163,15 +164,15 @@ def _validation(
     return batches, answers
 
 
-def _make_model(config: TrainConfig, vocabulary: int) -> Any:
+def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | None) -> Any:
     """Build or load the student, with adapters if asked for, and put the two-task loss around it."""
     from sbs_edge.student import model as models
-    from sbs_edge.student.pretrained import load_checkpoint
+    from sbs_edge.student.pretrained import load_opened
 
-    if config.model is None:
+    if checkpoint is None:
         student = models.build_student(config, vocabulary)
     else:
-        student = load_checkpoint(config.model, config.dropout)
+        student = load_opened(checkpoint, config.dropout)
     if config.gradient_checkpointing:
         # transformers 5 renamed the method
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
@@ -260,12 +261,13 @@ def _run(
     files.check_replaceable(out, ("sbs_edge.json",), "student")
     work = out.with_name(out.name + ".training")
 
+    checkpoint = None if config.model is None else open_checkpoint(config.model)
     tokenizer = (
         scratch_tokenizer(splits.train, splits.task, config)
-        if config.model is None
-        else checkpoint_tokenizer(config.model)
+        if checkpoint is None
+        else checkpoint_tokenizer(checkpoint.tokenizer_folder, checkpoint.config["model_type"])
     )
-    model = _make_model(config, tokenizer.get_vocab_size())
+    model = _make_model(config, tokenizer.get_vocab_size(), checkpoint)
     check_covered(
         tokenizer, model.student.get_input_embeddings().num_embeddings, config.model or "this student"
     )
@@ -308,7 +310,7 @@ def _run(
         firsts = torch.tensor(heads) if len(set(heads)) == len(heads) else None
     batches, answers = _validation(validation_rows, splits, config, encoder, collator, firsts)
 
-    checkpoint = _prepare_work(work, config, _fingerprint(config, splits, stream is not None), first)
+    newest = _prepare_work(work, config, _fingerprint(config, splits, stream is not None), first)
     arguments = make_arguments(config, work, steps, evaluates=bool(batches))
     callbacks, bar = _callbacks(config, work, bool(batches), first)
     trainer = TwoTaskTrainer(
@@ -327,9 +329,9 @@ def _run(
     trainer.pop_callback(transformers.PrinterCallback)
     if bar is not None:
         bar.trainer = trainer
-    trainer.start_at(checkpoint, steps)
+    trainer.start_at(newest, steps)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     finally:
         if bar is not None:
             bar.close()
@@ -343,7 +345,7 @@ def _run(
         for row in trainer.state.log_history
         if "tokens" in row
     ]
-    result = _finish(trainer, model, splits, tokenizer, config, out, work, history, ids, {
+    result = _finish(trainer, model, checkpoint, splits, tokenizer, config, out, work, history, ids, {
         "mode": config.mode,
         "rationale_weight": config.lambda_,
         "parameters": n_parameters,
@@ -362,6 +364,7 @@ def _run(
 def _finish(
     trainer: Any,
     model: Any,
+    checkpoint: Checkpoint | None,
     splits: Splits,
     tokenizer: Any,
     config: TrainConfig,
@@ -373,6 +376,7 @@ def _finish(
 ) -> TrainResult:
     """Choose the weights, merge adapters, and write the directory (first process only)."""
     from sbs_edge.student.model import merge_lora
+    from sbs_edge.student.pretrained import save_model
     from sbs_edge.student.tokens import write_tokenizer
     from sbs_edge.student.trainer import BEST
 
@@ -387,7 +391,7 @@ def _finish(
     state = trainer.whole_state() if config.fsdp else None
     if trainer.args.should_save:
         if state is not None:
-            model = _make_model(config, tokenizer.get_vocab_size())
+            model = _make_model(config, tokenizer.get_vocab_size(), checkpoint)
             model.load_state_dict(state, strict=False)  # tied weights are there once
             trainer.model = model
         if scored and config.select == "best" and (work / BEST).is_file():
@@ -420,7 +424,7 @@ def _finish(
         if len(calibration) > CALIBRATION_ROWS:
             calibration = random.Random(config.seed).sample(calibration, CALIBRATION_ROWS)
         with files.atomic_directory(out) as folder:
-            student.save_pretrained(folder)
+            save_model(student, folder)
             for weights in folder.glob("*.safetensors"):
                 weights.chmod(0o644)  # safetensors makes files that only their owner reads
             write_tokenizer(tokenizer, folder, **ids)
