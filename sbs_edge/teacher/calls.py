@@ -20,7 +20,9 @@ class Sampling:
         max_tokens: limit of one answer.
         top_p: nucleus; None leaves the server's default.
         seed: first sample's seed, the n-th gets ``seed + n``; None sends none.
-        extra: further fields of the request body, as the server understands them.
+        limit_name: the name under which the server takes the limit, such as ``max_completion_tokens``.
+        omit: fields that are not sent; ``stop`` may be one of them.
+        extra: further fields of the request body, as the server understands them; they win over the others.
 
     """
 
@@ -28,27 +30,31 @@ class Sampling:
     max_tokens: int = 256
     top_p: float | None = None
     seed: int | None = None
+    limit_name: str = "max_tokens"
+    omit: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def parameters(self, sample: int = 0) -> dict[str, Any]:
         """Return the request fields for sample number ``sample``."""
-        values: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        values: dict[str, Any] = {"temperature": self.temperature, self.limit_name: self.max_tokens}
         if self.top_p is not None:
             values["top_p"] = self.top_p
         if self.seed is not None:
             values["seed"] = self.seed + sample
-        return {**values, **self.extra}
+        values |= self.extra
+        return {name: value for name, value in values.items() if name not in self.omit}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. Token counts are None where the server counts none."""
+    """What came back. Token counts are None where the server counts none; thought is kept apart."""
 
     text: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     refusal: str | None = None
+    has_thought: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -81,6 +87,12 @@ class CallFailed(Exception):
         self.fatal = fatal
         self.retry_after = retry_after
         self.headers = headers or {}
+
+    def reworded(self, detail: str) -> CallFailed:
+        """Return the same failure with other words."""
+        return CallFailed(
+            self.reason, detail, retry=self.retry, fatal=self.fatal, retry_after=self.retry_after, headers=self.headers
+        )
 
 
 class Teacher(Protocol):

@@ -1,0 +1,116 @@
+"""When a run stops: the server refuses call after call, so asking for the other rows would only repeat it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from urllib.parse import urlsplit
+
+from sbs_edge.errors import SbsEdgeError
+from sbs_edge.teacher.calls import CallFailed
+
+__all__ = ["StopRule", "TeacherUnavailableError", "advice"]
+
+REFUSED_FROM_THE_START = 5
+"""So many refusals stop a run in which no call has succeeded yet."""
+
+_OPTIONAL = ("temperature", "max_tokens", "top_p", "seed", "stop")
+
+
+class TeacherUnavailableError(SbsEdgeError):
+    """The teacher cannot be used at all; what it has answered is in the journal."""
+
+
+class StopRule:
+    """Counts failures that no success interrupts.
+
+    A run stops at the first failure that every call would share (wrong key, unknown address), after
+    :data:`REFUSED_FROM_THE_START` refusals or unreadable responses before any success, and after ``patience``
+    failed calls in a row later on.
+
+    Args:
+        model: the teacher's model, for the message.
+        server: the address as it may be shown.
+        fields: the request's fields, for the advice.
+        patience: failed calls in a row.
+
+    """
+
+    def __init__(self, model: str, server: str = "", fields: Iterable[str] = (), patience: int = 20) -> None:
+        self._model, self._server, self._fields, self._patience = model, server, tuple(fields), patience
+        self._succeeded = False
+        self._in_a_row = 0
+        self._early = 0
+
+    def success(self) -> None:
+        """Note a call that the server answered."""
+        self._succeeded = True
+        self._in_a_row = 0
+
+    def attempt_failed(self, failure: CallFailed) -> None:
+        """Note one failed attempt, before it is retried or given up.
+
+        Raises:
+            TeacherUnavailableError: no call will succeed.
+
+        """
+        if failure.fatal:
+            raise self._stop("refuses every call", failure)
+        if not self._succeeded and (not failure.retry or failure.reason == "not-the-protocol"):
+            self._early += 1
+            if self._early >= REFUSED_FROM_THE_START:
+                raise self._stop(f"refused {self._early} calls and answered none", failure)
+
+    def call_failed(self, failure: CallFailed) -> None:
+        """Note a call that is refused or given up after its last attempt.
+
+        Raises:
+            TeacherUnavailableError: too many calls in a row failed.
+
+        """
+        self._in_a_row += 1
+        if self._in_a_row >= self._patience:
+            raise self._stop(f"has left {self._in_a_row} calls in a row unanswered", failure)
+
+    def _stop(self, what: str, failure: CallFailed) -> TeacherUnavailableError:
+        at = f" at {self._server}" if self._server else ""
+        return TeacherUnavailableError(
+            f"The teacher {self._model!r}{at} {what}: {failure}. {advice(failure, self._server, self._fields)} "
+            "Finished calls are in the journal; the same command, corrected, goes on from there."
+        )
+
+
+def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) -> str:
+    """Return what to change after ``failure``, as one or two sentences that name the flags."""
+    words, reason = failure.detail, failure.reason
+    if reason.startswith("http-3"):
+        target = words.removeprefix("the server redirects to ").split("?")[0]
+        target = re.sub(r"/(chat/)?completions/?$", "", target)
+        if target.startswith("/") and server:
+            parts = urlsplit(server)
+            target = f"{parts.scheme}://{parts.netloc}{target}"
+        return f"A redirect would lose the request: give the address it points to, --base-url {target}."
+    if reason in ("http-401", "http-403", "http-407"):
+        return "Check the key (--api-key-env names its variable; --header sends others) and its rights to the model."
+    if reason == "http-402" or "insufficient" in words.casefold():
+        return "The account has no credit left: top it up, then run the same command."
+    if "max_completion_tokens" in words and "max_tokens" in fields:
+        return "Add --request max_completion_tokens: the limit is then sent under that name."
+    named = [name for name in _OPTIONAL if name in fields and re.search(rf"(?<!\w){name}(?!\w)", words)]
+    if named:
+        return f"Leave the field out with --omit {named[0]}, or set it with --request {named[0]}=VALUE."
+    if "text/event-stream" in words or words.partition("It begins: ")[2].startswith(("data:", "event:", ": ")):
+        return "The server streams although it was not asked to: add --extra-body '{\"stream\": false}'."
+    if reason in ("http-404", "http-405", "http-410", "not-the-protocol", "not-sent"):
+        path = urlsplit(server).path
+        if server and not re.search(r"/v\d|/openai", path):
+            return f"Check the address: most servers answer below /v1, so try --base-url with {path.rstrip('/')}/v1."
+        return "Check the address (--base-url, up to and including /v1) and the model's name (--model)."
+    if reason == "rejected":
+        return "Change the request with --request NAME=VALUE, --omit NAME or --extra-body JSON."
+    return "Check that the server runs and answers at this address."
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Return ``3 http-500, 1 timeout``."""
+    return ", ".join(f"{number} {reason}" for reason, number in reasons.items())
