@@ -35,7 +35,7 @@ _PACKAGES: tuple[tuple[str, str, str, str], ...] = (
     ("starlette", "starlette", "serve", "the HTTP service"),
     ("uvicorn", "uvicorn", "serve", "the HTTP service"),
     ("prometheus-client", "prometheus_client", "serve", "metrics"),
-    ("openai", "openai", "teacher", "annotation by an OpenAI-compatible teacher"),
+    ("httpx", "httpx", "teacher", "annotation by an OpenAI-compatible teacher"),
     ("ctranslate2", "ctranslate2", "bench", "a peer in `bench latency`"),
     ("openvino", "openvino", "bench", "a peer in `bench latency`"),
     ("liger-kernel", "liger_kernel", "bench", "a peer in `bench kernels`"),

@@ -261,8 +261,8 @@ def run_units(
     missing = [index for index, name in shards.items() if name not in there]
     if missing:
         raise SbsEdgeError(
-            f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended "
-            "or calls stayed unanswered. Run the same command again; it goes on with these."
+            f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended, "
+            "calls stayed unanswered, or the server refused every call of the unit. Run the same command again; it goes on with these."
         )
     totals = {
         "units": len(units),

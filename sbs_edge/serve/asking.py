@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sbs_edge.serve import errors
 
@@ -27,16 +28,31 @@ class Asking:
 
 @dataclass(slots=True)
 class Answer:
-    """One answered text; fields of the task that was not asked for stay empty."""
+    """One answered text; fields of the task that was not asked for stay empty.
+
+    ``probability`` and ``probabilities`` are the student's. Where the label is the larger model's (``escalated``)
+    there are none, and ``student`` holds the student's own label and figures. The rationale is always the student's.
+    """
 
     label: str | None = None
-    probability: float = 0.0
+    probability: float | None = 0.0
     probabilities: Mapping[str, float] = field(default_factory=dict)
     abstained: bool = False
     escalated: bool = False
     truncated: bool = False
     rationale: str | None = None
     rationale_complete: bool = False
+    student: Mapping[str, Any] | None = None
+
+    def take_over(self, label: str) -> None:
+        """Take the larger model's ``label``; the student's figures say nothing about it and move to ``student``."""
+        self.student = {
+            "label": self.label,
+            "probability": self.probability,
+            "probabilities": dict(self.probabilities),
+        }
+        self.label, self.probability, self.probabilities = label, None, {}
+        self.escalated, self.abstained = True, False
 
 
 @dataclass(slots=True)

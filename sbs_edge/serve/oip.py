@@ -253,6 +253,8 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
 def _values(name: str, answers: list[Answer], card: ModelCard) -> list[Any]:
     if name == "probabilities":
         return [float(a.probabilities.get(label, 0.0)) for a in answers for label in card.labels]
+    if name == "probability":  # a tensor holds no null: 0 where the label is the larger model's
+        return [answer.probability or 0.0 for answer in answers]
     values = [getattr(answer, name) for answer in answers]
     return ["" if value is None else value for value in values] if OUTPUTS[name] == "BYTES" else values
 

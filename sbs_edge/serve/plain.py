@@ -34,17 +34,28 @@ class PredictRequest(BaseModel):
     max_new_tokens: int | None = Field(default=None, ge=1, description="Longest rationale in tokens.")
 
 
-class Prediction(BaseModel):
-    """One answer."""
+class StudentAnswer(BaseModel):
+    """The student's own answer, where a larger model's label took its place."""
 
     label: str
     probability: float
     probabilities: dict[str, float]
+
+
+class Prediction(BaseModel):
+    """One answer."""
+
+    label: str
+    probability: float | None = Field(description="The student's; null if escalated: the larger model gives none.")
+    probabilities: dict[str, float] = Field(description="The student's; empty if escalated.")
     abstained: bool = Field(description="The probability is below the model's threshold.")
     escalated: bool = Field(description="The label came from the larger model the server escalates to.")
     truncated: bool
-    rationale: str | None = None
+    rationale: str | None = Field(default=None, description="The student's, also if escalated.")
     rationale_complete: bool | None = None
+    student: StudentAnswer | None = Field(
+        default=None, description="Only if escalated: the student's own label and figures."
+    )
 
 
 class PredictResponse(BaseModel):
@@ -96,6 +107,8 @@ def encode_answers(model: str, version: str, answers: list[Answer]) -> dict[str,
             "escalated": answer.escalated,
             "truncated": answer.truncated,
         }
+        if answer.student is not None:
+            entry["student"] = dict(answer.student)
         if answer.rationale is not None:
             entry["rationale"] = answer.rationale
             entry["rationale_complete"] = answer.rationale_complete

@@ -272,9 +272,7 @@ class Service:
         for i, (label, result) in zip(unsure, await asyncio.gather(*asked), strict=True):
             self.metrics.escalations.labels(version.card.name, result).inc()
             if label is not None:
-                answers[i].label = label
-                answers[i].escalated = True
-                answers[i].abstained = False
+                answers[i].take_over(label)
         timing.escalate_s = time.perf_counter() - started
 
     async def close(self) -> None:

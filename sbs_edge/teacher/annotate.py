@@ -294,6 +294,7 @@ def write_annotation(
     )
     report = annotation_report(task, annotation.results, annotation.records, model=model)
     report["run"] = dataclasses.asdict(annotation.stats)
+    report["refusal"] = next((item.detail for item in annotation.results if item.reason == "rejected"), None)
     files.write_json(out.with_suffix(".report.json"), report)
     files.write_text(out.with_suffix(".report.html"), annotation_page(report))
     return report

@@ -125,6 +125,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
         return named if named is not None else whole
     if whole is not None and fold(whole) == fold(text):
         return whole
+    if re.search(r"\(\s*[A-Za-z]{1,2}\s*\)", rest) and not any(fold(rest) == fold(choice) for choice in choices):
+        return None  # (a) closet, (b) chest or (c) drawer
     spelled = match_label(rest, choices)
     if spelled is not None or named is None:
         return spelled if named is None or spelled is None or fold(spelled) == fold(named) else None

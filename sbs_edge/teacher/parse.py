@@ -139,7 +139,7 @@ def _read_label(task: TaskFile, piece: str, choices: Sequence[str] | None) -> st
     if task.parser == "expression":
         return _read_expression(plain_label(line) if "(" not in line[:1] else line)
     if task.parser == "choice":
-        return read_choice(line, choices or ())
+        return read_choice(line, choices or ()) or plain_label(line) or None
     known = task.labels if task.label_kind == "closed" else tuple(choices or ())
     if (found := match_label(line, known)) is not None:
         return found

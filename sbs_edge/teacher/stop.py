@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from sbs_edge.errors import SbsEdgeError
@@ -59,7 +59,7 @@ class StopRule:
         if not self._succeeded and (not failure.retry or failure.reason == "not-the-protocol"):
             self._early += 1
             if self._early >= REFUSED_FROM_THE_START:
-                raise self._stop(f"refused {self._early} calls and answered none", failure)
+                raise self._stop(f"has answered none of {self._early} requests", failure)
 
     def call_failed(self, failure: CallFailed) -> None:
         """Note a call that is refused or given up after its last attempt.
@@ -75,7 +75,7 @@ class StopRule:
     def _stop(self, what: str, failure: CallFailed) -> TeacherUnavailableError:
         at = f" at {self._server}" if self._server else ""
         return TeacherUnavailableError(
-            f"The teacher {self._model!r}{at} {what}: {failure}. {advice(failure, self._server, self._fields)} "
+            f"The teacher {self._model!r}{at} {what}: {str(failure).rstrip('. ')}. {advice(failure, self._server, self._fields)} "
             "Finished calls are in the journal; the same command, corrected, goes on from there."
         )
 
@@ -94,23 +94,28 @@ def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) ->
         return "Check the key (--api-key-env names its variable; --header sends others) and its rights to the model."
     if reason == "http-402" or "insufficient" in words.casefold():
         return "The account has no credit left: top it up, then run the same command."
-    if "max_completion_tokens" in words and "max_tokens" in fields:
-        return "Add --request max_completion_tokens: the limit is then sent under that name."
-    named = [name for name in _OPTIONAL if name in fields and re.search(rf"(?<!\w){name}(?!\w)", words)]
-    if named:
-        return f"Leave the field out with --omit {named[0]}, or set it with --request {named[0]}=VALUE."
-    if "text/event-stream" in words or words.partition("It begins: ")[2].startswith(("data:", "event:", ": ")):
+    if reason == "http-429":
+        return "Lower --concurrency, or wait until the limit is refilled."
+    if reason in ("thought-only", "cut-off"):
+        return "Raise --max-tokens, or switch thinking off where the model can: --request reasoning_effort=low."
+    if reason == "rejected":
+        return _about_fields(words, set(fields))
+    if reason == "not-the-protocol" and words.partition("It begins: ")[2].startswith(("data:", "event:", ": ")):
         return "The server streams although it was not asked to: add --extra-body '{\"stream\": false}'."
     if reason in ("http-404", "http-405", "http-410", "not-the-protocol", "not-sent"):
-        path = urlsplit(server).path
+        path = urlsplit(server).path.rstrip("/")
         if server and not re.search(r"/v\d|/openai", path):
-            return f"Check the address: most servers answer below /v1, so try --base-url with {path.rstrip('/')}/v1."
+            return f"Check the address: most servers answer below /v1, so try --base-url with the path {path}/v1."
         return "Check the address (--base-url, up to and including /v1) and the model's name (--model)."
-    if reason == "rejected":
-        return "Change the request with --request NAME=VALUE, --omit NAME or --extra-body JSON."
-    return "Check that the server runs and answers at this address."
+    if reason in ("connection", "timeout") or reason.startswith(("http-5", "server-error")):
+        return "Check that the server runs and answers at this address."
+    return ""
 
 
-def counted(reasons: Mapping[str, int]) -> str:
-    """Return ``3 http-500, 1 timeout``."""
-    return ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+def _about_fields(words: str, fields: set[str]) -> str:
+    if "max_completion_tokens" in words and "max_tokens" in fields:
+        return "Add --request max_completion_tokens: the limit is then sent under that name."
+    for name in _OPTIONAL:
+        if name in fields and re.search(rf"(?<!\w){name}(?!\w)", words):
+            return f"Leave the field out with --omit {name}, or set it with --request {name}=VALUE."
+    return "Change the request with --request NAME=VALUE, --omit NAME or --extra-body JSON."
