@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from sbs_edge.teacher.calls import Teacher
     from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["Connection", "ask_teacher", "emit", "outcome", "read_outputs", "read_rows", "say_estimate", "summary"]
+__all__ = [
+    "Connection",
+    "ask_teacher",
+    "emit",
+    "outcome",
+    "read_outputs",
+    "read_rows",
+    "say_estimate",
+    "summary",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -213,7 +222,9 @@ REFUSED_SHARE = 0.1
 """A run whose server refused more than this share of the rows has failed."""
 
 
-def outcome(annotation: Annotation, report: dict[str, Any], out: Path, server: str, fields: list[str]) -> None:
+def outcome(
+    annotation: Annotation, report: dict[str, Any], out: Path, server: str, fields: list[str]
+) -> None:
     """Raise where a run did not do what was asked; what it did is written already.
 
     Raises:

@@ -103,7 +103,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         header: Annotated[
             list[str] | None,
-            typer.Option(help="NAME=VALUE, sent with every request; NAME=env:VARIABLE keeps a secret out of the shell."),
+            typer.Option(
+                help="NAME=VALUE, sent with every request; NAME=env:VARIABLE keeps a secret out of the shell."
+            ),
         ] = None,
         request: Annotated[
             list[str] | None,

@@ -201,7 +201,15 @@ def annotate_with_ray(
     ColumnMap.parse(columns or ())  # refused here, not by every worker
     journals = str(Path(journal or Path(str(out)) / "journal").absolute())
     shown = dataclasses.asdict(settings)
-    for name in ("concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices", "server"):
+    for name in (
+        "concurrency",
+        "max_attempts",
+        "retry_failed",
+        "max_cost",
+        "max_total_tokens",
+        "prices",
+        "server",
+    ):
         shown.pop(name)  # may change between a run and its continuation
     plain = task.model_dump(mode="json", exclude_none=True)
     asked = {name: value for name, value in plain.items() if name != "headers"}  # they may hold a secret

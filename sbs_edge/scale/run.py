@@ -262,7 +262,8 @@ def run_units(
     if missing:
         raise SbsEdgeError(
             f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended, "
-            "calls stayed unanswered, or the server refused every call of the unit. Run the same command again; it goes on with these."
+            "calls stayed unanswered, or the server refused every call of the unit. "
+            "Run the same command again; it goes on with these."
         )
     totals = {
         "units": len(units),

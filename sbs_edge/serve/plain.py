@@ -46,7 +46,9 @@ class Prediction(BaseModel):
     """One answer."""
 
     label: str
-    probability: float | None = Field(description="The student's; null if escalated: the larger model gives none.")
+    probability: float | None = Field(
+        description="The student's; null if escalated: the larger model gives none."
+    )
     probabilities: dict[str, float] = Field(description="The student's; empty if escalated.")
     abstained: bool = Field(description="The probability is below the model's threshold.")
     escalated: bool = Field(description="The label came from the larger model the server escalates to.")

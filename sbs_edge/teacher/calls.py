@@ -55,6 +55,7 @@ class Answer:
     completion_tokens: int | None = None
     refusal: str | None = None
     has_thought: bool = False
+    model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,7 +92,12 @@ class CallFailed(Exception):
     def reworded(self, detail: str) -> CallFailed:
         """Return the same failure with other words."""
         return CallFailed(
-            self.reason, detail, retry=self.retry, fatal=self.fatal, retry_after=self.retry_after, headers=self.headers
+            self.reason,
+            detail,
+            retry=self.retry,
+            fatal=self.fatal,
+            retry_after=self.retry_after,
+            headers=self.headers,
         )
 
 

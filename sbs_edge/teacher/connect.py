@@ -109,7 +109,7 @@ def with_request(
     if extra_body is not None:
         found = _value(extra_body)
         if not isinstance(found, dict):
-            raise UsageError("--extra-body must be one JSON object, such as '{\"reasoning_effort\": \"low\"}'.")
+            raise UsageError('--extra-body must be one JSON object, such as \'{"reasoning_effort": "low"}\'.')
         flags = {**found, **flags}
     for name, value in flags.items():
         if name in RESERVED_FIELDS or (name == "stream" and value):

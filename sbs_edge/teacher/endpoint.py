@@ -68,8 +68,10 @@ def header_value(value: str, origin: str) -> str:
 
     """
     plain = value.strip()
-    if HIDDEN == plain:
-        raise UsageError(f"{origin} is {HIDDEN}: a saved configuration leaves secrets out. Give the value again.")
+    if plain == HIDDEN:
+        raise UsageError(
+            f"{origin} is {HIDDEN}: a saved configuration leaves secrets out. Give the value again."
+        )
     bad = next((c for c in plain if not (c == "\t" or " " <= c <= "~")), None)
     if bad is not None:
         kind = "a line break" if bad in "\r\n" else f"the character U+{ord(bad):04X}"
@@ -137,7 +139,9 @@ class Endpoint:
             sent = {other: text for other, text in sent.items() if other.casefold() != name.casefold()}
             sent[name] = checked
             secrets += [checked, checked.removeprefix("Bearer ")]
-        return cls(base, query, sent, tuple(sorted({s for s in secrets if len(s) > 3}, key=len, reverse=True)))
+        return cls(
+            base, query, sent, tuple(sorted({s for s in secrets if len(s) > 3}, key=len, reverse=True))
+        )
 
     @property
     def shown(self) -> str:
@@ -147,7 +151,9 @@ class Endpoint:
     @property
     def identity(self) -> str:
         """Address and names of the headers: tells servers apart in a journal, without a secret."""
-        names = ",".join(sorted(name.casefold() for name in self.headers if name.casefold() != "authorization"))
+        names = ",".join(
+            sorted(name.casefold() for name in self.headers if name.casefold() != "authorization")
+        )
         return self.shown + (f" [{names}]" if names else "")
 
     def url(self, route: str) -> str:
@@ -205,6 +211,8 @@ def _header(name: str, value: str) -> str:
         variable = value.removeprefix("env:")
         found = os.environ.get(variable)
         if not found:
-            raise UsageError(f"The header {name} names the environment variable {variable!r}, which is not set.")
+            raise UsageError(
+                f"The header {name} names the environment variable {variable!r}, which is not set."
+            )
         return header_value(found, f"The environment variable {variable}, sent as the header {name},")
     return header_value(value, f"The header {name}")

@@ -54,10 +54,10 @@ def _end(text: str) -> str:
 
 
 def plain_label(text: str) -> str:
-    """Return a label without the ornaments around it: quotation marks, Markdown, LaTeX, brackets, a final stop.
+    r"""Return a label without the ornaments around it: quotation marks, Markdown, LaTeX, brackets, a final stop.
 
     Example:
-        >>> plain_label("**\\boxed{\\text{follow\u2011up}}**.")
+        >>> plain_label(r"**\boxed{\text{follow-up}}**.")
         'follow-up'
 
     """
@@ -73,7 +73,9 @@ def plain_label(text: str) -> str:
         if text == before:
             break
     for left, right in _PAIRS[:6]:  # **refund** (money back), or "refund" without its partner
-        found = re.match(rf"{re.escape(left)}([^{re.escape(left[0])}]+){re.escape(right)}\s*(?:\(|[.,;:]|-\s)", text)
+        found = re.match(
+            rf"{re.escape(left)}([^{re.escape(left[0])}]+){re.escape(right)}\s*(?:\(|[.,;:]|-\s)", text
+        )
         if found is not None:
             return _end(found[1]).strip()
     if text.count('"') % 2 or text.count("**") % 2 or text.count("`") % 2:
@@ -114,7 +116,9 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     The whole text is tried first, since a choice may itself hold a bracketed letter; then a letter at the start.
     Text beside the letter must be that choice's, or an abbreviation of it that fits no other choice.
     """
-    if (whole := match_label(text, choices)) is not None and not re.match(r"\(\s*[A-Za-z]{1,2}\s*\)", text.strip()):
+    if (whole := match_label(text, choices)) is not None and not re.match(
+        r"\(\s*[A-Za-z]{1,2}\s*\)", text.strip()
+    ):
         return whole
     found = _LETTER.fullmatch(plain_label(text))
     if found is None:
@@ -125,7 +129,9 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
         return named if named is not None else whole
     if whole is not None and fold(whole) == fold(text):
         return whole
-    if re.search(r"\(\s*[A-Za-z]{1,2}\s*\)", rest) and not any(fold(rest) == fold(choice) for choice in choices):
+    if re.search(r"\(\s*[A-Za-z]{1,2}\s*\)", rest) and not any(
+        fold(rest) == fold(choice) for choice in choices
+    ):
         return None  # (a) closet, (b) chest or (c) drawer
     spelled = match_label(rest, choices)
     if spelled is not None or named is None:

@@ -48,15 +48,19 @@ _END = re.compile(
     re.IGNORECASE,
 )
 _WRAPPER = re.compile(
-    r"</?(?:answer|final_answer|response|output|solution)>|<\|(?:begin|end)_of_solution\|>|◁/?answer▷", re.IGNORECASE
+    r"</?(?:answer|final_answer|response|output|solution)>|<\|(?:begin|end)_of_solution\|>|◁/?answer▷",
+    re.IGNORECASE,
 )
 # A mark that none of the above knows: a special token anywhere, or a tag that opens the text or closes nothing.
-_SPECIAL = re.compile(r"<\|[^\s<>|]{1,40}\|?>|<[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>|◁[^\s◁▷]{1,40}▷|<unused\d+>")
+_SPECIAL = re.compile(
+    r"<\|[^\s<>|]{1,40}\|?>|<[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>|◁[^\s◁▷]{1,40}▷|<unused\d+>"
+)
 _TAG = re.compile(r"\A\s*(?:<([A-Za-z][\w:-]*)>|\[([A-Z][A-Z_]+)\])")
 _CLOSING = re.compile(r"</([A-Za-z][\w:-]*)\s*>|\[/([A-Z][A-Z_]+)\]")
-_HTML = set(
-    "a b blockquote body br center code dd del div dl dt em font form h1 h2 h3 h4 h5 h6 head hr html i img input ins "
-    "kbd label li mark ol p pre q s section small span strike strong sub sup table tbody td th title tr tt u ul".split()
+_HTML = re.compile(
+    r"a|b|blockquote|body|br|center|code|d[dlt]|del|div|em|font|form|h[1-6r]|head|html|i|img|input|ins|kbd|label|li|"
+    r"mark|ol|p|pre|q|s|section|small|span|strike|strong|su[bp]|table|tbody|t[dhrt]|title|u|ul",
+    re.IGNORECASE,
 )
 
 
@@ -116,7 +120,11 @@ def unmark(text: str, keep: Sequence[str] = ()) -> Unmarked:
 def _without_invisible(text: str) -> str:
     """Drop control and format characters; the two joiners stay, scripts and emoji are written with them."""
     return "".join(
-        c if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf") else "\n" if c in "\r\x0b\x0c\x85" else ""
+        c
+        if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf")
+        else "\n"
+        if c in "\r\x0b\x0c\x85"
+        else ""
         for c in text.replace("\r\n", "\n")
     )
 
@@ -155,13 +163,13 @@ def _unknown(text: str, own: str) -> str | None:
         closing = f"</{name}" if opened[1] else f"[/{name}"
         if (
             opened[0].strip() not in own
-            and name.casefold() not in _HTML
+            and not _HTML.fullmatch(name)
             and (closing in text or text[opened.end() :].lstrip(" ").startswith("\n"))
         ):
             return opened[0].strip()
     for found in _CLOSING.finditer(text):
         name = found[1] or found[2]
         opening = f"<{name}" if found[1] else f"[{name}]"
-        if found[0] not in own and opening not in text and name.casefold() not in _HTML:
+        if found[0] not in own and opening not in text and not _HTML.fullmatch(name):
             return found[0]
     return None

@@ -45,7 +45,12 @@ def endpoint_of(
             "server that needs none."
         )
     return Endpoint.of(
-        url or DEFAULT_URL, origin=origin, key=key, key_origin=api_key_env, key_header=key_header, headers=headers
+        url or DEFAULT_URL,
+        origin=origin,
+        key=key,
+        key_origin=api_key_env,
+        key_header=key_header,
+        headers=headers,
     )
 
 

@@ -94,7 +94,7 @@ def _batch_line(content: Any, where: str, prices: Prices) -> Record:
         prompt_tokens=asked,
         completion_tokens=written,
         cost=prices.cost(asked, written),
-        model=str(body.get("model") or ""),
+        model=answer.model or "",
     )
 
 

@@ -19,7 +19,9 @@ _REFUSAL = re.compile(
     r"i(?: am|['’]m) (?:unable|not able) to|as an ai\b)",
     re.IGNORECASE,
 )
-_OPERATORS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2011": "-", "\u00d7": "*", "\u00f7": "/", "\u00a0": " ", "\u202f": " "})
+_OPERATORS = str.maketrans(
+    {"\u2212": "-", "\u2013": "-", "\u2011": "-", "\u00d7": "*", "\u00f7": "/", "\u00a0": " ", "\u202f": " "}
+)
 _RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
 _ORNAMENT = " \t\"'`*_“”‘’"
 _GAP = r"[ \t]*"
@@ -61,7 +63,9 @@ def parse_answer(
     if finish_reason == "content_filter":
         return Parsed(reason="refused")
     cut_off = finish_reason == "length"
-    body, reason, ended = unmark(text, (task.answer_marker, task.output_marker, *task.labels, *(choices or ())))
+    body, reason, ended = unmark(
+        text, (task.answer_marker, task.output_marker, *task.labels, *(choices or ()))
+    )
     if reason is not None:
         name = "cut-off" if reason == "thought-unfinished" or (cut_off and not body) else reason
         return Parsed(reason=name.split(":", 1)[0])

@@ -15,6 +15,7 @@ from sbs_edge.teacher.task import Shot, TaskFile
 
 __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
 
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What is sent: ``text`` for a completion, ``messages`` (role, content) for a chat."""

@@ -118,6 +118,7 @@ class _Usage(_Foreign):
 
 class _Response(_Foreign):
     choices: list[_Choice]
+    model: _Word = None
     usage: Annotated[_Usage, BeforeValidator(lambda v: v if isinstance(v, dict) else {})] = _Usage()
 
 
@@ -145,7 +146,9 @@ def read_answer(body: Any, headers: Mapping[str, str] | None = None, raw: str = 
         words, code, status = found
         if status or code:
             raise failure(status or 200, body, headers, raw)
-        raise CallFailed("not-the-protocol", f"the server answered with an error: {words}", retry=True, headers=headers)
+        raise CallFailed(
+            "not-the-protocol", f"the server answered with an error: {words}", retry=True, headers=headers
+        )
     try:
         response = _Response.model_validate(body)
         if not response.choices:
@@ -165,17 +168,25 @@ def read_answer(body: Any, headers: Mapping[str, str] | None = None, raw: str = 
         raise _foreign(str(error), body, raw, headers) from None
     finish = (choice.finish_reason or "").casefold()
     if finish == "error":
-        raise CallFailed("server-error", "the server broke off its answer (finish_reason error)", retry=True, headers=headers)
+        raise CallFailed(
+            "server-error",
+            "the server broke off its answer (finish_reason error)",
+            retry=True,
+            headers=headers,
+        )
     message = choice.message or _Message()
     return Answer(
         text=message.content if choice.message is not None else choice.text or "",
         finish_reason=_FINISH.get(finish, choice.finish_reason),
         prompt_tokens=response.usage.prompt_tokens,
         completion_tokens=response.usage.completion_tokens,
-        refusal=one_line(message.refusal if isinstance(message.refusal, str) else json.dumps(message.refusal), _QUOTED)
+        refusal=one_line(
+            message.refusal if isinstance(message.refusal, str) else json.dumps(message.refusal), _QUOTED
+        )
         if message.refusal
         else None,
         has_thought=bool(message.reasoning_content or message.reasoning),
+        model=response.model,
         headers=headers or {},
     )
 
@@ -185,7 +196,10 @@ def _foreign(problem: str, body: Any, raw: str, headers: Mapping[str, str] | Non
     if body is None:
         problem = "it is not JSON"
     return CallFailed(
-        "not-the-protocol", f"the response is not of the protocol: {problem}. It begins: {shown}", retry=True, headers=headers
+        "not-the-protocol",
+        f"the response is not of the protocol: {problem}. It begins: {shown}",
+        retry=True,
+        headers=headers,
     )
 
 
@@ -227,9 +241,16 @@ def failure(status: int, body: Any, headers: Mapping[str, str] | None = None, ra
     if code.casefold() in _FILTER_CODES:
         return CallFailed("refused", words, headers=headers)
     if 300 <= status < 400:
-        return CallFailed(f"http-{status}", f"the server redirects to {one_line(headers.get('location', 'nowhere'), _QUOTED)}", fatal=True, headers=headers)
+        return CallFailed(
+            f"http-{status}",
+            f"the server redirects to {one_line(headers.get('location', 'nowhere'), _QUOTED)}",
+            fatal=True,
+            headers=headers,
+        )
     if status in _FATAL or code in _FATAL_CODES:
         return CallFailed(f"http-{status}", words, fatal=True, headers=headers)
     if status in _AGAIN or status >= 500:
-        return CallFailed(f"http-{status}", words, retry=True, retry_after=retry_after_seconds(headers), headers=headers)
+        return CallFailed(
+            f"http-{status}", words, retry=True, retry_after=retry_after_seconds(headers), headers=headers
+        )
     return CallFailed("rejected", f"HTTP {status}: {words}", headers=headers)

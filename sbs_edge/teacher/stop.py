@@ -74,8 +74,9 @@ class StopRule:
 
     def _stop(self, what: str, failure: CallFailed) -> TeacherUnavailableError:
         at = f" at {self._server}" if self._server else ""
+        remedy = advice(failure, self._server, self._fields)
         return TeacherUnavailableError(
-            f"The teacher {self._model!r}{at} {what}: {str(failure).rstrip('. ')}. {advice(failure, self._server, self._fields)} "
+            f"The teacher {self._model!r}{at} {what}: {str(failure).rstrip('. ')}. {remedy} "
             "Finished calls are in the journal; the same command, corrected, goes on from there."
         )
 
@@ -97,10 +98,14 @@ def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) ->
     if reason == "http-429":
         return "Lower --concurrency, or wait until the limit is refilled."
     if reason in ("thought-only", "cut-off"):
-        return "Raise --max-tokens, or switch thinking off where the model can: --request reasoning_effort=low."
+        return (
+            "Raise --max-tokens, or switch thinking off where the model can: --request reasoning_effort=low."
+        )
     if reason == "rejected":
         return _about_fields(words, set(fields))
-    if reason == "not-the-protocol" and words.partition("It begins: ")[2].startswith(("data:", "event:", ": ")):
+    if reason == "not-the-protocol" and words.partition("It begins: ")[2].startswith(
+        ("data:", "event:", ": ")
+    ):
         return "The server streams although it was not asked to: add --extra-body '{\"stream\": false}'."
     if reason in ("http-404", "http-405", "http-410", "not-the-protocol", "not-sent"):
         path = urlsplit(server).path.rstrip("/")
