@@ -49,8 +49,13 @@ def fold(text: str) -> str:
     return " ".join(_visible(unicodedata.normalize("NFKC", _visible(text))).casefold().split())
 
 
+def _inside(inner: str, left: str, right: str) -> bool:
+    """Whether ``left`` and ``right`` around ``inner`` are one pair, not the ends of two."""
+    return right not in inner or (inner.startswith(left) and inner.endswith(right))
+
+
 def _end(text: str) -> str:
-    return re.sub(r"(?<=[\w)\]}'\"*`%$>])\s*(?:[.!;,]+)$", "", text.strip())
+    return re.sub(r"(?<=[^\s.!;,])\s*[.!;,]+$", "", text.strip())
 
 
 def plain_label(text: str) -> str:
@@ -67,7 +72,12 @@ def plain_label(text: str) -> str:
         text = _end(_BOXED.sub(r"\1", text))
         for left, right in _PAIRS:
             inner = text[len(left) : len(text) - len(right)]
-            if text.startswith(left) and text.endswith(right) and inner.strip() and right not in inner:
+            if (
+                text.startswith(left)
+                and text.endswith(right)
+                and inner.strip()
+                and _inside(inner, left, right)
+            ):
                 text = inner.strip()
                 break
         if text == before:
@@ -120,7 +130,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
         r"\(\s*[A-Za-z]{1,2}\s*\)", text.strip()
     ):
         return whole
-    found = _LETTER.fullmatch(plain_label(text))
+    found = _LETTER.fullmatch(re.sub(r"\*\*|__|`", "", plain_label(text)))
     if found is None:
         return whole
     letter, rest = (found[1] or found[2]).casefold(), found[3].strip()
