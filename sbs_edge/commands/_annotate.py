@@ -11,9 +11,11 @@ from rich.console import Console
 from sbs_edge.commands._common import print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sbs_edge.data.example import Example
     from sbs_edge.teacher.annotate import Annotation, Settings
-    from sbs_edge.teacher.calls import Teacher
+    from sbs_edge.teacher.calls import Sampling, Teacher
     from sbs_edge.teacher.task import TaskFile
 
 __all__ = [
@@ -32,13 +34,13 @@ __all__ = [
 class Connection:
     """Where the teacher is; keyword arguments of :func:`sbs_edge.teacher.connect.connect`. It holds secrets."""
 
-    backend: str
-    base_url: str | None
-    api_key_env: str
-    key_header: str
-    headers: dict[str, str]
-    timeout: float
-    device: str | None
+    backend: str = "openai"
+    base_url: str | None = None
+    api_key_env: str | None = None
+    key_header: str = "Authorization"
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    timeout: float = 120.0
+    device: str | None = None
 
     def identity(self) -> str:
         """Return the server's address without secrets.
@@ -52,8 +54,38 @@ class Connection:
         from sbs_edge.teacher.openai_api import endpoint_of
 
         return endpoint_of(
-            self.base_url, api_key_env=self.api_key_env, key_header=self.key_header, headers=self.headers
+            self.base_url,
+            api_key_env=self.api_key_env or "OPENAI_API_KEY",
+            key_header=self.key_header,
+            headers=self.headers,
         ).identity
+
+
+def connection_of(
+    task: TaskFile,
+    sampling: Sampling,
+    connection: Connection,
+    *,
+    server: str | None = None,
+    header: Sequence[str] = (),
+    request: Sequence[str] = (),
+    omit: Sequence[str] = (),
+    extra_body: str | None = None,
+) -> tuple[Sampling, Connection]:
+    """Return both with what flags, task file and server preset say; arguments as the flags of the same names."""
+    from sbs_edge.teacher.connect import headers_of, server_preset, with_request
+
+    preset = server_preset(server, connection.base_url)
+    return (
+        with_request(sampling, task, preset, request=request, omit=omit, extra_body=extra_body),
+        dataclasses.replace(
+            connection,
+            base_url=connection.base_url or preset.base_url or None,
+            api_key_env=connection.api_key_env or preset.api_key_env,
+            key_header=preset.key_header,
+            headers=headers_of(task, header),
+        ),
+    )
 
 
 def read_rows(

@@ -13,6 +13,7 @@ from rich.console import Console
 from sbs_edge.commands._annotate import (
     Connection,
     ask_teacher,
+    connection_of,
     emit,
     outcome,
     read_outputs,
@@ -228,7 +229,6 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.errors import UsageError
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
         from sbs_edge.teacher.calls import Sampling
-        from sbs_edge.teacher.connect import headers_of, server_preset, with_request
         from sbs_edge.teacher.cost import Prices
         from sbs_edge.teacher.endpoint import redacted_headers, redacted_url
         from sbs_edge.teacher.prompt import render, show
@@ -242,12 +242,13 @@ def register(app: typer.Typer) -> None:
         spec = load_task(task)
         if not (show_prompt or outputs):  # these ask nobody
             refuse_placeholders(spec, task)
-        preset = server_preset(server, base_url)
         heat = temperature if temperature is not None else (0.7 if samples > 1 else 0.0)
-        sampling = with_request(
-            Sampling(heat, max_tokens or spec.max_tokens, top_p, sampling_seed),
+        sampling, connection = connection_of(
             spec,
-            preset,
+            Sampling(heat, max_tokens or spec.max_tokens, top_p, sampling_seed),
+            Connection(backend.value, base_url, api_key_env, timeout=timeout, device=device),
+            server=server,
+            header=header or (),
             request=request or (),
             omit=omit or (),
             extra_body=extra_body,
@@ -260,15 +261,6 @@ def register(app: typer.Typer) -> None:
             raise UsageError(
                 f"A budget needs a limit on each answer, and --omit {sampling.limit_name} takes it away. Leave out one."
             )
-        connection = Connection(
-            backend.value,
-            base_url or preset.base_url or None,
-            api_key_env or preset.api_key_env,
-            preset.key_header,
-            headers_of(spec, header or ()),
-            timeout,
-            device,
-        )
         if backend is Backend.local and (header or request or omit or extra_body or server):
             raise UsageError(
                 "--backend local generates in this process: --server, --header, --request, --omit and --extra-body are "

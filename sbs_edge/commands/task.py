@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from sbs_edge.commands._common import JsonOption, print_json
+from sbs_edge.commands._try import register_try
 
 __all__ = ["register"]
 
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True, help="Write and check the file that tells a teacher what to do."
     )
     app.add_typer(group, name="task")
+    register_try(group)
 
     @group.command()
     def new(

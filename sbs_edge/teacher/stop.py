@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from sbs_edge.errors import SbsEdgeError
 from sbs_edge.teacher.calls import CallFailed
 
-__all__ = ["StopRule", "TeacherUnavailableError", "advice"]
+__all__ = ["StopRule", "TeacherUnavailableError", "advice", "advice_on_answer"]
 
 REFUSED_FROM_THE_START = 5
 """So many refusals stop a run in which no call has succeeded yet."""
@@ -124,3 +124,27 @@ def _about_fields(words: str, fields: set[str]) -> str:
         if name in fields and re.search(rf"(?<!\w){name}(?!\w)", words):
             return f"Leave the field out with --omit {name}, or set it with --request {name}=VALUE."
     return "Change the request with --request NAME=VALUE, --omit NAME or --extra-body JSON."
+
+
+_ANSWERS = {
+    "empty": "the model wrote nothing; try another model, or form: completion for a base model.",
+    "refused": "the model or its filter declined; reword the instruction.",
+    "cut-off": "raise max_tokens, ask for a shorter reasoning, or switch thinking off.",
+    "thought-only": "the model thought and wrote no answer; raise max_tokens or switch thinking off.",
+    "unknown-mark": "the server leaves a template's mark in the text; set its reasoning parser, or stop.",
+    "marker-missing": "the answer lacks answer_marker; add a worked example, or say the marker in format_note.",
+    "marker-repeated": "the answer marker stands before two different labels; ask for one answer, at the end.",
+    "label-unreadable": "no label follows the marker; show the form in a worked example or in format_note.",
+    "label-not-in-set": "the model chose outside labels; add the missing label, or list the labels in the instruction.",
+    "rationale-missing": "there is no reasoning before the marker; ask for it in format_note.",
+    "rationale-too-long": "ask for a shorter reasoning, or raise filters.max_rationale_words.",
+    "rationale-contradicts-label": "the reasoning names another label; read it, and reword the instruction.",
+    "duplicate-input": "the row repeats an input; remove it from the data.",
+    "unanswered": "the server did not answer; run the command again.",
+    "rejected": "the server refused the request; see its words above, and --request, --omit, --extra-body.",
+}
+
+
+def advice_on_answer(reason: str) -> str:
+    """Return what to change in the task file where answers end with ``reason``."""
+    return _ANSWERS.get(reason, "read the answer above, and adjust the task file's filters or wording.")
