@@ -41,6 +41,9 @@ def register_try(group: typer.Typer) -> None:
         column: Annotated[
             list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
         ] = None,
+        skip_bad_rows: Annotated[
+            bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows.")
+        ] = False,
         price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
         price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
         journal: Annotated[
@@ -79,7 +82,7 @@ def register_try(group: typer.Typer) -> None:
         settings = Settings(
             model, sampling, prices=prices, max_attempts=2, retry_failed=True, server=connection.identity()
         )
-        examples = read_rows(data, None, "train", column or [], rows, False, console)
+        examples = read_rows(data, None, "train", column or [], rows, skip_bad_rows, console)
         if not examples:
             raise UsageError(f"{data} holds no row to ask for.")
         with tempfile.TemporaryDirectory() as folder:

@@ -19,8 +19,11 @@ _TYPOGRAPHY = str.maketrans(
 )
 _OUTER = " \t\n\"'`*_~#"
 _PAIRS = (("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("'", "'"), ("*", "*"), ("_", "_"), ("$", "$"),
-          ("\\(", "\\)"), ("\\[", "\\]"), ("<", ">"), ("[", "]"), ("{", "}"), ("«", "»"))  # fmt: skip
+          ("\\(", "\\)"), ("\\[", "\\]"), ("~~", "~~"), ("「", "」"),
+          ("『", "』"), ("(", ")"), ("<", ">"), ("[", "]"), ("{", "}"), ("«", "»"))  # fmt: skip
 _BOXED = re.compile(r"\\(?:boxed|text|textbf|textit|mathrm|mathbf|mathsf|fbox)\s*\{([^{}]*)\}")
+_TAGGED = re.compile(r"\A<(\w+)>([^<>]+)</\1>\Z")
+_ANNOUNCED = re.compile(r"\A(?:the\s+)?(?:label|answer|choice|category)\s*(?::|\bis\b:?)?\s+", re.IGNORECASE)
 _LETTER = re.compile(
     r"(?:(?:option|choice|answer|letter)\s+)?"
     r"(?:[(\[]\s*([a-z]{1,2})\s*[)\]]\s*[:.-]?|([a-z]{1,2})\s*(?:[).:]|-\s|$))\s*(.*)",
@@ -55,7 +58,7 @@ def _inside(inner: str, left: str, right: str) -> bool:
 
 
 def _end(text: str) -> str:
-    return re.sub(r"(?<=[^\s.!;,])\s*[.!;,]+$", "", text.strip())
+    return re.sub(r"(?<=[^\s.!;,。！])\s*[.!;,。！]+$", "", text.strip())
 
 
 def plain_label(text: str) -> str:
@@ -69,7 +72,7 @@ def plain_label(text: str) -> str:
     text = _visible(text)
     while True:
         before = text
-        text = _end(_BOXED.sub(r"\1", text))
+        text = _end(_TAGGED.sub(r"\2", _BOXED.sub(r"\1", text)))
         for left, right in _PAIRS:
             inner = text[len(left) : len(text) - len(right)]
             if (
@@ -88,7 +91,11 @@ def plain_label(text: str) -> str:
         )
         if found is not None:
             return _end(found[1]).strip()
-    if text.count('"') % 2 or text.count("**") % 2 or text.count("`") % 2:
+    # The partner stands before the marker: _So the answer is refund._
+    if any(
+        text.count(mark) % 2 and (text.startswith(mark) or text.endswith(mark))
+        for mark in ('"', "*", "`", "_")
+    ):
         text = _end(text.strip(_OUTER))
     return text
 
@@ -108,7 +115,11 @@ def match_label(text: str, known: Sequence[str]) -> str | None:
     for the first sentence and for what stands before a bracket or a dash.
     """
     tests: tuple[Callable[[str], str], ...] = (str.strip, fold, _bare, _loose)
-    heads = [text, re.split(r"[.!;,:]\s|\s[-(\u2013\u2014]|\n", text.strip())[0]]
+    heads = [
+        text,
+        _ANNOUNCED.sub("", plain_label(text)),
+        re.split(r"[.!;,:]\s|\s[-(\u2013\u2014]|\n", text.strip())[0],
+    ]
     for candidate in heads:
         for key in tests:
             wanted = key(candidate)

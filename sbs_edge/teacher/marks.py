@@ -34,11 +34,14 @@ _CHANNEL = re.compile(
 )
 # The same where the special tokens were dropped and their words left: analysisWe need ...assistantfinalThe ...
 _BARE_CHANNEL = re.compile(r"\A(?:analysis|commentary)(?=[A-Z\"“'’])(.*?)(?:assistant\s*final|\Z)", re.DOTALL)
+_PROSE = re.compile(
+    r"\A\s*Here is my thought process:.*?Here is my response:", re.DOTALL | re.IGNORECASE
+)  # Granite
 _START = re.compile(
     r"\A(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<\|START_OF_TURN_TOKEN\|>|<\|CHATBOT_TOKEN\|>|"
     r"<\|(?:im_start|start|start_of_role)\|>\s*(?:assistant|model)?(?:<\|end_of_role\|>)?|"
     r"<start_of_turn>\s*(?:model|assistant)?|<\|turn>\s*(?:model|assistant)?|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>|"
-    r"<\|(?:assistant|message)\|>|<｜Assistant｜>|\[/INST\]|<\|START_RESPONSE\|>|\s)+",
+    r"<\|(?:assistant|message)\|>|<｜Assistant｜>|\[/?INST\]|<\|START_RESPONSE\|>|\s)+",
     re.IGNORECASE,
 )
 _END = re.compile(
@@ -98,7 +101,7 @@ def unmark(text: str, keep: Sequence[str] = ()) -> Unmarked:
         if not bare[0].endswith("final"):
             return Unmarked("", "thought-unfinished")
         text = text[bare.end() :]
-    text = _START.sub("", text)
+    text = _PROSE.sub("", _START.sub("", text))
     had_thought = False
     if _OPEN.search(text) or _CLOSE.search(text):
         text, had_thought, unfinished = _without_thought(text, own)

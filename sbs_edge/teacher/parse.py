@@ -79,7 +79,7 @@ def parse_answer(
         if not complete:
             return Parsed(reason="cut-off")
         return Parsed(reason="refused" if _REFUSAL.search(body) else "marker-missing")
-    rationale = re.sub(r"\s+", " ", pieces[0]).strip(_ORNAMENT)
+    rationale = re.sub(r"\s+", " ", pieces[0]).strip(_ORNAMENT + "#>")
     labels = [_read_label(task, piece, choices) for piece in pieces[1:]]
     label = labels[0]
     if len(labels) > 1 and not all(

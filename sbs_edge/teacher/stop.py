@@ -73,10 +73,10 @@ class StopRule:
             raise self._stop(f"has left {self._in_a_row} calls in a row unanswered", failure)
 
     def _stop(self, what: str, failure: CallFailed) -> TeacherUnavailableError:
-        at = f" at {self._server}" if self._server else ""
+        at = f", asked at {self._server}" if self._server else ""
         remedy = advice(failure, self._server, self._fields)
         return TeacherUnavailableError(
-            f"The teacher {self._model!r}{at} {what}: {str(failure).rstrip('. ')}. {remedy} "
+            f"The teacher {self._model!r} {what} ({str(failure).rstrip('. ')}){at}. {remedy} "
             "Finished calls are in the journal; the same command, corrected, goes on from there."
         )
 

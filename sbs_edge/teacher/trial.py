@@ -67,7 +67,13 @@ def trial_report(
         "rows": shown,
         "usable": sum(item["reason"] is None for item in shown),
         "change": [
-            f"{reason} ({n} of {len(shown)}): {advice_on_answer(reason)}" for reason, n in reasons.items()
+            f"{name} ({n} of {len(shown)}): "
+            + (
+                f"{failed}. {remedy}"
+                if name in ("rejected", "unanswered") and failed
+                else advice_on_answer(name)
+            )
+            for name, n in reasons.items()
         ],
     }
 

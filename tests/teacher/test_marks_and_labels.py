@@ -59,6 +59,13 @@ MARKED = [
     f"{WHY} The answer is refund.",
     f"{WHY} Therefore, the final answer is: refund.",
     f"{WHY}\nAnswer: refund",
+    f"> {WHY}\n\n### So the answer is\n\nrefund",
+    f"{WHY} _So the answer is refund._",
+    f"[INST] {ANSWER} [/INST]",
+    f"Here is my thought process:\n{THOUGHT}\nHere is my response:\n{ANSWER}",
+    f"{WHY} So the answer is (refund).",
+    f"{WHY} So the answer is <label>refund</label>.",
+    f"{WHY} So the answer is 「refund」。",
 ]
 
 
