@@ -94,7 +94,7 @@ def plain_label(text: str) -> str:
     # The partner stands before the marker: _So the answer is refund._
     if any(
         text.count(mark) % 2 and (text.startswith(mark) or text.endswith(mark))
-        for mark in ('"', "*", "`", "_")
+        for mark in ('"', "**", "*", "`", "_")
     ):
         text = _end(text.strip(_OUTER))
     return text
