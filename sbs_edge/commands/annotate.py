@@ -226,11 +226,11 @@ def register(app: typer.Typer) -> None:
         sbs-edge annotate DIR --dataset svamp --task svamp --outputs 'DIR/svamp/llm/train_CoT_*.json';
         sbs-edge annotate --engine ray --task task.yaml --model any --input 'rows/*.jsonl' --output annotated
         """
+        from sbs_edge.chat.endpoint import redacted_headers, redacted_url
         from sbs_edge.errors import UsageError
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
         from sbs_edge.teacher.calls import Sampling
         from sbs_edge.teacher.cost import Prices
-        from sbs_edge.teacher.endpoint import redacted_headers, redacted_url
         from sbs_edge.teacher.prompt import render, show
         from sbs_edge.teacher.task import load_task, refuse_placeholders
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import httpx
 
+from sbs_edge.chat.answer import Answer, CallFailed
+from sbs_edge.chat.endpoint import Endpoint
+from sbs_edge.chat.labels import match_label, plain_label
+from sbs_edge.chat.marks import unmark
+from sbs_edge.chat.protocol import failure, parse_body, read_answer
 from sbs_edge.serve.logs import logger
-from sbs_edge.teacher.calls import Answer, CallFailed
-from sbs_edge.teacher.endpoint import Endpoint
-from sbs_edge.teacher.labels import match_label, plain_label
-from sbs_edge.teacher.marks import unmark
-from sbs_edge.teacher.protocol import failure, parse_body, read_answer
 
 __all__ = ["Escalation", "label_of"]
 

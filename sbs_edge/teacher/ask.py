@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from sbs_edge.teacher.calls import Answer, CallFailed, Sampling, Teacher
 from sbs_edge.teacher.cost import Budget, TokenEstimator
 from sbs_edge.teacher.journal import Journal, Record
-from sbs_edge.teacher.limits import RateGate, backoff_seconds
+from sbs_edge.teacher.limits import RateGate, backoff_seconds, retry_after_seconds
 from sbs_edge.teacher.prompt import Call
 from sbs_edge.teacher.stop import StopRule, TeacherUnavailableError
 
@@ -165,10 +165,11 @@ class _Run:
 
     async def _pause(self, failure: CallFailed, attempt: int) -> None:
         jitter = backoff_seconds(attempt)
-        if failure.retry_after is not None:
+        asked = retry_after_seconds(failure.headers)
+        if asked is not None:
             reason = f"the server asked for it ({failure.reason})"
-            self.gate.hold(failure.retry_after, reason)  # for every worker: the limit is the account's
-            await asyncio.sleep(failure.retry_after + min(jitter, 0.25 * failure.retry_after + 0.05))
+            self.gate.hold(asked, reason)  # for every worker: the limit is the account's
+            await asyncio.sleep(asked + min(jitter, 0.25 * asked + 0.05))
         else:
             if jitter >= 5.0:
                 self.gate.say(jitter, f"attempt {attempt + 1} of one call failed with {failure}")

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sbs_edge.chat.answer import Answer, CallFailed
 from sbs_edge.teacher.prompt import Prompt
 
-__all__ = ["Answer", "CallFailed", "Sampling", "Teacher"]
+__all__ = ["Answer", "CallFailed", "Sampling", "Teacher", "request_body"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,60 +46,16 @@ class Sampling:
         return {name: value for name, value in values.items() if name not in self.omit}
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back. Token counts are None where the server counts none; thought is kept apart."""
-
-    text: str
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    refusal: str | None = None
-    has_thought: bool = False
-    model: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-class CallFailed(Exception):
-    """A call brought no answer.
-
-    Attributes:
-        reason: short and stable, such as ``http-429`` or ``rejected``.
-        retry: whether the same call may succeed later.
-        fatal: whether every further call would fail too (wrong key, unknown model).
-        retry_after: seconds the server asked to wait, or None.
-        headers: the response's headers, if there was one.
-
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        detail: str,
-        *,
-        retry: bool = False,
-        fatal: bool = False,
-        retry_after: float | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-        self.retry = retry
-        self.fatal = fatal
-        self.retry_after = retry_after
-        self.headers = headers or {}
-
-    def reworded(self, detail: str) -> CallFailed:
-        """Return the same failure with other words."""
-        return CallFailed(
-            self.reason,
-            detail,
-            retry=self.retry,
-            fatal=self.fatal,
-            retry_after=self.retry_after,
-            headers=self.headers,
-        )
+def request_body(prompt: Prompt, model: str, sampling: Sampling, sample: int) -> tuple[str, dict[str, Any]]:
+    """Return the route and the JSON body of one request."""
+    body: dict[str, Any] = {"model": model}
+    if prompt.text is not None:
+        route, body["prompt"] = "/completions", prompt.text
+    else:
+        route, body["messages"] = "/chat/completions", prompt.as_messages()
+    if prompt.stop:
+        body["stop"] = list(prompt.stop)
+    return route, {**body, **sampling.parameters(sample)}
 
 
 class Teacher(Protocol):

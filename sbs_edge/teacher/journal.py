@@ -21,10 +21,10 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from sbs_edge.chat.protocol import content_text, token_count
 from sbs_edge.data.rows import is_text, printable
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.files import fsync_directory
-from sbs_edge.teacher.protocol import content_text, token_count
 
 __all__ = ["Journal", "Record"]
 

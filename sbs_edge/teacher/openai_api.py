@@ -10,11 +10,11 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
+from sbs_edge.chat.endpoint import Endpoint
+from sbs_edge.chat.protocol import failure, parse_body, read_answer
 from sbs_edge.errors import MissingExtra, UsageError
-from sbs_edge.teacher.calls import Answer, CallFailed, Sampling
-from sbs_edge.teacher.endpoint import Endpoint
+from sbs_edge.teacher.calls import Answer, CallFailed, Sampling, request_body
 from sbs_edge.teacher.prompt import Prompt
-from sbs_edge.teacher.protocol import failure, parse_body, read_answer, request_body
 
 __all__ = ["OpenAITeacher", "endpoint_of"]
 

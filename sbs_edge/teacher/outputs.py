@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge import files
+from sbs_edge.chat.endpoint import one_line
+from sbs_edge.chat.protocol import content_text, failure, read_answer, token_count
 from sbs_edge.errors import DataError, UsageError
-from sbs_edge.teacher.calls import CallFailed, Sampling
+from sbs_edge.teacher.calls import CallFailed, Sampling, request_body
 from sbs_edge.teacher.cost import Prices
-from sbs_edge.teacher.endpoint import one_line
 from sbs_edge.teacher.journal import Record
 from sbs_edge.teacher.prompt import Call
-from sbs_edge.teacher.protocol import content_text, failure, read_answer, request_body, token_count
 
 __all__ = ["batch_request", "emit_batch", "read_batch_outputs", "read_paper_outputs"]
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sbs_edge.chat.labels import fold, match_label, plain_label, read_choice
+from sbs_edge.chat.marks import unmark
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.arithmetic import evaluate_expression
-from sbs_edge.teacher.labels import fold, match_label, plain_label, read_choice
-from sbs_edge.teacher.marks import unmark
 from sbs_edge.teacher.task import TaskFile
 
 __all__ = ["Parsed", "check_quality", "parse_answer"]
@@ -49,7 +49,7 @@ def parse_answer(
 ) -> Parsed:
     """Read one answer.
 
-    Thought and the marks of a chat template are taken out (:mod:`sbs_edge.teacher.marks`), and the text is cut
+    Thought and the marks of a chat template are taken out (:mod:`sbs_edge.chat.marks`), and the text is cut
     where the model went on to invent the next question. What stands before the answer marker is the rationale,
     what stands after it the label. A marker that occurs more than once is accepted only if every occurrence gives
     the same label.

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sbs_edge.chat.labels import choice_letter
 from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example
-from sbs_edge.teacher.labels import choice_letter
 from sbs_edge.teacher.task import Shot, TaskFile
 
 __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]

@@ -13,12 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sbs_edge.chat.endpoint import Endpoint, redacted_url
+from sbs_edge.chat.protocol import failure, read_answer, token_count
 from sbs_edge.commands.app import main
 from sbs_edge.errors import UsageError
 from sbs_edge.teacher.calls import CallFailed
-from sbs_edge.teacher.endpoint import Endpoint, redacted_url
 from sbs_edge.teacher.limits import RateGate, duration_seconds, retry_after_seconds
-from sbs_edge.teacher.protocol import failure, read_answer, token_count
 
 GOOD = "The buyer asks for money back. So the answer is refund."
 TASK = {

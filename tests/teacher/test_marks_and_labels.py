@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sbs_edge.chat.labels import choice_letter, fold, match_label, plain_label, read_choice
+from sbs_edge.chat.marks import unmark
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.annotate import Settings, annotate_outputs
@@ -15,8 +17,6 @@ from sbs_edge.teacher.calls import Sampling
 from sbs_edge.teacher.collect import unfinished
 from sbs_edge.teacher.cost import Prices
 from sbs_edge.teacher.journal import Journal, Record
-from sbs_edge.teacher.labels import choice_letter, fold, match_label, plain_label, read_choice
-from sbs_edge.teacher.marks import unmark
 from sbs_edge.teacher.outputs import read_batch_outputs, read_paper_outputs
 from sbs_edge.teacher.parse import parse_answer
 from sbs_edge.teacher.prompt import render

@@ -1,7 +1,7 @@
 """The OpenAI protocol, read once: a typed answer, or a failure in the server's own words.
 
 Whatever a server, a Batch file or a proxy sends is foreign JSON. :func:`read_answer` takes the text out of it and
-refuses every other shape; only text goes further. Requests are made by :func:`request_body`.
+refuses every other shape; only text goes further.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from sbs_edge.teacher.calls import Answer, CallFailed, Sampling
-from sbs_edge.teacher.endpoint import one_line
-from sbs_edge.teacher.limits import retry_after_seconds
-from sbs_edge.teacher.prompt import Prompt
+from sbs_edge.chat.answer import Answer, CallFailed
+from sbs_edge.chat.endpoint import one_line
 
-__all__ = ["content_text", "failure", "parse_body", "read_answer", "request_body", "token_count"]
+__all__ = ["content_text", "failure", "parse_body", "read_answer", "token_count"]
 
 # The server says that no retry will help: the account is empty or the project has no access.
 _FATAL_CODES = {"insufficient_quota", "billing_hard_limit_reached", "account_deactivated", "model_not_found"}
@@ -31,18 +29,6 @@ _FINISH = {
 }  # fmt: skip
 _QUOTED = 4000  # characters; the caller takes secrets out first, then cuts further
 _THOUGHT_PARTS = {"thinking", "reasoning", "redacted_thinking", "thought", "reasoning_content"}
-
-
-def request_body(prompt: Prompt, model: str, sampling: Sampling, sample: int) -> tuple[str, dict[str, Any]]:
-    """Return the route and the JSON body of one request."""
-    body: dict[str, Any] = {"model": model}
-    if prompt.text is not None:
-        route, body["prompt"] = "/completions", prompt.text
-    else:
-        route, body["messages"] = "/chat/completions", prompt.as_messages()
-    if prompt.stop:
-        body["stop"] = list(prompt.stop)
-    return route, {**body, **sampling.parameters(sample)}
 
 
 def content_text(content: object) -> str:
@@ -250,7 +236,5 @@ def failure(status: int, body: Any, headers: Mapping[str, str] | None = None, ra
     if status in _FATAL or code in _FATAL_CODES:
         return CallFailed(f"http-{status}", words, fatal=True, headers=headers)
     if status in _AGAIN or status >= 500:
-        return CallFailed(
-            f"http-{status}", words, retry=True, retry_after=retry_after_seconds(headers), headers=headers
-        )
+        return CallFailed(f"http-{status}", words, retry=True, headers=headers)
     return CallFailed("rejected", f"HTTP {status}: {words}", headers=headers)
