@@ -64,12 +64,12 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Re
     _put_labels_behind(model, plan.labels)
     name = f"{target.name}/single_file.onnx"
     content = model.SerializeToString()
-    _check(content, root / target.name / "label_scorer.onnx", opened)
+    _check(content, root / target.name / "label_scorer.onnx", opened, recipe.weights.eos_id)
     (root / name).write_bytes(content)
     return name
 
 
-def _check(content: bytes, scorer: Path, opened: StudentDir) -> None:
+def _check(content: bytes, scorer: Path, opened: StudentDir, eos_id: int) -> None:
     """Refuse when the extension's tokenizer reads a validation row otherwise than the bundle's does.
 
     Raises:
@@ -81,11 +81,11 @@ def _check(content: bytes, scorer: Path, opened: StudentDir) -> None:
     options.register_custom_ops_library(_library())
     whole = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     apart = onnxruntime.InferenceSession(str(scorer), providers=["CPUExecutionProvider"])
-    tokenizer = opened.tokenizer()
+    tokenizer = opened.text_tokenizer()
     limit = opened.limits["max_source_tokens"]
     for text in [row.input for row in opened.validation()[:CHECKED_ROWS]] or ["a short text"]:
-        ids = tokenizer.encode(opened.prefixes["label"] + text).ids
-        row = np.array([ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]], np.int64)
+        ids, _ = tokenizer.encode_within(text, limit, eos_id, opened.prefixes["label"])
+        row = np.array([ids], np.int64)
         (scores,) = apart.run(None, {"input_ids": row, "attention_mask": np.ones_like(row)})
         chances = np.exp(scores - scores.max())
         _, found = whole.run(None, {"text": np.array([text], dtype=object)})

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["TextTokenizer", "first_tokens", "most_characters", "read_tokenizer", "start_token_id", "within_limit"]
+__all__ = [
+    "TextTokenizer",
+    "first_tokens",
+    "most_characters",
+    "read_tokenizer",
+    "start_token_id",
+    "within_limit",
+    "without_limits",
+]
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Normalizers that read a text on each side of a space between two ASCII letters or digits independently.
@@ -30,7 +38,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    return without_limits(Tokenizer.from_file(str(path)))
+
+
+def without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """Switch off the truncation and padding that a tokenizer brings, and return it."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -82,13 +94,12 @@ class TextTokenizer:
     Attributes:
         tokenizer: the library's tokenizer.
         control: ids that no text can yield.
+        unknown_id: the token for what the vocabulary cannot spell, or None.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Wrap ``tokenizer`` and switch its truncation and padding off."""
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self.tokenizer = tokenizer
+        self.tokenizer = without_limits(tokenizer)
         probe = tokenizer.encode("a")
         mask = probe.special_tokens_mask
         n_before = mask.index(0) if 0 in mask else 0
@@ -97,11 +108,11 @@ class TextTokenizer:
         self._after = probe.ids[len(mask) - n_after :]
         self._added = tokenizer.get_added_tokens_decoder()
         special = {index for index, token in self._added.items() if token.special}
-        self._unknown = self._unknown_id()
-        self.control = frozenset({*special, *self._before, *self._after} - {self._unknown})
+        self.unknown_id = self._find_unknown()
+        self.control = frozenset({*special, *self._before, *self._after} - {self.unknown_id})
         self._heads: dict[str, tuple[list[int], str]] = {}
 
-    def _unknown_id(self) -> int | None:
+    def _find_unknown(self) -> int | None:
         named = getattr(self.tokenizer.model, "unk_token", None)  # Unigram keeps its own to itself
         ids = (self.tokenizer.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name)
         return next((index for index in ids if index is not None), None)
@@ -211,7 +222,7 @@ class TextTokenizer:
     def _spelled(self, text: str, prefix: str) -> list[int]:
         head, rest = self._head(prefix)
         body = self._speller.encode(rest + text, add_special_tokens=False).ids
-        unknown = [] if self._unknown is None else [self._unknown]
+        unknown = [] if self.unknown_id is None else [self.unknown_id]
         safe: list[int] = []
         for index in body:  # a control token of one character cannot be split
             safe += unknown if index in self.control else [index]
@@ -226,21 +237,21 @@ class TextTokenizer:
     @cached_property
     def _fallbacks(self) -> frozenset[int]:
         """Ids that a text may yield, but not because it holds their names: the unknown token and single bytes."""
-        unknown = () if self._unknown is None else (self._unknown,)
+        unknown = () if self.unknown_id is None else (self.unknown_id,)
         return frozenset((*unknown, *self._byte_pieces.values()))
 
     @cached_property
     def _reserved(self) -> list[str]:
         """The names of control tokens, the unknown token and bytes, as they would stand in a text."""
-        ids = self.control if self._unknown is None else {*self.control, self._unknown}
+        ids = self.control if self.unknown_id is None else {*self.control, self.unknown_id}
         names = {self.tokenizer.id_to_token(index) for index in ids} | {*self._byte_pieces}
         return sorted(name for name in names if name)
 
     @cached_property
     def _fallback_names(self) -> re.Pattern[str]:
         names = [*self._byte_pieces]
-        if self._unknown is not None:
-            names.append(self.tokenizer.id_to_token(self._unknown))
+        if self.unknown_id is not None:
+            names.append(self.tokenizer.id_to_token(self.unknown_id))
         return re.compile("|".join(map(re.escape, names)))
 
     def _names(self, text: str) -> bool:
