@@ -54,8 +54,7 @@ def plan_labels(task: TaskSpec, tokenizer: Tokenizer | TextTokenizer, eos_id: in
         raise UsageError(
             f"The task {task.name!r} has {len(task.labels)} label(s); a closed set needs at least two."
         )
-    texts = tokenizer if isinstance(tokenizer, TextTokenizer) else TextTokenizer(tokenizer)
-    tokens = label_ids(task.labels, texts, eos_id)
+    tokens = label_ids(task.labels, TextTokenizer.of(tokenizer), eos_id)
     return LabelPlan(
         "closed", "trie" if first_tokens(tokens) is None else "first-token", task.labels, tuple(tokens)
     )

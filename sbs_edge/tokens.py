@@ -117,6 +117,11 @@ class TextTokenizer:
         ids = (self.tokenizer.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name)
         return next((index for index in ids if index is not None), None)
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | TextTokenizer) -> TextTokenizer:
+        """Return ``tokenizer`` itself, or wrapped."""
+        return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer)
+
     # -- encoding -------------------------------------------------------------------------------------
 
     def encode(self, text: str, prefix: str = "") -> list[int]:

@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
 from sbs_edge.student.student_dir import StudentDir
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["evaluate", "predict_labels", "predict_rationales"]
 
@@ -113,12 +116,13 @@ def _generate(
 def predict_labels(
     model: Any,
     student: StudentDir,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer | TextTokenizer,
     examples: Sequence[Example],
     batch_size: int = 64,
 ) -> tuple[list[str], str]:
     """Return the label of every example and the method used: first-token, trie or decode."""
     texts, prefix = [example.input for example in examples], student.prefixes["label"]
+    tokenizer = TextTokenizer.of(tokenizer)
     limit = student.limits["max_source_tokens"]
     kind, labels = student.task.label_kind, student.task.labels
     if kind == "open":
@@ -149,12 +153,13 @@ def predict_labels(
 def predict_rationales(
     model: Any,
     student: StudentDir,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer | TextTokenizer,
     examples: Sequence[Example],
     batch_size: int = 64,
 ) -> list[str]:
     """Decode the rationale of every example greedily."""
     texts, limits = [example.input for example in examples], student.limits
+    tokenizer = TextTokenizer.of(tokenizer)
     return _generate(
         model,
         texts,
