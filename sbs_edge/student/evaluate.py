@@ -24,7 +24,7 @@ from sbs_edge.student.student_dir import StudentDir
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
 
 if TYPE_CHECKING:
-    pass
+    from tokenizers import Tokenizer
 
 __all__ = ["evaluate", "predict_labels", "predict_rationales"]
 

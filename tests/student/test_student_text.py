@@ -52,7 +52,7 @@ def config_of(checkpoint: Path, steps: int = 2) -> TrainConfig:
     return TrainConfig(
         model=str(checkpoint),
         mode="finetune",
-        steps=steps,
+        max_steps=steps,
         batch_size=8,
         learning_rate=1e-2,
         dropout=0.0,
@@ -62,9 +62,8 @@ def config_of(checkpoint: Path, steps: int = 2) -> TrainConfig:
 
 def test_a_file_that_cuts_and_a_config_without_a_start_train(checkpoint: Path, tmp_path: Path) -> None:
     assert json.loads((checkpoint / "tokenizer.json").read_text())["truncation"]
-    train(
-        splits_of(("follow up soon", "follow up late"), "closed"), config_of(checkpoint), tmp_path / "student"
-    )
+    splits = splits_of(("follow up soon", "follow up late"), "closed")
+    train(splits, tmp_path / "student", config_of(checkpoint))
     config = json.loads((tmp_path / "student/config.json").read_text())
     assert config["decoder_start_token_id"] == 0
     saved = json.loads((tmp_path / "student/tokenizer.json").read_text())
@@ -73,19 +72,19 @@ def test_a_file_that_cuts_and_a_config_without_a_start_train(checkpoint: Path, t
     assert len(texts.encode("follow up soon")) == 16
 
 
-@pytest.mark.parametrize(("labels", "said"), [(("{", "yes"), "no token"), (("a", "a\n"), "same tokens")])
+@pytest.mark.parametrize(("labels", "said"), [(("{", "yes"), "no token"), (("a b", "a\nb"), "same tokens")])
 def test_labels_are_refused_before_the_first_step(
     checkpoint: Path, tmp_path: Path, labels: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        train(splits_of(labels, "closed"), config_of(checkpoint), tmp_path / "student")
+        train(splits_of(labels, "closed"), tmp_path / "student", config_of(checkpoint))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
 def test_open_labels_are_judged_as_they_were_trained(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = train(splits_of(("a{b", "c d\ne"), "open"), config_of(checkpoint, 150), tmp_path / "student")
+    done = train(splits_of(("a{b", "c d\ne"), "open"), tmp_path / "student", config_of(checkpoint, 150))
     assert done.metrics["eval_label_token_accuracy"] == 1.0
     found = evaluate(tmp_path / "student")
     assert found["label_accuracy"] == 1.0
