@@ -160,10 +160,7 @@ def student_facts(student: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def make_inputs(student: Path, card: dict[str, Any], rows: int, seed: int) -> Inputs:
     """Read tokenizer and validation rows of a student."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(student / "tokenizer.json"))
-    tokenizer.no_truncation()
+    tokenizer = TextTokenizer(read_tokenizer(student / "tokenizer.json"))
     prefix = card["prefixes"]["label"]
     path = student / "validation.jsonl"
     if not path.is_file():
@@ -179,7 +176,7 @@ def make_inputs(student: Path, card: dict[str, Any], rows: int, seed: int) -> In
     choices = next((list(row["choices"]) for row in found if row.get("choices")), None)
     return Inputs(
         words=words,
-        count=lambda text: len(tokenizer.encode(prefix + text).ids),
+        count=lambda text: len(tokenizer.encode(text, prefix)),
         rows=found[:rows],
         random_weights=bool(card.get("training", {}).get("random_weights")),
         max_source_tokens=int(card.get("max_source_tokens") or 512),
