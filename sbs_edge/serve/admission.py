@@ -67,7 +67,7 @@ class Budget(Gate):
     The C library keeps freed memory for later; ``on_low`` is the time to give it back to the system.
     """
 
-    _WORTH = 8 << 20  # bytes
+    _WORTH = 1 << 20  # bytes
 
     def __init__(self, limit: int, on_low: Callable[[], None]) -> None:
         super().__init__(limit, "body_bytes")

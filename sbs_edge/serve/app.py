@@ -79,6 +79,9 @@ def create_app(service: Service) -> Starlette:
                     504, f"The answer was not ready within {limit_s:g} s.", reason="deadline"
                 ) from None
         except errors.HttpError as error:
+            # Its traceback leads back to the task that holds it, and to the texts: a ring that only the
+            # garbage collector would break, much later.
+            error.__traceback__ = None
             return refused(request, error)
         except errors.ClientLeft:
             service.refusals.count("client_left")

@@ -53,7 +53,8 @@ def stand_back() -> None:
 
 
 def give_memory_back() -> None:
-    """Return to the system what the C library keeps of freed memory, where it can do that (glibc)."""
+    """Collect garbage and return to the system what the C library keeps of freed memory (glibc)."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim:
         trim(0)

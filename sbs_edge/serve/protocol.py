@@ -63,9 +63,11 @@ _SMALLEST_BODY_PIECE = 1024
 
 # A request that names one of these twice means two things; which one counts would be left to chance.
 _ONCE = frozenset(
-    (b"host", b"authorization", b"content-encoding", b"content-length", b"request-timeout")
-    + (b"inference-header-content-length", b"x-request-timeout-ms", b"x-request-id")
-)
+    {
+        b"host", b"authorization", b"content-encoding", b"content-length", b"x-request-id",
+        b"request-timeout", b"x-request-timeout-ms", b"inference-header-content-length",
+    }
+)  # fmt: skip
 _CONNECTION_ONLY = (b"upgrade", b"http2-settings")
 
 
@@ -217,7 +219,7 @@ class Connection(HttpToolsProtocol):
 
     def _parse(self, piece: bytes) -> int:
         """Give one piece to the parser; return how many of its bytes are used up."""
-        before = self._body_bytes
+        before, headers = self._body_bytes, self.headers
         in_body = self._in_body
         try:
             self.parser.feed_data(piece)
@@ -229,7 +231,7 @@ class Connection(HttpToolsProtocol):
                 reason = errors.malformed("The request is not valid HTTP/1.1.")
             self._end_with(reason)
             return len(piece)
-        if in_body and self._in_body:
+        if in_body and self._in_body and self.headers is headers:  # one and the same body
             self._framing_bytes += len(piece) - (self._body_bytes - before)
             if self._framing_bytes > self.max_head_bytes + 8 * self._body_bytes:
                 self._end_with(errors.long_head(self.max_head_bytes))

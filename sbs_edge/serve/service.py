@@ -57,6 +57,7 @@ class Service:
         self.tracing = tracing
         self.gate = Gate(settings.max_concurrent, "concurrency")
         self.body_bytes = Budget(settings.max_inside_bytes, self._trim_soon)
+        self._trim_due = False
         self.coming = Coming()
         self.refusals = Refusals(metrics, log=settings.access_log)
         self.started = False
@@ -97,8 +98,13 @@ class Service:
 
     def _trim_soon(self) -> None:
         """Give freed memory back a moment later, when answers have let go of it too."""
-        loop = asyncio.get_running_loop()
-        loop.call_later(_TRIM_AFTER_S, loop.run_in_executor, None, give_memory_back)
+        if not self._trim_due:
+            self._trim_due = True
+            asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
+
+    def _trim(self) -> None:
+        self._trim_due = False
+        asyncio.get_running_loop().run_in_executor(None, give_memory_back)
 
     async def answer(
         self, version: ModelVersion, asking: Asking, timing: Timing, passage: Passage | None = None
