@@ -112,7 +112,7 @@ class FairTokenizer:
         else:
             each = (time.perf_counter() - started_s) / cost
             known = self.seconds_per_character
-            self.seconds_per_character = 0.9 * known + 0.1 * each if known else each
+            self.seconds_per_character = 0.7 * known + 0.3 * each if known else each
             job.rows += ran.result()
             if len(job.rows) < len(job.texts):
                 self._queue(job, self._now)
