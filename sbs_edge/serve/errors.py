@@ -59,7 +59,7 @@ def too_large(limit_bytes: int) -> HttpError:
     """413: the body, counted after decompression, is over ``limit_bytes``."""
     return HttpError(
         413,
-        f"The request body is over the limit of {limit_bytes} bytes (counted after decompression). "
+        f"The request body is over the limit of {limit_bytes} bytes (--max-body-bytes, counted after decompression). "
         "Send fewer or shorter texts in each request.",
         reason="body",
         headers={"Connection": "close"},

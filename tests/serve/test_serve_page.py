@@ -26,8 +26,8 @@ def browse(tmp_path):
         done = subprocess.run(
             [
                 browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                "--enable-logging=stderr", f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000",
-                "--dump-dom", f"{url}/?{httpx.QueryParams(query)}",
+                "--enable-logging=stderr", "--allow-file-access-from-files", f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000",
+                "--dump-dom", f"{url}/?{httpx.QueryParams(query)}" if query else url,
             ],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
@@ -73,6 +73,35 @@ def test_it_shows_that_the_server_is_busy(browse, serve_process, bundles, texts)
     kind, text = status_of(dom)
     assert kind == "error"
     assert re.fullmatch(r"The server is at its limit of queued work; try again in \d+ s\.", text)
+
+
+def test_explain_follows_its_value_and_errors_replace_answers(browse, server, bundles, texts):
+    for value, ticked in (("1", True), ("", True), ("0", False), ("false", False)):
+        dom, _ = browse(server.url, text=texts[1], model="desk", explain=value)
+        with Student.load(bundles["closed"]) as student:
+            why = student.explain([texts[1]])[0].rationale
+        assert (f"<td>{why}</td>" in dom) == ticked, value
+    dom, _ = browse(server.url, text=texts[1], model="nobody")
+    assert '<table id="answers" hidden' in dom
+    assert "<td>" not in dom
+
+
+NARROW = """<body style="margin:0"><iframe id="page" style="width:390px;height:800px;border:0"
+ src="page.html?text=a+b&text={word}"></iframe><output></output><script>setTimeout(() => {{
+ const root = document.getElementById("page").contentDocument.documentElement;
+ document.querySelector("output").textContent = root.scrollWidth <= root.clientWidth ? "fits" : root.scrollWidth;
+}}, 3000)</script>"""
+ANSWERED = """"use strict"; window.fetch = async () => ({ ok: true, json: async () => ({ model: "m", version: "1",
+ predictions: [1, 2].map(() => ({ label: "adjust", probability: 0.5, rationale: "y".repeat(300) })) }) });"""
+
+
+def test_it_fits_a_telephone(browse, repository, tmp_path):
+    """At 390 px nothing is wider than the window, a word of 300 letters neither."""
+    page = (repository / "sbs_edge" / "serve" / "page.html").read_text()
+    (tmp_path / "page.html").write_text(page.replace('"use strict";', ANSWERED))
+    (tmp_path / "index.html").write_text(NARROW.format(word="x" * 300))
+    dom, _ = browse(f"file://{tmp_path}/index.html")
+    assert "<output>fits</output>" in dom, dom[-500:]
 
 
 class References(html.parser.HTMLParser):
