@@ -26,7 +26,8 @@ def browse(tmp_path):
         done = subprocess.run(
             [
                 browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                "--enable-logging=stderr", "--allow-file-access-from-files", f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000",
+                "--enable-logging=stderr", "--allow-file-access-from-files",
+                f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000",
                 "--dump-dom", f"{url}/?{httpx.QueryParams(query)}" if query else url,
             ],
             capture_output=True, text=True, timeout=120, check=False,

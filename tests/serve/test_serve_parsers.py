@@ -210,16 +210,6 @@ def test_no_parameter_of_a_tensor_is_passed_over(where):
         oip.parse_request(infer(**{where: [entry]}), None)
 
 
-class Counted(list):
-    """A list that counts how often it is walked through."""
-
-    walks = 0
-
-    def __iter__(self):
-        type(self).walks += 1
-        return super().__iter__()
-
-
 def test_one_list_of_labels_is_looked_at_once_however_many_texts(monkeypatch):
     """A body of many texts and many labels must not cost their product."""
     seen = []
@@ -247,9 +237,9 @@ def test_one_list_of_labels_is_looked_at_once_however_many_texts(monkeypatch):
     ],
 )
 def test_labels_of_one_text_are_bounded(labels, says):
-    for given in (labels, [labels]):
+    for rows in (labels, [labels]):
         with pytest.raises(errors.HttpError, match=says):
-            plain.parse_predict(json.dumps({"texts": ["a"], "labels": given}).encode())
+            plain.parse_predict(json.dumps({"texts": ["a"], "labels": rows}).encode())
 
 
 def test_a_message_quotes_a_long_name_in_part():
