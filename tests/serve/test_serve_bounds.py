@@ -193,7 +193,7 @@ def test_what_arrives_after_the_end_is_bounded(connect):
     head = asked(b"", length=10**12)
     sock.sendall(head)
     sent = 0
-    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while sent < 200_000_000:
             sent += sock.send(b"x" * 65536)
     assert sent < 60_000_000
