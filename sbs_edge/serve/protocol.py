@@ -181,13 +181,13 @@ class Connection(HttpToolsProtocol):
             if self._lingered > _LINGER_BYTES:
                 self.transport.close()
             return
-        self._unset_keepalive_if_required()
         self._held = self._held + data if self._held else data
         if not self._feeding:
             self._feed()
 
     def _feed(self) -> None:
         """Parse up to the end of a request that has to be answered first."""
+        self._unset_keepalive_if_required()
         data, at, pieces = self._held, 0, 0
         self._held, self._feeding = b"", True
         try:
@@ -196,9 +196,7 @@ class Connection(HttpToolsProtocol):
                     self.loop.call_soon(self._continue)
                     break
                 pieces += 1
-                # A piece ends where a head may end: it never brings more than one further request.
-                cut = data.find(b"\r\n\r\n", at + (_SMALLEST_BODY_PIECE if self._in_body else 0))
-                end = len(data) if cut < 0 else cut + 4
+                end = self._piece_end(data, at)
                 piece = data[at:end] if end - at < len(data) else data
                 if not self._in_body and self._head_bytes + len(piece) > self.max_head_bytes:
                     self._end_with(errors.long_head(self.max_head_bytes))
@@ -216,6 +214,13 @@ class Connection(HttpToolsProtocol):
         # the wait of an idle connection.
         if self._in_head or (not self._busy() and (self._in_body or self.timeout_keep_alive_task is None)):
             self._start_clock()
+
+    def _piece_end(self, data: bytes, at: int) -> int:
+        """Return where the next piece ends: where a head may end, so that it brings one further request at most."""
+        if not self._in_body and not at and self._head_bytes:
+            return min(len(data), 3)  # the end of a head may lie across two reads
+        cut = data.find(b"\r\n\r\n", at + _SMALLEST_BODY_PIECE if self._in_body else max(at - 3, 0))
+        return len(data) if cut < 0 else cut + 4
 
     def _parse(self, piece: bytes) -> int:
         """Give one piece to the parser; return how many of its bytes are used up."""
@@ -319,6 +324,9 @@ class Connection(HttpToolsProtocol):
         before = self.cycle
         try:
             super().on_headers_complete()
+        except Exception:
+            self._in_body = False  # there will be an answer, but no request
+            raise
         finally:
             if self.cycle is not before:
                 whole: Any = _Whole(self.transport, self.cycle.on_response, self._close)
@@ -456,6 +464,8 @@ class Connection(HttpToolsProtocol):
             flow: Any = self.flow
             flow.held = True
             flow.pause_reading()
+        elif self._in_body:  # it has its answer
+            self._linger()
         else:
             self._finish(error)
 

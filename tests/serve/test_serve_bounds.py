@@ -305,3 +305,25 @@ def test_one_signal_that_arrives_twice_still_drains(serve_process, bundles):
         sock.sendall(body[10:])
         assert answers(read_all(sock))[0][0] == 200
     assert server.process.wait(20) == 0
+
+
+def test_a_head_may_be_cut_anywhere_whatever_follows_it(connect):
+    request = asked(TEXT + b" " * 300_000, extra=b"X: " + b"y" * 60_000 + b"\r\n" + CLOSE)
+    end = request.index(b"\r\n\r\n")
+    for cut in range(end - 1, end + 6):
+        sock = connect()
+        sock.sendall(request[:cut])
+        time.sleep(0.05)
+        sock.sendall(request[cut:])
+        ((status, _, _),) = answers(read_all(sock))
+        assert status == 200, cut - end
+
+
+def test_what_follows_a_refused_body_is_never_answered_twice(connect):
+    """The rest of a body whose request was answered is broken: the connection ends without a second answer."""
+    sock = connect()
+    head = b"POST /nowhere HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    sock.sendall(head)
+    data = sock.recv(65536)
+    sock.sendall(b"not a size\r\n")
+    assert [status for status, _, _ in answers(data + read_all(sock))] == [404]
