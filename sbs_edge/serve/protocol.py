@@ -20,35 +20,17 @@ system reset the connection, and the client would lose the answer.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import Passage
 from sbs_edge.serve.door import Door, Refused, prepare, request_id
+from sbs_edge.serve.wire import ANSWERED, HeldFlow, WholeWriter, check_fields
 
 __all__ = ["Connection", "connections"]
-
-
-class _Answered:
-    """Stands where uvicorn keeps the request at hand: one that has been answered."""
-
-    response_complete = True
-
-    class message_event:
-        """Nobody waits for the rest of it."""
-
-        @staticmethod
-        def set() -> None:
-            """Wake nobody."""
-
-
-_ANSWERED: Any = _Answered()
 
 
 # A connection that ends takes so many more bytes and seconds of its client before it is closed.
@@ -61,76 +43,7 @@ _PIECES_A_TURN = 64  # then other connections have their turn
 # requests that follow the body, and a body made of line ends must not cost a call for every few bytes.
 _SMALLEST_BODY_PIECE = 1024
 
-# A request that names one of these twice means two things; which one counts would be left to chance.
-_ONCE = frozenset(
-    {
-        b"host", b"authorization", b"content-encoding", b"content-length", b"x-request-id",
-        b"request-timeout", b"x-request-timeout-ms", b"inference-header-content-length",
-    }
-)  # fmt: skip
 _CONNECTION_ONLY = (b"upgrade", b"http2-settings")
-
-
-def _check_fields(version: str, headers: list[tuple[bytes, bytes]]) -> None:
-    """Raise 400 for a head that is ambiguous: RFC 9112 wants one Host, and no field here is a list."""
-    names = [name for name, _ in headers]
-    if version == "1.1" and names.count(b"host") != 1:
-        raise errors.malformed("An HTTP/1.1 request needs exactly one Host header.")
-    if len(set(names)) != len(names):
-        twice = sorted(name for name, count in Counter(names).items() if count > 1 and name in _ONCE)
-        if twice:
-            raise errors.malformed(f"The header {twice[0].decode()} is given more than once.")
-
-
-class _Flow(FlowControl):
-    """Flow control that reads nothing while bytes of later requests are held back."""
-
-    held = False
-
-    def resume_reading(self) -> None:
-        if not self.held:
-            super().resume_reading()
-
-
-class _Whole:
-    """A response's way out: its head leaves with the first piece of its body.
-
-    uvicorn writes the two apart, and each is a call of the system and a packet that wakes the client.
-    """
-
-    def __init__(
-        self, transport: asyncio.Transport, answered: Callable[[], None], close: Callable[[], None]
-    ) -> None:
-        self._transport = transport
-        self._answered = answered
-        self._close = close
-        self._head = b""
-        self._begun = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """Write ``data``, or keep it back where it is the head of the final response."""
-        if not self._begun and not data.startswith(b"HTTP/1.1 1"):  # a client waits for 100 Continue
-            self._begun, self._head = True, data
-            return
-        head, self._head = self._head, b""
-        self._transport.write(head + data if head else data)
-
-    def _flush(self) -> None:
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        """Close the connection once what was kept back is written."""
-        self._flush()
-        self._close()
-
-    def on_response(self) -> None:
-        """The response is complete: one without a body has only its head."""
-        self._flush()
-        self._answered()
 
 
 class Connection(HttpToolsProtocol):
@@ -160,7 +73,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first request."""
         super().connection_made(transport)
-        self.flow = _Flow(transport)
+        self.flow = HeldFlow(transport)
         if len(self.connections) > self.max_connections:
             self._finish(errors.too_many_connections(self.max_connections))
             transport.close()  # at once: those that linger are connections too
@@ -302,7 +215,10 @@ class Connection(HttpToolsProtocol):
             return
         if len(self.headers) == _MAX_HEADERS:
             raise errors.many_headers(_MAX_HEADERS)
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
@@ -312,7 +228,7 @@ class Connection(HttpToolsProtocol):
             self._upgrading = True
             return
         version = self.parser.get_http_version()
-        _check_fields(version, self.headers)
+        check_fields(version, self.headers)
         self._in_head, self._in_body = False, True
         self._head_bytes = self._body_bytes = self._framing_bytes = 0
         self._stop_clock()
@@ -329,7 +245,7 @@ class Connection(HttpToolsProtocol):
             raise
         finally:
             if self.cycle is not before:
-                whole: Any = _Whole(self.transport, self.cycle.on_response, self._close)
+                whole: Any = WholeWriter(self.transport, self.cycle.on_response, self._close)
                 self.cycle.transport, self.cycle.on_response = whole, whole.on_response
             elif self._passage is not None:  # no request was made of it
                 self._passage.leave()
@@ -362,7 +278,7 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             return
-        if self._in_body and self.cycle is not _ANSWERED:
+        if self._in_body and self.cycle is not ANSWERED:
             self._start_clock()
         if self._last is not None and not self._busy() and not self.pipeline:
             self._finish(self._last)
@@ -410,7 +326,7 @@ class Connection(HttpToolsProtocol):
             if refused is not None:
                 self.scope["state"]["passage"] = refused
             return False
-        self.cycle = _ANSWERED
+        self.cycle = ANSWERED
         self._write(refused, headers)
         if refused.closes:
             self._close()
@@ -460,7 +376,7 @@ class Connection(HttpToolsProtocol):
             self._stop_clock()
             if self._in_body:  # the broken request itself waits behind another: it has its answer
                 self.pipeline.clear()
-                self.cycle = _ANSWERED
+                self.cycle = ANSWERED
             flow: Any = self.flow
             flow.held = True
             flow.pause_reading()
