@@ -199,7 +199,9 @@ async def cost(bundle: Path, threads: int, cores: Cores, requests: int = 5000) -
     alone = ("--max-concurrent", "1", "--timeout-s", "600", "--body-timeout-s", "600", "--drain-timeout", "0")
     with ServerUnderTest(bundle, "--threads", str(threads), *alone, cores=cores) as server:
         client, plug = Client(server.port), Client(server.port, most=1)
-        held = asyncio.create_task(plug.send(b"POST /v1/predict HTTP/1.1\r\nContent-Length: 9\r\n\r\n"))
+        held = asyncio.create_task(
+            plug.send(b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n")
+        )
         while not await asyncio.to_thread(server.metric, "sbs_edge_requests_in_flight"):
             pass
         await closed_loop(client, _jobs(16), concurrency=8, count=500)

@@ -101,10 +101,14 @@ def register(app: typer.Typer) -> None:
         max_body_bytes: Annotated[
             int, typer.Option(min=1, help="Larger bodies, counted after decompression, get 413.")
         ] = 2_000_000,
+        max_inside_bytes: Annotated[
+            int,
+            typer.Option(
+                min=1, help="More bytes of bodies inside at once get 429: plan four times this in memory."
+            ),
+        ] = 67_108_864,
         max_texts: Annotated[int, typer.Option(min=1, help="More texts in one request get 400.")] = 32,
-        max_concurrent: Annotated[
-            int, typer.Option(min=1, help="More requests at once get 429; each may hold one body in memory.")
-        ] = 512,
+        max_concurrent: Annotated[int, typer.Option(min=1, help="More requests at once get 429.")] = 512,
         max_queue_texts: Annotated[
             int, typer.Option(min=1, help="More texts inside one model's queue get 429 instead of waiting.")
         ] = 1024,
@@ -132,6 +136,9 @@ def register(app: typer.Typer) -> None:
                 min=1024, help="Longer request lines and headers get 431; more is memory for strangers."
             ),
         ] = 65_536,
+        max_connections: Annotated[
+            int, typer.Option(min=1, help="More connections at once get 503; each may hold one head.")
+        ] = 2048,
         drain_timeout: Annotated[
             float,
             typer.Option(
@@ -221,6 +228,7 @@ def register(app: typer.Typer) -> None:
                 rationale_workers=rationale_workers,
                 truncate=truncate,
                 max_body_bytes=max_body_bytes,
+                max_inside_bytes=max_inside_bytes,
                 max_texts=max_texts,
                 max_concurrent=max_concurrent,
                 max_queue_texts=max_queue_texts,
@@ -229,6 +237,7 @@ def register(app: typer.Typer) -> None:
                 body_timeout_s=body_timeout_s,
                 head_timeout_s=head_timeout_s,
                 max_head_bytes=max_head_bytes,
+                max_connections=max_connections,
                 drain_timeout_s=drain_timeout,
                 token=token,  # type: ignore[arg-type]  # pydantic wraps it
                 tls_cert=tls_cert,

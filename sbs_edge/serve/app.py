@@ -57,9 +57,10 @@ def create_app(service: Service) -> Starlette:
 
     async def read_whole_body(request: Request) -> bytes:
         """Read the body in a time of its own, so that trickled bodies cannot hold every place."""
+        limit, hold = settings.max_body_bytes, request.state.passage.hold
         try:
             async with asyncio.timeout(settings.body_timeout_s):
-                return await read_body(request.receive, request.headers, settings.max_body_bytes)
+                return await read_body(request.receive, request.headers, limit, hold)
         except TimeoutError:
             raise errors.slow_body(settings.body_timeout_s) from None
 
@@ -71,13 +72,16 @@ def create_app(service: Service) -> Starlette:
             state.deadline = time.perf_counter() + limit_s
             try:
                 async with asyncio.timeout(limit_s):
-                    body = await read_whole_body(request)
-                    return await _unless_client_leaves(answer(body), request.receive)
+                    work = answer(await read_whole_body(request))  # nothing else keeps the body
+                    return await _unless_client_leaves(work, request.receive)
             except TimeoutError:
                 raise errors.HttpError(
                     504, f"The answer was not ready within {limit_s:g} s.", reason="deadline"
                 ) from None
         except errors.HttpError as error:
+            # Its traceback leads back to the task that holds it, and to the texts: a ring that only the
+            # garbage collector would break, much later.
+            error.__traceback__ = None
             return refused(request, error)
         except errors.ClientLeft:
             service.refusals.count("client_left")
@@ -93,6 +97,7 @@ def create_app(service: Service) -> Starlette:
     async def predict(request: Request) -> Response:
         async def run(body: bytes) -> Response:
             asked, asking = plain.parse_predict(body)
+            del body  # it may be large, and the answer may take a while
             version = registry.find(asked.model, asked.version)
             answers = await answer(request, version, asking)
             return json_response(plain.encode_answers(version.card.name, version.card.version, answers))
@@ -104,6 +109,7 @@ def create_app(service: Service) -> Starlette:
             params = request.path_params
             version = registry.find(params["model"], params.get("version"))
             asked = oip.parse_request(body, request.headers.get("inference-header-content-length"))
+            del body
             request.state.client_id = asked.id
             answers = await answer(request, version, asked.asking)
             content, headers = oip.encode_response(asked, answers, version.card)

@@ -8,12 +8,13 @@ that holds the processor, and the garbage collector, which stops both.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import sys
 import threading
 
-__all__ = ["share", "stand_back", "tidy"]
+__all__ = ["give_memory_back", "share", "stand_back", "tidy"]
 
 # Python hands the interpreter from thread to thread every 5 ms by default; a worker that comes back
 # from onnxruntime would wait that long for a busy event loop. 0.5 ms keeps the wait below a label.
@@ -49,3 +50,11 @@ def stand_back() -> None:
             own = threading.get_native_id()
             nice = os.getpriority(os.PRIO_PROCESS, own) + _WORKER_NICE
             os.setpriority(os.PRIO_PROCESS, own, min(nice, 19))
+
+
+def give_memory_back() -> None:
+    """Collect garbage and return to the system what the C library keeps of freed memory (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)

@@ -85,8 +85,12 @@ def parse_predict(body: bytes) -> tuple[PredictRequest, Asking]:
     labels: list[list[str]] | None = None
     if request.labels is not None:
         rows: list[Any] = list(request.labels)
-        labels = [rows] * len(request.texts) if all(isinstance(row, str) for row in rows) else rows
-        check_labels(labels, len(request.texts))
+        if all(isinstance(row, str) for row in rows):  # one list for all texts is looked at once
+            check_labels([rows], 1)
+            labels = [rows] * len(request.texts)
+        else:
+            check_labels(rows, len(request.texts))
+            labels = rows
     asking = Asking(
         texts=request.texts,
         labels=labels,

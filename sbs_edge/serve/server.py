@@ -1,7 +1,8 @@
 """Running the service under uvicorn: signals, drain, exit code.
 
 SIGTERM or SIGINT turns readiness off at once, lets admitted requests finish, and exits 0 within the
-drain timeout; a second signal exits at once. SIGHUP looks at the model directories again.
+drain timeout; a second signal, a second or more later, exits at once. SIGHUP looks at the model
+directories and at the TLS certificate again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +39,10 @@ __all__ = ["create_service", "serve"]
 # glibc gives every thread a heap of its own and returns little of it: with the workers of this
 # server two heaps keep memory flat under bursts. mallopt's M_ARENA_MAX is -8.
 _M_ARENA_MAX, _ARENAS = -8, 2
+
+# `timeout` and process managers pass one signal on to the process and to its group: it arrives twice.
+_SAME_SIGNAL_S = 1.0
+_TICKS_A_LOOK = 100  # of a tenth of a second, between two looks at the certificate's files
 
 
 def create_service(
@@ -72,6 +78,8 @@ class _Server(uvicorn.Server):
         self._service = service
         self._tasks: set[asyncio.Task[None]] = set()
         self.clean = True
+        self._told = 0.0  # when the first signal to stop came
+        self._certificate = _marks(service.settings)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -98,11 +106,15 @@ class _Server(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
     def _stop(self) -> None:
+        now = asyncio.get_running_loop().time()
         if self._service.draining:
+            if now - self._told < _SAME_SIGNAL_S:
+                return
             logger.warning("stopped_at_once", in_flight=self._service.gate.inside)
             sys.stderr.flush()
             os._exit(130)  # threads in a graph cannot be interrupted; the user asked twice
         self._service.draining = True
+        self._told = now
         logger.info("draining", in_flight=self._service.gate.inside)
         self._spawn(self._drain())
 
@@ -119,7 +131,23 @@ class _Server(uvicorn.Server):
         self.config.timeout_graceful_shutdown = 1 if not self.clean else 3
         self.should_exit = True
 
+    def _reload_certificate(self) -> None:
+        """Use a renewed certificate for new connections; one that does not load leaves the old in use."""
+        settings, marks = self._service.settings, _marks(self._service.settings)
+        if self.config.ssl is None or marks == self._certificate:
+            return
+        self._certificate = marks
+        files = str(settings.tls_cert), str(settings.tls_key)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files)
+            self.config.ssl.load_cert_chain(*files)
+        except OSError as error:  # ssl.SSLError is one
+            logger.error("certificate_refused", certificate=files[0], error=str(error.strerror or error))
+        else:
+            logger.info("certificate_loaded", certificate=files[0])
+
     def _reload(self) -> None:
+        self._reload_certificate()
         if self._service.started and not self._service.draining:
             logger.info("reload_requested")
             self._spawn(self._service.registry.refresh(retry_refused=True))
@@ -127,7 +155,19 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._service.failure is not None:
             self.should_exit = True
+        if counter % _TICKS_A_LOOK == 0:
+            self._reload_certificate()
         return await super().on_tick(counter)
+
+
+def _marks(settings: ServeSettings) -> list[tuple[int, int]]:
+    """Return what changes when the certificate or its key is replaced; nothing without TLS."""
+    marks = []
+    for path in filter(None, (settings.tls_cert, settings.tls_key)):
+        with contextlib.suppress(OSError):
+            info = path.stat()
+            marks.append((info.st_mtime_ns, info.st_ino))
+    return marks
 
 
 def serve(
@@ -155,9 +195,11 @@ def serve(
         access_log=False,
         server_header=False,
         lifespan="on",
-        http=connections(app.state.door, settings.head_timeout_s, settings.max_head_bytes),
+        http=connections(
+            app.state.door, settings.head_timeout_s, settings.max_head_bytes, settings.max_connections
+        ),
         ws="none",
-        proxy_headers=False,  # nothing here asks where a request came from
+        proxy_headers=False,  # the log names the peer; a header could name anybody
         timeout_keep_alive=75,
         backlog=2048,
         ssl_certfile=str(settings.tls_cert) if settings.tls_cert else None,

@@ -97,6 +97,9 @@ def test_compressed_bodies_are_counted_after_decompression(hand_bundle, running,
         b'{"texts": ["a"], "labels": [["x", "y"]]}',
         b'{"texts": ["a"], "max_new_tokens": 1000}',
         b'{"texts": [NaN]}',
+        b'{"texts": ["a"], "texts": ["b"]}',
+        b'{"texts": ["a"], "max_new_tokens": 1e999}',
+        b'{"texts": ["a"], "max_new_tokens": 99999999999999999999}',
         b"[" * 100_000,
         b"9" * 5000,
     ],
@@ -268,11 +271,12 @@ def test_bearer_token_guards_all_but_probes_and_page(hand_bundle, running):
                 assert (await edge.client.get(path)).status_code == 200
             for path in ("/metrics", "/v2", "/v2/models/hand"):
                 assert (await edge.client.get(path)).status_code == 401
-            for given in (None, "Bearer wrong", "s3cret", "bearer s3cret", "Bearer s3cret2", "Bearer \xff"):
+            for given in (None, "Bearer wrong", "s3cret", "Basic s3cret", "Bearer s3cret2", "Bearer \xff"):
                 headers = {} if given is None else {"Authorization": given.encode("latin-1")}
                 assert (await edge.predict(["a"], headers=headers)).status_code == 401
-            good = await edge.predict(["a"], headers={"Authorization": "Bearer s3cret"})
-            assert good.status_code == 200
+            for given in ("Bearer s3cret", "bearer s3cret", "BEARER  s3cret"):  # RFC 9110: in any case
+                good = await edge.predict(["a"], headers={"Authorization": given})
+                assert good.status_code == 200
 
     run(go())
 
