@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
-from sbs_edge.runtime.sessions import Session, Sessions, default_threads, usable_providers
+from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, default_threads, usable_providers
 from sbs_edge.runtime.texts import Texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
 
@@ -59,7 +60,7 @@ class Student:
             model["pad_token_id"], model["eos_token_id"], model["decoder_start_token_id"],
         )  # fmt: skip
         self._texts = Texts(
-            bundle.member("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos
+            bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos
         )
         labels = self.manifest["labels"]
         self._method: str = labels["method"]
@@ -74,7 +75,12 @@ class Student:
             path = bundle.member(name)
             small = "CPUExecutionProvider" not in wanted  # an engine is worth keeping at any size
             digests = bundle.weight_digests(name, small=small) if prepacked_cache else None
-            return lambda: Session(path, wanted, self.threads, digests)
+            source = GraphSource(
+                partial(bundle.read_graph, name),
+                partial(bundle.private_copy, name),
+                mapped=bundle.weight_digests(name) is not None,
+            )
+            return lambda: Session(path, wanted, self.threads, digests, source)
 
         self._sessions = Sessions(
             {

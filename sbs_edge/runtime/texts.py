@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from sbs_edge.errors import UsageError
 
@@ -14,19 +13,19 @@ class Texts:
     """The tokenizer of a bundle; safe to share between threads."""
 
     def __init__(
-        self, tokenizer: Path, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
+        self, tokenizer: bytes, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
     ) -> None:
         """Read the tokenizer.
 
         Args:
-            tokenizer: path of ``tokenizer.json``.
+            tokenizer: content of ``tokenizer.json``.
             prefixes: task -> what stands before every input of it.
             limits: ``max_source_tokens`` and ``max_label_tokens``.
             eos_token_id: the id that ends a sequence.
         """
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        self._tokenizer = Tokenizer.from_buffer(tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._prefixes, self._limits, self._eos = prefixes, limits, eos_token_id
