@@ -166,7 +166,7 @@ def main(
     document = measure(scenario, bundle, options, _gathered(out, bundle) if out else None)
     if out:
         files.write_json(out, document)
-    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.write(files.to_json(document) + "\n")
     if not all(ok for part in document["scenarios"].values() for ok in part["held"].values()):
         raise typer.Exit(1)
 

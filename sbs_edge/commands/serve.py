@@ -94,6 +94,15 @@ def register(app: typer.Typer) -> None:
         rationale_workers: Annotated[
             int, typer.Option(min=1, help="Rationale batches run at once, beside the label batches.")
         ] = 1,
+        worker_nice: Annotated[
+            int,
+            typer.Option(
+                min=0,
+                max=19,
+                help="Priority steps of inference below the event loop: refusals are quicker on a busy core, and "
+                "other processes of the machine go first.",
+            ),
+        ] = 0,
         truncate: Annotated[
             bool,
             typer.Option("--truncate", help="Cut texts over the token limit and say so, instead of a 400."),
@@ -219,6 +228,7 @@ def register(app: typer.Typer) -> None:
                 max_wait_ms=max_wait_ms,
                 label_workers=label_workers,
                 rationale_workers=rationale_workers,
+                worker_nice=worker_nice,
                 truncate=truncate,
                 max_body_bytes=max_body_bytes,
                 max_texts=max_texts,

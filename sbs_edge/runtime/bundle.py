@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sbs_edge import files
 from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.runtime.checked import Checked, state_of
 from sbs_edge.runtime.external_data import external_locations
@@ -101,8 +101,8 @@ class Bundle:
     def private_copy(self, graph: str) -> Iterator[Path]:
         """Yield the path of a private copy of ``graph`` with what lies beside it, removed after the block."""
         folder = graph.rpartition("/")[0]
-        files = self.manifest["files"]
-        listed = {name: files[name] for name in files if name.rpartition("/")[0] == folder}
+        every = self.manifest["files"]
+        listed = {name: entry for name, entry in every.items() if name.rpartition("/")[0] == folder}
         for name in listed:
             self.member(name)
         with private_copy(self.root, listed, recheck=not self.known) as copied:
@@ -148,6 +148,6 @@ def seal(root: Path, manifest: dict[str, Any]) -> None:
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, DIGEST)
     }
-    content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    content = (files.to_json(manifest, indent=2) + "\n").encode()
     (root / MANIFEST).write_bytes(content)
     (root / DIGEST).write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n")

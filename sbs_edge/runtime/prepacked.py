@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,7 @@ def load_prepacked(
     return _make(entry, graph, options, make)
 
 
-def _make(
-    entry: Path, graph: Path, options: Callable[[], Any], make: Callable[[Any], Any]
-) -> Any | None:
+def _make(entry: Path, graph: Path, options: Callable[[], Any], make: Callable[[Any], Any]) -> Any | None:
     from sbs_edge import files
 
     try:

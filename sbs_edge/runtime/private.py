@@ -30,14 +30,16 @@ from sbs_edge.runtime.manifest import file_digest
 __all__ = ["private_copy", "share_copies"]
 
 _PREFIX = "copy-"
-_ABANDONED_S = 3600.0  # a copy lives for the second in which it is mapped; an older one is of a process that died
+_ABANDONED_S = (
+    3600.0  # a copy lives for the second in which it is mapped; an older one is of a process that died
+)
 
 _shared: Path | None = None
 
 
 def share_copies(folder: Path | None) -> None:
     """Share copies with the other processes of this user that name the same ``folder``; None: do not."""
-    global _shared  # noqa: PLW0603 (one setting for each process, set at its start)
+    global _shared
     _shared = folder
 
 

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from sbs_edge.errors import UsageError
 
-__all__ = ["Texts"]
+__all__ = ["Texts", "check_texts"]
+
+
+def check_texts(texts: object) -> list[str]:
+    """Return the strings of any iterable, gone through once.
+
+    Raises:
+        UsageError: it is a single string or not an iterable of strings, or a string cannot be encoded as UTF-8
+            (a lone surrogate); the message names the row.
+    """
+    if isinstance(texts, str | bytes | Mapping | Set) or getattr(texts, "ndim", 1) != 1:
+        raise UsageError(
+            f"The texts must be a list of strings, not a {type(texts).__name__}; put a single text into a list: [text]."
+        )
+    try:
+        found = list(texts)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise UsageError(f"The texts must be a list of strings, not a {type(texts).__name__}.") from error
+    for row, text in enumerate(found):
+        if not isinstance(text, str):
+            raise UsageError(f"Text {row} is a {type(text).__name__}, not a string.")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"Text {row} is not valid Unicode: it has half of a surrogate pair at character {error.start}. "
+                    "Decode the input with its own encoding."
+                ) from error
+    return found
 
 
 class Texts:
@@ -47,11 +76,8 @@ class Texts:
             tokens: what :meth:`tokenize` gave for these texts.
 
         Raises:
-            UsageError: something is no string, or over the limit.
+            UsageError: a text is over the limit.
         """
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UsageError(f"Text {row} is a {type(text).__name__}, not a string.")
         limit = self._limits["max_source_tokens"]
         if tokens is None:
             tokens = self.tokenize(texts, task)

@@ -18,6 +18,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files as resource_files
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -120,7 +121,10 @@ def create_app(service: Service) -> Starlette:
         return json_response({"live": True})
 
     async def ready(request: Request) -> Response:
-        return json_response({"ready": service.ready}, 200 if service.ready else 503)
+        document: dict[str, Any] = {"ready": service.ready}
+        if service.registry.problems:
+            document["problems"] = service.registry.problems
+        return json_response(document, 200 if service.ready else 503)
 
     async def model_metadata(request: Request) -> Response:
         try:

@@ -88,6 +88,12 @@ class Metrics:
             ["model", "result"],
             registry=registry,
         )
+        self.stale_versions = Gauge(
+            "sbs_edge_stale_versions",
+            "Versions that answer from memory because what lies in their directory now was refused.",
+            ["model"],
+            registry=registry,
+        )
         self.ready = Gauge("sbs_edge_ready", "1 while the server answers requests.", registry=registry)
         self.model_info = Gauge(
             "sbs_edge_model_info",

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from sbs_edge.errors import SbsEdgeError, UsageError
+from sbs_edge.errors import AnswerError, SbsEdgeError, UsageError
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import Coming, Gate, Passage
 from sbs_edge.serve.asking import Answer, Asking, Timing
@@ -192,6 +192,8 @@ class Service:
                 if isinstance(item, UsageError):
                     raise errors.bad_request(str(item)) from item
                 if isinstance(item, Exception):
+                    if isinstance(item, AnswerError):
+                        self.registry.distrust(version, item)
                     raise item
         predictions = results[0] if asking.want_label else None
         explanations = results[-1] if asking.explain else None

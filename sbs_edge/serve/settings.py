@@ -25,6 +25,7 @@ class ServeSettings(BaseModel):
     max_wait_ms: float = Field(default=2.0, ge=0, le=1000)
     label_workers: int = Field(default=1, ge=1)
     rationale_workers: int = Field(default=1, ge=1)
+    worker_nice: int = Field(default=0, ge=0, le=19)
     truncate: bool = False
 
     # Limits
