@@ -57,6 +57,19 @@ def register(app: typer.Typer) -> None:
         port: Annotated[
             int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and logs it.")
         ] = 8080,
+        uds: Annotated[
+            Path | None,
+            typer.Option(help="Listen on this Unix socket instead of an address (mode 0660)."),
+        ] = None,
+        workers: Annotated[
+            int,
+            typer.Option(
+                min=1,
+                max=256,
+                help="Processes that answer together; each has an event loop, and an equal part of the limits. "
+                "They share the weights' memory.",
+            ),
+        ] = 1,
         target: Annotated[
             str | None, typer.Option(help="Which target of the bundle to run; its default when left out.")
         ] = None,
@@ -220,6 +233,8 @@ def register(app: typer.Typer) -> None:
             settings = ServeSettings(
                 host=host,
                 port=port,
+                uds=uds,
+                workers=workers,
                 target=target,
                 threads=threads,
                 watch_s=watch,

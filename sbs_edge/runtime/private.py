@@ -27,7 +27,7 @@ from sbs_edge.runtime.cache import cache_directory, private_directory
 from sbs_edge.runtime.checked import Checked
 from sbs_edge.runtime.manifest import file_digest
 
-__all__ = ["private_copy", "share_copies"]
+__all__ = ["forget_shared", "private_copy", "share_copies"]
 
 _PREFIX = "copy-"
 _ABANDONED_S = (
@@ -59,7 +59,8 @@ def private_copy(root: Path, listed: Mapping[str, Mapping[str, Any]], *, recheck
         OSError: a file cannot be read, or there is no place for a copy.
     """
     if _shared is not None:
-        yield _shared_copy(_shared, root, listed)
+        with _shared_copy(_shared, root, listed) as copied:
+            yield copied
         return
     work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=None if recheck else _place()))
     try:
@@ -98,8 +99,12 @@ def _copy(root: Path, listed: Mapping[str, Mapping[str, Any]], work: Path, *, re
         checked.remember()
 
 
-def _shared_copy(folder: Path, root: Path, listed: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Return the one copy of these files in ``folder``, made by whichever process asks first."""
+@contextlib.contextmanager
+def _shared_copy(folder: Path, root: Path, listed: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """Yield the one copy of these files in ``folder``, made by whichever process asks first.
+
+    The lock is held while the copy is used, so that :func:`forget_shared` leaves it alone.
+    """
     import fcntl
 
     key = json.dumps({name: entry["sha256"] for name, entry in listed.items()}, sort_keys=True)
@@ -114,4 +119,16 @@ def _shared_copy(folder: Path, root: Path, listed: Mapping[str, Mapping[str, Any
             except BaseException:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-    return folder / name
+        yield folder / name
+
+
+def forget_shared(folder: Path) -> None:
+    """Remove the names of shared copies that no process is opening now; what is mapped stays."""
+    import fcntl
+
+    for path in folder.glob("*.lock"):
+        copied = path.with_suffix("")
+        if copied.is_dir():
+            with path.open("w") as lock, contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(copied, ignore_errors=True)

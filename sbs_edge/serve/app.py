@@ -122,6 +122,8 @@ def create_app(service: Service) -> Starlette:
 
     async def ready(request: Request) -> Response:
         document: dict[str, Any] = {"ready": service.ready}
+        if service.peers is not None:
+            document["workers"] = service.peers.document
         if service.registry.problems:
             document["problems"] = service.registry.problems
         return json_response(document, 200 if service.ready else 503)
@@ -143,10 +145,7 @@ def create_app(service: Service) -> Starlette:
         return json_response({"name": name, "ready": service.ready}, 200 if service.ready else 503)
 
     async def show_metrics(request: Request) -> Response:
-        for (name, task), size in registry.queue_sizes().items():
-            metrics.queue_size.labels(name, task).set(size)
-        metrics.in_flight.set(service.gate.inside)
-        metrics.ready.set(service.ready)
+        service.publish_gauges()
         return Response(metrics.render(), media_type=metrics.content_type)
 
     page_html = (resource_files("sbs_edge.serve") / "page.html").read_bytes()
@@ -231,7 +230,7 @@ async def _load(service: Service) -> None:
     try:
         await service.registry.refresh(first=True)
         service.started = True
-        logger.info("ready", models=sorted(service.registry.by_name))
+        logger.info("ready" if service.peers is None else "worker_ready", models=sorted(service.registry.by_name))
     except Exception as error:
         service.failure = error
         logger.error("startup_failed", error=str(error))

@@ -418,7 +418,7 @@ class Registry:
             if version not in wanted:
                 card = version.card
                 if (card.name, card.version, card.target) not in kept:
-                    self._metrics.model_info.remove(card.name, card.version, card.target)
+                    self._metrics.forget_version(card.name, card.version, card.target)
                 self._metrics.reloads.labels(card.name, "retired").inc()
                 logger.info("version_retired", model=card.name, version=card.version)
                 version.retire()

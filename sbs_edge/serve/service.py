@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sbs_edge.errors import AnswerError, SbsEdgeError, UsageError
 from sbs_edge.serve import errors
@@ -23,7 +23,11 @@ from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import ModelVersion, Registry
 from sbs_edge.serve.refusals import Refusals
 from sbs_edge.serve.settings import ServeSettings
+from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
 from sbs_edge.serve.telemetry import Tracing
+
+if TYPE_CHECKING:
+    from sbs_edge.serve.workers import Peers
 
 __all__ = ["Service"]
 
@@ -58,12 +62,31 @@ class Service:
         self.started = False
         self.draining = False
         self.failure: BaseException | None = None
+        self.peers: Peers | None = None  # the other processes of this server
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=stand_back)
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered."""
-        return self.started and not self.draining and self.registry.ready
+        own = self.started and not self.draining and self.registry.ready
+        return own and (self.peers is None or self.peers.ready)
+
+    def report_to_peers(self) -> None:
+        """Tell the other processes this one's state, and put its gauges where all are read."""
+        if self.peers is None:
+            return
+        if self.draining or not self.started:
+            self.peers.report(DRAINING if self.draining else STARTING)
+        else:
+            self.peers.report(READY if self.registry.ready else UNSOUND)
+        self.publish_gauges()
+
+    def publish_gauges(self) -> None:
+        """Set the metrics that are read from the server's state."""
+        for (name, task), size in self.registry.queue_sizes().items():
+            self.metrics.queue_size.labels(name, task).set(size)
+        self.metrics.in_flight.set(self.gate.inside)
+        self.metrics.ready.set(self.ready)
 
     def refusal(self, *, labels: bool) -> errors.HttpError | None:
         """Return what a request arriving now would be refused with (503 or 429), or ``None``.

@@ -59,6 +59,8 @@ class ServeSettings(BaseModel):
     # Transport
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    uds: Path | None = None
+    workers: int = Field(default=1, ge=1, le=256)
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
