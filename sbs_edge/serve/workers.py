@@ -115,7 +115,12 @@ class _Supervisor:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "metrics")
 
     def run(self) -> int:
-        logger.info("listening", **listening.address_of(self._listener), workers=len(self._workers))
+        logger.info(
+            "listening",
+            **listening.address_of(self._listener),
+            tls=self._settings.tls_cert is not None,
+            workers=len(self._workers),
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGHUP, self._on_reload)
