@@ -75,7 +75,9 @@ def main(
 
     os.environ["SBS_EDGE_PLAIN_BUNDLE"], os.environ["SBS_EDGE_PLAIN_THREADS"] = str(bundle), str(threads)
     name = "sbs_edge.bench.serving_plain:from_environment"
-    uvicorn.run(name, factory=True, host=HOST, port=port, workers=workers, log_level="error", access_log=False)
+    uvicorn.run(
+        name, factory=True, host=HOST, port=port, workers=workers, log_level="error", access_log=False
+    )
 
 
 class PlainServer:

@@ -230,7 +230,9 @@ async def _load(service: Service) -> None:
     try:
         await service.registry.refresh(first=True)
         service.started = True
-        logger.info("ready" if service.peers is None else "worker_ready", models=sorted(service.registry.by_name))
+        logger.info(
+            "ready" if service.peers is None else "worker_ready", models=sorted(service.registry.by_name)
+        )
     except Exception as error:
         service.failure = error
         logger.error("startup_failed", error=str(error))

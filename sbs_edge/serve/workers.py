@@ -186,7 +186,10 @@ class _Supervisor:
             for path in (self._folder / "metrics").glob(f"gauge_live*_{pid}.db"):
                 path.unlink(missing_ok=True)
             if self._stop_at_s:
-                self._clean = self._clean and code in (0, -signal.SIGTERM)  # the latter: it was still starting
+                self._clean = self._clean and code in (
+                    0,
+                    -signal.SIGTERM,
+                )  # the latter: it was still starting
                 continue
             failure = self._folder / f"failure-{pid}"
             if self._states[-1] != READY and failure.exists():
