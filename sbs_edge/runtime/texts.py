@@ -21,7 +21,7 @@ def check_texts(texts: object) -> list[str]:
             f"The texts must be a list of strings, not a {type(texts).__name__}; put a single text into a list: [text]."
         )
     try:
-        found = list(texts)  # type: ignore[call-overload]
+        found: list[str] = list(texts)  # type: ignore[call-overload]
     except TypeError as error:
         raise UsageError(f"The texts must be a list of strings, not a {type(texts).__name__}.") from error
     for row, text in enumerate(found):

@@ -136,7 +136,7 @@ class Metrics:
         if not self._shared:
             return generate_latest(self.registry)
         every = CollectorRegistry()
-        MultiProcessCollector(every)  # type: ignore[no-untyped-call]  # adds itself
+        MultiProcessCollector(every)  # adds itself
         return generate_latest(every)
 
     def forget_version(self, model: str, version: str, target: str) -> None:

@@ -138,7 +138,7 @@ def test_long_inputs_are_refused_or_cut_as_allowed(tiny_bundle: Path) -> None:
 def test_bad_requests_say_what_is_wrong(tiny_bundle: Path, open_bundle: Path) -> None:
     with Student.load(tiny_bundle, threads=1) as student:
         for call, match in (
-            (lambda: student.predict("pump"), "list of texts"),
+            (lambda: student.predict("pump"), "list of strings"),
             (lambda: student.predict(["pump", 3]), "not a string"),
             (lambda: student.predict(["pump"], labels=[["a", "b"], ["c"]]), "one list a text"),
             (lambda: student.predict(["pump"], labels=[[]]), "non-empty"),
