@@ -67,7 +67,7 @@ class CTranslate2(System):
         word = self.tokenizer.id_to_token
         totals = []
         for label in self.spec.labels:
-            target = [word(token) for token in self.tokenizer.encode(label).ids if token != self.spec.eos]
+            target = [word(token) for token in self.tokenizer.encode(label) if token != self.spec.eos]
             scored = self.translator.score_batch(sources, [target] * len(sources))
             # The last probability is EOS's where the library adds it; the label's own tokens decide.
             totals.append([sum(result.log_probs[: len(target)]) for result in scored])

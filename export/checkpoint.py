@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sbs_edge.data.example import TaskSpec
-from sbs_edge.data.tokenizer import load_tokenizer
+from sbs_edge.data.tokenizer import byte_tokenizer, load_tokenizer
 from sbs_edge.errors import UsageError
 from sbs_edge.export.weights import FAMILIES
 from sbs_edge.student.student_dir import CARD, StudentDir
@@ -25,6 +26,7 @@ def open_student(
     labels: Sequence[str] | None = None,
     label_prefix: str | None = None,
     rationale_prefix: str | None = None,
+    max_source_tokens: int | None = None,
 ) -> StudentDir:
     """Open ``path`` for export.
 
@@ -34,10 +36,15 @@ def open_student(
             task, and what it generates is its answer.
         label_prefix: the checkpoint's prefix of the label task; None: none.
         rationale_prefix: the same for rationales.
+        max_source_tokens: most tokens of an input; None: the student's own limit, a checkpoint's ``n_positions``, or
+            512. T5's position biases reach any distance, so more is allowed; a student has seen no more than it
+            was trained with. ByT5 counts bytes.
 
     Raises:
         UsageError: it is no T5-family checkpoint, has no tokenizer, or says itself what its labels are.
     """
+    if max_source_tokens is not None and max_source_tokens < 2:
+        raise UsageError(f"max_source_tokens must be at least 2, not {max_source_tokens}.")
     root = Path(path)
     if not (root / "config.json").is_file():
         raise UsageError(
@@ -65,7 +72,10 @@ def open_student(
                 f"{root / CARD} already says what the labels and prefixes are; leave --label, --label-prefix "
                 "and --rationale-prefix out."
             )
-        return StudentDir.load(root)
+        opened = StudentDir.load(root)
+        if max_source_tokens is None:
+            return opened
+        return replace(opened, limits={**opened.limits, "max_source_tokens": max_source_tokens})
     if not (root / "tokenizer.json").is_file() and _is_byt5(root):
         raise UsageError(
             f"{root} holds ByT5 without a tokenizer.json; write one with "
@@ -73,7 +83,7 @@ def open_student(
         )
     load_tokenizer(root)  # a missing one is refused before any work
     kind: Any = "closed" if labels else "open"
-    limit = config.get("n_positions") or DEFAULT_SOURCE_TOKENS
+    limit = max_source_tokens or config.get("n_positions") or DEFAULT_SOURCE_TOKENS
     return StudentDir(
         root,
         TaskSpec(root.resolve().name, kind, tuple(labels or ())),
@@ -97,13 +107,10 @@ def write_byte_tokenizer(folder: str | os.PathLike[str]) -> Path:
 
     ByT5 comes without one, because its tokenizer is a few lines of Python; the runtime reads only this form.
     """
-    from tokenizers import Tokenizer, decoders, models, processors
-
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    path = Path(folder) / "tokenizer.json"
-    tokenizer.save(str(path))
+    path, n_extra = Path(folder) / "tokenizer.json", 125
+    config = Path(folder) / "config.json"
+    if config.is_file():  # a smaller embedding has rows for fewer of the extra ids
+        size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") or 384
+        n_extra = max(0, min(n_extra, size - 259))
+    byte_tokenizer(n_extra).save(str(path))
     return path

@@ -21,6 +21,7 @@ from sbs_edge.commands._data_options import (
     TestOption,
     ValidationOption,
 )
+from sbs_edge.label_tokens import spelling_sentences
 
 __all__ = ["register"]
 
@@ -95,6 +96,8 @@ def _show(report: dict[str, Any]) -> None:
     line(f"Overlaps between splits: {overlaps['count']}")
     for row in overlaps["rows"]:
         line(f"  {row}")
+    for sentence in spelling_sentences(report["spelling"] or {}):
+        line(sentence)
     if report["ok"]:
         line("Nothing is in the way of training.")
     else:

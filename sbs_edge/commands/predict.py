@@ -20,6 +20,8 @@ from sbs_edge.commands._predict_rows import PredictRow, columns_of, is_table, ta
 from sbs_edge.data.questions import answers_of
 from sbs_edge.data.rows import is_text
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.runtime.texts import over_limit
+from sbs_edge.tokens import most_characters
 
 __all__ = ["register"]
 
@@ -201,12 +203,9 @@ def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: 
     """Name file and line of an input over the limit; the runtime only knows its place in the call."""
     limit = student.limits["max_source_tokens"]
     for task in () if truncate else ("label", "rationale") if explain else ("label",):
-        for row, n_tokens in zip(part, student.count_tokens([row.text for row in part], task), strict=True):
-            if n_tokens > limit:
-                raise DataError(
-                    f"{row.place} has {n_tokens} tokens with the {task} prefix; this bundle's limit is {limit}. "
-                    "Shorten it, or allow cutting with --truncate."
-                )
+        for row, ids in zip(part, student.tokenize([row.text for row in part], task), strict=True):
+            if len(ids) > limit or len(row.text) > most_characters(limit):
+                raise DataError(over_limit(row.place, row.text, len(ids), limit, "--truncate", task))
 
 
 def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> None:

@@ -15,6 +15,10 @@ from sbs_edge.data.load import Source, open_source
 from sbs_edge.data.readers import ColumnMap, ReadResult
 from sbs_edge.data.splits import find_overlaps
 from sbs_edge.data.targets import teacher_agreement
+from sbs_edge.data.tokenizer import EOS_ID, load_tokenizer
+from sbs_edge.errors import UsageError
+from sbs_edge.label_tokens import check_choices, label_ids, spelling_of_rows
+from sbs_edge.tokens import TextTokenizer
 
 __all__ = ["check_dataset"]
 
@@ -29,14 +33,8 @@ def _counter(folder: str | Path | None) -> tuple[str, Callable[[Sequence[str]], 
         return "words, numbers and signs (--tokenizer DIR takes a checkpoint's own)", lambda texts: [
             len(_WORD.findall(text)) + 1 for text in texts
         ]
-    from sbs_edge.data.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return str(Path(folder) / "tokenizer.json"), lambda texts: [
-        len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))
-    ]
+    tokenizer = TextTokenizer(load_tokenizer(folder))
+    return str(Path(folder) / "tokenizer.json"), lambda texts: list(map(len, tokenizer.encode_batch(texts)))
 
 
 def _lengths(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]) -> dict[str, float] | None:
@@ -117,7 +115,9 @@ def check_dataset(
             numbers and signs are counted, as the tokenizer of the built-in task sees them.
 
     Returns:
-        ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``, ``overlaps`` between
+        ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``,
+        ``spelling`` (see :func:`sbs_edge.label_tokens.spelling_of_rows`;
+        None without ``tokenizer``), ``overlaps`` between
         splits (at most 20 named), ``problems`` in words, and ``ok``: False when training would refuse.
 
     Raises:
@@ -153,6 +153,16 @@ def check_dataset(
     if overlaps:
         problems.append(f"{len(overlaps)} input(s) occur in two splits")
     task = opened.task
+    spelling = None
+    if tokenizer is not None:
+        texts = TextTokenizer(load_tokenizer(tokenizer))
+        rows = [row for part in opened.found.values() for row in part.examples]
+        spelling = spelling_of_rows(rows, texts)
+        try:
+            label_ids(task.labels, texts, EOS_ID)
+            check_choices(rows, texts, EOS_ID)
+        except UsageError as error:
+            problems.append(str(error).rstrip("."))
     return {
         "source": str(source or "builtin"),
         "task": {
@@ -162,6 +172,7 @@ def check_dataset(
             "compare": task.compare,
         },
         "tokenizer": counted_in,
+        "spelling": spelling,
         "splits": reports,
         "overlaps": {
             "count": len(overlaps),

@@ -339,10 +339,14 @@ class Student:
 
     def count_tokens(self, texts: Iterable[str], task: str = "label") -> list[int]:
         """Return how many tokens every text has for ``task``, prefix and end-of-sequence included."""
-        return [len(ids) for ids in self.tokenize(texts, task)]
+        self._check_open()
+        return self._texts.count(check_texts(texts), task)
 
     def tokenize(self, texts: Iterable[str], task: str = "label") -> list[list[int]]:
-        """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included."""
+        """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included.
+
+        Of a text far over the token limit only the beginning is read: more ids than the limit come back.
+        """
         self._check_open()
         return self._texts.tokenize(check_texts(texts), task)
 

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from sbs_edge.data.questions import Unanswerable, answers_of, choices_of, id_of, text_of
 from sbs_edge.data.rows import printable
 from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.runtime.texts import over_limit
 from sbs_edge.scale.run import run_units
 from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
+from sbs_edge.tokens import most_characters
 
 __all__ = ["COLUMNS", "PredictWorker", "answer_rows", "predict_with_ray"]
 
@@ -89,10 +91,10 @@ def _short_enough(
     kept = []
     for i, question in enumerate(good):
         count = max(len(tokens[task][i]) for task in tasks)
-        if cut or count <= limit:
+        if cut or (count <= limit and len(question.text) <= most_characters(limit)):
             kept.append(i)
         else:
-            answers[question.place]["error"] = f"{count} tokens, the limit is {limit}"
+            answers[question.place]["error"] = over_limit("It", question.text, count, limit, "--truncate")
     return [good[i] for i in kept], {task: [rows[i] for i in kept] for task, rows in tokens.items()}
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.errors import AnswerError, SbsEdgeError, UsageError
+from sbs_edge.runtime.texts import over_limit
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import Coming, Gate, Passage
 from sbs_edge.serve.asking import Answer, Asking, Timing
@@ -25,6 +26,7 @@ from sbs_edge.serve.refusals import Refusals
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
 from sbs_edge.serve.telemetry import Tracing
+from sbs_edge.tokens import most_characters
 
 if TYPE_CHECKING:
     from sbs_edge.serve.workers import Peers
@@ -251,10 +253,9 @@ class Service:
         truncate = self.settings.truncate if asking.truncate is None else asking.truncate
         if not truncate:
             for index, ids in enumerate(rows):
-                if len(ids) > limit:
+                if len(ids) > limit or len(texts[index]) > most_characters(limit):
                     raise errors.bad_request(
-                        f"texts[{index}] has {len(ids)} tokens; this model's limit is {limit} "
-                        "(max_source_tokens). Shorten it, or ask for truncate."
+                        over_limit(f"texts[{index}]", texts[index], len(ids), limit, "truncate")
                     )
         self.metrics.input_tokens.labels(name).inc(sum(min(len(ids), limit) for ids in rows))
         return rows

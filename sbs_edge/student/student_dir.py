@@ -18,6 +18,7 @@ from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.readers import RejectedRow, stream_examples
 from sbs_edge.data.tokenizer import load_tokenizer
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.tokens import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -98,6 +99,10 @@ class StudentDir:
     def tokenizer(self) -> Tokenizer:
         """Load the fast tokenizer."""
         return load_tokenizer(self.path)
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """Load the tokenizer as training and the runtime use it: no text yields control tokens."""
+        return TextTokenizer(self.tokenizer())
 
     def _rows(self, name: str) -> list[Example]:
         path = self.path / name
