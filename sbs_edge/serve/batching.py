@@ -137,7 +137,7 @@ class Lane(Generic[Payload, Result]):
         self.queued = 0  # texts waiting for a worker
         self.expected = 0  # requests admitted for this lane that are still being tokenised
         self.seconds_per_text = 0.0  # worker time of a text in a full batch, 0 until the first batch
-        self._lone_s = 0.0  # least time of the last texts that ran alone
+        self._lone_s = 0.0  # time of the last texts that ran alone: see _learn
         self._n_full = 0
 
     def wait_estimate_s(self, n_texts: int) -> float:
@@ -316,9 +316,10 @@ class Lane(Generic[Payload, Result]):
         """Take the time of one batch, ``fill`` of the token budget, into the estimates."""
         each = elapsed_s / n_texts
         if n_texts == 1:
-            # The least of the last ones: beside busy neighbours some take long, and a mean would keep lone
-            # texts on a worker, where they take longer still and never turn out quick again.
-            self._lone_s = min(each, 1.05 * self._lone_s) if self._lone_s else each
+            # One slow text sends the next to a worker. There the least counts: beside busy neighbours most take
+            # longer on a worker, and a mean would never let them turn out quick again.
+            slowed = each > _AT_ONCE_S >= self._lone_s
+            self._lone_s = each if slowed or not self._lone_s else min(each, 1.05 * self._lone_s)
         if fill >= _FULL:
             self._n_full += 1  # the mean of the first ten, so that one slow start weighs a tenth
             self.seconds_per_text += max(0.1, 1 / self._n_full) * (each - self.seconds_per_text)
