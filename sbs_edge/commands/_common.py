@@ -6,7 +6,6 @@ default. The file is YAML or JSON: a mapping from flag names (dashes or undersco
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import Enum
 from pathlib import Path
@@ -141,5 +140,5 @@ def save_resolved_beside(ctx: typer.Context, folder: str | Path) -> None:
 
 def print_json(content: Any) -> None:
     """Print ``content`` as one line of JSON on stdout."""
-    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    sys.stdout.write(files.to_json(content) + "\n")
     sys.stdout.flush()

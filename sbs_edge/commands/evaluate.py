@@ -47,7 +47,6 @@ def register(app: typer.Typer) -> None:
             import torch  # noqa: F401
         except ImportError as error:
             raise MissingExtra("torch", "train", "Evaluating a student") from error
-        import json
 
         from sbs_edge.student.evaluate import evaluate as judge
 
@@ -57,7 +56,7 @@ def register(app: typer.Typer) -> None:
         )
         answers = report.pop("predictions", [])
         if predictions is not None:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+            lines = "".join(files.to_json(row) + "\n" for row in answers)
             files.write_text(predictions, lines)
             save_resolved(ctx, predictions.with_suffix(".config.yaml"))
         if json_output:

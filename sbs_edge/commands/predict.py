@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
+from sbs_edge import files
 from sbs_edge.commands._common import ConfigOption, either, save_resolved, save_resolved_beside
 from sbs_edge.commands._data_options import ColumnOption
 from sbs_edge.commands._predict_rows import PredictRow, columns_of, is_table, table_rows, text_rows
@@ -111,7 +111,6 @@ def register(app: typer.Typer) -> None:
         Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle;
         sbs-edge predict bundle --engine ray --input 'rows/*.jsonl' --output scored
         """
-        from sbs_edge import files
         from sbs_edge.runtime.student import Student
 
         source = either(ctx, "source", "input", "SOURCE and --input")
@@ -135,7 +134,7 @@ def register(app: typer.Typer) -> None:
                 form=shard_format, ray_address=ray_address,
             )  # fmt: skip
             save_resolved_beside(ctx, out)
-            sys.stdout.write(json.dumps(totals) + "\n")
+            sys.stdout.write(files.to_json(totals) + "\n")
             return
         messages = Console(stderr=True)
         try:
@@ -211,5 +210,5 @@ def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: 
 
 def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> None:
     for answer in answers:
-        handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        handle.write(files.to_json(answer) + "\n")
         handle.flush()

@@ -57,6 +57,19 @@ def register(app: typer.Typer) -> None:
         port: Annotated[
             int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and logs it.")
         ] = 8080,
+        uds: Annotated[
+            Path | None,
+            typer.Option(help="Listen on this Unix socket instead of an address (mode 0660)."),
+        ] = None,
+        workers: Annotated[
+            int,
+            typer.Option(
+                min=1,
+                max=256,
+                help="Processes that answer together; each has an event loop, and an equal part of the limits. "
+                "They share the weights' memory.",
+            ),
+        ] = 1,
         target: Annotated[
             str | None, typer.Option(help="Which target of the bundle to run; its default when left out.")
         ] = None,
@@ -94,6 +107,15 @@ def register(app: typer.Typer) -> None:
         rationale_workers: Annotated[
             int, typer.Option(min=1, help="Rationale batches run at once, beside the label batches.")
         ] = 1,
+        worker_nice: Annotated[
+            int,
+            typer.Option(
+                min=0,
+                max=19,
+                help="Priority steps of inference below the event loop: refusals are quicker on a busy core, and "
+                "other processes of the machine go first.",
+            ),
+        ] = 0,
         truncate: Annotated[
             bool,
             typer.Option("--truncate", help="Cut texts over the token limit and say so, instead of a 400."),
@@ -218,6 +240,8 @@ def register(app: typer.Typer) -> None:
             settings = ServeSettings(
                 host=host,
                 port=port,
+                uds=uds,
+                workers=workers,
                 target=target,
                 threads=threads,
                 watch_s=watch,
@@ -226,6 +250,7 @@ def register(app: typer.Typer) -> None:
                 max_wait_ms=max_wait_ms,
                 label_workers=label_workers,
                 rationale_workers=rationale_workers,
+                worker_nice=worker_nice,
                 truncate=truncate,
                 max_body_bytes=max_body_bytes,
                 max_inside_bytes=max_inside_bytes,

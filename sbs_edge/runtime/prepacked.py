@@ -1,7 +1,7 @@
 """Weights in the order this machine's kernels read them, kept once a machine and mapped into memory.
 
 onnxruntime rearranges ("pre-packs") constant weights when it loads a graph, into memory of each process.
-Saved once, the rearranged file is mapped instead: loading is quicker, and processes share the pages.
+Saved once, a private copy of the rearranged file is mapped instead: loading is quicker.
 The file depends on the processor and on onnxruntime's version, so it lives in the user's cache directory,
 never in a bundle, and may be deleted at any time.
 
@@ -16,20 +16,22 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sbs_edge.runtime import cache as user_cache
+from sbs_edge.runtime.manifest import file_digest
 from sbs_edge.runtime.ort import onnxruntime_module
+from sbs_edge.runtime.private import private_copy
 
 __all__ = ["MIN_BYTES", "cache_directory", "load_prepacked", "prepacked_key"]
 
 MIN_BYTES = 4 << 20  # below, packing takes a few milliseconds and no page is worth sharing
 KEEP = 32  # entries; the least recently used are removed
 
-_GRAPH, _WEIGHTS, _SIZES = "model.onnx", "weights.bin", "sizes.json"
+_GRAPH, _WEIGHTS, _LIST = "model.onnx", "weights.bin", "files.json"
 
 
 def cache_directory() -> Path:
@@ -61,18 +63,25 @@ def prepacked_key(digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
 
 
-def _complete(entry: Path) -> bool:
+def _listed(entry: Path) -> dict[str, dict[str, Any]] | None:
+    """Return what an entry holds, file name -> ``bytes`` and ``sha256``; None: it is not complete."""
     try:
-        sizes: Mapping[str, int] = json.loads((entry / _SIZES).read_text(encoding="utf-8"))
-        return set(sizes) == {_GRAPH, _WEIGHTS} and all(
-            (entry / n).stat().st_size == s for n, s in sizes.items()
+        found = json.loads((entry / _LIST).read_text(encoding="utf-8"))
+        complete = set(found) == {_GRAPH, _WEIGHTS} and all(
+            (entry / name).stat().st_size == listed["bytes"] and isinstance(listed["sha256"], str)
+            for name, listed in found.items()
         )
-    except (OSError, ValueError, TypeError):
-        return False
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if complete else None
 
 
 def load_prepacked(
-    graph: Path, digests: Sequence[str], options: Callable[[], Any], create: Callable[[Path, Any], Any]
+    graph: Path,
+    digests: Sequence[str],
+    options: Callable[[], Any],
+    create: Callable[[Path, Any], Any],
+    make: Callable[[Any], Any],
 ) -> Any | None:
     """Return a session over the pre-packed form of ``graph``, or None where there can be none.
 
@@ -81,6 +90,7 @@ def load_prepacked(
         digests: SHA-256 of the graph and of the files of its constants.
         options: makes fresh session options.
         create: makes a session from a path and options; may raise.
+        make: makes a session of ``graph`` itself from options; may raise.
 
     The first call on a machine makes the entry while loading; a full disk or a directory that cannot be
     written costs the saving only.
@@ -96,13 +106,15 @@ def load_prepacked(
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         _say("info", "no pre-packed weights: %s", error)
         return None
-    if _complete(entry):
+    listed = _listed(entry)
+    if listed:
         plain = options()
         plain.graph_optimization_level = (
             onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         )  # already optimised
         try:
-            session = create(entry / _GRAPH, plain)
+            with private_copy(entry, listed, recheck=False) as folder:
+                session = create(folder / _GRAPH, plain)
         except Exception as error:  # onnxruntime has no common base class for its load errors
             _say("warning", "the pre-packed weights %s are made again: %s", entry, error)
         else:
@@ -111,12 +123,10 @@ def load_prepacked(
             return session
     if entry.exists():
         _remove(entry)
-    return _make(entry, graph, options, create)
+    return _make(entry, graph, options, make)
 
 
-def _make(
-    entry: Path, graph: Path, options: Callable[[], Any], create: Callable[[Path, Any], Any]
-) -> Any | None:
+def _make(entry: Path, graph: Path, options: Callable[[], Any], make: Callable[[Any], Any]) -> Any | None:
     from sbs_edge import files
 
     try:
@@ -129,9 +139,12 @@ def _make(
                 ("session.save_external_prepacked_constant_initializers", "1"),
             ):
                 saving.add_session_config_entry(key, value)
-            session = create(graph, saving)
-            sizes = {name: (work / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
-            (work / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+            session = make(saving)
+            listed = {
+                name: {"bytes": (work / name).stat().st_size, "sha256": file_digest(work / name)}
+                for name in (_GRAPH, _WEIGHTS)
+            }
+            (work / _LIST).write_text(json.dumps(listed), encoding="utf-8")
     except Exception as error:  # a full disk is reported by onnxruntime in its own way
         _say("info", "no pre-packed weights for %s: %s", graph, error)
         return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.runtime.prepacked import load_prepacked
 from sbs_edge.runtime.tensorrt import RTX, TENSORRT, tensorrt_options
 
-__all__ = ["Session", "Sessions", "default_threads", "usable_providers"]
+__all__ = ["GraphSource", "Session", "Sessions", "default_threads", "usable_providers"]
 
 
 def default_threads() -> int:
@@ -50,20 +51,40 @@ def _return_freed_pages() -> None:
         return  # another C library
 
 
+class GraphSource(NamedTuple):
+    """Verified bytes of a graph, in memory or as files that are removed again.
+
+    ``read()`` returns the graph's content and what it takes constants from, by the names in the graph;
+    ``copy()`` is a context with the path of a private copy, the files beside it included. ``mapped`` says
+    that a copy is to be mapped also on the CPU: bytes in memory are there twice while a graph is loaded.
+    """
+
+    read: Callable[[], tuple[bytes, Mapping[str, bytes]]]
+    copy: Callable[[], AbstractContextManager[Path]]
+    mapped: bool = False
+
+
 class Session:
     """One graph, ready to run; safe to share between threads."""
 
     def __init__(
-        self, path: Path, providers: Sequence[str], threads: int, digests: Sequence[str] | None = None
+        self,
+        path: Path,
+        providers: Sequence[str],
+        threads: int,
+        digests: Sequence[str] | None = None,
+        source: GraphSource | None = None,
     ) -> None:
         """Load ``path``.
 
         Args:
-            path: the graph.
+            path: the graph; mapped as it is where there is no ``source``.
             providers: wanted, the first that is installed is used.
             threads: threads a call may use.
             digests: SHA-256 of the graph's files, to keep what this machine makes of them (pre-packed weights,
                 TensorRT's engines) in the user's cache directory; None: do not.
+            source: where the graph's bytes come from, so that nothing is used that can still change; the
+                file is not mapped then.
 
         Raises:
             MissingExtra: onnxruntime is not installed.
@@ -72,7 +93,7 @@ class Session:
         """
         provider = usable_providers(providers)[0]
         onnxruntime = onnxruntime_module()
-        settings = tensorrt_options(path, provider, digests) if provider in (TENSORRT, RTX) else {}
+        settings: dict[str, Any] = {}
 
         def options() -> Any:
             found = onnxruntime.SessionOptions()
@@ -84,12 +105,38 @@ class Session:
         def create(graph: Path, chosen: Any) -> Any:
             return onnxruntime.InferenceSession(str(graph), chosen, providers=[(provider, settings)])
 
+        def make(chosen: Any) -> Any:
+            if source is None:
+                return create(path, chosen)
+            on_cpu = provider == "CPUExecutionProvider"
+            if source.mapped or not on_cpu:
+                try:
+                    with source.copy() as copied:
+                        settings.update(tensorrt_options(copied, provider, digests) if on_tensorrt else {})
+                        return create(copied, chosen)
+                except OSError:  # no place for a copy: more memory while loading does the same
+                    if not on_cpu:
+                        raise
+            return in_memory(chosen, *source.read())
+
+        def in_memory(chosen: Any, content: bytes, constants: Mapping[str, bytes]) -> Any:
+            if constants:
+                chosen.add_external_initializers_from_files_in_memory(
+                    list(constants), list(constants.values()), [len(held) for held in constants.values()]
+                )
+            return onnxruntime.InferenceSession(content, chosen, providers=[(provider, settings)])
+
+        on_tensorrt = provider in (TENSORRT, RTX)
+        if on_tensorrt and source is None:
+            settings.update(tensorrt_options(path, provider, digests))
         session = None
         if digests and provider == "CPUExecutionProvider":
-            session = load_prepacked(path, digests, options, create)
+            session = load_prepacked(path, digests, options, create, make)
         if session is None:
             try:
-                session = create(path, options())
+                session = make(options())
+            except IntegrityError:
+                raise
             except Exception as error:  # onnxruntime has no common base class for its load errors
                 raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
         started = session.get_providers()[0]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import AnswerError, UsageError
 from sbs_edge.runtime.answers import Explanation, Prediction
 from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
-from sbs_edge.runtime.sessions import Session, Sessions, default_threads, usable_providers
-from sbs_edge.runtime.texts import Texts
+from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, default_threads, usable_providers
+from sbs_edge.runtime.texts import Texts, check_texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
 
 __all__ = ["Student"]
@@ -58,9 +59,7 @@ class Student:
         self._pad, self._eos, self._start = (
             model["pad_token_id"], model["eos_token_id"], model["decoder_start_token_id"],
         )  # fmt: skip
-        self._texts = Texts(
-            bundle.member("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos
-        )
+        self._texts = Texts(bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos)
         labels = self.manifest["labels"]
         self._method: str = labels["method"]
         self.labels: tuple[str, ...] = tuple(labels["labels"])
@@ -74,7 +73,12 @@ class Student:
             path = bundle.member(name)
             small = "CPUExecutionProvider" not in wanted  # an engine is worth keeping at any size
             digests = bundle.weight_digests(name, small=small) if prepacked_cache else None
-            return lambda: Session(path, wanted, self.threads, digests)
+            source = GraphSource(
+                partial(bundle.read_graph, name),
+                partial(bundle.private_copy, name),
+                mapped=bundle.weight_digests(name) is not None,
+            )
+            return lambda: Session(path, wanted, self.threads, digests, source)
 
         self._sessions = Sessions(
             {
@@ -136,8 +140,8 @@ class Student:
 
     def predict(
         self,
-        texts: Sequence[str],
-        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        texts: Iterable[str],
+        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
         *,
         truncate: bool | None = None,
         abstain_below: float | None = None,
@@ -146,7 +150,7 @@ class Student:
         """Answer every text with a label; answers come in the order of the texts.
 
         Args:
-            texts: inputs without prefix.
+            texts: inputs without prefix; any iterable, gone through once.
             labels: the labels to choose from: one list for all texts, or one a text. Needed where rows
                 bring their own choices; elsewhere None means the bundle's own label set.
             truncate: overrides the student's setting.
@@ -154,10 +158,10 @@ class Student:
             tokens: what :meth:`tokenize` gave for these texts, so that they are not tokenised again.
 
         Raises:
-            UsageError: a text is over the token limit, or labels are missing or unusable.
+            UsageError: a text is over the token limit or not a valid string, or labels are missing or unusable.
+            AnswerError: the model's scores of a text are not finite.
         """
-        if isinstance(texts, str):
-            raise UsageError("predict takes a list of texts; wrap a single one: predict([text]).")
+        texts = check_texts(texts)
         rows, cut = self._encode(texts, "label", truncate, tokens)
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
@@ -172,13 +176,20 @@ class Student:
         else:
             scored = self._score_closed(rows)
         return [
-            self._prediction(names, scores, was_cut, len(row), threshold)
-            for (names, scores), was_cut, row in zip(scored, cut, rows, strict=True)
+            self._prediction(index, names, scores, was_cut, len(row), threshold)
+            for index, ((names, scores), was_cut, row) in enumerate(zip(scored, cut, rows, strict=True))
         ]
 
     def _prediction(
-        self, names: Sequence[str], scores: np.ndarray, truncated: bool, n_tokens: int, threshold: float
+        self,
+        index: int,
+        names: Sequence[str],
+        scores: np.ndarray,
+        truncated: bool,
+        n_tokens: int,
+        threshold: float,
     ) -> Prediction:
+        self._check_finite(scores, index)
         scaled = scores.astype(np.float64) / self._temperature
         weights = np.exp(scaled - scaled.max())
         weights /= weights.sum()
@@ -193,10 +204,21 @@ class Student:
             n_tokens,
         )
 
-    def label_scores(self, texts: Sequence[str], *, truncate: bool | None = None) -> np.ndarray:
+    def _check_finite(self, scores: Any, index: int) -> None:
+        """Raise AnswerError where a score of text ``index`` is NaN or infinite."""
+        if not np.isfinite(scores).all():
+            raise AnswerError(
+                f"The target {self.target!r} of the bundle {self.bundle.root} computed a score that is not finite "
+                f"(NaN or infinity) for text {index}, so there is no answer. Check the exported student with "
+                "sbs-edge evaluate, or export it with another precision."
+            )
+
+    def label_scores(self, texts: Iterable[str], *, truncate: bool | None = None) -> np.ndarray:
         """Return the raw (len(texts), K) scores of the closed label set, before temperature."""
-        rows, _ = self._encode(texts, "label", truncate)
+        rows, _ = self._encode(check_texts(texts), "label", truncate)
         scored = self._score_closed(rows)
+        for row, (_, scores) in enumerate(scored):
+            self._check_finite(scores, row)
         return (
             np.stack([scores for _, scores in scored])
             if scored
@@ -253,7 +275,7 @@ class Student:
 
     def explain(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         max_new_tokens: int | None = None,
         num_beams: int = 1,
         *,
@@ -269,8 +291,7 @@ class Student:
             truncate: overrides the student's setting.
             tokens: what :meth:`tokenize` gave for these texts and the task "rationale".
         """
-        if isinstance(texts, str):
-            raise UsageError("explain takes a list of texts; wrap a single one: explain([text]).")
+        texts = check_texts(texts)
         limit = self.limits["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= self.limits["max_new_tokens"]:
             raise UsageError(
@@ -296,6 +317,7 @@ class Student:
             for position, i in enumerate(batch):
                 row = tokens[position].tolist()
                 stop = row.index(self._eos) + 1 if self._eos in row else len(row)
+                self._check_finite(log_probability[position], i)
                 out[i] = (row[:stop], float(log_probability[position]))
         return out
 
@@ -315,16 +337,18 @@ class Student:
 
     # -- text -----------------------------------------------------------------------------------------
 
-    def count_tokens(self, texts: Sequence[str], task: str = "label") -> list[int]:
+    def count_tokens(self, texts: Iterable[str], task: str = "label") -> list[int]:
         """Return how many tokens every text has for ``task``, prefix and end-of-sequence included."""
-        return self._texts.count(texts, task)
+        self._check_open()
+        return self._texts.count(check_texts(texts), task)
 
-    def tokenize(self, texts: Sequence[str], task: str = "label") -> list[list[int]]:
+    def tokenize(self, texts: Iterable[str], task: str = "label") -> list[list[int]]:
         """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included.
 
         Of a text far over the token limit only the beginning is read: more ids than the limit come back.
         """
-        return self._texts.tokenize(texts, task)
+        self._check_open()
+        return self._texts.tokenize(check_texts(texts), task)
 
     def _encode(
         self,
@@ -333,6 +357,7 @@ class Student:
         truncate: bool | None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
+        self._check_open()
         return self._texts.encode(texts, task, self.truncate if truncate is None else truncate, tokens)
 
     def _batches(
@@ -341,9 +366,12 @@ class Student:
         most_rows: int | None = self._entry.get("max_batch_rows")
         return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows, shapes)
 
-    def _session(self, role: str, purpose: str) -> Session:
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError("This Student was closed; load the bundle again, or ask within the with block.")
+
+    def _session(self, role: str, purpose: str) -> Session:
+        self._check_open()
         if role not in self._sessions:
             only_labels = role == "explainer" and "label_scorer" in self._sessions
             raise UsageError(
@@ -358,13 +386,13 @@ class Student:
 
     # -- asyncio and life cycle -----------------------------------------------------------------------
 
-    async def apredict(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Prediction]:
+    async def apredict(self, texts: Iterable[str], *args: Any, **kwargs: Any) -> list[Prediction]:
         """:meth:`predict` in a worker thread; the event loop stays free (the runtime releases the GIL)."""
         import asyncio  # here: a service has it loaded, and a script that asks once need not wait for it
 
         return await asyncio.to_thread(self.predict, texts, *args, **kwargs)
 
-    async def aexplain(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Explanation]:
+    async def aexplain(self, texts: Iterable[str], *args: Any, **kwargs: Any) -> list[Explanation]:
         """:meth:`explain` in a worker thread."""
         import asyncio
 
@@ -372,6 +400,7 @@ class Student:
 
     def warm_up(self, tasks: Sequence[str] = ("label", "rationale")) -> None:
         """Open and run every graph of ``tasks`` once on a short input, so that the first request pays nothing."""
+        self._check_open()
         unknown = [task for task in tasks if task not in ("label", "rationale")]
         if unknown:
             raise UsageError(
@@ -400,7 +429,15 @@ class Student:
         self._closed = True
         self._sessions.clear()
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: graphs belong to one process."""
+        raise UsageError(
+            "A Student cannot be pickled or copied: its graphs belong to this process. Send the bundle's path "
+            f"({str(self.bundle.root)!r}) and call Student.load there, once in each process; threads can share one."
+        )
+
     def __enter__(self) -> Student:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:

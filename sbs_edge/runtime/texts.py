@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sbs_edge.errors import UsageError
-from sbs_edge.tokens import TextTokenizer, most_characters, read_tokenizer, within_limit
+from sbs_edge.tokens import TextTokenizer, most_characters, within_limit, without_limits
 
 __all__ = ["Texts", "check_texts", "over_limit", "text_fault", "unicode_fault"]
 
@@ -41,9 +40,17 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     """Return ``texts`` as a list, read once, or refuse the first that cannot be answered.
 
     Raises:
-        UsageError: a text is not a string, is empty or blank, or is not valid Unicode; the message names its row.
+        UsageError: this is not an iterable of strings in an order, or a text is not a string, is empty or blank,
+            or is not valid Unicode; the message names its row.
     """
-    found = list(texts)
+    if isinstance(texts, str | bytes | Mapping | Set) or getattr(texts, "ndim", 1) != 1:
+        raise UsageError(
+            f"The texts must be a list of strings, not a {type(texts).__name__}; put a single text into a list: [text]."
+        )
+    try:
+        found = list(texts)
+    except TypeError as error:
+        raise UsageError(f"The texts must be a list of strings, not a {type(texts).__name__}.") from error
     for row, text in enumerate(found):
         fault = text_fault(text)
         if fault is not None:
@@ -78,17 +85,19 @@ class Texts:
     """The tokenizer of a bundle; safe to share between threads."""
 
     def __init__(
-        self, tokenizer: Path, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
+        self, tokenizer: bytes, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
     ) -> None:
         """Read the tokenizer.
 
         Args:
-            tokenizer: path of ``tokenizer.json``.
+            tokenizer: content of ``tokenizer.json``.
             prefixes: task -> what stands before every input of it.
             limits: ``max_source_tokens`` and ``max_label_tokens``.
             eos_token_id: the id that ends a sequence.
         """
-        self._tokenizer = TextTokenizer(read_tokenizer(tokenizer))
+        from tokenizers import Tokenizer
+
+        self._tokenizer = TextTokenizer(without_limits(Tokenizer.from_buffer(tokenizer)))
         self._prefixes, self._limits, self._eos = prefixes, limits, eos_token_id
 
     def tokenize(self, texts: Sequence[str], task: str) -> list[list[int]]:

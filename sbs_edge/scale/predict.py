@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sbs_edge.data.questions import Unanswerable, answers_of, choices_of, id_of, text_of
 from sbs_edge.data.rows import printable
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.scale.run import run_units
 from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
@@ -111,6 +111,11 @@ def _as_json(prediction: Any, rationale: Any) -> dict[str, Any]:
     return found
 
 
+def digests_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the digests of a bundle's files, sorted: equal only for the same bundle."""
+    return sorted(entry["sha256"] for entry in manifest["files"].values())
+
+
 class PredictWorker:
     """An actor: loads the bundle once, then turns units into shards."""
 
@@ -122,10 +127,16 @@ class PredictWorker:
         target: str | None,
         threads: int,
         options: dict[str, Any],
+        bundle_files: list[str],
     ) -> None:
         from sbs_edge.runtime.student import Student
 
         self._student = Student.load(bundle, target=target, threads=threads)
+        if digests_of(self._student.manifest) != bundle_files:  # an actor that died is started again later
+            raise IntegrityError(
+                f"The bundle {bundle} is not the one that this run began with: it was replaced meanwhile, or another "
+                "lies at this path on this node. Put the first one back and start the command again."
+            )
         # Ray's modules and the student are no garbage: left to the collector, each of its rounds reads them all.
         gc.collect()
         gc.freeze()
@@ -209,11 +220,17 @@ def predict_with_ray(
         "target": target or manifest.get("default_target"),
         "form": form,
         **({"columns": COLUMNS} if form == "parquet" else {}),
-        "bundle_files": sorted(entry["sha256"] for entry in manifest["files"].values()),
+        "bundle_files": digests_of(manifest),
     }
     return run_units(
         PredictWorker,
-        {"bundle": str(folder), "target": target, "threads": threads, "options": options},
+        {
+            "bundle": str(folder),
+            "target": target,
+            "threads": threads,
+            "options": options,
+            "bundle_files": settings["bundle_files"],
+        },
         pattern if "://" in pattern else str(Path(pattern).absolute()),
         str(out),
         settings=settings,

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sbs_edge import files
 from sbs_edge.errors import DataError, GuardError, IntegrityError, MissingExtra, SbsEdgeError, UsageError
 from sbs_edge.scale.units import Folder, Unit, plan_units, shard_name, unit_of
 
@@ -71,7 +72,7 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
 def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]) -> None:
     """Keep the plan beside the shards; refuse to mix the shards of two plans."""
     plan = {"format": 1, "input": pattern, "settings": settings, "units": [u.as_dict() for u in units]}
-    content = json.dumps(plan, indent=2, ensure_ascii=False) + "\n"
+    content = files.to_json(plan, indent=2) + "\n"
     if "_plan.json" not in out.names():
         out.write("_plan.json", content.encode("utf-8", "backslashreplace"))
         return
@@ -276,5 +277,5 @@ def run_units(
         "steady_seconds": round(_span(done), 3),
         **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
     }
-    folder.write("_done.json", json.dumps(totals, indent=2).encode("utf-8"))
+    folder.write("_done.json", files.to_json(totals, indent=2).encode("utf-8"))
     return totals

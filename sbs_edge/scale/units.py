@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from sbs_edge import files
 from sbs_edge.data.rows import json_row, parquet_rows, printable
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 
@@ -279,14 +280,12 @@ class Folder:
             with self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
                 stream.write(content)
             return
-        from sbs_edge import files
-
         files.write_bytes(f"{self._path}/{name}", content)
 
 
 def _json_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
     # What UTF-8 cannot hold, half a character, becomes the escape by which JSON spells it.
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(files.to_json(row) + "\n" for row in rows)
     return text.encode("utf-8", "backslashreplace")
 
 

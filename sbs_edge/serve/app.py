@@ -18,6 +18,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files as resource_files
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -126,7 +127,12 @@ def create_app(service: Service) -> Starlette:
         return json_response({"live": True})
 
     async def ready(request: Request) -> Response:
-        return json_response({"ready": service.ready}, 200 if service.ready else 503)
+        document: dict[str, Any] = {"ready": service.ready}
+        if service.peers is not None:
+            document["workers"] = service.peers.document
+        if service.registry.problems:
+            document["problems"] = service.registry.problems
+        return json_response(document, 200 if service.ready else 503)
 
     async def model_metadata(request: Request) -> Response:
         try:
@@ -145,10 +151,7 @@ def create_app(service: Service) -> Starlette:
         return json_response({"name": name, "ready": service.ready}, 200 if service.ready else 503)
 
     async def show_metrics(request: Request) -> Response:
-        for (name, task), size in registry.queue_sizes().items():
-            metrics.queue_size.labels(name, task).set(size)
-        metrics.in_flight.set(service.gate.inside)
-        metrics.ready.set(service.ready)
+        service.publish_gauges()
         return Response(metrics.render(), media_type=metrics.content_type)
 
     page_html = (resource_files("sbs_edge.serve") / "page.html").read_bytes()
@@ -233,7 +236,9 @@ async def _load(service: Service) -> None:
     try:
         await service.registry.refresh(first=True)
         service.started = True
-        logger.info("ready", models=sorted(service.registry.by_name))
+        logger.info(
+            "ready" if service.peers is None else "worker_ready", models=sorted(service.registry.by_name)
+        )
     except Exception as error:
         service.failure = error
         logger.error("startup_failed", error=str(error))

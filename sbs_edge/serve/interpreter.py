@@ -24,8 +24,6 @@ _SWITCH_INTERVAL_S = 0.0005
 # went 23 times a second through thousands of waiting texts that are no garbage, 60 ms in the worst case.
 _THRESHOLDS = (20_000, 10, 10)
 
-_WORKER_NICE = 5  # steps below the process: on one busy processor a third of the loop's share
-
 
 def share() -> None:
     """Shorten the time a thread may keep the interpreter; for this whole process."""
@@ -40,15 +38,16 @@ def tidy() -> None:
     gc.set_threshold(*_THRESHOLDS)
 
 
-def stand_back() -> None:
-    """Let other threads have the processor before the calling one, where the system can do that.
+def stand_back(steps: int = 0) -> None:
+    """Lower the priority of the calling thread by ``steps`` of niceness, where the system can do that.
 
-    A worker computes for milliseconds; the loop needs it for microseconds and waits for it otherwise.
+    The event loop then gets a busy processor first. So do all other processes of the machine: beside busy
+    neighbours five steps cost a worker half of its share, so this is off unless it is asked for.
     """
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+    if steps and sys.platform == "linux":  # elsewhere a thread has no priority of its own
         with contextlib.suppress(OSError):
             own = threading.get_native_id()
-            nice = os.getpriority(os.PRIO_PROCESS, own) + _WORKER_NICE
+            nice = os.getpriority(os.PRIO_PROCESS, own) + steps
             os.setpriority(os.PRIO_PROCESS, own, min(nice, 19))
 
 

@@ -310,7 +310,7 @@ def encode_response(
     if request.id is not None:
         document["id"] = request.id
     document["outputs"] = tensors
-    head = json.dumps(document, ensure_ascii=False).encode("utf-8")
+    head = json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
     if not tail:
         return head, {"Content-Type": "application/json"}
     return b"".join([head, *tail]), {

@@ -17,7 +17,7 @@ import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -26,6 +26,7 @@ from sbs_edge.serve import interpreter
 from sbs_edge.serve.app import create_app
 from sbs_edge.serve.engine import Loader, student_loader
 from sbs_edge.serve.escalate import Escalation
+from sbs_edge.serve.listening import address_of, bind, unbind
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import Registry
@@ -34,7 +35,10 @@ from sbs_edge.serve.service import Service
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.telemetry import tracing_to
 
-__all__ = ["create_service", "serve"]
+if TYPE_CHECKING:
+    from sbs_edge.serve.workers import Peers
+
+__all__ = ["create_service", "serve", "serve_on"]
 
 # glibc gives every thread a heap of its own and returns little of it: with the workers of this
 # server two heaps keep memory flat under bursts. mallopt's M_ARENA_MAX is -8.
@@ -95,10 +99,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets=sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
+        if self.started and self._service.peers is None:
             loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
-            logger.info("listening", host=host, port=port, tls=self.config.is_ssl, loop=loop)
+            logger.info("listening", **address_of(sockets[0]), tls=self.config.is_ssl, loop=loop)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -153,6 +156,8 @@ class _Server(uvicorn.Server):
             self._spawn(self._service.registry.refresh(retry_refused=True))
 
     async def on_tick(self, counter: int) -> bool:
+        if self._service.peers is not None:
+            self._service.report_to_peers()
         if self._service.failure is not None:
             self.should_exit = True
         if counter % _TICKS_A_LOOK == 0:
@@ -178,6 +183,33 @@ def serve(
     Raises the error of a bundle that could not be loaded at the start (an
     :class:`~sbs_edge.errors.IntegrityError` exits with 4).
     """
+    if (
+        settings.uds is None
+        and settings.host not in ("127.0.0.1", "::1", "localhost")
+        and settings.token is None
+    ):
+        logger.warning(
+            "open_to_the_network", host=settings.host, hint="anyone who reaches it may use it; set a token"
+        )
+    if settings.workers > 1:
+        from sbs_edge.serve.workers import supervise
+
+        return supervise(sources, settings)
+    listener = bind(settings)
+    try:
+        return serve_on(listener, sources, settings, loader)
+    finally:
+        unbind(listener, settings)
+
+
+def serve_on(
+    listener: socket.socket,
+    sources: Sequence[tuple[str | None, Path]],
+    settings: ServeSettings,
+    loader: Loader | None = None,
+    peers: Peers | None = None,
+) -> int:
+    """Serve on a listening socket, as one of several processes where there are ``peers``."""
     interpreter.share()
     # The tokenizer's own thread pool would take the event loop's core for a gain of microseconds.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -186,6 +218,7 @@ def serve(
         mallopt(_M_ARENA_MAX, _ARENAS)
     service = create_service(sources, settings, loader)
     service.registry.on_change = interpreter.tidy
+    service.peers = peers
     app = create_app(service)
     config = uvicorn.Config(
         app,
@@ -212,26 +245,8 @@ def serve(
             f"The certificate {settings.tls_cert} and the key {settings.tls_key} cannot be used: "
             f"{error.strerror or error}. Both must be PEM files that belong together (--tls-cert, --tls-key)."
         ) from error
-    _check_address(settings.host, settings.port)
     server = _Server(config, service)
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
-        logger.warning(
-            "open_to_the_network", host=settings.host, hint="anyone who reaches it may use it; set a token"
-        )
-    server.run()
+    server.run([listener])
     if service.failure is not None:
         raise service.failure
     return 0 if server.clean else 1
-
-
-def _check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on: uvicorn would log it and leave with the guard's exit code."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-    except OSError as error:
-        raise UsageError(
-            f"Nothing can listen on {host} port {port}: {error.strerror or error}. Choose another with --host and --port."
-        ) from error

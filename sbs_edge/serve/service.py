@@ -9,9 +9,9 @@ import asyncio
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sbs_edge.errors import SbsEdgeError, UsageError
+from sbs_edge.errors import AnswerError, SbsEdgeError, UsageError
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import Budget, Coming, Gate, Passage
@@ -23,9 +23,13 @@ from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import ModelVersion, Registry
 from sbs_edge.serve.refusals import Refusals
 from sbs_edge.serve.settings import ServeSettings
+from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
 from sbs_edge.serve.telemetry import Tracing
 from sbs_edge.serve.tokenizing import FairTokenizer
 from sbs_edge.tokens import most_characters
+
+if TYPE_CHECKING:
+    from sbs_edge.serve.workers import Peers
 
 __all__ = ["Service"]
 
@@ -64,12 +68,31 @@ class Service:
         self.started = False
         self.draining = False
         self.failure: BaseException | None = None
+        self.peers: Peers | None = None  # the other processes of this server
         self._tokenizing = FairTokenizer()
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered."""
-        return self.started and not self.draining and self.registry.ready
+        own = self.started and not self.draining and self.registry.ready
+        return own and (self.peers is None or self.peers.ready)
+
+    def report_to_peers(self) -> None:
+        """Tell the other processes this one's state, and put its gauges where all are read."""
+        if self.peers is None:
+            return
+        if self.draining or not self.started:
+            self.peers.report(DRAINING if self.draining else STARTING)
+        else:
+            self.peers.report(READY if self.registry.ready else UNSOUND)
+        self.publish_gauges()
+
+    def publish_gauges(self) -> None:
+        """Set the metrics that are read from the server's state."""
+        for (name, task), size in self.registry.queue_sizes().items():
+            self.metrics.queue_size.labels(name, task).set(size)
+        self.metrics.in_flight.set(self.gate.inside)
+        self.metrics.ready.set(self.ready)
 
     def refusal(self, *, labels: bool, n_bytes: int = 0) -> errors.HttpError | None:
         """Return what a request arriving now would be refused with (503 or 429), or ``None``.
@@ -226,6 +249,8 @@ class Service:
                 if isinstance(item, UsageError):
                     raise errors.bad_request(str(item)) from item
                 if isinstance(item, Exception):
+                    if isinstance(item, AnswerError):
+                        self.registry.distrust(version, item)
                     raise item
         predictions = results[0] if asking.want_label else None
         explanations = results[-1] if asking.explain else None

@@ -25,6 +25,7 @@ class ServeSettings(BaseModel):
     max_wait_ms: float = Field(default=2.0, ge=0, le=1000)
     label_workers: int = Field(default=1, ge=1)
     rationale_workers: int = Field(default=1, ge=1)
+    worker_nice: int = Field(default=0, ge=0, le=19)
     truncate: bool = False
 
     # Limits
@@ -60,6 +61,8 @@ class ServeSettings(BaseModel):
     # Transport
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    uds: Path | None = None
+    workers: int = Field(default=1, ge=1, le=256)
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
