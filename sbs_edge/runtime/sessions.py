@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -10,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
+from sbs_edge.resources import memory_limit
+from sbs_edge.runtime.int8_products import EXACT_OPTION, needs_exact_option
 from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.runtime.prepacked import load_prepacked
 from sbs_edge.runtime.tensorrt import RTX, TENSORRT, tensorrt_options
 
-__all__ = ["Session", "Sessions", "default_threads", "usable_providers"]
+__all__ = ["Session", "Sessions", "usable_providers"]
 
-
-def default_threads() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Parts of messages of onnxruntime and of the C++ library when memory cannot be had.
+_NO_MEMORY = ("bad_alloc", "failed to allocate memory", "cannot allocate memory", "out of memory", "enomem")
 
 
 def usable_providers(providers: Sequence[str]) -> list[str]:
@@ -50,11 +49,29 @@ def _return_freed_pages() -> None:
         return  # another C library
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether ``error`` says that memory could not be allocated."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY)
+
+
+def _memory_advice() -> str:
+    limit = memory_limit()
+    known = f"This process may use {limit >> 20} MB" if limit else "No limit is set on this process"
+    return f"{known}; docs/bundle.md says what a bundle needs."
+
+
 class Session:
     """One graph, ready to run; safe to share between threads."""
 
     def __init__(
-        self, path: Path, providers: Sequence[str], threads: int, digests: Sequence[str] | None = None
+        self,
+        path: Path,
+        providers: Sequence[str],
+        threads: int,
+        digests: Sequence[str] | None = None,
+        *,
+        int8: bool = True,
     ) -> None:
         """Load ``path``.
 
@@ -64,18 +81,26 @@ class Session:
             threads: threads a call may use.
             digests: SHA-256 of the graph's files, to keep what this machine makes of them (pre-packed weights,
                 TensorRT's engines) in the user's cache directory; None: do not.
+            int8: whether the graph may hold int8 products; without any, the CPU need not be probed.
 
         Raises:
             MissingExtra: onnxruntime is not installed.
             UsageError: no wanted provider is in the installed onnxruntime, or it does not start.
             IntegrityError: the runtime refuses the graph.
+            SbsEdgeError: there is not enough memory for the graph.
         """
         provider = usable_providers(providers)[0]
         onnxruntime = onnxruntime_module()
         settings = tensorrt_options(path, provider, digests) if provider in (TENSORRT, RTX) else {}
 
+        on_cpu = provider == "CPUExecutionProvider"
+        self.corrected = int8 and on_cpu and needs_exact_option()
+        """Whether the session avoids this CPU's saturating int8 products."""
+
         def options() -> Any:
             found = onnxruntime.SessionOptions()
+            if self.corrected:
+                found.add_session_config_entry(*EXACT_OPTION)
             found.intra_op_num_threads = threads
             found.inter_op_num_threads = 1
             found.log_severity_level = 4 if digests else 3  # a cache that cannot be written is no error
@@ -85,12 +110,16 @@ class Session:
             return onnxruntime.InferenceSession(str(graph), chosen, providers=[(provider, settings)])
 
         session = None
-        if digests and provider == "CPUExecutionProvider":
-            session = load_prepacked(path, digests, options, create)
+        if digests and on_cpu:
+            session = load_prepacked(path, digests, options, create, corrected=self.corrected)
         if session is None:
             try:
                 session = create(path, options())
             except Exception as error:  # onnxruntime has no common base class for its load errors
+                if lacks_memory(error):
+                    raise SbsEdgeError(
+                        f"There is not enough memory to load the graph {path}: {error}. {_memory_advice()}"
+                    ) from error
                 raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
         started = session.get_providers()[0]
         if started != provider:  # it falls back to the CPU where the provider's libraries cannot be loaded
@@ -108,8 +137,21 @@ class Session:
         return self._session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
-        """Run the graph; returns its outputs in order."""
-        return list(self._session.run(None, dict(inputs)))
+        """Run the graph; returns its outputs in order.
+
+        Raises:
+            SbsEdgeError: there is not enough memory for this call.
+        """
+        try:
+            return list(self._session.run(None, dict(inputs)))
+        except Exception as error:  # onnxruntime has no class of its own for this
+            if not lacks_memory(error):
+                raise
+            shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in inputs.items())
+            raise SbsEdgeError(
+                f"There is not enough memory for a call with {shapes}. Lower max_batch_tokens, so that a call "
+                f"carries fewer rows, or send shorter inputs. {_memory_advice()}"
+            ) from error
 
 
 class Sessions(MutableMapping[str, Session]):
