@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-__all__ = ["cpu_quota", "memory_limit", "usable_cpus"]
+__all__ = ["cpu_quota", "limit_torch_threads", "memory_limit", "usable_cpus"]
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
@@ -61,6 +61,15 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     if own != resource.RLIM_INFINITY:
         found.append(own)
     return min(found, default=None)
+
+
+def limit_torch_threads(threads: int | None = None) -> None:
+    """Give torch ``threads`` compute threads; None: its own default, but no more than a CPU quota lets run at once."""
+    import torch
+
+    if threads is None and cpu_quota() is None:
+        return
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
 
 
 def _whole(word: str) -> int | None:

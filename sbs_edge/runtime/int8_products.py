@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from sbs_edge.errors import MissingExtra
 from sbs_edge.runtime.ort import onnxruntime_module
 
-__all__ = ["EXACT_OPTION", "needs_exact_option", "products_saturate", "warn_of_old_loops"]
+__all__ = ["EXACT_OPTION", "int8_products", "needs_exact_option", "products_saturate", "warn_of_old_loops"]
 
 EXACT_OPTION = ("session.x64quantprecision", "1")
 
@@ -50,6 +51,14 @@ def products_saturate() -> bool:
 def needs_exact_option() -> bool:
     """Return whether int8 graphs need :data:`EXACT_OPTION` here; it exists on x86-64 alone."""
     return platform.machine().lower() in ("x86_64", "amd64") and products_saturate()
+
+
+def int8_products() -> str | None:
+    """Return ``exact``, ``corrected`` (they saturate here, and sessions set the option) or None without onnxruntime."""
+    try:
+        return "corrected" if needs_exact_option() else "exact"
+    except MissingExtra:
+        return None
 
 
 @cache

@@ -35,6 +35,7 @@ __all__ = [
     "MIN_BYTES",
     "cache_directory",
     "load_prepacked",
+    "max_bytes",
     "prepacked_key",
     "usage",
 ]
