@@ -18,7 +18,14 @@ import numpy as np
 from sbs_edge.errors import MissingExtra
 from sbs_edge.runtime.ort import onnxruntime_module
 
-__all__ = ["EXACT_OPTION", "int8_products", "needs_exact_option", "products_saturate", "warn_of_old_loops"]
+__all__ = [
+    "EXACT_OPTION",
+    "int8_products",
+    "needs_exact_option",
+    "on_x86",
+    "products_saturate",
+    "warn_of_old_loops",
+]
 
 EXACT_OPTION = ("session.x64quantprecision", "1")
 
@@ -48,9 +55,14 @@ def products_saturate() -> bool:
     return bool((found != 4 * 255 * 127).any())
 
 
+def on_x86() -> bool:
+    """Return whether this is an x86-64 machine."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def needs_exact_option() -> bool:
     """Return whether int8 graphs need :data:`EXACT_OPTION` here; it exists on x86-64 alone."""
-    return platform.machine().lower() in ("x86_64", "amd64") and products_saturate()
+    return on_x86() and products_saturate()
 
 
 def int8_products() -> str | None:

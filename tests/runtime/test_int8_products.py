@@ -30,7 +30,7 @@ from sbs_edge.runtime.prepacked import cache_directory, prepacked_key
 from sbs_edge.runtime.student import Student
 
 TEXTS = ["hot pump", "cold room fan filter", "ice " * 20, "belt motor leak"]
-X86 = int8_products.platform.machine().lower() in ("x86_64", "amd64")
+X86 = int8_products.on_x86()
 
 
 def saturating(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -41,9 +41,7 @@ def saturating(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def product(a: np.ndarray, b: np.ndarray, *, corrected: bool) -> np.ndarray:
     """Let the runtime multiply, with or without the option."""
-    node = helper.make_node(
-        "MatMulIntegerToFloat", ["a", "b", "s", "t", "z"], ["y"], domain="com.microsoft"
-    )
+    node = helper.make_node("MatMulIntegerToFloat", ["a", "b", "s", "t", "z"], ["y"], domain="com.microsoft")
     constants = {"b": b, "s": np.float32(1), "t": np.ones(b.shape[1], np.float32), "z": np.uint8(0)}
     graph = helper.make_graph(
         [node], "product", [helper.make_tensor_value_info("a", TensorProto.UINT8, a.shape)],
@@ -136,9 +134,7 @@ def test_the_option_reaches_every_product_of_a_loop(
     found = []
     for graph in all_graphs(optimised.graph):
         kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-        found.append(
-            [kinds[node.input[1]] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-        )
+        found.append([kinds[node.input[1]] for node in graph.node if node.op_type == "MatMulIntegerToFloat"])
     assert all(found)
     assert len(found) == 2  # the graph and the loop's body
     assert {kind for part in found for kind in part} == {TensorProto.UINT8}
