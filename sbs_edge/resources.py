@@ -10,7 +10,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-__all__ = ["cpu_quota", "limit_torch_threads", "memory_limit", "usable_cpus"]
+__all__ = ["cpu_quota", "lacks_memory", "limit_torch_threads", "memory_advice", "memory_limit", "usable_cpus"]
+
+# Parts of messages of onnxruntime, the C++ library and the dynamic loader when memory cannot be had.
+_NO_MEMORY = (
+    "bad_alloc", "failed to allocate memory", "cannot allocate memory", "out of memory", "enomem",
+    "failed to map segment",
+)  # fmt: skip
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
@@ -61,6 +67,19 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     if own != resource.RLIM_INFINITY:
         found.append(own)
     return min(found, default=None)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether ``error`` says that memory could not be allocated."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY)
+
+
+def memory_advice() -> str:
+    """Return what to tell a user who has run out of memory."""
+    limit = memory_limit()
+    known = f"This process may use {limit >> 20} MB" if limit else "No limit is set on this process"
+    return f"{known}; docs/bundle.md says what a bundle needs."
 
 
 def limit_torch_threads(threads: int | None = None) -> None:

@@ -10,16 +10,13 @@ from typing import Any
 import numpy as np
 
 from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
-from sbs_edge.resources import memory_limit
+from sbs_edge.resources import lacks_memory, memory_advice
 from sbs_edge.runtime.int8_products import EXACT_OPTION, needs_exact_option
 from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.runtime.prepacked import load_prepacked
 from sbs_edge.runtime.tensorrt import RTX, TENSORRT, tensorrt_options
 
 __all__ = ["Session", "Sessions", "usable_providers"]
-
-# Parts of messages of onnxruntime and of the C++ library when memory cannot be had.
-_NO_MEMORY = ("bad_alloc", "failed to allocate memory", "cannot allocate memory", "out of memory", "enomem")
 
 
 def usable_providers(providers: Sequence[str]) -> list[str]:
@@ -47,18 +44,6 @@ def _return_freed_pages() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (ImportError, OSError, AttributeError):
         return  # another C library
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Return whether ``error`` says that memory could not be allocated."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(part in text for part in _NO_MEMORY)
-
-
-def _memory_advice() -> str:
-    limit = memory_limit()
-    known = f"This process may use {limit >> 20} MB" if limit else "No limit is set on this process"
-    return f"{known}; docs/bundle.md says what a bundle needs."
 
 
 class Session:
@@ -118,7 +103,7 @@ class Session:
             except Exception as error:  # onnxruntime has no common base class for its load errors
                 if lacks_memory(error):
                     raise SbsEdgeError(
-                        f"There is not enough memory to load the graph {path}: {error}. {_memory_advice()}"
+                        f"There is not enough memory to load the graph {path}: {error}. {memory_advice()}"
                     ) from error
                 raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
         started = session.get_providers()[0]
@@ -150,7 +135,7 @@ class Session:
             shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in inputs.items())
             raise SbsEdgeError(
                 f"There is not enough memory for a call with {shapes}. Lower max_batch_tokens, so that a call "
-                f"carries fewer rows, or send shorter inputs. {_memory_advice()}"
+                f"carries fewer rows, or send shorter inputs. {memory_advice()}"
             ) from error
 
 

@@ -25,7 +25,7 @@ _SPEC.loader.exec_module(_TINY)
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 TOO_OLD = "3.10"
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.long
 
 
 def interpreter(version: str) -> str | None:
