@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from sbs_edge.bench.kernel_cases import GPU_SHAPES, Case, make_inputs
 from sbs_edge.bench.kernel_roof import Clock, copy_rate, product_rates
+from sbs_edge.resources import usable_cpus
 
 __all__ = ["SESSION_CASES", "SMALL_CASES", "correctness", "kernels", "matmul", "sweep", "targets", "train"]
 
@@ -77,7 +77,7 @@ def kernels(device: Any, small: bool, save: Save, seconds: float, say: Say) -> d
         device=device.type,
         rounds=2 if small else 10,
         calls=1 if small else 3,
-        threads=1 if small else len(os.sched_getaffinity(0)),
+        threads=1 if small else usable_cpus(),
         minutes=seconds / 60,
         prepare_s=90.0,
         slow_cases=1,

@@ -169,11 +169,14 @@ def _write_graph(
     """Copy a graph and its weights; return its (name, type, dims without batch) in and out."""
     import onnx
 
+    from sbs_edge.export.graph import all_graphs
+
     folder.mkdir(parents=True)
     model = onnx.load(str(graph), load_external_data=False)
     outside = {
         entry.value
-        for tensor in model.graph.initializer
+        for inside in all_graphs(model.graph)
+        for tensor in inside.initializer
         for entry in tensor.external_data
         if entry.key == "location"
     }

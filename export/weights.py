@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sbs_edge.errors import UsageError
+from sbs_edge.resources import limit_torch_threads
 from sbs_edge.student.pretrained import FAMILY as FAMILIES
 from sbs_edge.tokens import start_token_id
 
@@ -113,6 +114,7 @@ def load_model(folder: str | Path) -> Any:
             f"{path} is no checkpoint directory: it has no config.json. Give the directory that training "
             "wrote, or one that save_pretrained wrote."
         )
+    limit_torch_threads()
     return load_checkpoint(str(path)).eval()
 
 

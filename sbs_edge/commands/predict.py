@@ -81,7 +81,10 @@ def register(app: typer.Typer) -> None:
             typer.Option("--truncate", help="Cut inputs over the limit and say so, instead of stopping."),
         ] = False,
         threads: Annotated[
-            int | None, typer.Option(min=1, help="Threads a call may use; none: all cores.")
+            int | None,
+            typer.Option(
+                min=1, help="Threads a call may use; none: as many as the CPU quota and affinity allow."
+            ),
         ] = None,
         engine: Annotated[
             Engine,

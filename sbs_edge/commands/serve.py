@@ -76,7 +76,9 @@ def register(app: typer.Typer) -> None:
         threads: Annotated[
             int | None,
             typer.Option(
-                min=1, help="CPU threads of one inference; more shortens a call, fewer let calls overlap."
+                min=1,
+                help="CPU threads of one inference; more shortens a call, fewer let calls overlap. "
+                "None: as many as the CPU quota and affinity allow.",
             ),
         ] = None,
         watch: Annotated[

@@ -10,12 +10,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from sbs_edge.errors import AnswerError, UsageError
+from sbs_edge.resources import usable_cpus
 from sbs_edge.runtime.answers import Explanation, Prediction
 from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
-from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, default_threads, usable_providers
+from sbs_edge.runtime.int8_products import warn_of_old_loops
+from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, usable_providers
 from sbs_edge.runtime.texts import Texts, check_texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
 
@@ -47,7 +49,7 @@ class Student:
         self.bundle = bundle
         self.manifest: Mapping[str, Any] = bundle.manifest
         self.target, self._entry = bundle.target(target)
-        self.threads = threads or default_threads()
+        self.threads = threads or usable_cpus()
         if max_batch_tokens < 1 or (threads is not None and threads < 1):
             raise UsageError(
                 f"max_batch_tokens ({max_batch_tokens}) and threads ({threads}) must be at least 1."
@@ -69,7 +71,10 @@ class Student:
         wanted: Sequence[str] = self._entry["providers"] if providers is None else providers
         usable_providers(wanted)  # said now, though graphs are opened when they are first used
 
-        def opener(name: str) -> Callable[[], Session]:
+        quantisation = self._entry.get("quantisation") or {}
+        int8 = quantisation.get("numbers") != "float32"
+
+        def opener(role: str, name: str) -> Callable[[], Session]:
             path = bundle.member(name)
             small = "CPUExecutionProvider" not in wanted  # an engine is worth keeping at any size
             digests = bundle.weight_digests(name, small=small) if prepacked_cache else None
@@ -78,11 +83,22 @@ class Student:
                 partial(bundle.private_copy, name),
                 mapped=bundle.weight_digests(name) is not None,
             )
-            return lambda: Session(path, wanted, self.threads, digests, source)
+
+            def opened() -> Session:
+                session = Session(path, wanted, self.threads, digests, source, int8=int8)
+                if (
+                    session.corrected
+                    and role.startswith("explainer")
+                    and not quantisation.get("loop_weights")
+                ):
+                    warn_of_old_loops(path)
+                return session
+
+            return opened
 
         self._sessions = Sessions(
             {
-                role: opener(name)
+                role: opener(role, name)
                 for role, name in self._entry.items()
                 if role in _ROLES or role.startswith("explainer_beam")
             }
@@ -113,7 +129,7 @@ class Student:
         Args:
             path: the bundle's directory.
             target: which of its targets; None: its default one.
-            threads: threads a call may use; None: all cores of this process.
+            threads: threads a call may use; None: as many as this process's affinity and CPU quota let run at once.
             verify: check first that every file has its digest. A file that is unchanged since this user's
                 last complete check on this machine is not read again.
             recheck: read every file all the same.

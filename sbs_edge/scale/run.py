@@ -20,6 +20,7 @@ from typing import Any
 
 from sbs_edge import files
 from sbs_edge.errors import DataError, GuardError, IntegrityError, MissingExtra, SbsEdgeError, UsageError
+from sbs_edge.resources import usable_cpus
 from sbs_edge.scale.units import Folder, Unit, plan_units, shard_name, unit_of
 
 __all__ = ["run_units", "session"]
@@ -53,7 +54,7 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
         return
     if address is None:
         # One spare CPU for Ray Data's own tasks; CPUs are bookkeeping, not pinning.
-        cpus = max(os.cpu_count() or 1, int(workers * cpus_each) + 1)
+        cpus = max(usable_cpus(), int(workers * cpus_each) + 1)
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     else:
         try:

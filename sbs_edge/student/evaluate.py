@@ -20,6 +20,7 @@ from torch import Tensor
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
+from sbs_edge.resources import limit_torch_threads
 from sbs_edge.student.student_dir import StudentDir
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
 
@@ -248,6 +249,8 @@ def evaluate(
     if not rows:
         raise DataError(f"There are no rows to evaluate {opened.path} on; give a file with examples.")
     tokenizer = opened.text_tokenizer()
+    if model is None:
+        limit_torch_threads()
     judged = opened.load_model() if model is None else model.eval()
     judged.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     answers, method = predict_labels(judged, opened, tokenizer, rows, batch_size)

@@ -28,6 +28,7 @@ from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 from sbs_edge.label_tokens import check_choices, label_ids, spelling_of_rows, spelling_sentences
+from sbs_edge.resources import limit_torch_threads
 from sbs_edge.student.config import TrainConfig, make_config
 from sbs_edge.student.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION, StudentDir
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id
@@ -250,8 +251,7 @@ def _run(
     from sbs_edge.student.trainer import TwoTaskTrainer, make_arguments
 
     transformers.logging.set_verbosity_error()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    limit_torch_threads(config.threads)
     set_seed(config.seed)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     first = rank == 0
