@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.data.questions import Unanswerable, choices_of, id_of, text_of
-from sbs_edge.data.readers import ColumnMap
 from sbs_edge.data.raw import BOM, refuse_foreign_bytes
+from sbs_edge.data.readers import ColumnMap
 from sbs_edge.data.rows import FORMATS, RawRow, iterate_rows, json_line_rows
 from sbs_edge.errors import DataError, UsageError
 

@@ -85,7 +85,7 @@ def register(app: typer.Typer) -> None:
             annotation=annotation, teacher_parameters=teacher_parameters, steps=steps, target=target,
             core_hour_price=core_hour_price,
             training={"rationale_weight": rationale_weight, "row_weight": row_weight, "seed": seed},
-            say=lambda line: console.print(f"[dim]{line}[/]"),
+            say=lambda line: console.print(line, style="dim", markup=False),
         )  # fmt: skip
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.html", comparison_page(report))

@@ -31,6 +31,7 @@ from sbs_edge.commands._data_options import (
     SkipBadRowsOption,
     TestOption,
     ValidationOption,
+    judge,
 )
 from sbs_edge.errors import GuardError, UsageError
 
@@ -147,6 +148,7 @@ def register(app: typer.Typer) -> None:
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
         splits = _load(ctx.params, out, dry_run)
+        judge(splits, mode.value)
         if dry_run:
             plan = {
                 **resolved(ctx),
@@ -159,7 +161,9 @@ def register(app: typer.Typer) -> None:
         out.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out / "config.yaml")
         try:
-            report = run_pipeline(splits, out, settings, say=lambda line: console.print(f"[dim]{line}[/]"))
+            report = run_pipeline(
+                splits, out, settings, say=lambda line: console.print(line, style="dim", markup=False)
+            )
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 

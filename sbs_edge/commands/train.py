@@ -32,6 +32,7 @@ from sbs_edge.commands._data_options import (
     SkipBadRowsOption,
     TestOption,
     ValidationOption,
+    judge,
 )
 from sbs_edge.errors import MissingExtra
 
@@ -261,6 +262,7 @@ def register(app: typer.Typer) -> None:
         }
         settings = make_config(None, overrides)
         splits, rows = _load(values, out, seed)
+        judge(splits, mode.value)
         if dry_run:
             counts = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
             plan = {

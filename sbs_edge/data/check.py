@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from sbs_edge.data.answers import normalise
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, LabelKind, Splits
+from sbs_edge.data.findings import Finding, colliding_labels, examine, verdict
 from sbs_edge.data.load import Source, open_source
 from sbs_edge.data.readers import ColumnMap, ReadResult
 from sbs_edge.data.splits import find_overlaps
-from sbs_edge.data.targets import teacher_agreement
+from sbs_edge.data.targets import Mode, teacher_agreement
 
 __all__ = ["check_dataset"]
 
@@ -102,6 +104,7 @@ def check_dataset(
     compare: Literal["text", "value"] = "text",
     columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
     tokenizer: str | Path | None = None,
+    mode: Mode | None = None,
 ) -> dict[str, Any]:
     """Describe a source split by split, as its files are: nothing is held out, dropped or written.
 
@@ -115,10 +118,13 @@ def check_dataset(
         columns: which column is which field.
         tokenizer: directory with a ``tokenizer.json`` that counts the tokens; by default words,
             numbers and signs are counted, as the tokenizer of the built-in task sees them.
+        mode: how a student would learn; None leaves it open.
 
     Returns:
         ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``, ``overlaps`` between
-        splits (at most 20 named), ``problems`` in words, and ``ok``: False when training would refuse.
+        splits (at most 20 named), ``problems`` with the rows
+        in words, ``findings`` (:class:`~sbs_edge.data.findings.Finding`), ``verdict`` (``ok``, ``warn`` or
+        ``stop``), and ``ok``: False when the verdict is ``stop``.
 
     Raises:
         DataError: the source as a whole cannot be read.
@@ -140,9 +146,18 @@ def check_dataset(
         )
     counted_in, count = _counter(tokenizer)
     reports = [_split_report(name, part, opened, count) for name, part in opened.found.items()]
-    overlaps = find_overlaps(
-        Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
-    )
+    splits = Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
+    splits.unparsed = opened.unparsed
+    overlaps = find_overlaps(splits)
+    findings = examine(splits, mode)
+    if tokenizer is not None and opened.task.label_kind == "closed":
+        from sbs_edge.data.tokenizer import load_tokenizer
+
+        findings += colliding_labels(opened.task.labels, load_tokenizer(tokenizer))
+    for name, respelled in opened.respelled.items():
+        findings += [
+            Finding("warn", "label-spelling", f"{name}: {item}.", (item.first,)) for item in respelled
+        ]
     problems = []
     for report in reports:
         rejected = sum(report["rejected"].values())
@@ -152,6 +167,7 @@ def check_dataset(
             problems.append(f"{report['name']}: no usable row")
     if overlaps:
         problems.append(f"{len(overlaps)} input(s) occur in two splits")
+    findings = [Finding("stop", "unusable", f"{problem}.") for problem in problems] + findings
     task = opened.task
     return {
         "source": str(source or "builtin"),
@@ -171,5 +187,7 @@ def check_dataset(
             ],
         },
         "problems": problems,
-        "ok": not problems,
+        "findings": [asdict(finding) for finding in findings],
+        "verdict": verdict(findings),
+        "ok": verdict(findings) != "stop",
     }

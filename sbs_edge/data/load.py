@@ -205,12 +205,14 @@ def load_splits(
     if not skip_bad_rows:
         refuse(rejected)
     splits = Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
+    splits.unparsed = opened.unparsed
     if not splits.train:
         raise DataError(f"{source} holds no usable training row ({len(rejected)} were rejected).")
     if skip_bad_rows:
         rejected += drop_overlaps(splits)
     check_disjoint(splits)
     _hold_out_missing(splits, opened, str(source), seed)
+    _tell_respelled([item for items in opened.respelled.values() for item in items])
     if rejected:
         _tell(rejected, skipped_file)
     return splits
@@ -229,6 +231,16 @@ def _hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) ->
                 f"{source} leaves no row for the split {name!r}. Give at least three different inputs, and more "
                 "than one for some label of a closed set; or give the split's own file."
             )
+
+
+def _tell_respelled(respelled: Sequence[Respelling]) -> None:
+    if respelled:
+        shown = "; ".join(map(str, respelled[:5])) + (
+            f"; and {len(respelled) - 5} more" if len(respelled) > 5 else ""
+        )
+        Console(stderr=True).print(
+            f"Labels of one spelling: {shown}.", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _tell(rejected: Sequence[RejectedRow], skipped_file: str | Path | None) -> None:

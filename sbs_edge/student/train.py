@@ -22,6 +22,7 @@ from typing import Any
 from sbs_edge import __version__, files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
+from sbs_edge.data.findings import colliding_labels, refuse_stops
 from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
@@ -269,6 +270,8 @@ def _run(
     check_covered(
         tokenizer, model.student.get_input_embeddings().num_embeddings, config.model or "this student"
     )
+    if splits.task.label_kind == "closed":
+        refuse_stops(colliding_labels(splits.task.labels, tokenizer))
     # adapters are counted by what they are merged into
     n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
     settings = model.student.config
