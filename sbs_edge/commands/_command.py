@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperCommand
 
 from sbs_edge.errors import SbsEdgeError, UsageError
@@ -34,6 +35,13 @@ class Interrupted(SbsEdgeError):
 
 class Command(TyperCommand):
     """A command of this program; every one is of this class (:func:`install`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the command; its help is plain text, where ``[label]`` is not a tag of rich's."""
+        super().__init__(*args, **kwargs)
+        for item in (self, *self.params):
+            if text := getattr(item, "help", None):
+                item.help = escape(text)  # type: ignore[union-attr]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.

@@ -176,7 +176,8 @@ def register(app: typer.Typer) -> None:
         else:
             Console().print(run_table(report))
         console.print(
-            f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s"
+            f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
+            markup=False,
         )
 
 
@@ -195,6 +196,7 @@ def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits
+    from sbs_edge.data.labels import fit_labels
     from sbs_edge.data.load import load_splits
     from sbs_edge.data.readers import ColumnMap
     from sbs_edge.teacher.task import load_task
@@ -217,5 +219,9 @@ def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
         skipped_file=None if dry_run else out / "skipped.jsonl",
     )
     if spec:
-        splits = dataclasses.replace(splits, task=spec)
+        splits = dataclasses.replace(
+            splits,
+            task=spec,
+            **{name: fit_labels(getattr(splits, name), spec)[0] for name in ("train", "validation", "test")},
+        )
     return dataclasses.replace(splits, train=splits.train[:train_rows]) if train_rows else splits

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sbs_edge import files
@@ -71,7 +72,7 @@ _SOURCE = (
 
 
 def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
-    table = Table("figure", "value", title=f"Student in {out}")
+    table = Table("figure", "value", title=escape(f"Student in {out}"))
     agreement = metrics["teacher_agreement"]
     table.add_row("mode", metrics["mode"])
     table.add_row(
@@ -289,6 +290,7 @@ def register(app: typer.Typer) -> None:
             Console(stderr=True).print(
                 f"{values['data']}: {rows.left_out} malformed row(s) left out of a pass; the first: {rows.first}",
                 highlight=False,
+                markup=False,
             )
         files.write_json(out / "metrics.json", report)
         print_json(report) if json_output else _show(result.metrics, result.seconds, out)

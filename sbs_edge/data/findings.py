@@ -150,7 +150,8 @@ def labels_of_one_split(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
                 "warn",
                 "labels-not-measured",
                 f"No row of {name} has the label {', '.join(map(repr, lacking[:SHOWN]))}"
-                f"{f' (and {len(lacking) - SHOWN} more)' if len(lacking) > SHOWN else ''}, so its accuracy is not measured there.",
+                f"{f' (and {len(lacking) - SHOWN} more)' if len(lacking) > SHOWN else ''}, so its accuracy is not "
+                "measured there.",
             )
 
 
