@@ -52,6 +52,7 @@ def register(app: typer.Typer) -> None:
         """
         import re
 
+        from sbs_edge.data.labels import fit_labels
         from sbs_edge.errors import UsageError
         from sbs_edge.teacher.new_task import task_from_examples
         from sbs_edge.teacher.presets import PRESETS
@@ -65,6 +66,14 @@ def register(app: typer.Typer) -> None:
             rows = read_rows(Path(source), column, skip_bad_rows)
             plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name or Path(source).stem).strip("-.") or "task"
             task = task_from_examples(plain, rows, shots)
+            unlabelled = [row for row in rows if row.label is None]
+            notes = [str(item) for item in fit_labels(rows, task.spec)[1]]
+            if unlabelled:
+                notes.append(
+                    f"{len(unlabelled)} of {len(rows)} rows have no label, the first is {unlabelled[0].source}"
+                )
+            for note in notes:
+                Console(stderr=True).print(f"{note}.", highlight=False, markup=False, soft_wrap=True)
         save_task(task, out)
         if json_output:
             print_json(task.model_dump(mode="json"))
