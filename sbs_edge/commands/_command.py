@@ -39,9 +39,10 @@ class Command(TyperCommand):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make the command; its help is plain text, where ``[label]`` is not a tag of rich's."""
         super().__init__(*args, **kwargs)
-        for item in (self, *self.params):
+        items: list[Any] = [self, *self.params]
+        for item in items:
             if text := getattr(item, "help", None):
-                item.help = escape(text)  # type: ignore[union-attr]
+                item.help = escape(text)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.

@@ -219,9 +219,7 @@ def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
         skipped_file=None if dry_run else out / "skipped.jsonl",
     )
     if spec:
-        splits = dataclasses.replace(
-            splits,
-            task=spec,
-            **{name: fit_labels(getattr(splits, name), spec)[0] for name in ("train", "validation", "test")},
-        )
+        names = ("train", "validation", "test")
+        parts: dict[str, Any] = {name: fit_labels(getattr(splits, name), spec)[0] for name in names}
+        splits = dataclasses.replace(splits, task=spec, **parts)
     return dataclasses.replace(splits, train=splits.train[:train_rows]) if train_rows else splits

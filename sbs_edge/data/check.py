@@ -146,8 +146,8 @@ def check_dataset(
         )
     counted_in, count = _counter(tokenizer)
     reports = [_split_report(name, part, opened, count) for name, part in opened.found.items()]
-    splits = Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
-    splits.unparsed = opened.unparsed
+    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
+    splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     overlaps = find_overlaps(splits)
     findings = examine(splits, mode)
     if tokenizer is not None and opened.task.label_kind == "closed":

@@ -72,4 +72,4 @@ class Splits:
     train: list[Example] = field(default_factory=list)
     validation: list[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
-    unparsed: dict[str, int] = field(default_factory=dict)
+    unparsed: dict[str, int] = field(default_factory=dict, kw_only=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -204,8 +204,8 @@ def load_splits(
     rejected = [row for part in opened.found.values() for row in part.rejected]
     if not skip_bad_rows:
         refuse(rejected)
-    splits = Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
-    splits.unparsed = opened.unparsed
+    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
+    splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     if not splits.train:
         raise DataError(f"{source} holds no usable training row ({len(rejected)} were rejected).")
     if skip_bad_rows:
