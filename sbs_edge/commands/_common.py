@@ -34,6 +34,7 @@ _NOT_CONFIGURATION = {"config", "dry_run", "json_output"}
 def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     if value is None:
         return None
+    value = value.expanduser()
     try:
         content = yaml.safe_load(value.read_text(encoding="utf-8"))
     except OSError as error:

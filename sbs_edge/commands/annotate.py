@@ -238,7 +238,7 @@ def register(app: typer.Typer) -> None:
         out = either(ctx, "out", "output", "--out and --output")
         if data is None:
             raise UsageError("There is nothing to annotate: name the rows as INPUT, or with --input.")
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False)
         spec = load_task(task)
         if not (show_prompt or outputs):  # these ask nobody
             refuse_placeholders(spec, task)

@@ -187,7 +187,7 @@ def register(app: typer.Typer) -> None:
             prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
             layout=layout.value, single_file=single_file, unguarded=unguarded,
             version=version,
-            say=lambda line: console.print(f"[dim]{line}[/]"),
+            say=lambda line: console.print(line, style="dim", markup=False),
         )  # fmt: skip
         # Beside the bundle: what is in it is listed, and nothing else may be.
         save_resolved_beside(ctx, out)

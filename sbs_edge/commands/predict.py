@@ -139,7 +139,7 @@ def register(app: typer.Typer) -> None:
             save_resolved_beside(ctx, out)
             sys.stdout.write(files.to_json(totals) + "\n")
             return
-        messages = Console(stderr=True)
+        messages = Console(stderr=True, markup=False)
         try:
             opened = nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")  # noqa: SIM115
         except OSError as error:

@@ -211,6 +211,15 @@ def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """Scalars are text as written: YAML 1.1 would read the label ``no`` as False; fields have types of their own."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the library's own form)
+        first: [(tag, pattern) for tag, pattern in found if tag.rsplit(":", 1)[-1] in ("null", "merge")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_task(source: str | Path) -> TaskFile:
     """Read a task file, or a preset given by its name (``cqa``, ``svamp``, ``anli1``, ``esnli``, ``hvac``)."""
     from sbs_edge.teacher.presets import PRESETS
@@ -219,7 +228,7 @@ def load_task(source: str | Path) -> TaskFile:
     if str(source) in PRESETS and not path.exists():
         return PRESETS[str(source)]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe loader)
     except OSError as error:
         raise UsageError(
             f"The task file {path} cannot be read: {error.strerror}. Give a file written by "
