@@ -112,7 +112,7 @@ def _tiles(device: Any, itemsize: int) -> list[Any]:
     """Tiles to try: those shipped for the device, and their neighbours in warps and stages."""
     import torch
 
-    from sbs_edge.kernels.configs import Tile, architecture, candidates, pick
+    from sbs_edge.kernels.tile_table import Tile, architecture, candidates, pick
 
     if device.type != "cuda":
         return [pick(90, itemsize, 64)]
@@ -129,8 +129,8 @@ def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
     """Forward + backward over orders, tiles and workspaces; what does not build or fit is a row that says why."""
     import torch
 
-    from sbs_edge.kernels import orders
-    from sbs_edge.kernels.configs import use
+    from sbs_edge.kernels import chunks
+    from sbs_edge.kernels.tile_table import use
     from sbs_edge.kernels.cross_entropy import available_engines
 
     names = [status.name for status in available_engines() if status.available and status.name != "reference"]
@@ -149,9 +149,9 @@ def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
         # What may be tuned first: the tiles, each of which is compiled once, then the slices' size.
         tries: list[tuple[str, float | None, Any, str]] = [(name, None, None, "") for name in names]
         if "triton" in names:
-            tries += [("triton", None, None, order) for order in ("columns", "rows")]
+            tries += [("triton", None, None, order) for order in chunks.CHUNKS]
             tries += [("triton", None, tile, "") for tile in _tiles(device, inputs.hidden.element_size())]
-            tries += [("triton", workspaces[-1], None, order) for order in ("columns", "rows")]
+            tries += [("triton", workspaces[-1], None, order) for order in chunks.CHUNKS]
         tries += [(name, mb, None, "") for name in names for mb in workspaces]
         for engine, workspace, tile, order in tries:
             row: dict[str, Any] = {
@@ -164,7 +164,7 @@ def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
             try:
                 with (
                     use(tile) if tile is not None else nullcontext(),
-                    orders.use(order) if order else nullcontext(),
+                    chunks.use(order) if order else nullcontext(),
                 ):
                     row["ms"] = _step_ms(clock, inputs, engine, workspace, 2 if small else 10)
             except Exception as error:
