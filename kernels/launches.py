@@ -45,9 +45,17 @@ class Launch(NamedTuple):
             "HAS_BIAS": self.inputs.bias is not None, "HAS_CAP": self.options.softcap > 0,
             "EVEN_D": self.inputs.hidden.shape[1] % self.tile.depth == 0, "PRECISION": "ieee",
             "BLOCK_N": self.tile.rows, "BLOCK_V": self.tile.columns, "BLOCK_D": self.tile.depth,
-            "GROUP": tile_table.tuning().row_blocks_a_group,
             "num_warps": self.tile.warps, "num_stages": self.tile.stages,
         }  # fmt: skip
+
+    def grid(self, n_rows: int, n_strips: int) -> tuple[int, int, int]:
+        """Programs (row blocks of a group, strips, groups): the GPU starts a group's programs together.
+
+        In the order of rows alone every strip would read all states again.
+        """
+        blocks = triton.cdiv(n_rows, self.tile.rows)
+        groups = triton.cdiv(blocks, tile_table.tuning().row_blocks_a_group)
+        return triton.cdiv(blocks, groups), n_strips, groups
 
     def offset(self, base: int) -> Tensor:
         """The bias from ``base`` on, or any tensor where there is none."""
@@ -126,7 +134,7 @@ def softmax_partials(
         "EVEN_V": n_columns % tile.columns == 0,
     }  # fmt: skip
     flags = launch.flags | variant
-    kernel[(triton.cdiv(n_rows, tile.rows) * n_strips,)](
+    kernel[launch.grid(n_rows, n_strips)](
         hidden, part, launch.offset(base), indices, partials, partials if kept is None else kept,
         n_rows, base, n_columns, width, *hidden.stride(), *part.stride(), 0 if kept is None else kept.stride(0),
         options.logit_scale, options.softcap, tiles_a_strip, n_strips,

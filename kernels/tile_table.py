@@ -151,15 +151,15 @@ def register_cap(arch: int, itemsize: int, tile: Tile, flags: dict[str, Any]) ->
     """Return the launch option that keeps ``partial_softmax`` at two blocks a multiprocessor, where it can.
 
     On Hopper a carried strip, smoothing, and a vocabulary or width that ends inside a tile take 141 to 157
-    registers a thread, with which only one block fits. They all build for 128 without a spill; a bias
-    or a cap does not. ``flags`` are the kernel's compile-time arguments.
+    registers a thread, with which only one block fits. They build for 128 without a spill; a bias, a cap,
+    kept exponentials, and smoothing together with any of the others do not. ``flags`` are the kernel's
+    compile-time arguments.
     """
-    capable = arch == 90 and itemsize == 2 and tile == _HOPPER[0] and tuning().cap_registers
-    roomy = flags["HAS_BIAS"] or flags["HAS_CAP"] or flags["KEEP"]
-    plain = flags["EVEN_V"] and flags["EVEN_D"] and not flags["CARRY"] and not flags["SUM"]
-    if interpreted() or not capable or roomy or plain:
-        return {}
-    return {"maxnreg": CAPPED_REGISTERS}
+    uneven = flags["CARRY"] or not (flags["EVEN_V"] and flags["EVEN_D"])
+    heavy = flags["HAS_BIAS"] or flags["HAS_CAP"] or flags["KEEP"]
+    capable = arch == 90 and itemsize == 2 and tile == _HOPPER[0]
+    wanted = capable and not heavy and uneven != flags["SUM"]
+    return {"maxnreg": CAPPED_REGISTERS} if wanted and tuning().cap_registers and not interpreted() else {}
 
 
 @contextmanager

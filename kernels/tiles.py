@@ -97,29 +97,13 @@ def _scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _grouped(  # type: ignore[no-untyped-def]
-    n_row_blocks, n_strips, GROUP: tl.constexpr,  # noqa: ANN001
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Row block and strip of this program: GROUP row blocks pass over all strips before the next ones start.
-
-    Their states stay in the second-level cache meanwhile; in the order of rows alone every strip would
-    read all of them again.
-    """
-    program = tl.program_id(0)
-    first = program // (GROUP * n_strips) * GROUP
-    height = tl.minimum(n_row_blocks - first, GROUP)
-    place = program % (GROUP * n_strips)
-    return first + place % height, place // height
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def partial_softmax(  # type: ignore[no-untyped-def]
     hidden, weight, bias, indices, partials, kept,  # noqa: ANN001
     n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, kept_stride,  # noqa: ANN001
     scale, softcap, tiles_a_strip, n_strips,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SUM: tl.constexpr, CARRY: tl.constexpr,
     KEEP: tl.constexpr, EVEN_V: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """Partial statistics (4, n_rows, n_strips) of vocabulary ``[base, base + n_columns)``.
 
@@ -128,7 +112,9 @@ def partial_softmax(  # type: ignore[no-untyped-def]
     goes on from what it left. The target's score is left to :func:`combine_partials`: looking for it here
     costs 58 registers a thread, and with them the second block a multiprocessor.
     """
-    row_block, strip = _grouped(tl.cdiv(n_rows, BLOCK_N), n_strips, GROUP)
+    # Programs (row block, strip, group): a group's states stay in the second-level cache for all strips.
+    row_block = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    strip = tl.program_id(1)
     row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_rows = row < n_rows
     near = tl.minimum(row, n_rows - 1)
@@ -279,18 +265,18 @@ def logits_grad(  # type: ignore[no-untyped-def]
     n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, grads_stride,  # noqa: ANN001
     scale, softcap, on_target, elsewhere,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """A slice's ``gain_i * dloss_i/dlogit_iv`` into ``grads`` (n_rows, n_columns), rounded once.
 
     ``dloss/dz = share_i * 2^(z2 - peak_i) - elsewhere - on_target * (v is the target)``, where ``share``
     is ``(1 + 2 z_loss lse) / sum`` and ``elsewhere`` is ``smoothing / V``.
     """
-    row_block, strip = _grouped(tl.cdiv(n_rows, BLOCK_N), tl.cdiv(n_columns, BLOCK_V), GROUP)
+    row_block = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)  # as in partial_softmax
     row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(row, n_rows - 1)
     index = tl.load(indices + near)
-    columns = strip * BLOCK_V + tl.arange(0, BLOCK_V)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     z, t = _scores(
         hidden, weight, bias, index, columns, n_columns, width,
         stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap,

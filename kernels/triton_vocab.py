@@ -154,7 +154,7 @@ def _chunks(
         columns = min(span, n_classes - base)
         part = weight[base : base + columns].to(low)
         here = buffer[:, :columns]
-        kernel[(triton.cdiv(n_rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        kernel[launch.grid(n_rows, triton.cdiv(columns, tile.columns))](
             hidden, part, launch.offset(base), saved.indices, saved.targets, saved.peaks, shares,
             factors.gains, here, n_rows, base, columns, width,
             *hidden.stride(), *part.stride(), here.stride(0), options.logit_scale, options.softcap,

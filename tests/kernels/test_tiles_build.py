@@ -26,7 +26,7 @@ POINTERS = {
 }  # fmt: skip
 
 
-def _build(name, capability, kind, tile, *, options=False, aligned=True, keep=False):
+def _build(name, capability, kind, tile, *, options=False, aligned=True, keep=False, **changed):
     """The kernel as a launch with these arguments would build it: aligned pointers and strides, or none."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -36,11 +36,12 @@ def _build(name, capability, kind, tile, *, options=False, aligned=True, keep=Fa
     kernel = getattr(tiles, name)
     constants = {
         "HAS_BIAS": options, "HAS_CAP": options, "SUM": options, "KEEP": keep,
-        "CARRY": options and not keep, "COUNT": True, "GROUP": 24, "EVEN_V": aligned and not options, "EVEN_D": aligned,
+        "CARRY": options and not keep, "COUNT": True, "EVEN_V": aligned and not options, "EVEN_D": aligned,
         "PRECISION": "ieee", "BLOCK_S": 64, "CHUNK": 16,
         "BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_D": tile.depth,
         "TILE_V": tile.columns,
     }  # fmt: skip
+    constants |= changed
     if keep:  # a soft cap is refused there
         constants["HAS_CAP"] = False
     if aligned:
@@ -58,10 +59,13 @@ def _build(name, capability, kind, tile, *, options=False, aligned=True, keep=Fa
         if aligned and (argument in STRIDES or signature[argument].startswith("*")):
             attributes[position,] = [["tt.divisibility", 16]]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    cap = {}
+    if name == "partial_softmax":
+        cap = tile_table.register_cap(capability, 4 if kind == "fp32" else 2, tile, constants)
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
+        options={"num_warps": tile.warps, "num_stages": tile.stages, **cap},
     )
 
 
@@ -84,8 +88,10 @@ def _check(name, capability, kind, tile, folder, stack=0, **variant):
     assert used["LOCAL"] == 0, where
     assert used["REG"] * tile.warps * 32 <= 65536, where
     assert built.metadata.shared <= tile_table.SHARED_LIMIT[capability], where
-    products = r"wgmma\.mma_async|mma\.sync" if kind != "fp32" else r"fma\.rn(\.ftz)?\.f32"
+    products = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma" if kind != "fp32" else r"fma\.rn(\.ftz)?\.f32"
     assert re.search(products, built.asm["ptx"]), where
+    if capability in (100, 103) and kind != "fp32" and tile.rows >= 64:
+        assert "tcgen05.mma" in built.asm["ptx"], where
     if capability == 90 and kind != "fp32" and tile.rows >= 64:
         assert "wgmma.mma_async" in built.asm["ptx"], where
 
@@ -145,3 +151,25 @@ def test_offsets_into_the_matrices_are_64_bit(cache):
         assert matrix.count("64") >= 4
         # the one narrow offset is a column within a row of the slopes
         assert matrix.count("32") == (1 if name == "logits_grad" else 0)
+
+
+CAPPED = [
+    {"CARRY": True}, {"EVEN_V": False}, {"EVEN_D": False}, {"SUM": True}, {"CARRY": True, "EVEN_V": False},
+    {"CARRY": True, "EVEN_D": False}, {"CARRY": True, "EVEN_V": False, "EVEN_D": False},
+    {"EVEN_V": False, "EVEN_D": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [{}, *CAPPED], ids=lambda x: "+".join(x) or "plain")
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_two_blocks_of_hopper_s_first_tile_fit_a_multiprocessor(kind, changed, cache):
+    tile = tile_table.pick(90, 2, 4096)
+    built = _build("partial_softmax", 90, kind, tile, **changed)
+    used = _resources(built, cache)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+    assert used["REG"] <= 128, used
+    assert 2 * built.metadata.shared <= tile_table.SHARED_LIMIT[90]
+    assert "wgmma.mma_async" in built.asm["ptx"]
+    if changed:
+        with tile_table.tuned(cap_registers=False):
+            assert _resources(_build("partial_softmax", 90, kind, tile, **changed), cache)["REG"] > 128
