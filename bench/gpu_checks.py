@@ -125,8 +125,8 @@ def check_engines(
     """
     import torch
 
-    from sbs_edge.kernels.tile_table import interpreted
     from sbs_edge.kernels.cross_entropy import available_engines
+    from sbs_edge.kernels.tile_table import interpreted
 
     rows: list[dict[str, Any]] = []
     names = [status.name for status in available_engines() if status.available and status.name != "reference"]

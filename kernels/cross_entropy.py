@@ -38,18 +38,19 @@ class FusedLoss(NamedTuple):
         total: () float32 (float64 for float64 input), ``sum_k lambda_k losses[k]``.
         losses: (K,) mean loss of every segment in nats a token; 0 for a segment without a valid row.
         counts: (K,) int64, valid rows.
-        correct: (K,) int64, valid rows whose largest logit is the target's; None where they are not counted.
+        correct: (K,) int64, valid rows whose largest logit is the target's; -1 where they are not counted.
     """
 
     total: Tensor
     losses: Tensor
     counts: Tensor
-    correct: Tensor | None
+    correct: Tensor
 
     @property
-    def accuracy(self) -> Tensor | None:
-        """(K,) share of correct rows; 0 for a segment without a valid row, None where they are not counted."""
-        return None if self.correct is None else self.correct / self.counts.clamp(min=1)
+    def accuracy(self) -> Tensor:
+        """(K,) share of correct rows; 0 for a segment without a valid row, NaN where they are not counted."""
+        share = self.correct / self.counts.clamp(min=1)
+        return share.masked_fill(self.correct < 0, math.nan)
 
 
 def fused_linear_cross_entropy(
@@ -169,7 +170,7 @@ def fused_linear_cross_entropy(
             Inputs(hidden, weight, bias), targets, valid_indices, segment_ids, row_weights, lambdas, denominators,
             ignore_index, options, engine,
         )  # fmt: skip
-    return FusedLoss(total, losses, counts, correct if count_correct else None)
+    return FusedLoss(total, losses, counts, correct if count_correct else torch.full_like(correct, -1))
 
 
 def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from sbs_edge.kernels import tile_table
-from sbs_edge.kernels.plan import Inputs, Options, RowPlan, dead_rows
+from sbs_edge.kernels.plan import Inputs, Options, dead_rows
 from sbs_edge.kernels.tiles import column_sums, combine_partials, partial_softmax
 
 __all__ = [
@@ -126,7 +126,7 @@ def softmax_partials(
 
     ``partials`` is (4, rows, strips). With ``kept`` (rows, classes) the exponentials are kept there.
     """
-    tile, arch, (hidden, _, bias), options = launch
+    tile, arch, (hidden, _, _), options = launch
     kernel: Any = partial_softmax
     (n_columns, width), (_, n_rows, n_strips) = part.shape, partials.shape
     variant = {
@@ -143,7 +143,13 @@ def softmax_partials(
 
 
 def combine(
-    launch: Launch, indices: Tensor, targets: Tensor, partials: Tensor, losses: Tensor, hits: Tensor, stats: Tensor
+    launch: Launch,
+    indices: Tensor,
+    targets: Tensor,
+    partials: Tensor,
+    losses: Tensor,
+    hits: Tensor,
+    stats: Tensor,
 ) -> None:
     """Join the strips of rows: ``partials`` is (4, rows, strips).
 

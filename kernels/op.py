@@ -192,7 +192,9 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
         shapes = (hidden.shape, given.weight.shape, given.weight.shape[:1])
         saved = [
             lambdas.new_empty(shape if need else (0,), dtype=kind if need else lambdas.dtype)
-            for shape, need, kind in zip(shapes, given.need, (kept, lambdas.dtype, lambdas.dtype), strict=True)
+            for shape, need, kind in zip(
+                shapes, given.need, (kept, lambdas.dtype, lambdas.dtype), strict=True
+            )
         ]
     return (lambdas.new_empty(()), torch.empty_like(lambdas), counts, torch.empty_like(counts), *saved)
 
@@ -305,9 +307,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[T
             ))  # fmt: skip
     for position, (gradient, need) in enumerate(zip(grads, ctx.need, strict=True)):
         if need and gradient is not None:
-            nothing[position] = (
-                _FirstDerivative.apply(gradient, grad_total, *inputs) if twice else gradient  # type: ignore[no-untyped-call]
-            )
+            nothing[position] = _FirstDerivative.apply(gradient, grad_total, *inputs) if twice else gradient
     return tuple(nothing)
 
 

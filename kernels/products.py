@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -81,12 +81,12 @@ def full_precision() -> Iterator[None]:
     ``torch.set_float32_matmul_precision`` and ``allow_tf32`` let the library round float32 operands to
     TF32 (CUDA) or bfloat16 (oneDNN); by default cuBLAS may add the parts of a split sum in 16 bits.
     """
-    cuda = torch.backends.cuda.matmul
+    cuda, mkldnn = torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn)
     changes: list[tuple[Any, str, Any]] = [
         (cuda, f"allow_{kind}_reduced_precision_reduction", False) for kind in ("fp16", "bf16")
     ]
     if hasattr(cuda, "fp32_precision"):
-        changes += [(cuda, "fp32_precision", "ieee"), (torch.backends.mkldnn.matmul, "fp32_precision", "ieee")]
+        changes += [(cuda, "fp32_precision", "ieee"), (mkldnn.matmul, "fp32_precision", "ieee")]
     else:  # before torch 2.9
         changes.append((cuda, "allow_tf32", False))
     before = []

@@ -133,7 +133,7 @@ def tuning() -> Tuning:
 
 
 @contextmanager
-def tuned(**changes: int) -> Iterator[None]:
+def tuned(**changes: Any) -> Iterator[None]:
     """Change fields of :class:`Tuning` inside the ``with`` block.
 
     Example:

@@ -63,9 +63,7 @@ def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Resu
     return Result(losses, hits.bool(), grads._replace(bias=narrow))
 
 
-def _chunks(
-    launch: launches.Launch, plan: RowPlan, losses: Tensor, hits: Tensor, grads: Gradients
-) -> None:
+def _chunks(launch: launches.Launch, plan: RowPlan, losses: Tensor, hits: Tensor, grads: Gradients) -> None:
     (hidden, weight, _), options = launch.inputs, launch.options
     low, device = hidden.dtype, hidden.device
     n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape

@@ -99,9 +99,7 @@ def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Resu
     return Result(losses, hits.bool(), stats=stats)
 
 
-def backward(
-    grad_total: Tensor, inputs: Inputs, rows: SavedRows, options: Options, need: Need
-) -> Gradients:
+def backward(grad_total: Tensor, inputs: Inputs, rows: SavedRows, options: Options, need: Need) -> Gradients:
     """Return the gradients that ``need`` names, in their inputs' types.
 
     ``grad_total`` is the gradient of the total, () of any value: it enters every row's factor in
@@ -122,9 +120,7 @@ def backward(
     return grads
 
 
-def _chunks(
-    grad_total: Tensor, inputs: Inputs, saved: SavedRows, options: Options, grads: Gradients
-) -> None:
+def _chunks(grad_total: Tensor, inputs: Inputs, saved: SavedRows, options: Options, grads: Gradients) -> None:
     hidden, weight, _ = inputs
     low, device = hidden.dtype, hidden.device
     n_rows, (n_classes, width) = saved.indices.shape[0], weight.shape

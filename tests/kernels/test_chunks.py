@@ -49,12 +49,16 @@ def test_the_default_memory_of_many_rows_and_few():
     assert chunks.switch_rows(250112, 768, 2, 2) > 65536  # its dW alone would take 733 MiB more
 
 
-@pytest.mark.parametrize(("width", "processors", "span"), [(768, 132, 5632), (512, 132, 8448), (1024, 108, 3328)])
+@pytest.mark.parametrize(
+    ("width", "processors", "span"), [(768, 132, 5632), (512, 132, 8448), (1024, 108, 3328)]
+)
 def test_a_slice_of_dw_divides_into_whole_waves(width, processors, span):
     for wanted in (span, span + 255, 2 * span + 100):
         taken = chunks.whole_waves(wanted, width, processors)
         assert taken == wanted // span * span
-        assert taken // 256 * -(-width // 128) % processors < -(-width // 128) or taken == span * (taken // span)
+        assert taken // 256 * -(-width // 128) % processors < -(-width // 128) or taken == span * (
+            taken // span
+        )
     assert chunks.whole_waves(span - 1, width, processors) == span - 1
 
 

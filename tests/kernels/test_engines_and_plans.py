@@ -13,7 +13,8 @@ from sbs_edge.kernels.plan import Inputs, Need, Options, plan_rows
 @pytest.mark.parametrize(
     ("capability", "dtype", "chosen"),
     [
-        ((12, 0), torch.bfloat16, "triton"), ((10, 3), torch.bfloat16, "triton"), ((9, 0), torch.float32, "cublas"), ((8, 0), torch.float16, "triton"),
+        ((12, 0), torch.bfloat16, "triton"), ((10, 3), torch.bfloat16, "triton"),
+        ((9, 0), torch.float32, "cublas"), ((8, 0), torch.float16, "triton"),
         ((7, 5), torch.float16, "cublas"), ((7, 5), torch.float32, "cublas"), ((6, 1), torch.float16, "torch"),
         ((9, 0), torch.float64, "torch"), (None, torch.float32, "torch"),
     ],
@@ -80,7 +81,10 @@ def test_the_torch_engine_makes_no_tensor_of_rows_times_classes(need):
     plan = plan_rows(targets, None, None, None, torch.ones(1), None, -100)
     with _Sizes() as sizes:
         torch_engine.forward(
-            Inputs(hidden, weight, torch.randn(v)), plan, Options(0.1, 0.01, 0.5, workspace_mb=mib), Need(*need)
+            Inputs(hidden, weight, torch.randn(v)),
+            plan,
+            Options(0.1, 0.01, 0.5, workspace_mb=mib),
+            Need(*need),
         )
     assert v * d <= sizes.largest <= mib * 2**20 / 4 < n * v / 4
 

@@ -39,7 +39,9 @@ def _values(engine, case, kind, weight_kind=None, scale=1.0, **options):
     return [loss.total.detach().double(), *(g.double() / scale for g in grads)]
 
 
-ORDERS = [(name, order) for name in ENGINES for order in ("vocab_chunks", "row_chunks")[: 1 + (name == "triton")]]
+ORDERS = [
+    (name, order) for name in ENGINES for order in ("vocab_chunks", "row_chunks")[: 1 + (name == "triton")]
+]
 
 
 @pytest.mark.parametrize(("engine", "order"), ORDERS)

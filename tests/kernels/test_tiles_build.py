@@ -17,7 +17,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 FLOATS = {"scale", "softcap", "on_target", "elsewhere", "smoothing", "z_loss"}
-KERNELS = (("partial_softmax", False), ("partial_softmax", True), ("logits_grad", False))  # and whether it keeps
+KERNELS = (
+    ("partial_softmax", False),
+    ("partial_softmax", True),
+    ("logits_grad", False),
+)  # and whether it keeps
 INTEGERS = {"n_rows", "n_columns", "n_classes", "tiles_a_strip", "n_strips", "n_tiles", "base"}
 STRIDES = {"width", "stride_hn", "stride_wv", "grads_stride", "stats_stride", "kept_stride"}
 POINTERS = {
