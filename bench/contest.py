@@ -17,6 +17,7 @@ from sbs_edge.bench.inputs import mixed_lengths, texts_of_length
 from sbs_edge.bench.protocol import Worker, WorkerFailed
 from sbs_edge.bench.system import PEERS, Spec
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.tokens import TextTokenizer, read_tokenizer, start_token_id
 
 __all__ = [
     "SECTIONS",
@@ -159,10 +160,7 @@ def student_facts(student: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def make_inputs(student: Path, card: dict[str, Any], rows: int, seed: int) -> Inputs:
     """Read tokenizer and validation rows of a student."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(student / "tokenizer.json"))
-    tokenizer.no_truncation()
+    tokenizer = TextTokenizer(read_tokenizer(student / "tokenizer.json"))
     prefix = card["prefixes"]["label"]
     path = student / "validation.jsonl"
     if not path.is_file():
@@ -178,7 +176,7 @@ def make_inputs(student: Path, card: dict[str, Any], rows: int, seed: int) -> In
     choices = next((list(row["choices"]) for row in found if row.get("choices")), None)
     return Inputs(
         words=words,
-        count=lambda text: len(tokenizer.encode(prefix + text).ids),
+        count=lambda text: len(tokenizer.encode(text, prefix)),
         rows=found[:rows],
         random_weights=bool(card.get("training", {}).get("random_weights")),
         max_source_tokens=int(card.get("max_source_tokens") or 512),
@@ -189,18 +187,16 @@ def make_inputs(student: Path, card: dict[str, Any], rows: int, seed: int) -> In
 
 def base_spec(student: Path, card: dict[str, Any], config: dict[str, Any], **given: Any) -> Spec:
     """The part of a spec that all systems share."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(student / "tokenizer.json"))
+    tokenizer = TextTokenizer(read_tokenizer(student / "tokenizer.json"))
     labels = list(card["task"].get("labels") or [])
-    longest = max((len(tokenizer.encode(label).ids) for label in labels), default=0)
+    longest = max((len(tokenizer.encode(label)) for label in labels), default=0)
     return Spec(
         student=str(student),
         labels=labels,
         prefixes=dict(card["prefixes"]),
         # A closed label's tokens and EOS; otherwise what training allowed.
         label_steps=longest or int(card.get("max_label_tokens") or 8),
-        start=int(config.get("decoder_start_token_id") or 0),
+        start=start_token_id(config),
         eos=int(config.get("eos_token_id", 1)),
         pad=int(config.get("pad_token_id", 0)),
         **given,

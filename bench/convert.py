@@ -19,6 +19,7 @@ from typing import Any
 from sbs_edge import files
 from sbs_edge.bench.system import load_module
 from sbs_edge.errors import SbsEdgeError
+from sbs_edge.runtime.cache import cache_directory
 
 __all__ = ["ConversionFailed", "cache_root", "converted", "digest"]
 
@@ -32,10 +33,8 @@ class ConversionFailed(SbsEdgeError):
 
 
 def cache_root() -> Path:
-    """``$XDG_CACHE_HOME/sbs-edge/bench`` (or the platform's equivalent)."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("sbs-edge") / "bench"
+    """Return ``$XDG_CACHE_HOME/sbs-edge/bench`` (``~/.cache/sbs-edge/bench`` where the variable is not set)."""
+    return cache_directory("bench")
 
 
 def digest(folder: Path, names: tuple[str, ...] = _DIGESTED) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sbs_edge import files
 from sbs_edge.bench import tables
-from sbs_edge.bench.kinds import HEADINGS, tables_of
+from sbs_edge.bench.registry import HEADINGS, tables_of
 from sbs_edge.errors import DataError
 
 __all__ = ["generate", "main"]

@@ -56,7 +56,7 @@ def _shape(
 ) -> list[dict[str, Any]]:
     import torch
 
-    from sbs_edge.kernels import orders
+    from sbs_edge.kernels import chunks
     from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 
     low = getattr(torch, dtype)
@@ -78,7 +78,7 @@ def _shape(
 
             def ours(a: Tensor, b: Tensor, engine: str = engine) -> Tensor:
                 name, _, order = engine.partition(", ")
-                with orders.use(order) if order else nullcontext():
+                with chunks.use(order) if order else nullcontext():
                     return fused_linear_cross_entropy(
                         a,
                         b,
@@ -125,12 +125,12 @@ def check_engines(
     """
     import torch
 
-    from sbs_edge.kernels.configs import interpreted
     from sbs_edge.kernels.cross_entropy import available_engines
+    from sbs_edge.kernels.tile_table import interpreted
 
     rows: list[dict[str, Any]] = []
     names = [status.name for status in available_engines() if status.available and status.name != "reference"]
-    names += ["triton, rows"] if "triton" in names else []  # its other order, whatever the shape
+    names += ["triton, row_chunks"] if "triton" in names else []  # its other order, whatever the shape
     for n, d, v in SMALL_SHAPES if small else SHAPES:
         for dtype in ("bfloat16", "float16", "float32"):
             skipped = [name for name in names if interpreted() and dtype == "bfloat16" and name != "torch"]

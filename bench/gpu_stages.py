@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.bench.kernel_cases import GPU_SHAPES, Case, make_inputs
-from sbs_edge.bench.kernel_roof import Clock, copy_rate, product_rates
+from sbs_edge.bench.matmul_peak import Clock, copy_rate, product_rates
+from sbs_edge.resources import usable_cpus
 
 __all__ = ["SESSION_CASES", "SMALL_CASES", "correctness", "kernels", "matmul", "sweep", "targets", "train"]
 
@@ -77,7 +77,7 @@ def kernels(device: Any, small: bool, save: Save, seconds: float, say: Say) -> d
         device=device.type,
         rounds=2 if small else 10,
         calls=1 if small else 3,
-        threads=1 if small else len(os.sched_getaffinity(0)),
+        threads=1 if small else usable_cpus(),
         minutes=seconds / 60,
         prepare_s=90.0,
         slow_cases=1,
@@ -112,7 +112,7 @@ def _tiles(device: Any, itemsize: int) -> list[Any]:
     """Tiles to try: those shipped for the device, and their neighbours in warps and stages."""
     import torch
 
-    from sbs_edge.kernels.configs import Tile, architecture, candidates, pick
+    from sbs_edge.kernels.tile_table import Tile, architecture, candidates, pick
 
     if device.type != "cuda":
         return [pick(90, itemsize, 64)]
@@ -125,13 +125,19 @@ def _tiles(device: Any, itemsize: int) -> list[Any]:
     return list(dict.fromkeys([*shipped, *more]))
 
 
+# Each choice of the launches that no GPU has timed, switched off by itself.
+_UNTIMED: tuple[dict[str, Any], ...] = (
+    {"cap_registers": False}, {"row_blocks_a_group": 1 << 20}, {"cast_bytes": 16 << 20}, {"whole_waves": False}
+)  # fmt: skip
+
+
 def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
-    """Forward + backward over orders, tiles and workspaces; what does not build or fit is a row that says why."""
+    """Forward + backward over chunks, tiles, launch choices and workspaces; a row says why it failed."""
     import torch
 
-    from sbs_edge.kernels import orders
-    from sbs_edge.kernels.configs import use
+    from sbs_edge.kernels import chunks
     from sbs_edge.kernels.cross_entropy import available_engines
+    from sbs_edge.kernels.tile_table import tuned, use
 
     names = [status.name for status in available_engines() if status.available and status.name != "reference"]
     clock = Clock(device)
@@ -149,22 +155,26 @@ def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
         # What may be tuned first: the tiles, each of which is compiled once, then the slices' size.
         tries: list[tuple[str, float | None, Any, str]] = [(name, None, None, "") for name in names]
         if "triton" in names:
-            tries += [("triton", None, None, order) for order in ("columns", "rows")]
+            tries += [("triton", None, change, "") for change in _UNTIMED]
+            tries += [("triton", None, None, order) for order in chunks.CHUNKS]
             tries += [("triton", None, tile, "") for tile in _tiles(device, inputs.hidden.element_size())]
-            tries += [("triton", workspaces[-1], None, order) for order in ("columns", "rows")]
+            tries += [("triton", workspaces[-1], None, order) for order in chunks.CHUNKS]
         tries += [(name, mb, None, "") for name in names for mb in workspaces]
         for engine, workspace, tile, order in tries:
+            change = tile if isinstance(tile, dict) else {}
             row: dict[str, Any] = {
                 "case": case.name,
                 "engine": engine,
                 "workspace, MiB": "planned" if workspace is None else workspace,
-                "tile": "table" if tile is None else ",".join(map(str, tile)),
+                "tile": "table" if tile is None or change else ",".join(map(str, tile)),
+                "changed": ", ".join(f"{key}={value}" for key, value in change.items()),
                 "order": order or "planned",
             }
             try:
                 with (
-                    use(tile) if tile is not None else nullcontext(),
-                    orders.use(order) if order else nullcontext(),
+                    tuned(**change),
+                    nullcontext() if tile is None or change else use(tile),
+                    chunks.use(order) if order else nullcontext(),
                 ):
                     row["ms"] = _step_ms(clock, inputs, engine, workspace, 2 if small else 10)
             except Exception as error:

@@ -16,9 +16,9 @@ from typing import Any
 from sbs_edge.bench.kernel_case import CaseRecord, Entry
 from sbs_edge.bench.kernel_cases import Case
 from sbs_edge.bench.kernel_peers import OURS, PEERS
-from sbs_edge.bench.kernel_truth import judge
 from sbs_edge.bench.machine import provenance
 from sbs_edge.bench.protocol import Worker, WorkerFailed
+from sbs_edge.bench.reference_error import judge
 from sbs_edge.bench.rows import FORMAT
 from sbs_edge.bench.system import Spec
 from sbs_edge.errors import UsageError

@@ -57,7 +57,7 @@ class CaseRunner:
     @property
     def clock(self) -> Any:
         """Made when first needed: its flush buffer would count as memory on a CPU."""
-        from sbs_edge.bench.kernel_roof import Clock
+        from sbs_edge.bench.matmul_peak import Clock
 
         if self._clock is None:
             self._clock = Clock(self.device)
@@ -198,7 +198,7 @@ class CaseRunner:
         raise ValueError(f"unknown command {do!r}")
 
     def _open(self, truth: bool) -> dict[str, Any]:
-        from sbs_edge.bench.kernel_truth import measure_truth
+        from sbs_edge.bench.reference_error import measure_truth
 
         if truth:
             self.truth = measure_truth(self.compacted, self.seed)
@@ -221,7 +221,7 @@ class CaseRunner:
         return found
 
     def _roof(self, repeats: int) -> dict[str, Any]:
-        from sbs_edge.bench.kernel_roof import product_rates, slice_width
+        from sbs_edge.bench.matmul_peak import product_rates, slice_width
 
         case = self.case
         width = slice_width(case.n, case.v, self.dtype.itemsize, self.device.type)

@@ -1,6 +1,6 @@
 """What a figure cannot be read without: the machine, its flags, versions, threads, the command.
 
-Standard library only.
+Needs the standard library only; where onnxruntime is installed, its int8 products are probed too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from sbs_edge.resources import cpu_quota, memory_limit
+from sbs_edge.runtime.int8_products import int8_products
 
 __all__ = ["VERSIONED", "machine", "provenance", "slug", "versions"]
 
@@ -91,11 +94,14 @@ def machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cpus": os.cpu_count(),
         "cpus_allowed": sorted(os.sched_getaffinity(0)),
+        "cpu_quota": cpu_quota(),
+        "int8_products": int8_products(),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "flags_absent": [flag for flag in _FLAGS if flag not in flags],
         "caches": _caches(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "memory_gb": round(pages / 1e9, 1),
+        "memory_limit": memory_limit(),
         "kernel": platform.release(),
         "gpus": _gpus(),
         "gpu_state": _gpus(_GPU_STATE),

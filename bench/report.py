@@ -7,7 +7,7 @@ from typing import Any
 
 from sbs_edge import files
 from sbs_edge.bench import tables
-from sbs_edge.bench.kinds import TITLES, pictures_of, tables_of
+from sbs_edge.bench.registry import TITLES, pictures_of, tables_of
 from sbs_edge.report.page import Page
 
 __all__ = ["SMOKE", "markdown_report", "page", "write_report"]

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge import files
+from sbs_edge.resources import usable_cpus
 
 __all__ = ["main", "make_bundle", "measure", "write_rows"]
 
@@ -189,7 +190,7 @@ def measure(
             "rows": n_rows,
             "rounds": rounds,
             "shard_bytes": shard_bytes,
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cpus(),
             "python": platform.python_version(),
             "seconds": median,
             "steady_seconds": steady,

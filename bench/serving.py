@@ -3,6 +3,7 @@
     python -m sbs_edge.bench.serving all BUNDLE --out serving.json
     python -m sbs_edge.bench.serving overload BUNDLE --seconds 60
     python -m sbs_edge.bench.serving overload --shape t5-small
+    python -P -m sbs_edge.bench.serving plain BUNDLE --workers 2 --no-pin
 
 Drain and soak ask for hundreds of rationales: they suit bundles of a few million parameters, the other
 scenarios any.
@@ -48,6 +49,7 @@ class Scenario(StrEnum):
     cost = "cost"
     overload = "overload"
     soak = "soak"
+    plain = "plain"
     all = "all"
 
 
@@ -60,7 +62,8 @@ class Options:
         requests: requests of the soak.
         soak_seconds: longest time of the soak; what is not sent by then is reported as not sent.
         threads: threads of one inference, served and in-process.
-        pin: in overload and cost, the client on the last processor and the server on all others.
+        pin: in overload, cost and plain, the client on the last processor and the server on all others.
+        workers: processes of the server in plain.
     """
 
     seconds: float = 60.0
@@ -68,6 +71,7 @@ class Options:
     soak_seconds: float = 1200.0
     threads: int = 1
     pin: bool = True
+    workers: int = 1
 
 
 def _step(name: Scenario, bundle: Path, options: Options) -> Coroutine[Any, Any, dict[str, Any]]:
@@ -83,6 +87,12 @@ def _step(name: Scenario, bundle: Path, options: Options) -> Coroutine[Any, Any,
         return scenarios.cost(bundle, threads, cores)
     if name is Scenario.overload:
         return scenarios.overload(bundle, threads, options.seconds, cores)
+    if name is Scenario.plain:
+        from sbs_edge.bench.serving_plain import against_plain
+
+        return against_plain(
+            bundle, threads, min(options.seconds, 2.0), cores, scenarios.requests_of, options.workers
+        )
     return scenarios.soak(bundle, threads, options.requests, options.soak_seconds)
 
 
@@ -110,8 +120,12 @@ def measure(
         "scenarios": {},
     }
     for name in Scenario:
+        if name is Scenario.plain and scenario is Scenario.all:
+            continue  # needs a package that the server does without
         if name is not Scenario.all and scenario in (name, Scenario.all):
-            key = f"{name.value}_shared" if name is Scenario.overload and not options.pin else name.value
+            pinnable = name in (Scenario.overload, Scenario.plain)
+            key = f"{name.value}_shared" if pinnable and not options.pin else name.value
+            key += f"_{options.workers}" if name is Scenario.plain and options.workers > 1 else ""
             _console.print(f"{key} ...", highlight=False)
             load = list(os.getloadavg())
             figures = run(_step(name, bundle, options))
@@ -156,17 +170,18 @@ def main(
     pin: Annotated[
         bool, typer.Option(help="Overload and cost: client and server on processors of their own.")
     ] = True,
+    workers: Annotated[int, typer.Option(help="Processes of each server in plain.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Gather the figures in this file.")] = None,
 ) -> None:
     """Measure the server over loopback; the last line is JSON. Exit 1 if a figure was missed."""
     if threads == 1:  # the same single thread for the tokenizer, here and in the server
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    options = Options(seconds, requests, soak_seconds, threads, pin)
+    options = Options(seconds, requests, soak_seconds, threads, pin, workers)
     bundle = _served(bundle, shape)
     document = measure(scenario, bundle, options, _gathered(out, bundle) if out else None)
     if out:
         files.write_json(out, document)
-    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.write(files.to_json(document) + "\n")
     if not all(ok for part in document["scenarios"].values() for ok in part["held"].values()):
         raise typer.Exit(1)
 

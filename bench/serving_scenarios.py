@@ -32,7 +32,7 @@ from sbs_edge.bench.serving_server import Cores, ServerUnderTest
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.runtime.student import Student
 
-__all__ = ["cost", "drain", "latency", "overload", "soak", "throughput"]
+__all__ = ["cost", "drain", "latency", "overload", "requests_of", "soak", "throughput"]
 
 _NO_QUEUE_LIMIT = ("--max-queue-ms", "600000", "--max-queue-texts", "100000")
 _GET_READY = b"GET /v2/health/ready HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -51,7 +51,8 @@ def _job(texts: list[str], explain: bool = False) -> Job:
     return request_bytes("/v1/predict", body), len(texts)
 
 
-def _jobs(n_texts: int, count: int = 64, explain: bool = False) -> list[Job]:
+def requests_of(n_texts: int, count: int = 64, explain: bool = False) -> list[Job]:
+    """Return prepared requests of ``n_texts`` texts each, the same ones every time."""
     rng, texts = random.Random(0), _texts()
     return [_job(rng.sample(texts, n_texts), explain) for _ in range(count)]
 
@@ -97,7 +98,7 @@ async def overload(
     the two peaks around it, and the median of turns is the figure. Times of refusals count from their
     sending; the client's own lateness stands beside them.
     """
-    jobs = _jobs(texts_per_request)
+    jobs = requests_of(texts_per_request)
     turns = max(2, round(seconds / _TURN_S))
     peak_s, turn_s = min(2.5, seconds / 4), seconds / turns
     with ServerUnderTest(bundle, "--threads", str(threads), "--no-access-log", cores=cores) as server:
@@ -184,10 +185,10 @@ async def cost(bundle: Path, threads: int, cores: Cores, requests: int = 5000) -
     for n_texts in (1, 16):
         with ServerUnderTest(bundle, "--threads", str(threads), "--no-access-log", cores=cores) as server:
             client = Client(server.port)
-            await closed_loop(client, _jobs(n_texts), concurrency=8, count=200)
+            await closed_loop(client, requests_of(n_texts), concurrency=8, count=200)
             cpu = server.cpu_s
             record = await closed_loop(
-                client, _jobs(n_texts), concurrency=8, count=requests // n_texts, seconds=30
+                client, requests_of(n_texts), concurrency=8, count=requests // n_texts, seconds=30
             )
             cpu, n = server.cpu_s - cpu, len(record.outcomes)
             figures[f"answered_{n_texts}_texts"] = {
@@ -199,12 +200,14 @@ async def cost(bundle: Path, threads: int, cores: Cores, requests: int = 5000) -
     alone = ("--max-concurrent", "1", "--timeout-s", "600", "--body-timeout-s", "600", "--drain-timeout", "0")
     with ServerUnderTest(bundle, "--threads", str(threads), *alone, cores=cores) as server:
         client, plug = Client(server.port), Client(server.port, most=1)
-        held = asyncio.create_task(plug.send(b"POST /v1/predict HTTP/1.1\r\nContent-Length: 9\r\n\r\n"))
+        held = asyncio.create_task(
+            plug.send(b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n")
+        )
         while not await asyncio.to_thread(server.metric, "sbs_edge_requests_in_flight"):
             pass
-        await closed_loop(client, _jobs(16), concurrency=8, count=500)
+        await closed_loop(client, requests_of(16), concurrency=8, count=500)
         cpu = server.cpu_s
-        record = await closed_loop(client, _jobs(16), concurrency=8, count=requests)
+        record = await closed_loop(client, requests_of(16), concurrency=8, count=requests)
         cpu, n = server.cpu_s - cpu, len(record.outcomes)
         figures["refused"] = {
             "requests": n,
@@ -224,9 +227,9 @@ async def drain(bundle: Path, threads: int, in_flight: int = 200) -> dict[str, A
         bundle, "--threads", str(threads), "--no-access-log", "--max-batch-tokens", "64", *_NO_QUEUE_LIMIT
     ) as server:
         client, probe = Client(server.port), Client(server.port, most=1)
-        plug = [asyncio.create_task(client.send(raw)) for raw, _ in _jobs(32, 40, explain=True)]
+        plug = [asyncio.create_task(client.send(raw)) for raw, _ in requests_of(32, 40, explain=True)]
         await asyncio.sleep(0.3)
-        mine = [asyncio.create_task(client.send(raw)) for raw, _ in _jobs(1, in_flight, explain=True)]
+        mine = [asyncio.create_task(client.send(raw)) for raw, _ in requests_of(1, in_flight, explain=True)]
         end = time.monotonic() + 30
         inside = 0.0
         while time.monotonic() < end and inside < in_flight + len(plug):
@@ -372,7 +375,7 @@ async def throughput(bundle: Path, threads: int, seconds: float, rounds: int = 5
         Student.load(bundle, threads=threads) as student,
         ServerUnderTest(bundle, "--threads", str(threads), "--no-access-log") as server,
     ):
-        client, jobs = Client(server.port), _jobs(32)
+        client, jobs = Client(server.port), requests_of(32)
         await closed_loop(client, jobs, concurrency=8, seconds=1)
         student.predict(texts)
         for _ in range(rounds):

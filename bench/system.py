@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sbs_edge.tokens import TextTokenizer, first_tokens, read_tokenizer
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -124,21 +126,17 @@ class System:
     def tokenizer(self) -> Any:
         """The student's tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            from tokenizers import Tokenizer
-
-            self._tokenizer = Tokenizer.from_file(str(Path(self.spec.student) / "tokenizer.json"))
-            self._tokenizer.no_padding()
-            self._tokenizer.no_truncation()
+            self._tokenizer = TextTokenizer(read_tokenizer(Path(self.spec.student) / "tokenizer.json"))
         return self._tokenizer
 
     def encode(self, texts: Sequence[str], task: str) -> list[list[int]]:
         """Token ids of each text under the task's prefix, EOS included."""
-        prefix = self.spec.prefixes[task]
-        return [found.ids for found in self.tokenizer.encode_batch([prefix + text for text in texts])]
+        found: list[list[int]] = self.tokenizer.encode_batch(texts, self.spec.prefixes[task])
+        return found
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Text of generated ids, special tokens left out."""
-        return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]
+        return [self.tokenizer.decode(row) for row in rows]
 
     def label(
         self, texts: Sequence[str], variant: str, choices: Sequence[Sequence[str]] | None = None
@@ -162,8 +160,7 @@ class System:
         """First token id of every label when they differ, else None."""
         if not self.spec.labels:
             return None
-        first = [self.tokenizer.encode(label).ids[0] for label in self.spec.labels]
-        return first if len(set(first)) == len(first) else None
+        return first_tokens([self.tokenizer.encode(label) for label in self.spec.labels])
 
     def rationale(self, texts: Sequence[str], steps: int) -> list[tuple[str, int]]:
         """Generate rationales: text and number of new tokens of each row."""

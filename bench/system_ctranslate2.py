@@ -41,12 +41,12 @@ class CTranslate2(System):
         )
 
     def _words(self, ids: list[list[int]]) -> list[list[str]]:
-        word = self.tokenizer.id_to_token
+        word = self.tokenizer.tokenizer.id_to_token
         return [[word(token) for token in row] for row in ids]
 
     def _ids(self, words: Sequence[str]) -> list[int]:
         # Rows beyond the tokenizer's vocabulary are padding of the checkpoint: they read as EOS-free noise.
-        found = (self.tokenizer.token_to_id(word) for word in words)
+        found = (self.tokenizer.tokenizer.token_to_id(word) for word in words)
         return [token if token is not None else self.spec.pad for token in found]
 
     def _translate(self, ids: list[list[int]], steps: int, **batching: Any) -> list[list[int]]:
@@ -64,10 +64,10 @@ class CTranslate2(System):
         if not self.spec.labels:
             return None
         sources = self._words(self.encode(texts, "label"))
-        word = self.tokenizer.id_to_token
+        word = self.tokenizer.tokenizer.id_to_token
         totals = []
         for label in self.spec.labels:
-            target = [word(token) for token in self.tokenizer.encode(label).ids if token != self.spec.eos]
+            target = [word(token) for token in self.tokenizer.encode(label) if token != self.spec.eos]
             scored = self.translator.score_batch(sources, [target] * len(sources))
             # The last probability is EOS's where the library adds it; the label's own tokens decide.
             totals.append([sum(result.log_probs[: len(target)]) for result in scored])

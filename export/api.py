@@ -46,6 +46,7 @@ from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.manifest import FORMAT
 from sbs_edge.runtime.student import Student
 from sbs_edge.student.student_dir import CALIBRATION, VALIDATION, StudentDir
+from sbs_edge.tokens import TextTokenizer, within_limit
 
 __all__ = ["ExportResult", "export"]
 
@@ -123,6 +124,7 @@ def export(
     labels: Sequence[str] | None = None,
     label_prefix: str | None = None,
     rationale_prefix: str | None = None,
+    max_source_tokens: int | None = None,
     keep_float: Sequence[str] = (),
     prune_vocabulary: bool = False,
     prune_input_vocabulary: bool = False,
@@ -152,6 +154,7 @@ def export(
         labels: closed label set of a checkpoint without ``sbs_edge.json``.
         label_prefix: prefix of such a checkpoint's label task.
         rationale_prefix: prefix of such a checkpoint's rationale task.
+        max_source_tokens: most tokens of an input, prefix included; None: the student's own limit.
         keep_float: layers that stay in float32 in lossy targets; the guard names candidates.
         prune_vocabulary: let the student write only tokens that its rows use, and a margin; gated.
         prune_input_vocabulary: let the student read and write only tokens that its rows use, what it takes to
@@ -197,7 +200,7 @@ def export(
             f"{out} holds the student itself, and a bundle replaces its directory; give another one."
         )
     files.check_replaceable(out, _EXPORTED, "bundle or other output of export")
-    opened = open_student(student, labels, label_prefix, rationale_prefix)
+    opened = open_student(student, labels, label_prefix, rationale_prefix, max_source_tokens)
     model = opened.load_model()
     weights = weights_of(model)
     check_layers(weights, keep_float)
@@ -226,7 +229,7 @@ def export(
     if prune_input_vocabulary:
         small = small_vocabulary(opened, rows, weights, () if kept is None else kept.tolist())
     stats = collect_calibration(
-        model, _calibration_pairs(opened, tokenizer, calibration),
+        model, _calibration_pairs(opened, tokenizer, calibration, weights.eos_id),
         moments=any(target.numbers == "int4" for target in wanted),
     )  # fmt: skip
     for target in wanted:
@@ -388,10 +391,10 @@ def _reference(root: Path, manifest: dict[str, Any], job: _Job) -> Student:
 
 
 def _calibration_pairs(
-    opened: StudentDir, tokenizer: Any, rows: Sequence[Example]
+    opened: StudentDir, tokenizer: Any, rows: Sequence[Example], eos_id: int
 ) -> list[tuple[list[int], list[int]]]:
     """Return (source ids, target ids) of both tasks for the rows that set int8 ranges."""
-    pairs = []
+    pairs, texts = [], TextTokenizer(tokenizer)
     most, longest = opened.limits["max_source_tokens"], opened.limits["max_target_tokens"]
     for row in rows:
         for prefix, target in (
@@ -399,9 +402,8 @@ def _calibration_pairs(
             (opened.prefixes["rationale"], row.rationale if opened.mode.startswith("stepwise") else None),
         ):
             if target:
-                pairs.append(
-                    (tokenizer.encode(prefix + row.input).ids[:most], tokenizer.encode(target).ids[:longest])
-                )
+                source, _ = texts.encode_within(row.input, most, eos_id, prefix)
+                pairs.append((source, within_limit(texts.encode_target(target, eos_id), longest, eos_id)))
     return pairs
 
 

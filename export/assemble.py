@@ -30,6 +30,7 @@ from sbs_edge.export.targets import Target
 from sbs_edge.export.trie_scorer import build_choice_scorer, build_trie_scorer
 from sbs_edge.export.weights import T5Weights
 from sbs_edge.runtime.batches import padded_length
+from sbs_edge.runtime.int8_products import int8_products
 
 __all__ = ["PROFILE_ROWS", "Recipe", "half_of", "precision_of", "write_target"]
 
@@ -115,8 +116,17 @@ def write_target(folder: Path, target: Target, recipe: Recipe) -> dict[str, Any]
             "output_tokens": None if recipe.output_tokens is None else len(recipe.output_tokens),
             "residual_divided_by": by.residual,
             "hidden_divided_by": by.hidden,
+            **(_int8_facts(names) if target.numbers in ("int8", "int4") else {}),
         },
         "accuracy": None,
+    }
+
+
+def _int8_facts(names: Collection[str]) -> dict[str, Any]:
+    """Return what decides whether another CPU answers as this one: see docs/bundle.md."""
+    return {
+        "int8_products": int8_products(),
+        "loop_weights": any(name.startswith("explainer") for name in names),
     }
 
 

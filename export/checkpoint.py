@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def open_student(
     labels: Sequence[str] | None = None,
     label_prefix: str | None = None,
     rationale_prefix: str | None = None,
+    max_source_tokens: int | None = None,
 ) -> StudentDir:
     """Open ``path`` for export.
 
@@ -36,10 +38,15 @@ def open_student(
             task, and what it generates is its answer.
         label_prefix: the checkpoint's prefix of the label task; None: none.
         rationale_prefix: the same for rationales.
+        max_source_tokens: most tokens of an input; None: the student's own limit, a checkpoint's ``n_positions``, or
+            512. T5's position biases reach any distance, so more is allowed; a student has seen no more than it
+            was trained with. ByT5 counts bytes.
 
     Raises:
         UsageError: it is not a T5-family checkpoint, has no tokenizer, or says itself what its labels are.
     """
+    if max_source_tokens is not None and max_source_tokens < 2:
+        raise UsageError(f"max_source_tokens must be at least 2, not {max_source_tokens}.")
     checkpoint = open_checkpoint(str(path))
     root = checkpoint.folder
     weight_files(root)  # absent ones are refused before any work
@@ -49,10 +56,13 @@ def open_student(
                 f"{root / CARD} already says what the labels and prefixes are; leave --label, --label-prefix "
                 "and --rationale-prefix out."
             )
-        return StudentDir.load(root)
+        opened = StudentDir.load(root)
+        if max_source_tokens is None:
+            return opened
+        return replace(opened, limits={**opened.limits, "max_source_tokens": max_source_tokens})
     made = _companions(checkpoint)
     kind: Any = "closed" if labels else "open"
-    limit = checkpoint.config.get("n_positions") or DEFAULT_SOURCE_TOKENS
+    limit = max_source_tokens or checkpoint.config.get("n_positions") or DEFAULT_SOURCE_TOKENS
     return StudentDir(
         root,
         TaskSpec(Path(checkpoint.adapter or path).expanduser().resolve().name, kind, tuple(labels or ())),

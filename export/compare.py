@@ -19,6 +19,7 @@ from sbs_edge.runtime.batches import pad_rows
 from sbs_edge.runtime.sessions import Session
 from sbs_edge.runtime.trie import batch_tries, build_trie
 from sbs_edge.student.student_dir import StudentDir
+from sbs_edge.tokens import start_token_id
 
 __all__ = ["FLOAT_TOLERANCE", "compare_with_pytorch"]
 
@@ -33,7 +34,7 @@ class _Judge:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.start_id = int(model.config.decoder_start_token_id or 0)
+        self.start_id = start_token_id(model.config)
 
     def logits(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return for every target (len(target), V) float64: the logits of each of its tokens' position."""
@@ -87,13 +88,12 @@ def compare_with_pytorch(
     Raises:
         SbsEdgeError: a graph differs by more than 1e-4 relative, or answers something else.
     """
-    judge, tokenizer = _Judge(model), opened.tokenizer()
+    judge, tokenizer = _Judge(model), opened.text_tokenizer()
     most, eos = opened.limits["max_source_tokens"], int(model.config.eos_token_id)
 
     def encoded(task: str, count: int) -> list[list[int]]:
         texts = [row.input for row in rows[:count]] or [*plan.labels, opened.task.name][:count]
-        ids = [tokenizer.encode(opened.prefixes[task] + text).ids for text in texts]
-        return [row if len(row) <= most else [*row[: most - 1], eos] for row in ids]
+        return [tokenizer.encode_within(text, most, eos, opened.prefixes[task])[0] for text in texts]
 
     def session(role: str) -> Session:
         return Session(root / graphs[role], ["CPUExecutionProvider"], 1)
@@ -150,13 +150,12 @@ def _choices(
     eos: int,
     pad: int,
 ) -> dict[str, Any]:
-    tokenizer, prefix = opened.tokenizer(), opened.prefixes["label"]
+    tokenizer, prefix = opened.text_tokenizer(), opened.prefixes["label"]
     ours, theirs = [], []
     for low in range(0, len(rows), BATCH):
         part = rows[low : low + BATCH]
-        sources = [tokenizer.encode(prefix + row.input).ids for row in part]
-        sources = [ids if len(ids) <= most else [*ids[: most - 1], eos] for ids in sources]
-        labels = [[tokenizer.encode(choice).ids for choice in row.distinct_choices] for row in part]
+        sources = [tokenizer.encode_within(row.input, most, eos, prefix)[0] for row in part]
+        labels = [[tokenizer.encode_target(choice, eos) for choice in row.distinct_choices] for row in part]
         ids, mask = pad_rows(sources, pad)
         tries = batch_tries([build_trie(row, judge.start_id) for row in labels])
         (scores,) = session.run({"input_ids": ids, "attention_mask": mask, **tries})

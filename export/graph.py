@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,11 @@ from onnx import TensorProto, helper
 
 from sbs_edge import __version__
 
-__all__ = ["CONTRIB", "FLOAT", "INT32", "INT64", "OPSET", "Graph", "Value", "all_nodes", "save_model"]
+__all__ = ["CONTRIB", "FLOAT", "INT32", "INT64", "OPSET", "Graph", "Value", "all_graphs", "all_nodes"]
 
 OPSET = 23
 CONTRIB = "com.microsoft"
 FLOAT, INT64, INT32, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL
-EXTERNAL_FROM_BYTES = 1024
 
 Value = str
 """The name of a tensor in a graph."""
@@ -102,19 +100,16 @@ class Graph:
         """Start a subgraph (a loop's body) that sees this graph's tensors and shares its constants."""
         return Graph(parent=self, prefix=prefix)
 
-    @property
-    def outermost(self) -> Graph:
-        """The graph that holds the constants; what is written there is computed once, not in every turn of a loop."""
-        return self.parent.outermost if self.parent else self
-
     def as_proto(self, name: str) -> onnx.GraphProto:
-        """Return the graph without constants: for a loop's body."""
+        """Return the graph without constants, for a loop's body; :meth:`model` adds them."""
         return helper.make_graph(self.nodes, name, self.inputs, self.outputs)
 
     def model(self, name: str) -> onnx.ModelProto:
         """Return the whole model, constants included.
 
-        Names are declared only for operator sets in use: a graph of standard operators says so.
+        A constant that only a loop's body uses is an initialiser of that body. The runtime's passes over int8
+        weights look at a graph's own initialisers: they would not reach the body's products otherwise.
+        Operator sets are declared only where they are in use, so a graph of standard operators says so.
         """
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs)
         opsets = [helper.make_opsetid("", OPSET)]
@@ -123,41 +118,39 @@ class Graph:
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=11, producer_name="sbs-edge", producer_version=__version__
         )
+        homes = _homes(model.graph)
         for key, array in self.constants.items():
             # Filled in place: a list of finished tensors would hold gigabytes twice.
-            tensor = model.graph.initializer.add()
+            tensor = homes.get(key, model.graph).initializer.add()
             tensor.name, tensor.data_type = key, helper.np_dtype_to_tensor_dtype(array.dtype)
             tensor.dims.extend(array.shape)
             tensor.raw_data = array.tobytes()
         return model
 
 
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of a graph and of the subgraphs inside."""
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield a graph and the subgraphs inside, outer ones first."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_nodes(attribute.g)
+                yield from all_graphs(attribute.g)
 
 
-def save_model(model: onnx.ModelProto, path: str | Path) -> list[Path]:
-    """Save ``model`` with its constants in one file beside it, which runtimes map into memory.
+def _homes(graph: onnx.GraphProto) -> dict[str, onnx.GraphProto]:
+    """Return, for every name that a node reads, the innermost graph that holds all its readers."""
+    homes: dict[str, onnx.GraphProto] = {}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                for name, home in _homes(attribute.g).items():
+                    homes[name] = graph if name in homes else home
+    for node in graph.node:
+        homes.update(dict.fromkeys(node.input, graph))
+    return homes
 
-    Returns:
-        The files written.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    location = target.name + ".data"
-    onnx.save_model(
-        model,
-        str(target),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=location,
-        size_threshold=EXTERNAL_FROM_BYTES,
-        convert_attribute=False,
-    )
-    data = target.with_name(location)
-    return [target, data] if data.exists() else [target]
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of the subgraphs inside."""
+    for inside in all_graphs(graph):
+        yield from inside.node

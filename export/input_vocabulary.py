@@ -21,6 +21,7 @@ from sbs_edge.export.small_tokenizer import shrink_tokenizer, vocabulary_of
 from sbs_edge.export.vocabulary import MULTIPLE
 from sbs_edge.export.weights import T5Weights
 from sbs_edge.student.student_dir import StudentDir
+from sbs_edge.tokens import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -114,11 +115,12 @@ def small_vocabulary(
         )
     saved = json.loads((opened.companion("tokenizer.json")).read_text(encoding="utf-8"))
     whole = _loaded(saved)
+    texts = TextTokenizer(whole)
     size = min(len(vocabulary_of(saved)), weights.vocab_size)
     own = {weights.start_id, weights.eos_id, weights.pad_id, *also}
 
     def smaller(seen: Sequence[Example]) -> tuple[dict[str, Any], list[int]]:
-        kept = own | {index for text in _texts(opened, seen) for index in whole.encode(text).ids}
+        kept = own | {index for ids in _ids(opened, seen, texts) for index in ids}
         wanted = max(-(-len(kept) * 5 // 4), min(size // 4, MARGIN))
         wanted = min(size, -(-wanted // MULTIPLE) * MULTIPLE)
         more = (index for index in range(size) if index not in kept)
@@ -147,15 +149,16 @@ def small_vocabulary(
     return SmallVocabulary(np.array(kept, np.int64), found, figures)
 
 
-def _texts(opened: StudentDir, rows: Sequence[Example]) -> Iterable[str]:
-    yield from opened.task.labels
-    yield from opened.prefixes.values()
+def _ids(opened: StudentDir, rows: Sequence[Example], texts: TextTokenizer) -> Iterable[list[int]]:
+    for label in opened.task.labels:
+        yield texts.encode(label)
+    for prefix in opened.prefixes.values():
+        yield texts.encode("", prefix)
+        yield from texts.encode_batch([row.input for row in rows], prefix)
     for row in rows:
-        for prefix in opened.prefixes.values():
-            yield prefix + row.input
         for text in (row.label, row.teacher_label, row.rationale, *(row.choices or ())):
             if text:
-                yield text
+                yield texts.encode(text)
 
 
 def _loaded(saved: dict[str, Any]) -> Tokenizer:

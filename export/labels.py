@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sbs_edge.data.example import TaskSpec
 from sbs_edge.errors import UsageError
+from sbs_edge.label_tokens import label_ids
+from sbs_edge.tokens import TextTokenizer, first_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,7 +37,7 @@ class LabelPlan:
         }
 
 
-def plan_labels(task: TaskSpec, tokenizer: Tokenizer, eos_id: int) -> LabelPlan:
+def plan_labels(task: TaskSpec, tokenizer: Tokenizer | TextTokenizer, eos_id: int) -> LabelPlan:
     """Choose how to score the labels.
 
     One decoder position decides when every label begins with a token of its own; otherwise the labels'
@@ -52,23 +54,7 @@ def plan_labels(task: TaskSpec, tokenizer: Tokenizer, eos_id: int) -> LabelPlan:
         raise UsageError(
             f"The task {task.name!r} has {len(task.labels)} label(s); a closed set needs at least two."
         )
-    tokens = []
-    for label in task.labels:
-        ids = tuple(tokenizer.encode(label).ids)
-        if ids[-1:] != (eos_id,):
-            ids = (*ids, eos_id)
-        if not {*ids} - {eos_id, tokenizer.token_to_id("<unk>")}:
-            raise UsageError(
-                f"The label {label!r} has no token in this student's tokenizer. Rename the label, or train with "
-                "a tokenizer that knows its characters."
-            )
-        tokens.append(ids)
-    for index, ids in enumerate(tokens):
-        if ids in tokens[:index]:
-            other = task.labels[tokens.index(ids)]
-            raise UsageError(
-                f"The labels {other!r} and {task.labels[index]!r} have the same tokens, so no student can tell "
-                "them apart. Rename one of them."
-            )
-    distinct = len({ids[0] for ids in tokens}) == len(tokens)
-    return LabelPlan("closed", "first-token" if distinct else "trie", task.labels, tuple(tokens))
+    tokens = label_ids(task.labels, TextTokenizer.of(tokenizer), eos_id)
+    return LabelPlan(
+        "closed", "trie" if first_tokens(tokens) is None else "first-token", task.labels, tuple(tokens)
+    )

@@ -145,5 +145,7 @@ def _readme(target: Target, manifest: dict[str, Any]) -> str:
         'model = ORTModelForSeq2SeqLM.from_pretrained("this-directory", use_cache=True, use_merged=False)\n'
         "```\n\n"
         f"Inputs of the label task begin with `{prefixes['label']}`, of the rationale task with "
-        f"`{prefixes['rationale']}`.\n"
+        f"`{prefixes['rationale']}`.\n\n"
+        "transformers' tokenizers take `</s>` or `<pad>` in a user's text for control tokens; "
+        "`sbs_edge.tokens.TextTokenizer` does not (`encode(text, prefix)`).\n"
     )

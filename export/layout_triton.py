@@ -169,11 +169,14 @@ def _write_graph(
     """Copy a graph and its weights; return its (name, type, dims without batch) in and out."""
     import onnx
 
+    from sbs_edge.export.graph import all_graphs
+
     folder.mkdir(parents=True)
     model = onnx.load(str(graph), load_external_data=False)
     outside = {
         entry.value
-        for tensor in model.graph.initializer
+        for inside in all_graphs(model.graph)
+        for tensor in inside.initializer
         for entry in tensor.external_data
         if entry.key == "location"
     }
@@ -235,7 +238,7 @@ def _readme(
     temperature = (manifest.get("calibration") or {}).get("temperature", 1.0)
     roles = {role for _, _, role in names}
     encode = "".join(
-        f"    ids = tokenizer.encode({json.dumps(prefixes[task])} + text).ids  # for {task}s\n"
+        f"    ids = texts.encode(text, {json.dumps(prefixes[task])})  # for {task}s\n"
         for task, wanted in (("label", roles), ("rationale", roles & {"explainer"}))
         if wanted
     )
@@ -250,7 +253,7 @@ def _readme(
 """
     if "explainer" in roles:
         notes += f"""* `tokens` hold at most {limits["max_new_tokens"]} tokens and end with {model["eos_token_id"]};
-  decode with `tokenizer.decode(tokens, skip_special_tokens=True)`.
+  decode with `texts.decode(tokens)`.
 """
     if stepwise:
         notes += f"""* {", ".join(stepwise)}: no rationales here. On GPUs a loop on the host decodes them,
@@ -265,9 +268,12 @@ def _readme(
 {table}
 Triton runs graphs; text is turned into tokens by the client, with `tokenizer/tokenizer.json`:
 
-    from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_file("tokenizer/tokenizer.json")
+    from pathlib import Path
+    from sbs_edge.tokens import TextTokenizer, read_tokenizer
+    texts = TextTokenizer(read_tokenizer(Path("tokenizer/tokenizer.json")))
 {encode}
+* `sbs_edge.tokens` needs the tokenizers library alone. That library by itself takes `</s>` or `<pad>` in a user's text for
+  control tokens; a client without `sbs_edge` must refuse texts whose ids hold them behind the prefix.
 * At most {limits["max_source_tokens"]} tokens; end-of-sequence ({model["eos_token_id"]}) is appended by the tokenizer.
 * Pad `input_ids` with {model["pad_token_id"]} and `attention_mask` with 0, to a multiple of 16: Triton batches
   requests of equal shape only. Padding does not change an answer.

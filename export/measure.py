@@ -118,8 +118,15 @@ def guard_figures(
     if not judged:
         return None
 
+    # A decoded label is right as the tokenizer spells it, as in evaluate.
+    spelled = opened.text_tokenizer().respelled if plan.method == "decode" else None
+
     def right(labels: Sequence[str]) -> list[bool]:
-        return [same_answer(labels[i], gold_of(rows[i]) or "", opened.task.compare) for i in judged]
+        wanted = [(labels[i], gold_of(rows[i]) or "") for i in judged]
+        return [
+            same_answer(answer, gold, opened.task.compare) or bool(spelled and answer == spelled(gold))
+            for answer, gold in wanted
+        ]
 
     figures = guard.compare_labels(
         [reference.labels[i] for i in judged],

@@ -19,6 +19,7 @@ from sbs_edge.runtime.batches import padded_length, token_budget_batches
 from sbs_edge.runtime.sessions import Session
 from sbs_edge.runtime.student import Student
 from sbs_edge.runtime.trie import batch_tries, build_trie
+from sbs_edge.tokens import TextTokenizer, read_tokenizer, within_limit
 
 __all__ = ["padding_figures"]
 
@@ -38,8 +39,6 @@ def padding_figures(student: Student, rows: Sequence[Example], plan: LabelPlan) 
         ``rows``; ``largest_move`` of a score, relative to the largest score; ``flips``: rows whose best label changed.
         None where labels are decoded, or there are no rows.
     """
-    from tokenizers import Tokenizer
-
     role = "choice_scorer" if plan.method == "choices" else "label_scorer"
     _, entry = student.bundle.target(student.target)
     if role not in entry or not rows:
@@ -48,11 +47,10 @@ def padding_figures(student: Student, rows: Sequence[Example], plan: LabelPlan) 
     rows, most = rows[:MOST_ROWS], student.limits["max_source_tokens"]
     model = student.manifest["model"]
     pad, eos, start = (model[f"{name}_token_id"] for name in ("pad", "eos", "decoder_start"))
-    sources = student.tokenize([row.input for row in rows])
-    sources = [ids if len(ids) <= most else [*ids[: most - 1], eos] for ids in sources]
+    sources = [within_limit(ids, most, eos) for ids in student.tokenize([row.input for row in rows])]
     # The bundle's own: its vocabulary may be smaller than the checkpoint's.
-    tokenizer = Tokenizer.from_file(str(student.bundle.member("tokenizer.json")))
-    labels = [[tokenizer.encode(choice).ids for choice in row.distinct_choices] for row in rows]
+    texts = TextTokenizer(read_tokenizer(student.bundle.member("tokenizer.json")))
+    labels = [[texts.encode_target(choice, eos) for choice in row.distinct_choices] for row in rows]
     move = largest = 0.0
     flips = 0
     for batch in token_budget_batches([2 * len(ids) for ids in sources], BUDGET):

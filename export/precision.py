@@ -89,10 +89,13 @@ class Float32:
 
 
 def turned(graph: Graph, table: np.ndarray) -> Value:
-    """Return (d, V) of a constant (V, d) that is stored once: onnxruntime transposes it while it loads the graph."""
-    outer = graph.outermost
-    table_of = outer.constant(table)
-    return str(outer.once(("turned", table_of), lambda: outer.op("Transpose", table_of, perm=[1, 0])))
+    """Return (d, V) of a constant (V, d) that is stored once: onnxruntime transposes it while it loads the graph.
+
+    The transpose stands in the graph that uses it, a loop's body too. Folded there, its result is an initialiser of
+    the body, which the runtime's passes over int8 weights reach.
+    """
+    table_of = graph.constant(table)
+    return str(graph.once(("turned", table_of), lambda: graph.op("Transpose", table_of, perm=[1, 0])))
 
 
 def rectified(graph: Graph, x: Value, relu: bool) -> Value:

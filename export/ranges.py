@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sbs_edge.tokens import start_token_id
+
 __all__ = ["CalibrationStats", "collect_calibration", "norm_ranges"]
 
 _UPDATES = ("Attention.o", ".wo")
@@ -109,7 +111,7 @@ def collect_calibration(
         return CalibrationStats()
     recorder = _Recorder(moments=moments)
     hooks = recorder.attach(model)
-    start = model.config.decoder_start_token_id or 0
+    start = start_token_id(model.config)
     try:
         for low in range(0, len(pairs), batch_size):
             part = pairs[low : low + batch_size]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from sbs_edge.export.targets import Target
 from sbs_edge.export.trie_scorer import build_trie_scorer
 from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.student.student_dir import StudentDir
+from sbs_edge.tokens import TextTokenizer
 
 __all__ = ["write_single_file"]
 
@@ -60,16 +62,17 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Re
         model = build_label_scorer(recipe.weights, precision, [ids[0] for ids in plan.token_ids])
     else:
         model = build_trie_scorer(recipe.weights, precision, plan.token_ids)
-    _put_tokenizer_in_front(model, opened, recipe, json.dumps(saved, ensure_ascii=False), KINDS[kind])
+    hidden = _without_control_tokens(saved, opened.text_tokenizer())
+    _put_tokenizer_in_front(model, opened, recipe, json.dumps(hidden, ensure_ascii=False), KINDS[kind])
     _put_labels_behind(model, plan.labels)
     name = f"{target.name}/single_file.onnx"
     content = model.SerializeToString()
-    _check(content, root / target.name / "label_scorer.onnx", opened)
+    _check(content, root / target.name / "label_scorer.onnx", opened, recipe.weights.eos_id)
     (root / name).write_bytes(content)
     return name
 
 
-def _check(content: bytes, scorer: Path, opened: StudentDir) -> None:
+def _check(content: bytes, scorer: Path, opened: StudentDir, eos_id: int) -> None:
     """Refuse when the extension's tokenizer reads a validation row otherwise than the bundle's does.
 
     Raises:
@@ -81,11 +84,11 @@ def _check(content: bytes, scorer: Path, opened: StudentDir) -> None:
     options.register_custom_ops_library(_library())
     whole = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     apart = onnxruntime.InferenceSession(str(scorer), providers=["CPUExecutionProvider"])
-    tokenizer = opened.tokenizer()
+    tokenizer = opened.text_tokenizer()
     limit = opened.limits["max_source_tokens"]
     for text in [row.input for row in opened.validation()[:CHECKED_ROWS]] or ["a short text"]:
-        ids = tokenizer.encode(opened.prefixes["label"] + text).ids
-        row = np.array([ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]], np.int64)
+        ids, _ = tokenizer.encode_within(text, limit, eos_id, opened.prefixes["label"])
+        row = np.array([ids], np.int64)
         (scores,) = apart.run(None, {"input_ids": row, "attention_mask": np.ones_like(row)})
         chances = np.exp(scores - scores.max())
         _, found = whole.run(None, {"text": np.array([text], dtype=object)})
@@ -94,6 +97,22 @@ def _check(content: bytes, scorer: Path, opened: StudentDir) -> None:
                 f"onnxruntime-extensions reads this student's tokenizer.json differently (on {text!r}), so a single "
                 "file would answer differently from the bundle. Leave --single-file out."
             )
+
+
+def _without_control_tokens(saved: dict[str, Any], texts: TextTokenizer) -> dict[str, Any]:
+    """Return ``tokenizer.json`` with the names of its control tokens replaced, so that no text yields one.
+
+    The graph adds end-of-sequence and the prefix's control tokens as ids, so nothing looks for their names. The
+    names that replace them are of the private use area.
+    """
+    if saved["model"].get("type") != "Unigram":
+        return saved  # byte-level BPE reaches an entry by merges alone, and control tokens have none
+    vocab = [
+        [f"\ue000{index}\ue001", score] if index in texts.control else [piece, score]
+        for index, (piece, score) in enumerate(saved["model"]["vocab"])
+    ]
+    added = [token for token in saved.get("added_tokens") or () if token["id"] not in texts.control]
+    return {**saved, "model": {**saved["model"], "vocab": vocab}, "added_tokens": added}
 
 
 def _constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:

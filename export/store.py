@@ -15,6 +15,8 @@ from typing import BinaryIO
 import onnx
 from onnx import TensorProto
 
+from sbs_edge.export.graph import all_graphs
+
 __all__ = ["SHARED", "save_graphs"]
 
 SHARED = "weights.bin"
@@ -42,8 +44,9 @@ def save_graphs(
     for name, model in models.items() if isinstance(models, Mapping) else models:
         data = folder / (f"{name}.bin" if names else SHARED)
         with data.open("wb") as file:
-            for tensor in model.graph.initializer:
-                _move_out(tensor, file, data.name, known)
+            for graph in all_graphs(model.graph):
+                for tensor in graph.initializer:
+                    _move_out(tensor, file, data.name, known)
             empty = file.tell() == 0
         if empty:
             data.unlink()

@@ -13,6 +13,7 @@ import numpy as np
 
 from sbs_edge.data.example import Example
 from sbs_edge.errors import UsageError
+from sbs_edge.tokens import TextTokenizer
 
 __all__ = ["output_tokens"]
 
@@ -36,10 +37,11 @@ def output_tokens(
             "Pruning the vocabulary needs rows to see which tokens are written; this student kept none."
         )
     counts: Counter[int] = Counter()
+    texts = TextTokenizer(tokenizer)
     for row in rows:
         for text in (row.input, row.label, row.teacher_label, row.rationale, *(row.choices or ())):
             if text:
-                counts.update(tokenizer.encode(text).ids)
+                counts.update(texts.encode(text))
     kept = {eos_id, pad_id, *counts}
     for token, index in tokenizer.get_vocab().items():
         if len(token.lstrip("▁Ġ")) <= 1:

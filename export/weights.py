@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sbs_edge.errors import UsageError
+from sbs_edge.tokens import start_token_id
 
 __all__ = ["T5Weights", "weights_of"]
 
@@ -118,7 +119,7 @@ def weights_of(model: Any) -> T5Weights:
         activation=activation,
         gated=bool(config.is_gated_act),
         vocab_size=arrays["shared.weight"].shape[0],
-        start_id=config.decoder_start_token_id,
+        start_id=start_token_id(config),
         eos_id=config.eos_token_id,
         pad_id=config.pad_token_id,
         logit_scale=measure_logit_scale(model),

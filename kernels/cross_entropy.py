@@ -21,22 +21,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sbs_edge.kernels import fused_op
+from sbs_edge.kernels import op
 from sbs_edge.kernels.engines import EngineStatus, available_engines, select_engine
+from sbs_edge.kernels.plan import Inputs, Options
 from sbs_edge.kernels.reference import reference_loss
 
 __all__ = ["EngineStatus", "FusedLoss", "available_engines", "fused_linear_cross_entropy", "select_engine"]
 
 
 class FusedLoss(NamedTuple):
-    """What one call returns; only ``total`` carries a gradient.
+    """The loss of one call; only ``total`` carries a gradient.
 
     Attributes:
         total: () float32 (float64 for float64 input), ``sum_k lambda_k losses[k]``.
         losses: (K,) mean loss of every segment in nats a token; 0 for a segment without a valid row.
         counts: (K,) int64, valid rows.
-        correct: (K,) int64, valid rows whose largest logit is the target's.
+        correct: (K,) int64, valid rows whose largest logit is the target's; -1 where they are not counted.
     """
 
     total: Tensor
@@ -46,8 +48,9 @@ class FusedLoss(NamedTuple):
 
     @property
     def accuracy(self) -> Tensor:
-        """(K,) share of correct rows; 0 for a segment without a valid row."""
-        return self.correct / self.counts.clamp(min=1)
+        """(K,) share of correct rows; 0 for a segment without a valid row, NaN where they are not counted."""
+        share = self.correct / self.counts.clamp(min=1)
+        return share.masked_fill(self.correct < 0, math.nan)
 
 
 def fused_linear_cross_entropy(
@@ -69,9 +72,14 @@ def fused_linear_cross_entropy(
     denominators: Tensor | None = None,
     workspace_mb: float | None = None,
     engine: str = "auto",
+    count_correct: bool = True,
     debug: bool = False,
 ) -> FusedLoss:
     """Return the weighted sum of the segments' mean cross-entropies, without materialising logits.
+
+    A row of weight 0, or of a segment whose factor or denominator is 0, contributes nothing: neither to
+    the total nor to a gradient, even where its state is NaN. Float32 inputs are multiplied in float32,
+    whatever ``torch.set_float32_matmul_precision`` allows.
 
     Args:
         hidden: (N, D) hidden states, any floating dtype and strides; N may be 0.
@@ -81,8 +89,8 @@ def fused_linear_cross_entropy(
         segment_ids: (N,) segment of each row in ``[0, n_segments)``; None: all rows are segment 0.
         n_segments: K >= 1.
         segment_weights: K factors lambda_k; None: all 1. No gradient flows into them.
-        row_weights: (N,) non-negative factors r_i; None: all 1. No gradient flows into them. NaN makes
-            its segment's loss NaN.
+        row_weights: (N,) non-negative factors r_i; None: all 1. No gradient flows into them. A NaN
+            weight gives its segment a NaN loss.
         valid_indices: (M,) the rows whose target is not ``ignore_index``, when the collator knows
             them: this avoids the device synchronisation of finding them here.
         ignore_index: target of rows to leave out.
@@ -96,6 +104,8 @@ def fused_linear_cross_entropy(
             segment whose value is 0 contributes 0; a negative or not finite one makes its loss NaN.
         workspace_mb: bound on the temporary buffers, in MiB; None plans it.
         engine: ``auto``, ``triton``, ``cublas``, ``torch`` or ``reference``.
+        count_correct: whether to count the rows whose largest logit is the target's; False saves a GPU
+            a second look at rows that are nearly a hit.
         debug: check targets, segments and values first and name the first bad row or segment; costs a
             synchronisation on a GPU. Without it an out-of-range target gives NaN, never a silent
             wrong number.
@@ -108,6 +118,16 @@ def fused_linear_cross_entropy(
         ValueError: shapes, dtypes or options do not fit; in debug mode, a bad row or segment.
         TypeError: the weight is sharded.
         RuntimeError: the engine asked for does not work here.
+        NotImplementedError: ``torch.func`` transforms, forward-mode derivatives, or a gradient of the
+            gradient (raised when it is taken). Engine ``reference`` has them.
+
+    Example:
+        >>> hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+        >>> targets = torch.tensor([3, 0, -100, 19, 7, -100])
+        >>> loss = fused_linear_cross_entropy(hidden, weight, targets)
+        >>> loss.total.backward()
+        >>> loss.counts, hidden.grad.shape, weight.grad.shape
+        (tensor([4]), torch.Size([6, 8]), torch.Size([20, 8]))
     """
     _check(
         hidden, weight, targets, bias, segment_ids, n_segments, row_weights, denominators, label_smoothing, softcap
@@ -117,7 +137,9 @@ def fused_linear_cross_entropy(
         raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale}.")
     if workspace_mb is not None and workspace_mb <= 0:
         raise ValueError(f"workspace_mb must be positive, or None to have it planned, not {workspace_mb}.")
-    if debug:
+    if engine != "reference":
+        _refuse_transforms((hidden, weight, bias))
+    if debug and hidden.device.type != "meta":  # which has no values
         _check_values(
             hidden,
             targets,
@@ -132,24 +154,39 @@ def fused_linear_cross_entropy(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     device = hidden.device
     lambdas = _lambdas(segment_weights, n_segments, dtype, device)
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         low = torch.get_autocast_dtype(device.type)
         if hidden.dtype == torch.float32:
             hidden = hidden.to(low)
     if engine == "reference":
-        return FusedLoss(
-            *reference_loss(
-                hidden, weight, targets, bias=bias, segment_ids=segment_ids, lambdas=lambdas,
-                row_weights=row_weights, denominators=denominators, ignore_index=ignore_index,
-                label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
-            )
+        total, losses, counts, correct = reference_loss(
+            hidden, weight, targets, bias=bias, segment_ids=segment_ids, lambdas=lambdas,
+            row_weights=row_weights, denominators=denominators, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
-    total, losses, counts, correct = fused_op.apply(
-        hidden, weight, bias, targets, valid_indices, segment_ids, row_weights, lambdas, denominators,
-        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-        logit_scale=logit_scale, softcap=softcap, workspace_mb=workspace_mb or 0.0, engine=engine,
-    )  # fmt: skip
-    return FusedLoss(total, losses, counts, correct)
+    else:
+        options = Options(label_smoothing, z_loss, logit_scale, softcap, workspace_mb or 0.0, count_correct)
+        total, losses, counts, correct = op.apply(
+            Inputs(hidden, weight, bias), targets, valid_indices, segment_ids, row_weights, lambdas, denominators,
+            ignore_index, options, engine,
+        )  # fmt: skip
+    return FusedLoss(total, losses, counts, correct if count_correct else torch.full_like(correct, -1))
+
+
+def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+    """Raise where the operator would drop a derivative or a batch dimension."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+        if dual or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise NotImplementedError(
+                "fused_linear_cross_entropy has first derivatives in reverse mode only: torch.func transforms "
+                "(grad, vmap, jvp, jacrev, hessian) and forward-mode derivatives do not work on it. Use "
+                "torch.autograd.grad, or engine='reference', which holds full logits."
+            )
 
 
 def _lambdas(
@@ -158,9 +195,13 @@ def _lambdas(
     if isinstance(values, Tensor):
         lambdas = values.detach().to(device=device, dtype=dtype)
     else:
-        # Filled on the device: copying a list there would wait for all that the device has to do.
         numbers = [1.0] * n_segments if values is None else values
-        lambdas = torch.stack([torch.full((), float(v), dtype=dtype, device=device) for v in numbers])
+        if len(set(numbers)) == 1:
+            lambdas = torch.full((len(numbers),), float(numbers[0]), dtype=dtype, device=device)
+        elif device.type == "cpu":
+            lambdas = torch.tensor([float(v) for v in numbers], dtype=dtype)
+        else:  # filled there: copying a list would wait for all that the device has to do
+            lambdas = torch.stack([torch.full((), float(v), dtype=dtype, device=device) for v in numbers])
     if lambdas.shape != (n_segments,):
         raise ValueError(f"segment_weights must hold {n_segments} values, not {tuple(lambdas.shape)}.")
     return lambdas

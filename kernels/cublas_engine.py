@@ -23,13 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbs_edge.kernels.products import add_product, mixed_products, product, whole_sums
-from sbs_edge.kernels.rows import RowPlan
+from sbs_edge.kernels.launches import FLOAT16_GAIN, sum_rows
+from sbs_edge.kernels.plan import Gradients, Inputs, Need, Options, Result, RowPlan, dead_rows
+from sbs_edge.kernels.products import add_product, mixed_products, product
 from sbs_edge.kernels.tiles import log_one_more, tanh
-from sbs_edge.kernels.torch_engine import SliceResult, plan_slice_rows
-from sbs_edge.kernels.triton_engine import FLOAT16_GAIN
+from sbs_edge.kernels.torch_engine import plan_slice_rows
 
-__all__ = ["run_cublas"]
+__all__ = ["forward"]
 
 BLOCK = 4096
 CAST_BYTES = 16 << 20  # of a slice of the weight in another type, or of dW in float32
@@ -37,13 +37,13 @@ CAST_BYTES = 16 << 20  # of a slice of the weight in another type, or of dW in f
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def softmax_rows(  # type: ignore[no-untyped-def]
-    logits, bias, targets, losses, hits, slopes, gains,  # noqa: ANN001
+    logits, bias, targets, factors, losses, hits, grads, gains,  # noqa: ANN001
     n_classes, scale, smoothing, z_loss, softcap,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WRITE: tl.constexpr, BLOCK_V: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Losses and hits of (R, V) logits; with WRITE, ``gains[0] * dloss/dlogits`` into ``slopes`` (R, V).
+    """Losses and hits of (R, V) logits; with WRITE, ``gains[0] * dloss/dlogits`` into ``grads`` (R, V).
 
-    The target's exponential is kept out of the others' sum: nearly all of a confident row's sum is its
+    A row whose factor is 0 leaves zeros there, not even a NaN. The target's exponential is kept out of the others' sum: nearly all of a confident row's sum is its
     target's, and its loss and gradient are what the others add.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -78,7 +78,9 @@ def softmax_rows(  # type: ignore[no-untyped-def]
     total = own + rest
     natural = log_one_more(rest + (own - 1.0))
     lse = largest + natural
-    loss = natural + (1.0 - smoothing) * (largest - at_target) + z_loss * lse * lse
+    loss = natural + (1.0 - smoothing) * (largest - at_target)
+    if z_loss > 0.0:  # apart: the square of a large lse is infinite, and 0 * inf is NaN
+        loss += z_loss * lse * lse
     if smoothing > 0.0:  # apart: a class banned by a bias of -inf must not make 0 * -inf
         loss += smoothing * (largest - summed / n_classes)
     bad = (target < 0) | (target >= n_classes)
@@ -90,6 +92,7 @@ def softmax_rows(  # type: ignore[no-untyped-def]
         # (1 + excess) own / total - (1 - smoothing), without the difference
         goal = (own * excess - rest + smoothing * total) / total
         gain = tl.load(gains)
+        dead = tl.load(factors + row) == 0.0
         for start in range(0, n_classes, BLOCK_V):
             column = start + lane
             inside = column < n_classes
@@ -103,69 +106,60 @@ def softmax_rows(  # type: ignore[no-untyped-def]
             slope = tl.where(column == target, goal, share * tl.exp(z - largest)) - smoothing / n_classes
             if HAS_CAP:
                 slope *= 1.0 - t * t
-            slope = tl.where(bad, float("nan"), slope * gain)
-            place = slopes + row * n_classes + column
-            tl.store(place, slope.to(slopes.dtype.element_ty), mask=inside)
+            slope = tl.where(dead, 0.0, tl.where(bad, float("nan"), slope * gain))
+            place = grads + row * n_classes + column
+            tl.store(place, slope.to(grads.dtype.element_ty), mask=inside)
 
 
-def run_cublas(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: RowPlan,
-    *,
-    label_smoothing: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_mb: float,
-    need: tuple[bool, bool, bool],
-) -> SliceResult:
-    """Compute what :func:`sbs_edge.kernels.torch_engine.run` does, with one launch for a slice's softmax.
+def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Result:
+    """Compute what :func:`sbs_edge.kernels.torch_engine.forward` does, with one launch for a slice's softmax.
 
     Raises:
         RuntimeError: the inputs are float64, which this engine would round.
     """
+    hidden, weight, bias = inputs
     if hidden.dtype == torch.float64:
         raise RuntimeError("The cublas engine computes in float32; use engine='torch' for float64.")
     low, device = hidden.dtype, hidden.device
     n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape
     losses = torch.empty(n_rows, device=device)
     hits = torch.empty(n_rows, dtype=torch.int8, device=device)
-    grads: list[Tensor | None] = [
-        torch.zeros(shape, device=device) if needed else None
-        for needed, shape in zip(need, (hidden.shape, (n_classes, width), (n_classes,)), strict=True)
-    ]
-    grad_hidden, grad_weight, grad_bias = grads
-    step = plan_slice_rows(n_rows, n_classes, width, 4, workspace_mb, 2)
+    grads = Gradients(
+        torch.zeros(hidden.shape, device=device) if need.hidden else None,
+        torch.zeros(weight.shape, device=device) if need.weight else None,
+        torch.zeros(n_classes, dtype=torch.float64, device=device) if need.bias else None,
+    )
+    step = plan_slice_rows(n_rows, n_classes, width, 4, options.workspace_mb, 2)
     buffer = torch.empty((min(step, n_rows), n_classes), device=device)
-    slopes = buffer if low == torch.float32 else torch.empty_like(buffer, dtype=low)
+    wide_grads = buffer if low == torch.float32 else torch.empty_like(buffer, dtype=low)
     # A power of two near the scale is exact and keeps a float16 logit of T5's (scale D ** -0.5) in range.
     early = 1.0
     if low == torch.float16 and not mixed_products(device):
-        early = 2.0 ** min(0, round(math.log2(abs(logit_scale))))
+        early = 2.0 ** min(0, round(math.log2(abs(options.logit_scale))))
     bias = bias if bias is None else bias.contiguous()
     gain = torch.full((1,), FLOAT16_GAIN if low == torch.float16 else 1.0, device=device)
     kernel: Any = softmax_rows
     for start in range(0, n_rows, step):
-        stop = min(start + step, n_rows)
-        index = plan.indices[start:stop]
+        here = slice(start, min(start + step, n_rows))
+        index, factor = plan.indices[here], plan.grad_factor[here]
         rows = hidden.index_select(0, index)
-        logits, slope = buffer[: stop - start], slopes[: stop - start]
+        logits, logits_grad = buffer[: len(index)], wide_grads[: len(index)]
         for columns, part in _parts(weight, low):
             _score(logits[:, columns], rows * early if early != 1.0 else rows, part)
+        rows.masked_fill_(dead_rows(factor).unsqueeze(1), 0.0)  # 0 * NaN is NaN
         if any(need) and low == torch.float16 and hidden.is_cuda and not mixed_products(device):
             gain = _bounded_gain(rows, weight)
-        kernel[(stop - start,)](
-            logits, logits if bias is None else bias, plan.targets[start:stop], losses[start:stop],
-            hits[start:stop], slope, gain, n_classes, logit_scale / early, label_smoothing, z_loss, softcap,
-            HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, WRITE=any(need),
+        kernel[(len(index),)](
+            logits, logits if bias is None else bias, plan.targets[here], factor, losses[here],
+            hits[here], logits_grad, gain, n_classes, options.logit_scale / early, options.label_smoothing,
+            options.z_loss, options.softcap,
+            HAS_BIAS=bias is not None, HAS_CAP=options.softcap > 0, WRITE=any(need),
             BLOCK_V=min(BLOCK, triton.next_power_of_2(n_classes)),
         )  # fmt: skip
         if any(need):
-            factor = plan.grad_factor[start:stop]
-            _accumulate(rows, slope, weight, index, factor, logit_scale, gain, grads)
-    return SliceResult(losses, hits.bool(), grad_hidden, grad_weight, grad_bias)
+            _accumulate(rows, logits_grad, weight, index, factor, options.logit_scale, gain, grads)
+    narrow = None if grads.bias is None else grads.bias.float()
+    return Result(losses, hits.bool(), grads._replace(bias=narrow))
 
 
 def _parts(weight: Tensor, low: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -190,7 +184,7 @@ def _score(out: Tensor, rows: Tensor, part: Tensor) -> None:
 def _bounded_gain(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the gain, (1,) float32, with which no product that is rounded to float16 overflows.
 
-    A row's slopes add up to less than 4 in size, and so do a class's times the rows' factors, which add up to 1.
+    A row's gradients by its logits add up to less than 4 in size, and so do a class's times the rows' factors, which add up to 1.
     """
     sizes = torch.stack([side.abs().float() for x in (rows, weight) for side in torch.aminmax(x)])
     room = torch.finfo(torch.float16).max / (4.0 * sizes.amax())
@@ -199,33 +193,31 @@ def _bounded_gain(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _accumulate(
     rows: Tensor,
-    slope: Tensor,
+    logits_grad: Tensor,
     weight: Tensor,
     index: Tensor,
     factor: Tensor,
     logit_scale: float,
     gain: Tensor,
-    grads: list[Tensor | None],
+    grads: Gradients,
 ) -> None:
-    """Add one slice of rows to the gradients (hidden, weight, bias), each float32 or None.
+    """Add one slice of rows to the gradients: those of hidden and weight in float32, of the bias in float64.
 
-    ``slope`` is (R, V), ``gain`` (1,) times the gradient of the rows' losses by their logits.
+    ``logits_grad`` is (R, V), ``gain`` (1,) times the gradient of the rows' losses by their logits.
     """
-    grad_hidden, grad_weight, grad_bias = grads
     # Factors that add up to one bound the product by the largest state: no float16 overflow.
     size = factor.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
     scaled = (rows * (factor / size).unsqueeze(1)).to(rows.dtype)
-    wide = torch.zeros(rows.shape, device=rows.device) if grad_hidden is not None else None
-    with whole_sums():
-        for columns, part in _parts(weight, rows.dtype):
-            here = slope[:, columns]
-            if grad_weight is not None:
-                piece = torch.empty(part.shape, device=rows.device)
-                product(piece, here.t(), scaled)
-                grad_weight[columns].add_(piece.mul_(size * logit_scale / gain))
-            if grad_bias is not None:
-                grad_bias[columns].addmv_(here.t().float(), factor / gain)
-            if wide is not None:
-                add_product(wide, here, part)
-    if grad_hidden is not None and wide is not None:
-        grad_hidden.index_copy_(0, index, wide.mul_((factor * logit_scale / gain).unsqueeze(1)))
+    wide = torch.zeros(rows.shape, device=rows.device) if grads.hidden is not None else None
+    for columns, part in _parts(weight, rows.dtype):
+        here = logits_grad[:, columns]
+        if grads.weight is not None:
+            piece = torch.empty(part.shape, device=rows.device)
+            product(piece, here.t(), scaled)
+            grads.weight[columns].add_(piece.mul_(size * logit_scale / gain))
+        if wide is not None:
+            add_product(wide, here, part)
+    if grads.bias is not None:
+        grads.bias.add_(sum_rows(logits_grad, factor / gain))
+    if grads.hidden is not None and wide is not None:
+        grads.hidden.index_copy_(0, index, wide.mul_((factor * logit_scale / gain).unsqueeze(1)))

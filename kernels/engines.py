@@ -1,4 +1,4 @@
-"""Which engine computes the loss, and whether it works here."""
+"""The choice of the engine that computes the loss, and whether it works here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sbs_edge.kernels.configs import interpreted
+from sbs_edge.kernels.tile_table import interpreted
 
 __all__ = ["ENGINES", "EngineStatus", "available_engines", "resolve", "select_engine"]
 
@@ -61,8 +61,10 @@ def _status(name: str) -> EngineStatus:
         return EngineStatus(
             name, False, f"{shown}: Triton has tensor-core products from sm_80 on; see cublas"
         )
-    chosen = name == ("triton" if capability >= OLDEST_TILES else "cublas")
-    return EngineStatus(name, True, f"{shown}; {'chosen by auto' if chosen else 'on request'}; {_UNMEASURED}")
+    types = "16 bits" if name == "triton" else "float32"
+    if capability < OLDEST_TILES:
+        types = "every type but float64"
+    return EngineStatus(name, True, f"{shown}; chosen by auto for {types}; {_UNMEASURED}")
 
 
 def available_engines() -> list[EngineStatus]:
@@ -73,15 +75,16 @@ def available_engines() -> list[EngineStatus]:
 def select_engine(device: torch.device, dtype: torch.dtype) -> str:
     """Return the engine that ``engine="auto"`` takes for tensors of ``dtype`` on ``device``.
 
-    Tiles from sm_80 on, library products from sm_70 on (Triton has no tensor-core products for Turing),
-    sliced torch everywhere else and for float64, which the other two would round.
+    16 bits: tiles from sm_80 on, library products from sm_70 on (Triton has no tensor-core products for
+    Turing). float32, which runs outside the tensor cores: library products, which the assumed rates
+    favour. Sliced torch everywhere else, and for float64, which the other two would round.
     """
     if device.type != "cuda" or dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return "torch"
     capability = _capability(device.index)
     if capability is None or capability < OLDEST_TRITON or not _has_triton():
         return "torch"
-    return "triton" if capability >= OLDEST_TILES else "cublas"
+    return "triton" if capability >= OLDEST_TILES and dtype != torch.float32 else "cublas"
 
 
 def resolve(engine: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -101,6 +104,8 @@ def resolve(engine: str, device: torch.device, dtype: torch.dtype) -> str:
     reason = None if status.available else status.reason
     if reason is None and device.type != "cuda" and not interpreted():
         reason = f"the tensors are on {device.type}, not on a GPU"
+    if reason is None and dtype == torch.bfloat16 and interpreted():
+        reason = "Triton's interpreter multiplies bfloat16 wrongly; take float32 or float16 there"
     if reason is None and dtype == torch.float64:
         reason = "it computes in float32; float64 needs engine='torch'"
     if reason is not None:

@@ -1,15 +1,21 @@
-"""Matrix products with 16-bit operands and a float32 sum, whatever the device offers for it."""
+"""Matrix products with 16-bit operands and a float32 sum, and the precision that torch's switches may not change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "mixed_products", "product", "whole_sums"]
+from sbs_edge.kernels.plan import wide_sum
+
+__all__ = ["add_product", "full_precision", "mixed_products", "product", "weighted_column_sums"]
+
+# A sum of so many terms in one go errs no more than torch's own, which adds in a tree.
+_SUM_ROWS = 16
 
 
 @lru_cache(maxsize=16)
@@ -49,16 +55,49 @@ def _without(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b) if a.is_cuda else torch.mm(a.float(), b.float())
 
 
+def weighted_column_sums(values: Tensor, factor: Tensor) -> Tensor:
+    """Return ``factor @ values`` for (R, V) values and (R,) factors of one type: (V,), float64 where there is one.
+
+    The library's matrix-vector product adds the rows one after the other, so its error grows with their
+    number. Here a few rows are added by it and their sums in float64.
+    """
+    n_rows, n_columns = values.shape
+    whole = n_rows // _SUM_ROWS * _SUM_ROWS
+    kind = wide_sum(values.device, values.dtype)
+    sums = torch.zeros(n_columns, dtype=kind, device=values.device)
+    if whole:
+        blocks = values[:whole].view(-1, _SUM_ROWS, n_columns)
+        parts = torch.bmm(factor[:whole].view(-1, 1, _SUM_ROWS), blocks).squeeze(1)
+        sums += parts.sum(dim=0, dtype=kind)
+    if whole < n_rows:
+        sums += torch.mv(values[whole:].t(), factor[whole:])
+    return sums
+
+
 @contextmanager
-def whole_sums() -> Iterator[None]:
-    """Keep cuBLAS from adding the parts of a split sum in 16 bits, which torch allows by default."""
-    flags = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before = [getattr(flags, name) for name in names]
+def full_precision() -> Iterator[None]:
+    """Multiply float32 in float32 and sum 16-bit products in float32, whatever torch's switches allow.
+
+    ``torch.set_float32_matmul_precision`` and ``allow_tf32`` let the library round float32 operands to
+    TF32 (CUDA) or bfloat16 (oneDNN); by default cuBLAS may add the parts of a split sum in 16 bits.
+    """
+    cuda, mkldnn = torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn)
+    changes: list[tuple[Any, str, Any]] = [
+        (cuda, f"allow_{kind}_reduced_precision_reduction", False) for kind in ("fp16", "bf16")
+    ]
+    if hasattr(cuda, "fp32_precision"):
+        changes += [(cuda, "fp32_precision", "ieee"), (mkldnn.matmul, "fp32_precision", "ieee")]
+    else:  # before torch 2.9
+        changes.append((cuda, "allow_tf32", False))
+    before = []
+    for owner, name, wanted in changes:
+        found = getattr(owner, name)
+        # "none" multiplies in float32 too; what need not change is left alone.
+        if found not in (wanted, "none"):
+            before.append((owner, name, found))
+            setattr(owner, name, wanted)
     try:
-        for name in names:
-            setattr(flags, name, False)
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(flags, name, value)
+        for owner, name, found in before:
+            setattr(owner, name, found)

@@ -1,9 +1,11 @@
-"""The loss written plainly, with full logits and PyTorch's own gradients: what the engines are judged by."""
+"""The loss written plainly, with full logits and PyTorch's own gradients, to compare the engines with."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from sbs_edge.kernels.plan import dead_rows
 
 __all__ = ["reference_loss"]
 
@@ -28,32 +30,50 @@ def reference_loss(
     valid = (targets != ignore_index).nonzero().squeeze(1)
     kept = targets[valid]
     segments = torch.zeros_like(kept) if segment_ids is None else segment_ids[valid].long()
-    logits = hidden[valid] @ weight.t().to(hidden.dtype)
-    logits = logits * logit_scale
-    if bias is not None:
-        logits = logits + bias.to(hidden.dtype)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    # Less the largest logit before anything is subtracted: logsumexp less a confident target's is mostly rounding.
-    shares = torch.log_softmax(logits, dim=1)
-    losses = (label_smoothing - 1) * shares.gather(1, kept.unsqueeze(1)).squeeze(1)
-    if label_smoothing:  # apart: a class banned by a bias of -inf must not make 0 * -inf
-        losses = losses - label_smoothing * shares.mean(dim=1)
-    if z_loss:
-        losses = losses + z_loss * torch.logsumexp(logits, dim=1) ** 2
-    weights = torch.ones_like(losses) if row_weights is None else row_weights[valid].to(losses.dtype)
-    hits = logits.argmax(dim=1) == kept
+    weights = torch.ones(kept.shape, dtype=hidden.dtype, device=kept.device)
+    if row_weights is not None:
+        weights = row_weights[valid].to(hidden.dtype)
+
+    def rows(states: Tensor) -> tuple[Tensor, Tensor]:
+        """(M,) losses and hits of (M, D) states."""
+        logits = states @ weight.t().to(hidden.dtype)
+        logits = logits * logit_scale
+        if bias is not None:
+            logits = logits + bias.to(hidden.dtype)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        # Less the largest logit before anything is subtracted: logsumexp less a confident target's is mostly rounding.
+        shares = torch.log_softmax(logits, dim=1)
+        losses = (label_smoothing - 1) * shares.gather(1, kept.unsqueeze(1)).squeeze(1)
+        if label_smoothing:  # apart: a class banned by a bias of -inf must not make 0 * -inf
+            losses = losses - label_smoothing * shares.mean(dim=1)
+        if z_loss:
+            losses = losses + z_loss * torch.logsumexp(logits, dim=1) ** 2
+        return losses, logits.argmax(dim=1) == kept
+
+    states, factors = hidden[valid], lambdas.to(hidden.dtype)
+    divisors = [
+        weights[segments == k].sum() if denominators is None else denominators[k].to(hidden.dtype)
+        for k in range(len(lambdas))
+    ]
+    # 0 contributes nothing; what is negative or not finite makes NaN.
+    divisor = torch.stack([d if 0 <= d < torch.inf else d * torch.nan for d in divisors])
+    share = weights.masked_fill(dead_rows(divisor)[segments], 0.0)
+    dead = dead_rows(share * factors[segments])
+    if dead.any():  # their losses are reported, but nothing of theirs may reach a gradient: 0 * NaN is NaN
+        losses, _ = rows(states.masked_fill(dead.unsqueeze(1), 0.0))
+        with torch.no_grad():
+            reported, hits = rows(states)
+        losses = torch.where(dead, reported, losses)
+    else:
+        losses, hits = rows(states)
+    shares = (losses * share).masked_fill(dead_rows(share), 0.0)
     means, counts, correct = [], [], []
-    for k in range(lambdas.shape[0]):
+    for k in range(len(lambdas)):
         member = segments == k
-        divisor = weights[member].sum() if denominators is None else denominators[k]
-        share = (losses[member] * weights[member]).sum()
-        if divisor == 0 or not member.any():
-            means.append(share * 0.0)
-        else:
-            means.append(share / (divisor if 0 < divisor < torch.inf else torch.nan))
+        means.append(shares[member].sum() / divisor[k].masked_fill(dead_rows(divisor[k]), 1.0))
         counts.append(member.sum())
         correct.append((hits & member).sum())
     stacked = torch.stack(means)
-    total = (stacked * lambdas.to(stacked.dtype)).sum()
+    total = (stacked * factors).masked_fill(dead_rows(factors), 0.0).sum()
     return total, stacked.detach(), torch.stack(counts), torch.stack(correct)

@@ -1,12 +1,13 @@
 """The Triton kernels of the ``triton`` engine: logits exist in registers only, one tile at a time.
 
-``strip_kernel`` walks a strip of the vocabulary for a block of rows and keeps, a row, the running
-maximum, the sum of exponentials and where the maximum was met first; ``settle_kernel`` joins a row's
-strips and adds its target; ``slope_kernel`` computes a slice of the scores again and writes the gradient
-of the logits. For blocks of rows ``strip_kernel`` also keeps each tile's exponentials, from which
-``spread_kernel`` makes the gradient without another product. No atomics and no locks: every element has
-one writer, so a repeated run gives the same bits. Scores are in base 2, ``z2 = z * log2(e)``, with the
-logit scale folded into the same factor. Offsets are 64-bit. Knows nothing of torch.
+``partial_softmax`` walks a strip of the vocabulary for a block of rows and keeps, for each row, the running
+maximum, the sum of exponentials and where the maximum was met first. ``combine_partials`` joins a row's
+strips and adds its target. ``logits_grad`` computes a slice of the scores again and writes the gradient
+of the logits. For chunks of rows ``partial_softmax`` also keeps each tile's exponentials, from which
+``probs_to_grad`` makes the gradient without another product. ``column_sums`` adds the rows of a gradient
+for the bias. No atomics and no locks: every element has one writer, so a repeated run gives the same
+bits. Scores are in base 2, ``z2 = z * log2(e)``, with the logit scale folded into the same factor.
+Offsets are 64-bit. Knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "KEPT_GAIN", "log_one_more", "settle_kernel", "slope_kernel", "spread_kernel", "strip_kernel", "tanh"
+    "KEPT_GAIN", "column_sums", "combine_partials", "log_one_more", "logits_grad", "partial_softmax",
+    "probs_to_grad", "tanh",
 ]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -95,7 +97,7 @@ def _scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def strip_kernel(  # type: ignore[no-untyped-def]
+def partial_softmax(  # type: ignore[no-untyped-def]
     hidden, weight, bias, indices, partials, kept,  # noqa: ANN001
     n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, kept_stride,  # noqa: ANN001
     scale, softcap, tiles_a_strip, n_strips,  # noqa: ANN001
@@ -107,16 +109,19 @@ def strip_kernel(  # type: ignore[no-untyped-def]
 
     The four are: maximum, sum of exponentials less the maximum's own 1 (in which small ones would drown),
     sum of scores, and the first column of the tile where the maximum was met first. With CARRY the strip
-    goes on from what it left. The target's score is left to :func:`settle_kernel`: looking for it here
+    goes on from what it left. The target's score is left to :func:`combine_partials`: looking for it here
     costs 58 registers a thread, and with them the second block a multiprocessor.
     """
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Programs (row block, strip, group): a group's states stay in the second-level cache for all strips.
+    row_block = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    strip = tl.program_id(1)
+    row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_rows = row < n_rows
     near = tl.minimum(row, n_rows - 1)
     index = tl.load(indices + near)
     lane = tl.arange(0, BLOCK_V)
     plane = tl.full((), n_strips, tl.int64) * n_rows
-    place = partials + row.to(tl.int64) * n_strips + tl.program_id(1)
+    place = partials + row.to(tl.int64) * n_strips + strip
     largest = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
     rest = tl.zeros((BLOCK_N,), dtype=tl.float32)
     summed = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -126,7 +131,7 @@ def strip_kernel(  # type: ignore[no-untyped-def]
         rest = tl.load(place + plane, mask=inside_rows, other=0.0)
         summed = tl.load(place + 2 * plane, mask=inside_rows, other=0.0)
         winner = tl.load(place + 3 * plane, mask=inside_rows, other=0.0)
-    first = tl.program_id(1) * tiles_a_strip * BLOCK_V
+    first = strip * tiles_a_strip * BLOCK_V
     for start in range(first, tl.minimum(first + tiles_a_strip * BLOCK_V, n_columns), BLOCK_V):
         columns = start + lane
         z, _ = _scores(
@@ -164,11 +169,11 @@ def strip_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def settle_kernel(  # type: ignore[no-untyped-def]
+def combine_partials(  # type: ignore[no-untyped-def]
     hidden, weight, bias, indices, targets, partials, losses, hits, stats,  # noqa: ANN001
     n_rows, n_strips, n_classes, width, stride_hn, stride_hd, stride_wv, stride_wd,  # noqa: ANN001
     stats_stride, scale, softcap, smoothing, z_loss,  # noqa: ANN001
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Join the strips of one row: its loss in nats, whether it hits, its maximum and sum, base 2.
@@ -177,7 +182,8 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     hits if the target is the first column with the largest score, and then the score *is* the maximum:
     taking it makes a confident row's loss exact. Where the maximum has more than two thirds of the
     probability, a target within half of it is that column; where it has less, the scores of the winning
-    tile are made again, all in one order, so that ties go to the first column.
+    tile are made again, all in one order, so that ties go to the first column; without COUNT they are not,
+    and such a row does not hit.
     """
     row = tl.program_id(0).to(tl.int64)
     strip = tl.arange(0, BLOCK_S)
@@ -215,7 +221,7 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     tile = (column // BLOCK_V) * BLOCK_V
     near = (at_target > largest - 0.5) & (tile.to(tl.float32) == winner) & (bad == 0)
     hit = near & (total < 1.5)
-    if near & (total >= 1.5):
+    if COUNT & near & (total >= 1.5):
         best = -float("inf")
         place_of_best = tile
         for first in range(0, BLOCK_V, CHUNK):
@@ -245,7 +251,8 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     if smoothing > 0.0:  # apart: 0 * -inf is no loss
         loss += LN2 * (smoothing * (largest - summed / n_classes))
     lse = natural + LN2 * largest
-    loss += z_loss * lse * lse
+    if z_loss > 0.0:  # apart: the square of a large lse is infinite, and 0 * inf is NaN
+        loss += z_loss * lse * lse
     tl.store(losses + row, tl.where(bad, float("nan"), loss))
     tl.store(hits + row, hit.to(tl.int8))
     tl.store(stats + row, largest)
@@ -253,19 +260,20 @@ def settle_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def slope_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, indices, targets, peaks, shares, gains, slopes,  # noqa: ANN001
-    n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, slopes_stride,  # noqa: ANN001
+def logits_grad(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, indices, targets, peaks, shares, gains, grads,  # noqa: ANN001
+    n_rows, base, n_columns, width, stride_hn, stride_hd, stride_wv, stride_wd, grads_stride,  # noqa: ANN001
     scale, softcap, on_target, elsewhere,  # noqa: ANN001
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A slice's ``gain_i * dloss_i/dlogit_iv`` into ``slopes`` (n_rows, n_columns), rounded once.
+    """A slice's ``gain_i * dloss_i/dlogit_iv`` into ``grads`` (n_rows, n_columns), rounded once.
 
     ``dloss/dz = share_i * 2^(z2 - peak_i) - elsewhere - on_target * (v is the target)``, where ``share``
     is ``(1 + 2 z_loss lse) / sum`` and ``elsewhere`` is ``smoothing / V``.
     """
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_block = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)  # as in partial_softmax
+    row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     near = tl.minimum(row, n_rows - 1)
     index = tl.load(indices + near)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -283,19 +291,20 @@ def slope_kernel(  # type: ignore[no-untyped-def]
     slope -= tl.where(columns[None, :] == goal[:, None], on_target, 0.0)
     if HAS_CAP:  # d softcap(u) / du = 1 - tanh(u / c)^2
         slope = slope * (1.0 - t * t)
-    slope = slope * gain[:, None]
-    place = slopes + row.to(tl.int64)[:, None] * slopes_stride + columns[None, :]
+    # A row without weight leaves nothing, not even its NaN.
+    slope = tl.where((gain == 0.0)[:, None], 0.0, slope * gain[:, None])
+    place = grads + row.to(tl.int64)[:, None] * grads_stride + columns[None, :]
     inside = (row < n_rows)[:, None] & (columns < n_columns)[None, :]
-    tl.store(place, slope.to(slopes.dtype.element_ty), mask=inside)
+    tl.store(place, slope.to(grads.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def spread_kernel(  # type: ignore[no-untyped-def]
+def probs_to_grad(  # type: ignore[no-untyped-def]
     kept, targets, partials, peaks, sums, gains,  # noqa: ANN001
     n_rows, n_classes, n_tiles, kept_stride, on_target, elsewhere, z_loss,  # noqa: ANN001
     TILE_V: tl.constexpr, BLOCK_V: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Exponentials that :func:`strip_kernel` kept become ``gain_i * dloss_i/dlogit_iv``, in place.
+    """Exponentials that :func:`partial_softmax` kept become ``gain_i * dloss_i/dlogit_iv``, in place.
 
     ``partials`` begins with the tiles' maxima (n_rows, n_tiles), of tiles TILE_V wide; ``peaks`` and
     ``sums`` are the rows'. One program has BLOCK_V columns of one row.
@@ -312,4 +321,29 @@ def spread_kernel(  # type: ignore[no-untyped-def]
     power = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     slope = power * (tl.exp2(top - peak - KEPT_GAIN) * share) - elsewhere
     slope -= tl.where(columns == tl.load(targets + row), on_target, 0.0)
-    tl.store(place, (slope * tl.load(gains + row)).to(kept.dtype.element_ty), mask=inside)
+    gain = tl.load(gains + row)
+    slope = tl.where(gain == 0.0, 0.0, slope * gain)
+    tl.store(place, slope.to(kept.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def column_sums(  # type: ignore[no-untyped-def]
+    grads, factors, partials, n_rows, n_columns, grads_stride,  # noqa: ANN001
+    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+) -> None:  # fmt: skip
+    """Sums of ``factors[i] * grads[i]`` over every ROWS rows into ``partials`` (blocks, n_columns).
+
+    Rows are added BLOCK_R at a time in a tree and few such sums after one another, so that the error
+    grows with the logarithm of their number.
+    """
+    columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = columns < n_columns
+    first = tl.program_id(1) * ROWS
+    total = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    for start in range(first, tl.minimum(first + ROWS, n_rows), BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        place = grads + row.to(tl.int64)[:, None] * grads_stride + columns[None, :]
+        part = tl.load(place, mask=(row < n_rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        factor = tl.load(factors + row, mask=row < n_rows, other=0.0)
+        total += tl.sum(part * factor[:, None], axis=0)
+    tl.store(partials + tl.program_id(1).to(tl.int64) * n_columns + columns, total, mask=inside)

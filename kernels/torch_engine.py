@@ -12,24 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbs_edge.kernels.rows import RowPlan
+from sbs_edge.kernels.plan import Gradients, Inputs, Need, Options, Result, RowPlan, dead_rows, wide_sum
+from sbs_edge.kernels.products import weighted_column_sums
 
-__all__ = ["SliceResult", "plan_slice_rows", "run"]
+__all__ = ["forward", "plan_slice_rows"]
 
 DEFAULT_WORKSPACE = 64 << 20
 CACHE_BYTES = 1 << 20
 PIECE_CLASSES = 8192
 LOG2E = 1.4426950408889634
-
-
-class SliceResult(NamedTuple):
-    """(M,) losses, (M,) whether the target's logit is the largest, and gradients for a unit total."""
-
-    losses: Tensor
-    correct: Tensor
-    grad_hidden: Tensor | None
-    grad_weight: Tensor | None
-    grad_bias: Tensor | None
 
 
 def plan_slice_rows(
@@ -49,59 +40,49 @@ def plan_slice_rows(
     return max(1, min(max(n_rows, 1), fitting))
 
 
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: RowPlan,
-    *,
-    label_smoothing: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_mb: float,
-    need: tuple[bool, bool, bool],
-) -> SliceResult:
-    """Compute losses and, where ``need`` (hidden, weight, bias) says so, gradients of the total.
+def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Result:
+    """Compute the rows' losses and the gradients of the total that are needed.
 
     Low-precision inputs are computed and accumulated in float32, because CPUs emulate low-precision
     matrix products; gradients stay in the accumulator's precision so that a loss scale applied later
     is exact.
     """
+    hidden, weight, bias = inputs
+    device, on_cpu = hidden.device, hidden.device.type == "cpu"
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n_rows, (n_classes, width) = plan.indices.shape[0], weight.shape
     wide = weight.to(dtype)
     offset = bias.to(dtype) if bias is not None else None
-    need_hidden, need_weight, need_bias = need
-    any_grad = any(need)
-    losses = torch.empty(n_rows, dtype=dtype, device=hidden.device)
-    correct = torch.empty(n_rows, dtype=torch.bool, device=hidden.device)
-    grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_hidden else None
+    losses = torch.empty(n_rows, dtype=dtype, device=device)
+    correct = torch.empty(n_rows, dtype=torch.bool, device=device)
+    grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if need.hidden else None
     make = torch.empty if n_rows else torch.zeros  # the first slice writes it, the others add
-    grad_weight = make((n_classes, width), dtype=dtype, device=hidden.device) if need_weight else None
-    grad_bias = torch.zeros(n_classes, dtype=dtype, device=hidden.device) if need_bias else None
-    step = plan_slice_rows(n_rows, n_classes, width, wide.element_size(), workspace_mb, 2 if softcap else 1)
-    buffer = torch.empty((min(step, n_rows), n_classes), dtype=dtype, device=hidden.device)
-    slope_buffer = torch.empty_like(buffer) if softcap and any_grad else None
+    grad_weight = make((n_classes, width), dtype=dtype, device=device) if need.weight else None
+    grad_bias = torch.zeros(n_classes, dtype=wide_sum(device, dtype), device=device) if need.bias else None
+    capped = options.softcap > 0
+    step = plan_slice_rows(
+        n_rows, n_classes, width, dtype.itemsize, options.workspace_mb, 2 if capped else 1
+    )  # fmt: skip
+    buffer = torch.empty((min(step, n_rows), n_classes), dtype=dtype, device=device)
+    slope_buffer = torch.empty_like(buffer) if capped and any(need) else None
     # On a CPU a few rows at a time stay in cache; elsewhere launches cost more than cache misses.
-    inner = max(1, CACHE_BYTES // (n_classes * wide.element_size())) if hidden.device.type == "cpu" else step
-
-    pieces = PIECE_CLASSES if hidden.device.type == "cpu" else n_classes
+    inner = max(1, CACHE_BYTES // (n_classes * dtype.itemsize)) if on_cpu else step
+    pieces = PIECE_CLASSES if on_cpu else n_classes
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
-        index = plan.indices[start:stop]
+        index, factor = plan.indices[start:stop], plan.grad_factor[start:stop]
         rows = hidden.index_select(0, index).to(dtype)
-        if logit_scale != 1.0:
-            rows = rows * logit_scale
+        if options.logit_scale != 1.0:
+            rows = rows * options.logit_scale
         logits = buffer[: stop - start]
         torch.mm(rows, wide.t(), out=logits)
         losses[start:stop], correct[start:stop], coefficient = _pointwise(
-            logits, offset, plan.targets[start:stop], plan.grad_factor[start:stop],
-            None if slope_buffer is None else slope_buffer[: stop - start], inner,
-            label_smoothing, z_loss, softcap, any_grad,
+            logits, offset, plan.targets[start:stop], factor,
+            None if slope_buffer is None else slope_buffer[: stop - start], inner, options, any(need),
         )  # fmt: skip
-        if not any_grad:
+        if not any(need):
             continue
+        _clear_dead_rows(dead_rows(factor), logits, rows, coefficient)
         # dL/dlogits = coefficient * logits, row by row; the coefficient goes into the thin operand.
         if grad_weight is not None:
             scaled = rows.mul(coefficient.unsqueeze(1))
@@ -113,11 +94,25 @@ def run(
                 else:
                     torch.mm(logits[:, columns].t(), scaled, out=grad_weight[columns])
         if grad_bias is not None:
-            grad_bias.addmv_(logits.t(), coefficient)
+            grad_bias += weighted_column_sums(logits, coefficient)
         if grad_hidden is not None:
-            product = torch.mm(logits, wide).mul_((coefficient * logit_scale).unsqueeze(1))
+            product = torch.mm(logits, wide).mul_((coefficient * options.logit_scale).unsqueeze(1))
             grad_hidden.index_copy_(0, index, product)
-    return SliceResult(losses, correct, grad_hidden, grad_weight, grad_bias)
+    narrow = None if grad_bias is None else grad_bias.to(dtype)
+    return Result(losses, correct, Gradients(grad_hidden, grad_weight, narrow))
+
+
+def _clear_dead_rows(dead: Tensor, logits: Tensor, rows: Tensor, coefficient: Tensor) -> None:
+    """Set what rows without weight bring into the products to zero: 0 * NaN is NaN."""
+    if dead.device.type == "cpu":
+        if dead.any():
+            logits[dead] = 0.0
+            rows[dead] = 0.0
+            coefficient[dead] = 0.0
+    else:  # to ask a device whether there are any is to wait for it
+        logits.masked_fill_(dead.unsqueeze(1), 0.0)
+        rows.masked_fill_(dead.unsqueeze(1), 0.0)
+        coefficient.masked_fill_(dead, 0.0)
 
 
 class _RowSums(NamedTuple):
@@ -195,9 +190,7 @@ def _pointwise(
     factor: Tensor,
     slope: Tensor | None,
     inner: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    options: Options,
     any_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn ``logits`` in place into the gradient up to a factor a row; return (loss, hit, factor).
@@ -205,6 +198,7 @@ def _pointwise(
     The wide buffer is passed over ``inner`` rows at a time, everything a row has one of at once: there
     are hundreds of such pieces, and a dozen small operators on each would cost as much as the exponential.
     """
+    label_smoothing, z_loss, _, softcap, _, count = options
     n_rows, n_classes = logits.shape
     bad = (targets < 0) | (targets >= n_classes)
     column = targets.clamp(0, n_classes - 1).unsqueeze(1)
@@ -217,12 +211,13 @@ def _pointwise(
         piece, place = logits[here], column[here]
         steep = None if slope is None else slope[here]
         known = _RowSums(*(x[here] for x in sums))
-        _exponentials(piece, offset, place, steep, softcap, label_smoothing > 0, known)
+        _exponentials(piece, offset, place, steep, softcap, label_smoothing > 0, count, known)
         if any_grad and not at_once:
             _to_gradient(piece, place, steep, _row_factors(known, label_smoothing, z_loss), label_smoothing)
     factors = _row_factors(sums, label_smoothing, z_loss)
     loss = factors.log_total + (1.0 - label_smoothing) * sums.gap.masked_fill(bad, torch.nan)
-    loss = loss + z_loss * factors.lse.square()
+    if z_loss:  # apart: the square of a large lse is infinite, and 0 * inf would be NaN
+        loss = loss + z_loss * factors.lse.square()
     if label_smoothing:
         loss = loss + label_smoothing * sums.depth
     if any_grad and at_once:
@@ -238,6 +233,7 @@ def _exponentials(
     slope: Tensor | None,
     softcap: float,
     mean: bool,
+    count: bool,
     sums: _RowSums,
 ) -> None:
     """Turn a few rows of ``logits`` in place into ``exp(z - max)``, 0 at the target, and fill their ``sums``.
@@ -264,7 +260,9 @@ def _exponentials(
     # The first of several largest is the winner, which only a search tells; equal logits are rare, but
     # to ask a device whether there are any is to wait for it.
     tied = own == others
-    if logits.device.type != "cpu" or tied.any():
+    if not count:
+        sums.hit.zero_()
+    elif logits.device.type != "cpu" or tied.any():
         first = logits.scatter_(1, column, own).argmax(dim=1, keepdim=True)
         sums.hit.logical_or_((tied & (first == column)).squeeze(1))
         logits.scatter_(1, column, -torch.inf)

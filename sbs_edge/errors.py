@@ -7,12 +7,14 @@ Every message is one paragraph: what is wrong, where (file, line, field), and wh
     │   ├── DataError     2   an input file or row is wrong
     │   └── MissingExtra  2   an optional package is not installed
     ├── GuardError        3   a lossy step cost more accuracy than allowed
+    ├── AnswerError       1   a model gave a number that is not finite
     └── IntegrityError    4   a bundle is damaged, incomplete or not what its manifest says
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "AnswerError",
     "DataError",
     "GuardError",
     "IntegrityError",
@@ -54,6 +56,10 @@ class GuardError(SbsEdgeError):
     """A lossy step lost more accuracy than the guard allows; nothing was replaced."""
 
     exit_code = 3
+
+
+class AnswerError(SbsEdgeError):
+    """A model computed a score that is NaN or infinite, so that there is no answer to give."""
 
 
 class IntegrityError(SbsEdgeError):

@@ -8,20 +8,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import SbsEdgeError, UsageError
 
 __all__ = [
     "atomic_directory",
     "atomic_writer",
     "check_replaceable",
     "fsync_directory",
+    "to_json",
     "write_bytes",
     "write_json",
     "write_text",
@@ -76,9 +78,43 @@ def write_text(path: str | os.PathLike[str], content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
+def to_json(content: Any, **options: Any) -> str:
+    """Return ``content`` as JSON; ``options`` are those of :func:`json.dumps`.
+
+    Raises:
+        SbsEdgeError: a number is NaN or infinite. JSON has neither, and readers refuse the whole document.
+    """
+    try:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)
+    except ValueError as error:
+        place = _not_finite(content, "")
+        if place is None:
+            raise
+        raise SbsEdgeError(
+            f"The result holds a number that is not finite (NaN or infinity) at {place}: JSON cannot hold it, and "
+            "it is not an answer. Nothing was written. Check the student that produced it."
+        ) from error
+
+
+def _not_finite(content: Any, place: str) -> str | None:
+    """Return where the first number that is not finite stands in ``content``."""
+    if isinstance(content, float):
+        return None if math.isfinite(content) else place.lstrip(".") or "the top"
+    parts: Any = ()
+    if isinstance(content, Mapping):
+        parts = ((f"{place}.{key}", value) for key, value in content.items())
+    elif isinstance(content, list | tuple):
+        parts = ((f"{place}[{index}]", value) for index, value in enumerate(content))
+    return next((found for name, value in parts if (found := _not_finite(value, name))), None)
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write ``content`` as indented JSON with a final newline, in one step."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write ``content`` as indented JSON with a final newline, in one step.
+
+    Raises:
+        SbsEdgeError: a number in it is not finite; the file stays as it was.
+    """
+    write_text(path, to_json(content, indent=2) + "\n")
 
 
 def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str], kind: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sbs_edge import files
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import SbsEdgeError, UsageError
 
 
 def test_write_json_round_trip(tmp_path: Path) -> None:
@@ -79,3 +79,14 @@ def test_the_directory_one_stands_in_is_not_replaced(
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(UsageError, match="runs in"):
         files.check_replaceable(name, ("manifest.json",), "bundle")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_never_holds_a_number_that_is_not_finite(tmp_path, value):
+    path = tmp_path / "figures.json"
+    files.write_json(path, {"loss": 1.5})
+    before = path.read_bytes()
+    with pytest.raises(SbsEdgeError, match=r"at steps\[1\]\.loss"):
+        files.write_json(path, {"steps": [{"loss": 0.5}, {"loss": value}]})
+    assert path.read_bytes() == before
+    assert files.to_json({"text": "é", "n": [1, 2.5, None]}) == '{"text": "é", "n": [1, 2.5, null]}'

@@ -11,23 +11,81 @@ from rich.console import Console
 from sbs_edge.commands._common import print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sbs_edge.data.example import Example
     from sbs_edge.teacher.annotate import Annotation, Settings
-    from sbs_edge.teacher.calls import Teacher
+    from sbs_edge.teacher.calls import Sampling, Teacher
     from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["Connection", "ask_teacher", "emit", "read_outputs", "read_rows", "say_estimate", "summary"]
+__all__ = [
+    "Connection",
+    "ask_teacher",
+    "emit",
+    "outcome",
+    "read_outputs",
+    "read_rows",
+    "say_estimate",
+    "summary",
+]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Connection:
-    """Where the teacher is; keyword arguments of :func:`sbs_edge.teacher.connect.connect`."""
+    """Where the teacher is; keyword arguments of :func:`sbs_edge.teacher.connect.connect`. It holds secrets."""
 
-    backend: str
-    base_url: str | None
-    api_key_env: str
-    timeout: float
-    device: str | None
+    backend: str = "openai"
+    base_url: str | None = None
+    api_key_env: str | None = None
+    key_header: str = "Authorization"
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    timeout: float = 120.0
+    device: str | None = None
+
+    def identity(self) -> str:
+        """Return the server's address without secrets.
+
+        Raises:
+            UsageError: the address, the key or a header cannot be used.
+
+        """
+        if self.backend != "openai":
+            return self.backend
+        from sbs_edge.teacher.openai_api import endpoint_of
+
+        return endpoint_of(
+            self.base_url,
+            api_key_env=self.api_key_env or "OPENAI_API_KEY",
+            key_header=self.key_header,
+            headers=self.headers,
+        ).identity
+
+
+def connection_of(
+    task: TaskFile,
+    sampling: Sampling,
+    connection: Connection,
+    *,
+    server: str | None = None,
+    header: Sequence[str] = (),
+    request: Sequence[str] = (),
+    omit: Sequence[str] = (),
+    extra_body: str | None = None,
+) -> tuple[Sampling, Connection]:
+    """Return both with what flags, task file and server preset say; arguments as the flags of the same names."""
+    from sbs_edge.teacher.connect import headers_of, server_preset, with_request
+
+    preset = server_preset(server, connection.base_url)
+    return (
+        with_request(sampling, task, preset, request=request, omit=omit, extra_body=extra_body),
+        dataclasses.replace(
+            connection,
+            base_url=connection.base_url or preset.base_url or None,
+            api_key_env=connection.api_key_env or preset.api_key_env,
+            key_header=preset.key_header,
+            headers=headers_of(task, header),
+        ),
+    )
 
 
 def read_rows(
@@ -186,7 +244,58 @@ def ask_teacher(
                 step[0] = tenth
                 console.print(f"{figures.done}/{figures.total}  {text}", highlight=False)
 
-        return annotate(rows, spec, teacher, journal_path, settings, on_progress=update)
+        def wait(seconds: float, reason: str) -> None:
+            console.print(f"Waiting {seconds:,.0f} s: {reason}.", highlight=False, markup=False)
+
+        return annotate(rows, spec, teacher, journal_path, settings, on_progress=update, on_wait=wait)
+
+
+REFUSED_SHARE = 0.1
+"""A run whose server refused more than this share of the rows has failed."""
+
+
+def outcome(
+    annotation: Annotation, report: dict[str, Any], out: Path, server: str, fields: list[str]
+) -> None:
+    """Raise where a run did not do what was asked; what it did is written already.
+
+    Raises:
+        SbsEdgeError: the budget ended the run, calls stayed unanswered, no row is annotated, or the server refused
+            more than :data:`REFUSED_SHARE` of the rows.
+
+    """
+    from sbs_edge.errors import SbsEdgeError
+    from sbs_edge.teacher.calls import CallFailed
+    from sbs_edge.teacher.stop import advice
+
+    stats, rows, done = annotation.stats, report["rows"], report["annotated"]
+    if stats.stopped == "budget":
+        raise SbsEdgeError(
+            f"The budget ended the run: {done} of {rows} rows are annotated and written to {out}. Raise --max-cost "
+            "or --max-total-tokens and run the same command to go on."
+        )
+    words = stats.last_failure or next((item.detail for item in annotation.results if item.detail), None)
+    refused = report["reasons"].get("rejected", 0)
+    said = ""
+    if words:
+        reason, _, detail = words.partition(": ")
+        said = f" The last failure: {words.rstrip('. ')}. {advice(CallFailed(reason, detail), server, fields)}".rstrip()
+    if stats.unanswered:
+        kinds = ", ".join(f"{number} {reason}" for reason, number in stats.unanswered.items())
+        raise SbsEdgeError(
+            f"{sum(stats.unanswered.values())} calls stayed unanswered ({kinds}); the rest is written to {out}.{said} "
+            "Run the same command again: it asks only what is missing."
+        )
+    if done == 0:
+        raise SbsEdgeError(
+            f"None of the {rows} rows is annotated: {report['reasons']}.{said} The teacher's own words are in "
+            f"{out.with_suffix('.failed.jsonl')}."
+        )
+    if refused > REFUSED_SHARE * rows:
+        raise SbsEdgeError(
+            f"The server refused {refused} of {rows} rows; {done} are annotated and written to {out}.{said} "
+            "--retry-failed asks for the refused rows again."
+        )
 
 
 def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -> None:
@@ -196,6 +305,7 @@ def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -
         f"{report['annotated']:,} of {report['rows']:,} rows annotated -> {out}"
         + (f"; agreement with gold {agreement:.1%}" if agreement is not None else "")
         + (f"; without: {report['reasons']}" if report["reasons"] else "")
+        + (f"; the server's words: {report['refusal']}" if report.get("refusal") else "")
         + (f"; cost {report['calls']['cost']:.4f}" if priced or report["calls"]["cost"] else "")
         + f". Read {out.with_suffix('.report.html')}.",
         highlight=False,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperCommand
 
 from sbs_edge.errors import SbsEdgeError, UsageError
@@ -34,6 +36,14 @@ class Interrupted(SbsEdgeError):
 class Command(TyperCommand):
     """A command of this program; every one is of this class (:func:`install`)."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the command; its help is plain text, where ``[label]`` is not a tag of rich's."""
+        super().__init__(*args, **kwargs)
+        items: list[Any] = [self, *self.params]
+        for item in items:
+            if text := getattr(item, "help", None):
+                item.help = escape(text)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
 
@@ -43,6 +53,7 @@ class Command(TyperCommand):
 
         """
         for name, value in ctx.params.items():
+            ctx.params[name] = value = _expanded(value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{name.replace('_', '-')} must be a finite number, not {value}.")
         try:
@@ -50,6 +61,15 @@ class Command(TyperCommand):
         except KeyboardInterrupt as stop:
             kept = _KEPT.get(self.name or "", _NOTHING) if ctx.parent.parent is None else _NOTHING
             raise Interrupted(kept.format(**ctx.params)) from stop
+
+
+def _expanded(value: Any) -> Any:
+    """Return a value with ``~/`` expanded, which the shell leaves alone in ``--out=~/x`` and in files of flags."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expanded, value))
+    if isinstance(value, Path):
+        return value.expanduser()
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def install(group: typer.Typer) -> None:

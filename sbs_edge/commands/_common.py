@@ -6,7 +6,6 @@ default. The file is YAML or JSON: a mapping from flag names (dashes or undersco
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import Enum
 from pathlib import Path
@@ -35,6 +34,7 @@ _NOT_CONFIGURATION = {"config", "dry_run", "json_output"}
 def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     if value is None:
         return None
+    value = value.expanduser()
     try:
         content = yaml.safe_load(value.read_text(encoding="utf-8"))
     except OSError as error:
@@ -141,5 +141,5 @@ def save_resolved_beside(ctx: typer.Context, folder: str | Path) -> None:
 
 def print_json(content: Any) -> None:
     """Print ``content`` as one line of JSON on stdout."""
-    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    sys.stdout.write(files.to_json(content) + "\n")
     sys.stdout.flush()

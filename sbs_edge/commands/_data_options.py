@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from sbs_edge.data.example import Example
+    from sbs_edge.data.example import Example, Splits
 
 __all__ = [
     "ColumnOption",
@@ -28,6 +28,7 @@ __all__ = [
     "SkipBadRowsOption",
     "TestOption",
     "ValidationOption",
+    "judge",
     "read_rows",
 ]
 
@@ -94,6 +95,24 @@ LeaveOutBadRowsOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows and say how many.")
 ]
 ModeOption = Annotated[Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")]
+
+
+def judge(splits: Splits, mode: str) -> None:
+    """Say on stderr what the checks of ``data check`` warn of, and refuse at their stops.
+
+    Raises:
+        DataError: training would fail, or would give a student that means nothing.
+
+    """
+    from sbs_edge.data.findings import examine, refuse_stops
+
+    findings = examine(splits, cast("Any", mode))
+    for finding in findings:
+        if finding.level == "warn":
+            Console(stderr=True).print(
+                f"warning: {finding.message}", markup=False, highlight=False, soft_wrap=True
+            )
+    refuse_stops(findings)
 
 
 def read_rows(path: Path, column: Iterable[str] | None, skip_bad_rows: bool) -> list[Example]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.data.questions import Unanswerable, choices_of, id_of, text_of
+from sbs_edge.data.raw import BOM, refuse_foreign_bytes
 from sbs_edge.data.readers import ColumnMap
 from sbs_edge.data.rows import FORMATS, RawRow, iterate_rows, json_line_rows
 from sbs_edge.errors import DataError, UsageError
@@ -55,16 +56,30 @@ def columns_of(column: Iterable[str], field: str) -> ColumnMap:
 
 
 def text_rows(lines: Iterable[bytes], source: str) -> Iterator[PredictRow]:
-    """Yield one row a line; blank lines are passed over."""
+    """Yield one row a line.
+
+    Raises:
+        DataError: a line is blank, not UTF-8, or holds a carriage return or a NUL byte: with one answer
+            for each line, no line may be dropped or joined.
+
+    """
     for number, line in enumerate(lines, 1):
+        if number == 1:
+            refuse_foreign_bytes(line[:8], source)
         try:
-            text = line.decode("utf-8").rstrip("\r\n")
+            text = line.removeprefix(BOM).decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{source}:{number} is not UTF-8 (byte {error.start}). Convert the file first."
             ) from error
-        if text.strip():
-            yield PredictRow(f"{source}:{number}", text, None, {})
+        if not text.strip():
+            raise DataError(f"{source}:{number} is blank. Every line gets an answer: fill it or remove it.")
+        if "\r" in text or "\0" in text:
+            what = (
+                "carriage return inside; convert the line ends to line feeds" if "\r" in text else "NUL byte"
+            )
+            raise DataError(f"{source}:{number} has a {what}.")
+        yield PredictRow(f"{source}:{number}", text, None, {})
 
 
 def table_rows(
@@ -82,7 +97,7 @@ def table_rows(
         DataError: a row cannot be read or lacks its text; one row out a row in leaves none out.
 
     """
-    for raw in iterate_rows(Path(source)) if lines is None else json_line_rows(lines):
+    for raw in iterate_rows(Path(source)) if lines is None else json_line_rows(lines, source):
         yield _row(raw, f"{source}:{raw.line}", columns, own_choices)
 
 

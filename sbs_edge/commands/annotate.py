@@ -13,7 +13,9 @@ from rich.console import Console
 from sbs_edge.commands._annotate import (
     Connection,
     ask_teacher,
+    connection_of,
     emit,
+    outcome,
     read_outputs,
     read_rows,
     say_estimate,
@@ -82,15 +84,43 @@ def register(app: typer.Typer) -> None:
         base_url: Annotated[
             str | None,
             typer.Option(
-                help="The endpoint up to and including /v1. None: OPENAI_BASE_URL or the package's default."
+                help="The endpoint up to and including /v1; a query (?api-version=...) is kept. "
+                "None: OPENAI_BASE_URL, the preset's, or OpenAI's own."
+            ),
+        ] = None,
+        server: Annotated[
+            str | None,
+            typer.Option(
+                help="Preset of a server: openai, azure, openrouter, anthropic, vllm, llama.cpp, ollama or lmstudio. It "
+                "gives the address, the key's variable and the names of parameters; flags win."
             ),
         ] = None,
         api_key_env: Annotated[
-            str,
+            str | None,
             typer.Option(
-                help="Environment variable that holds the key; the key itself is never a flag and never written."
+                help="Environment variable that holds the key; the key itself is never a flag and never written. "
+                "None: OPENAI_API_KEY, or the preset's."
             ),
-        ] = "OPENAI_API_KEY",
+        ] = None,
+        header: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="NAME=VALUE, sent with every request; NAME=env:VARIABLE keeps a secret out of the shell."
+            ),
+        ] = None,
+        request: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="NAME=VALUE sets a field of the request. max_completion_tokens, with or without a value, takes "
+                "the place of max_tokens."
+            ),
+        ] = None,
+        omit: Annotated[
+            list[str] | None, typer.Option(help="Field of the request that is not sent, such as temperature.")
+        ] = None,
+        extra_body: Annotated[
+            str | None, typer.Option(help="JSON object of further fields of the request.")
+        ] = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
         device: Annotated[str | None, typer.Option(help="Device of a local model.")] = None,
         dataset: Annotated[
@@ -196,7 +226,8 @@ def register(app: typer.Typer) -> None:
         sbs-edge annotate DIR --dataset svamp --task svamp --outputs 'DIR/svamp/llm/train_CoT_*.json';
         sbs-edge annotate --engine ray --task task.yaml --model any --input 'rows/*.jsonl' --output annotated
         """
-        from sbs_edge.errors import SbsEdgeError, UsageError
+        from sbs_edge.chat.endpoint import redacted_headers, redacted_url
+        from sbs_edge.errors import UsageError
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
         from sbs_edge.teacher.calls import Sampling
         from sbs_edge.teacher.cost import Prices
@@ -207,18 +238,40 @@ def register(app: typer.Typer) -> None:
         out = either(ctx, "out", "output", "--out and --output")
         if data is None:
             raise UsageError("There is nothing to annotate: name the rows as INPUT, or with --input.")
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False)
         spec = load_task(task)
         if not (show_prompt or outputs):  # these ask nobody
             refuse_placeholders(spec, task)
         heat = temperature if temperature is not None else (0.7 if samples > 1 else 0.0)
-        if samples > 1 and heat == 0:
+        sampling, connection = connection_of(
+            spec,
+            Sampling(heat, max_tokens or spec.max_tokens, top_p, sampling_seed),
+            Connection(backend.value, base_url, api_key_env, timeout=timeout, device=device),
+            server=server,
+            header=header or (),
+            request=request or (),
+            omit=omit or (),
+            extra_body=extra_body,
+        )
+        if samples > 1 and sampling.parameters().get("temperature", 1) == 0:
             raise UsageError(
                 "--samples above 1 needs a --temperature above 0: greedy answers are all the same."
             )
+        if (max_cost or max_total_tokens) and sampling.limit_name in sampling.omit:
+            raise UsageError(
+                f"A budget needs a limit on each answer, and --omit {sampling.limit_name} takes it away. Leave out one."
+            )
+        if backend is Backend.local and (header or request or omit or extra_body or server):
+            raise UsageError(
+                "--backend local generates in this process: --server, --header, --request, --omit and --extra-body are "
+                "for a server behind HTTP."
+            )
+        asks = not (show_prompt or outputs or emit_batch or dry_run)
+        ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # what is saved holds no secret
+        ctx.params["header"] = redacted_headers(header or []) or None
         settings = Settings(
             model=model,
-            sampling=Sampling(heat, max_tokens or spec.max_tokens, top_p, sampling_seed),
+            sampling=sampling,
             samples=samples,
             concurrency=concurrency,
             prices=Prices(price_in, price_out),
@@ -226,8 +279,8 @@ def register(app: typer.Typer) -> None:
             max_total_tokens=max_total_tokens,
             retry_failed=retry_failed,
             max_attempts=max_attempts,
+            server=connection.identity() if asks else "",
         )
-        connection = Connection(backend.value, base_url, api_key_env, timeout, device)
         if engine is Engine.ray:
             if outputs or emit_batch or show_prompt or dry_run or dataset or limit or keep_failed:
                 raise UsageError(
@@ -276,14 +329,10 @@ def register(app: typer.Typer) -> None:
         if json_output:
             print_json({name: value for name, value in report.items() if name != "samples"})
         summary(report, place, console, settings.prices.known)
-        stats = annotation.stats
-        if stats.stopped == "budget":
-            raise SbsEdgeError(
-                f"The budget ended the run: {report['annotated']} of {report['rows']} rows are annotated and "
-                f"written to {out}. Raise --max-cost or --max-total-tokens and run the same command to go on."
+        if annotation.skipped_lines:
+            console.print(
+                f"{annotation.skipped_lines} lines of {journal_path} are not records and were skipped; their calls "
+                "are asked again.",
+                highlight=False,
             )
-        if stats.unanswered:
-            raise SbsEdgeError(
-                f"{sum(stats.unanswered.values())} calls stayed unanswered ({stats.unanswered}); the rest is "
-                f"written to {out}. Run the same command again: it asks only what is missing."
-            )
+        outcome(annotation, report, place, settings.server, [*sampling.parameters(), "stop"])

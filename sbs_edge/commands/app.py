@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sbs_edge.commands._command import Interrupted, install
 from sbs_edge.errors import SbsEdgeError
+from sbs_edge.resources import lacks_memory, memory_advice
 
 __all__ = ["app", "main"]
 
@@ -97,6 +98,12 @@ def main(args: list[str] | None = None) -> int:
         _say("error", f"{error.strerror or error}: {error.filename or 'no file named'}.")
         return 1
     except Exception as error:
+        if lacks_memory(error):
+            _say(
+                "error",
+                f"There is not enough memory: {str(error) or type(error).__name__}. {memory_advice()}",
+            )
+            return 1
         _say(
             "internal error", f"{type(error).__name__}: {error}. 'sbs-edge --debug COMMAND ...' shows where."
         )

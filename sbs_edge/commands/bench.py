@@ -42,7 +42,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _show(document: dict[str, Any], console: Console) -> None:
     from sbs_edge.bench import tables
-    from sbs_edge.bench.kinds import tables_of
+    from sbs_edge.bench.registry import tables_of
 
     console.print(tables.headline(document), style="bold")
     if document.get("quick"):

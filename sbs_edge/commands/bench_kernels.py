@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from sbs_edge.commands._common import ConfigOption, JsonOption
 from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.resources import usable_cpus
 
 __all__ = ["register"]
 
@@ -76,7 +76,8 @@ def register(app: typer.Typer, finish: Finish) -> None:
             float, typer.Option(min=0.01, help="Time; what it does not reach is a row that says so.")
         ] = 30.0,
         threads: Annotated[
-            int, typer.Option(min=0, help="Compute threads; 0: every processor allowed.", show_default=False)
+            int,
+            typer.Option(min=0, help="Compute threads; 0: as many as can run at once.", show_default=False),
         ] = 0,
         seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
         quick: Annotated[
@@ -121,7 +122,7 @@ def register(app: typer.Typer, finish: Finish) -> None:
             rounds=min(rounds, 2) if quick else rounds,
             calls=3 if where == "cuda" else 1,
             minutes=minutes,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or usable_cpus(),
             seed=seed,
             student=student,
         )

@@ -66,6 +66,7 @@ def register(app: typer.Typer) -> None:
 
         from sbs_edge import files
         from sbs_edge.compare_teacher import COLUMNS, compare_with_teacher, comparison_page
+        from sbs_edge.data.labels import fit_labels
         from sbs_edge.data.splits import hold_out
         from sbs_edge.teacher.task import load_task
 
@@ -74,18 +75,21 @@ def register(app: typer.Typer) -> None:
         if gold is not None:
             labels = {row.id: row.label for row in read_rows(gold, None, skip_bad_rows)}
             rows = [dataclasses.replace(row, label=labels.get(row.id, row.label)) for row in rows]
-        train_rows, validation_rows = hold_out(rows, validation_share, seed)
+        rows, _ = fit_labels(rows, spec)
+        train_rows, validation_rows = hold_out(
+            rows, validation_share, seed, stratify=spec.label_kind == "closed"
+        )
         report_path = annotated.with_suffix(".report.json")
         annotation = json.loads(report_path.read_text(encoding="utf-8")) if report_path.is_file() else None
         console = Console(stderr=True)
         out.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out / "config.yaml")
         report = compare_with_teacher(
-            spec, train_rows, validation_rows, read_rows(test, None, skip_bad_rows), out,
+            spec, train_rows, validation_rows, fit_labels(read_rows(test, None, skip_bad_rows), spec)[0], out,
             annotation=annotation, teacher_parameters=teacher_parameters, steps=steps, target=target,
             core_hour_price=core_hour_price,
             training={"rationale_weight": rationale_weight, "row_weight": row_weight, "seed": seed},
-            say=lambda line: console.print(f"[dim]{line}[/]"),
+            say=lambda line: console.print(line, style="dim", markup=False),
         )  # fmt: skip
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.html", comparison_page(report))

@@ -18,6 +18,7 @@ from sbs_edge.commands._data_options import (
     DataArgument,
     DatasetOption,
     LabelKindOption,
+    Mode,
     TestOption,
     ValidationOption,
 )
@@ -95,13 +96,13 @@ def _show(report: dict[str, Any]) -> None:
     line(f"Overlaps between splits: {overlaps['count']}")
     for row in overlaps["rows"]:
         line(f"  {row}")
-    if report["ok"]:
-        line("Nothing is in the way of training.")
-    else:
-        line(
-            f"Training would stop: {'; '.join(report['problems'])}. "
-            "Mend the rows, or go on without them with --skip-bad-rows."
-        )
+    for finding in report["findings"]:
+        line(f"{finding['level']}: {finding['message']} [{finding['code']}]")
+        for row in finding["rows"]:
+            line(f"  {row}")
+    line(f"Verdict: {report['verdict']}.")
+    if report["problems"]:
+        line("Correct the rows, or go on without them with --skip-bad-rows.")
 
 
 def register(app: typer.Typer) -> None:
@@ -123,6 +124,9 @@ def register(app: typer.Typer) -> None:
         column: ColumnOption = None,
         label_kind: LabelKindOption = None,
         compare: CompareOption = Compare.text,
+        mode: Annotated[
+            Mode | None, typer.Option(help="Judge the rows for this mode of training; none: for any.")
+        ] = None,
         tokenizer: Annotated[
             Path | None,
             typer.Option(help="Directory with tokenizer.json to count tokens with; default: words."),
@@ -132,7 +136,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Count rows, bad rows, teacher's agreement, labels, lengths and overlaps, a split a row.
 
-        Exits with 2 when training on the source would stop. Nothing is written.
+        The verdict is ok, warn or stop; stop exits with 2, as training would. Nothing is written.
 
         Examples: sbs-edge data check rows.jsonl --column input=question; sbs-edge data check DIR --dataset svamp
         """
@@ -148,6 +152,7 @@ def register(app: typer.Typer) -> None:
             compare=compare.value,
             columns=ColumnMap.parse(column or ()),
             tokenizer=tokenizer,
+            mode=mode.value if mode else None,
         )
         if json_output:
             print_json(report)

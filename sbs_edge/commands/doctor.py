@@ -14,6 +14,9 @@ from rich.table import Table
 
 from sbs_edge import __version__
 from sbs_edge.commands._common import JsonOption, print_json
+from sbs_edge.resources import cpu_quota, memory_limit, usable_cpus
+from sbs_edge.runtime.int8_products import int8_products
+from sbs_edge.runtime.prepacked import cache_directory, max_bytes, usage
 
 __all__ = ["diagnose", "register"]
 
@@ -35,12 +38,17 @@ _PACKAGES: tuple[tuple[str, str, str, str], ...] = (
     ("starlette", "starlette", "serve", "the HTTP service"),
     ("uvicorn", "uvicorn", "serve", "the HTTP service"),
     ("prometheus-client", "prometheus_client", "serve", "metrics"),
-    ("openai", "openai", "teacher", "annotation by an OpenAI-compatible teacher"),
+    ("httpx", "httpx", "teacher", "annotation by an OpenAI-compatible teacher"),
     ("ctranslate2", "ctranslate2", "bench", "a peer in `bench latency`"),
     ("openvino", "openvino", "bench", "a peer in `bench latency`"),
     ("liger-kernel", "liger_kernel", "bench", "a peer in `bench kernels`"),
     ("ray", "ray", "scale", "`--engine ray`"),
 )
+
+_PRODUCTS = {
+    "exact": "exact on this CPU",
+    "corrected": "saturate on this CPU (no VNNI); bundles are loaded with exact ones, which take a little longer",
+}
 
 
 def _version(distribution: str) -> str | None:
@@ -57,14 +65,37 @@ def _cpu() -> dict[str, Any]:
         with open("/proc/cpuinfo", encoding="utf-8") as handle:
             for line in handle:
                 name, _, value = line.partition(":")
-                if name.strip() == "flags":
+                if name.strip() in ("flags", "Features"):
                     flags = set(value.split())
                 elif name.strip() == "model name":
                     model = value.strip()
     except OSError:
         pass
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
-    return {"model": model, "cores": os.cpu_count(), "features": [f for f in wanted if f in flags]}
+    return {
+        "model": model,
+        "cores": os.cpu_count(),
+        "features": [f for f in wanted if f in flags],
+        "quota": cpu_quota(),
+        "threads": usable_cpus(),
+        "int8_products": int8_products(),
+    }
+
+
+def _memory() -> dict[str, int | None]:
+    try:
+        installed: int | None = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        installed = None
+    return {"installed_bytes": installed, "limit_bytes": memory_limit()}
+
+
+def _prepacked() -> dict[str, Any]:
+    try:
+        entries, size = usage()
+    except RuntimeError:  # no home directory
+        return {}
+    return {"directory": str(cache_directory()), "entries": entries, "bytes": size, "max_bytes": max_bytes()}
 
 
 def _providers() -> list[str]:
@@ -121,6 +152,8 @@ def diagnose() -> dict[str, Any]:
         "platform": platform.platform(),
         "executable": sys.executable,
         "cpu": _cpu(),
+        "memory": _memory(),
+        "prepacked_cache": _prepacked(),
         "gpus": _gpus(),
         "providers": _providers(),
         "loss_engines": _engines(),
@@ -144,6 +177,20 @@ def _show(report: dict[str, Any]) -> None:
     console.print(f"sbs-edge {report['sbs_edge']}, Python {report['python']}, {report['platform']}")
     features = " ".join(cpu["features"]) or "no vector features known"
     console.print(f"CPU: {cpu['model']}, {cpu['cores']} cores, {features}")
+    quota = f"a quota of {cpu['quota']:g} processors" if cpu["quota"] else "no CPU quota"
+    console.print(f"Threads by default: {cpu['threads']} ({quota})")
+    if cpu["int8_products"]:
+        console.print(f"int8 products: {_PRODUCTS[cpu['int8_products']]}")
+    memory, stored = report["memory"], report["prepacked_cache"]
+    limit = f"limited to {memory['limit_bytes'] / 2**20:.0f} MiB" if memory["limit_bytes"] else "no limit set"
+    if memory["installed_bytes"]:
+        console.print(f"Memory: {memory['installed_bytes'] / 2**30:.1f} GiB, {limit}")
+    if stored:
+        console.print(
+            f"Pre-packed weights: {stored['entries']} entries, {stored['bytes'] / 2**20:.0f} of at most "
+            f"{stored['max_bytes'] / 2**20:.0f} MiB in {stored['directory']}",
+            soft_wrap=True,
+        )
     for gpu in report["gpus"]:
         console.print(f"GPU: {gpu['name']}, {gpu['capability']}, {gpu['memory_gib']} GiB")
     if not report["gpus"]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sbs_edge import files
@@ -47,23 +48,27 @@ def register(app: typer.Typer) -> None:
             import torch  # noqa: F401
         except ImportError as error:
             raise MissingExtra("torch", "train", "Evaluating a student") from error
-        import json
 
         from sbs_edge.student.evaluate import evaluate as judge
 
         rows = None if data is None else read_rows(data, column, skip_bad_rows)
+        if rows is not None:
+            from sbs_edge.data.labels import fit_labels
+            from sbs_edge.student.student_dir import StudentDir
+
+            rows, _ = fit_labels(rows, StudentDir.load(student).task)
         report = judge(
             student, rows, batch_size=batch_size, rationales=rationales, predictions=predictions is not None
         )
         answers = report.pop("predictions", [])
         if predictions is not None:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+            lines = "".join(files.to_json(row) + "\n" for row in answers)
             files.write_text(predictions, lines)
             save_resolved(ctx, predictions.with_suffix(".config.yaml"))
         if json_output:
             print_json(report)
             return
-        table = Table("figure", "value", title=str(student))
+        table = Table("figure", "value", title=escape(str(student)))
         for name, value in report.items():
             shown = f"{value:.4f}" if isinstance(value, float) else "unknown" if value is None else str(value)
             table.add_row(name.replace("_", " "), shown)

@@ -98,6 +98,10 @@ def register(app: typer.Typer) -> None:
         rationale_prefix: Annotated[
             str | None, typer.Option(help="Prefix of such a checkpoint's rationale task; none: no prefix.")
         ] = None,
+        max_source_tokens: Annotated[
+            int | None,
+            typer.Option(min=2, help="Most tokens of an input (ByT5: bytes); none: the student's own limit."),
+        ] = None,
         keep_float: Annotated[
             list[str] | None,
             typer.Option(help="A layer to keep in float32, larger but more exact; the guard names them."),
@@ -168,7 +172,7 @@ def register(app: typer.Typer) -> None:
             if not any(row.label or row.teacher_label for row in rows):
                 raise UsageError(f"{guard_data} has no labelled row, so it cannot guard anything.")
         if dry_run:
-            opened = open_student(student, label, label_prefix, rationale_prefix)
+            opened = open_student(student, label, label_prefix, rationale_prefix, max_source_tokens)
             plan = {**resolved(ctx), "task": opened.task.name, "mode": opened.mode, "targets": list(targets)}
             print_json(plan) if json_output else console.print(plan)
             return
@@ -178,11 +182,12 @@ def register(app: typer.Typer) -> None:
             student, out, targets=targets, beams=tuple(beam or ()),
             guard_data=rows, max_drop=max_drop, min_rationale_agreement=min_rationale_agreement,
             calibration_rows=calibration_rows, abstain_below=abstain_below, name=name, labels=label,
-            label_prefix=label_prefix, rationale_prefix=rationale_prefix, keep_float=tuple(keep_float or ()),
+            label_prefix=label_prefix, rationale_prefix=rationale_prefix, max_source_tokens=max_source_tokens,
+            keep_float=tuple(keep_float or ()),
             prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
             layout=layout.value, single_file=single_file, unguarded=unguarded,
             version=version,
-            say=lambda line: console.print(f"[dim]{line}[/]"),
+            say=lambda line: console.print(line, style="dim", markup=False),
         )  # fmt: skip
         # Beside the bundle: what is in it is listed, and nothing else may be.
         save_resolved_beside(ctx, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -14,12 +13,15 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 
+from sbs_edge import files
 from sbs_edge.commands._common import ConfigOption, either, save_resolved, save_resolved_beside
 from sbs_edge.commands._data_options import ColumnOption
 from sbs_edge.commands._predict_rows import PredictRow, columns_of, is_table, table_rows, text_rows
 from sbs_edge.data.questions import answers_of
 from sbs_edge.data.rows import is_text
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.runtime.texts import over_limit
+from sbs_edge.tokens import most_characters
 
 __all__ = ["register"]
 
@@ -79,7 +81,10 @@ def register(app: typer.Typer) -> None:
             typer.Option("--truncate", help="Cut inputs over the limit and say so, instead of stopping."),
         ] = False,
         threads: Annotated[
-            int | None, typer.Option(min=1, help="Threads a call may use; none: all cores.")
+            int | None,
+            typer.Option(
+                min=1, help="Threads a call may use; none: as many as the CPU quota and affinity allow."
+            ),
         ] = None,
         engine: Annotated[
             Engine,
@@ -109,7 +114,6 @@ def register(app: typer.Typer) -> None:
         Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle;
         sbs-edge predict bundle --engine ray --input 'rows/*.jsonl' --output scored
         """
-        from sbs_edge import files
         from sbs_edge.runtime.student import Student
 
         source = either(ctx, "source", "input", "SOURCE and --input")
@@ -133,9 +137,9 @@ def register(app: typer.Typer) -> None:
                 form=shard_format, ray_address=ray_address,
             )  # fmt: skip
             save_resolved_beside(ctx, out)
-            sys.stdout.write(json.dumps(totals) + "\n")
+            sys.stdout.write(files.to_json(totals) + "\n")
             return
-        messages = Console(stderr=True)
+        messages = Console(stderr=True, markup=False)
         try:
             opened = nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")  # noqa: SIM115
         except OSError as error:
@@ -202,15 +206,12 @@ def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: 
     """Name file and line of an input over the limit; the runtime only knows its place in the call."""
     limit = student.limits["max_source_tokens"]
     for task in () if truncate else ("label", "rationale") if explain else ("label",):
-        for row, n_tokens in zip(part, student.count_tokens([row.text for row in part], task), strict=True):
-            if n_tokens > limit:
-                raise DataError(
-                    f"{row.place} has {n_tokens} tokens with the {task} prefix; this bundle's limit is {limit}. "
-                    "Shorten it, or allow cutting with --truncate."
-                )
+        for row, ids in zip(part, student.tokenize([row.text for row in part], task), strict=True):
+            if len(ids) > limit or len(row.text) > most_characters(limit):
+                raise DataError(over_limit(row.place, row.text, len(ids), limit, "--truncate", task))
 
 
 def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> None:
     for answer in answers:
-        handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        handle.write(files.to_json(answer) + "\n")
         handle.flush()

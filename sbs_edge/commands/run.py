@@ -31,6 +31,7 @@ from sbs_edge.commands._data_options import (
     SkipBadRowsOption,
     TestOption,
     ValidationOption,
+    judge,
 )
 from sbs_edge.errors import GuardError, UsageError
 
@@ -147,6 +148,7 @@ def register(app: typer.Typer) -> None:
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
         splits = _load(ctx.params, out, dry_run)
+        judge(splits, mode.value)
         if dry_run:
             plan = {
                 **resolved(ctx),
@@ -159,7 +161,9 @@ def register(app: typer.Typer) -> None:
         out.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out / "config.yaml")
         try:
-            report = run_pipeline(splits, out, settings, say=lambda line: console.print(f"[dim]{line}[/]"))
+            report = run_pipeline(
+                splits, out, settings, say=lambda line: console.print(line, style="dim", markup=False)
+            )
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
@@ -172,7 +176,8 @@ def register(app: typer.Typer) -> None:
         else:
             Console().print(run_table(report))
         console.print(
-            f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s"
+            f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
+            markup=False,
         )
 
 
@@ -191,6 +196,7 @@ def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits
+    from sbs_edge.data.labels import fit_labels
     from sbs_edge.data.load import load_splits
     from sbs_edge.data.readers import ColumnMap
     from sbs_edge.teacher.task import load_task
@@ -213,5 +219,7 @@ def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
         skipped_file=None if dry_run else out / "skipped.jsonl",
     )
     if spec:
-        splits = dataclasses.replace(splits, task=spec)
+        names = ("train", "validation", "test")
+        parts: dict[str, Any] = {name: fit_labels(getattr(splits, name), spec)[0] for name in names}
+        splits = dataclasses.replace(splits, task=spec, **parts)
     return dataclasses.replace(splits, train=splits.train[:train_rows]) if train_rows else splits

@@ -57,13 +57,28 @@ def register(app: typer.Typer) -> None:
         port: Annotated[
             int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one and logs it.")
         ] = 8080,
+        uds: Annotated[
+            Path | None,
+            typer.Option(help="Listen on this Unix socket instead of an address (mode 0660)."),
+        ] = None,
+        workers: Annotated[
+            int,
+            typer.Option(
+                min=1,
+                max=256,
+                help="Processes that answer together; each has an event loop, and an equal part of the limits. "
+                "They share the weights' memory.",
+            ),
+        ] = 1,
         target: Annotated[
             str | None, typer.Option(help="Which target of the bundle to run; its default when left out.")
         ] = None,
         threads: Annotated[
             int | None,
             typer.Option(
-                min=1, help="CPU threads of one inference; more shortens a call, fewer let calls overlap."
+                min=1,
+                help="CPU threads of one inference; more shortens a call, fewer let calls overlap. "
+                "None: as many as the CPU quota and affinity allow.",
             ),
         ] = None,
         watch: Annotated[
@@ -94,6 +109,15 @@ def register(app: typer.Typer) -> None:
         rationale_workers: Annotated[
             int, typer.Option(min=1, help="Rationale batches run at once, beside the label batches.")
         ] = 1,
+        worker_nice: Annotated[
+            int,
+            typer.Option(
+                min=0,
+                max=19,
+                help="Priority steps of inference below the event loop: refusals are quicker on a busy core, and "
+                "other processes of the machine go first.",
+            ),
+        ] = 0,
         truncate: Annotated[
             bool,
             typer.Option("--truncate", help="Cut texts over the token limit and say so, instead of a 400."),
@@ -101,10 +125,14 @@ def register(app: typer.Typer) -> None:
         max_body_bytes: Annotated[
             int, typer.Option(min=1, help="Larger bodies, counted after decompression, get 413.")
         ] = 2_000_000,
+        max_inside_bytes: Annotated[
+            int,
+            typer.Option(
+                min=1, help="More bytes of bodies inside at once get 429: plan four times this in memory."
+            ),
+        ] = 67_108_864,
         max_texts: Annotated[int, typer.Option(min=1, help="More texts in one request get 400.")] = 32,
-        max_concurrent: Annotated[
-            int, typer.Option(min=1, help="More requests at once get 429; each may hold one body in memory.")
-        ] = 512,
+        max_concurrent: Annotated[int, typer.Option(min=1, help="More requests at once get 429.")] = 512,
         max_queue_texts: Annotated[
             int, typer.Option(min=1, help="More texts inside one model's queue get 429 instead of waiting.")
         ] = 1024,
@@ -132,6 +160,9 @@ def register(app: typer.Typer) -> None:
                 min=1024, help="Longer request lines and headers get 431; more is memory for strangers."
             ),
         ] = 65_536,
+        max_connections: Annotated[
+            int, typer.Option(min=1, help="More connections at once get 503; each may hold one head.")
+        ] = 2048,
         drain_timeout: Annotated[
             float,
             typer.Option(
@@ -211,6 +242,8 @@ def register(app: typer.Typer) -> None:
             settings = ServeSettings(
                 host=host,
                 port=port,
+                uds=uds,
+                workers=workers,
                 target=target,
                 threads=threads,
                 watch_s=watch,
@@ -219,8 +252,10 @@ def register(app: typer.Typer) -> None:
                 max_wait_ms=max_wait_ms,
                 label_workers=label_workers,
                 rationale_workers=rationale_workers,
+                worker_nice=worker_nice,
                 truncate=truncate,
                 max_body_bytes=max_body_bytes,
+                max_inside_bytes=max_inside_bytes,
                 max_texts=max_texts,
                 max_concurrent=max_concurrent,
                 max_queue_texts=max_queue_texts,
@@ -229,6 +264,7 @@ def register(app: typer.Typer) -> None:
                 body_timeout_s=body_timeout_s,
                 head_timeout_s=head_timeout_s,
                 max_head_bytes=max_head_bytes,
+                max_connections=max_connections,
                 drain_timeout_s=drain_timeout,
                 token=token,  # type: ignore[arg-type]  # pydantic wraps it
                 tls_cert=tls_cert,

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from sbs_edge.commands._common import JsonOption, print_json
+from sbs_edge.commands._data_options import LeaveOutBadRowsOption, read_rows
+from sbs_edge.commands._try import register_try
 
 __all__ = ["register"]
 
@@ -19,6 +21,7 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True, help="Write and check the file that tells a teacher what to do."
     )
     app.add_typer(group, name="task")
+    register_try(group)
 
     @group.command()
     def new(
@@ -41,6 +44,7 @@ def register(app: typer.Typer) -> None:
         column: Annotated[
             list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
         ] = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
         json_output: JsonOption = False,
     ) -> None:
@@ -50,7 +54,7 @@ def register(app: typer.Typer) -> None:
         """
         import re
 
-        from sbs_edge.data.readers import ColumnMap, read_examples
+        from sbs_edge.data.labels import fit_labels
         from sbs_edge.errors import UsageError
         from sbs_edge.teacher.new_task import task_from_examples
         from sbs_edge.teacher.presets import PRESETS
@@ -61,9 +65,17 @@ def register(app: typer.Typer) -> None:
         if source in PRESETS and not Path(source).exists():
             task = PRESETS[source]
         else:
-            rows = read_examples(source, columns=ColumnMap.parse(column or []), limit=5000).examples
+            rows = read_rows(Path(source), column, skip_bad_rows)
             plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name or Path(source).stem).strip("-.") or "task"
             task = task_from_examples(plain, rows, shots)
+            unlabelled = [row for row in rows if row.label is None]
+            notes = [str(item) for item in fit_labels(rows, task.spec)[1]]
+            if unlabelled:
+                notes.append(
+                    f"{len(unlabelled)} of {len(rows)} rows have no label, the first is {unlabelled[0].source}"
+                )
+            for note in notes:
+                Console(stderr=True).print(f"{note}.", highlight=False, markup=False, soft_wrap=True)
         save_task(task, out)
         if json_output:
             print_json(task.model_dump(mode="json"))
@@ -71,6 +83,8 @@ def register(app: typer.Typer) -> None:
             f"Wrote {out}: {task.label_kind} labels, {len(task.shots)} worked examples."
             + (f" Now edit it: replace the texts that say {TO_REPLACE}." if placeholders(task) else ""),
             highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
 
     @group.command()
@@ -86,5 +100,8 @@ def register(app: typer.Typer) -> None:
         if json_output:
             print_json(task.model_dump(mode="json"))
         Console(stderr=True).print(
-            f"{path} is valid: {task.label_kind} labels, {len(task.shots)} worked examples.", highlight=False
+            f"{path} is valid: {task.label_kind} labels, {len(task.shots)} worked examples.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sbs_edge import files
@@ -32,6 +33,7 @@ from sbs_edge.commands._data_options import (
     SkipBadRowsOption,
     TestOption,
     ValidationOption,
+    judge,
 )
 from sbs_edge.errors import MissingExtra
 
@@ -70,7 +72,7 @@ _SOURCE = (
 
 
 def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
-    table = Table("figure", "value", title=f"Student in {out}")
+    table = Table("figure", "value", title=escape(f"Student in {out}"))
     agreement = metrics["teacher_agreement"]
     table.add_row("mode", metrics["mode"])
     table.add_row(
@@ -261,6 +263,7 @@ def register(app: typer.Typer) -> None:
         }
         settings = make_config(None, overrides)
         splits, rows = _load(values, out, seed)
+        judge(splits, mode.value)
         if dry_run:
             counts = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
             plan = {
@@ -287,6 +290,7 @@ def register(app: typer.Typer) -> None:
             Console(stderr=True).print(
                 f"{values['data']}: {rows.left_out} malformed row(s) left out of a pass; the first: {rows.first}",
                 highlight=False,
+                markup=False,
             )
         files.write_json(out / "metrics.json", report)
         print_json(report) if json_output else _show(result.metrics, result.seconds, out)

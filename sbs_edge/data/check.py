@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from sbs_edge.data.answers import normalise
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, LabelKind, Splits
+from sbs_edge.data.findings import Finding, examine, verdict
 from sbs_edge.data.load import Source, open_source
 from sbs_edge.data.readers import ColumnMap, ReadResult
 from sbs_edge.data.splits import find_overlaps
-from sbs_edge.data.targets import teacher_agreement
+from sbs_edge.data.targets import Mode, teacher_agreement
+from sbs_edge.data.tokenizer import EOS_ID, load_tokenizer
+from sbs_edge.errors import UsageError
+from sbs_edge.label_tokens import check_choices, label_ids, spelling_of_rows, spelling_sentences
+from sbs_edge.tokens import TextTokenizer
 
 __all__ = ["check_dataset"]
 
@@ -29,14 +35,8 @@ def _counter(folder: str | Path | None) -> tuple[str, Callable[[Sequence[str]], 
         return "words, numbers and signs (--tokenizer DIR takes a checkpoint's own)", lambda texts: [
             len(_WORD.findall(text)) + 1 for text in texts
         ]
-    from sbs_edge.data.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return str(Path(folder) / "tokenizer.json"), lambda texts: [
-        len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))
-    ]
+    tokenizer = TextTokenizer(load_tokenizer(folder))
+    return str(Path(folder) / "tokenizer.json"), lambda texts: list(map(len, tokenizer.encode_batch(texts)))
 
 
 def _lengths(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]) -> dict[str, float] | None:
@@ -102,6 +102,7 @@ def check_dataset(
     compare: Literal["text", "value"] = "text",
     columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
     tokenizer: str | Path | None = None,
+    mode: Mode | None = None,
 ) -> dict[str, Any]:
     """Describe a source split by split, as its files are: nothing is held out, dropped or written.
 
@@ -115,10 +116,14 @@ def check_dataset(
         columns: which column is which field.
         tokenizer: directory with a ``tokenizer.json`` that counts the tokens; by default words,
             numbers and signs are counted, as the tokenizer of the built-in task sees them.
+        mode: how a student would learn; None leaves it open.
 
     Returns:
-        ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``, ``overlaps`` between
-        splits (at most 20 named), ``problems`` in words, and ``ok``: False when training would refuse.
+        ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``,
+        ``spelling`` (see :func:`sbs_edge.label_tokens.spelling_of_rows`; None without ``tokenizer``),
+        ``overlaps`` between splits (at most 20 named), ``problems`` with the rows
+        in words, ``findings`` (:class:`~sbs_edge.data.findings.Finding`), ``verdict`` (``ok``, ``warn`` or
+        ``stop``), and ``ok``: False when the verdict is ``stop``.
 
     Raises:
         DataError: the source as a whole cannot be read.
@@ -140,9 +145,14 @@ def check_dataset(
         )
     counted_in, count = _counter(tokenizer)
     reports = [_split_report(name, part, opened, count) for name, part in opened.found.items()]
-    overlaps = find_overlaps(
-        Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
-    )
+    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
+    splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
+    overlaps = find_overlaps(splits)
+    findings = examine(splits, mode)
+    for name, respelled in opened.respelled.items():
+        findings += [
+            Finding("warn", "label-spelling", f"{name}: {item}.", (item.first,)) for item in respelled
+        ]
     problems = []
     for report in reports:
         rejected = sum(report["rejected"].values())
@@ -152,7 +162,19 @@ def check_dataset(
             problems.append(f"{report['name']}: no usable row")
     if overlaps:
         problems.append(f"{len(overlaps)} input(s) occur in two splits")
+    findings = [Finding("stop", "unusable", f"{problem}.") for problem in problems] + findings
     task = opened.task
+    spelling = None
+    if tokenizer is not None:
+        texts = TextTokenizer(load_tokenizer(tokenizer))
+        rows = [row for part in opened.found.values() for row in part.examples]
+        spelling = spelling_of_rows(rows, texts)
+        findings += [Finding("warn", "spelling", sentence) for sentence in spelling_sentences(spelling)]
+        try:
+            label_ids(task.labels, texts, EOS_ID)
+            check_choices(rows, texts, EOS_ID)
+        except UsageError as error:
+            findings.append(Finding("stop", "label-tokens", str(error)))
     return {
         "source": str(source or "builtin"),
         "task": {
@@ -162,6 +184,7 @@ def check_dataset(
             "compare": task.compare,
         },
         "tokenizer": counted_in,
+        "spelling": spelling,
         "splits": reports,
         "overlaps": {
             "count": len(overlaps),
@@ -171,5 +194,7 @@ def check_dataset(
             ],
         },
         "problems": problems,
-        "ok": not problems,
+        "findings": [asdict(finding) for finding in findings],
+        "verdict": verdict(findings),
+        "ok": verdict(findings) != "stop",
     }

@@ -63,9 +63,13 @@ class TaskSpec:
 
 @dataclass(slots=True)
 class Splits:
-    """Disjoint rows: training, model selection, and a test read once at the end."""
+    """Disjoint rows: training, model selection, and a test read once at the end.
+
+    ``unparsed`` counts, by split, teacher outputs in which no label could be read.
+    """
 
     task: TaskSpec
     train: list[Example] = field(default_factory=list)
     validation: list[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
+    unparsed: dict[str, int] = field(default_factory=dict, kw_only=True)

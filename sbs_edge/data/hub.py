@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sbs_edge.data.parquet import name_classes
 from sbs_edge.data.rows import FORMATS, RawRow
 from sbs_edge.errors import DataError, MissingExtra
 
@@ -73,20 +74,24 @@ def iterate_dataset(source: str | Path, split: str, *, streaming: bool = False) 
     if split not in splits:
         raise DataError(f"The data set {source} has no split {split!r}; it has {', '.join(splits)}.")
     content = splits[split]
-    names = {
-        column: feature.names
+    classes = {
+        column: found
         for column, feature in (content.features or {}).items()
-        if type(feature).__name__ == "ClassLabel"
+        if (found := _names_in(feature)) is not None
     }
     for number, row in enumerate(content, start=1):
-        values = {
-            column: _class_name(names[column], value) if column in names else value
-            for column, value in row.items()
-        }
-        yield RawRow(number, values, json.dumps(values, ensure_ascii=False, default=str))
+        values = name_classes(row, classes)
+        if isinstance(values, str):
+            yield RawRow(
+                number, None, json.dumps(row, ensure_ascii=False, default=str), "unknown class", values
+            )
+        else:
+            yield RawRow(number, values, json.dumps(values, ensure_ascii=False, default=str))
 
 
-def _class_name(names: list[str], value: Any) -> Any:
-    if not isinstance(value, int):
-        return value
-    return names[value] if 0 <= value < len(names) else None
+def _names_in(feature: Any) -> list[str] | None:
+    """Return the names of a class label, or of a list of them."""
+    if type(feature).__name__ == "ClassLabel":
+        return list(feature.names)
+    inner = getattr(feature, "feature", None)
+    return None if inner is None else _names_in(inner)

@@ -6,14 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
 from sbs_edge import files
 from sbs_edge.data import hub
 from sbs_edge.data.builtin import builtin_splits
-from sbs_edge.data.example import Example, LabelKind, Splits, TaskSpec
+from sbs_edge.data.example import LabelKind, Splits, TaskSpec
+from sbs_edge.data.labels import Respelling, fit_labels, infer_task
 from sbs_edge.data.paper import PAPER_DATASETS, read_paper_files
 from sbs_edge.data.readers import ColumnMap, ReadResult, RejectedRow, collect, examples_of, refuse
 from sbs_edge.data.rows import FORMATS, iterate_rows
@@ -28,8 +29,6 @@ _ALIASES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "eval"),
 }
-MAX_CLOSED_LABELS = 64
-ROWS_A_LABEL = 5
 
 
 @dataclass(slots=True)
@@ -40,42 +39,14 @@ class Source:
         task: given or inferred.
         found: split name to usable and rejected rows.
         unparsed: split name to the number of raw teacher outputs without a readable label.
+        respelled: split name to the labels that were spelled differently from the task's set.
 
     """
 
     task: TaskSpec
     found: dict[str, ReadResult] = field(default_factory=dict)
     unparsed: dict[str, int] = field(default_factory=dict)
-
-
-def infer_task(
-    name: str,
-    examples: Sequence[Example],
-    kind: LabelKind | None = None,
-    compare: Literal["text", "value"] = "text",
-) -> TaskSpec:
-    """Say what kind of label the rows carry.
-
-    ``choices`` when every row brings its own; ``closed`` when there are at most 64 different labels
-    and at least 5 rows for each of them; else ``open``. A closed set holds the gold labels, or the
-    teacher's where no row has a gold one, in alphabetical order.
-    """
-    gold = {example.label.strip() for example in examples if example.label is not None}
-    labels = gold or {example.teacher_label.strip() for example in examples if example.teacher_label}
-    if kind is None:
-        if examples and all(example.choices for example in examples):
-            kind = "choices"
-        elif compare == "text" and 0 < len(labels) <= min(MAX_CLOSED_LABELS, len(examples) // ROWS_A_LABEL):
-            kind = "closed"
-        else:
-            kind = "open"
-    if kind == "choices" and not all(example.choices for example in examples):
-        row = next(example for example in examples if not example.choices)
-        raise DataError(
-            f"{row.source or row.id} brings no choices, which a task of kind 'choices' needs in every row. "
-            "Add a column 'choices', or name another --label-kind."
-        )
-    return TaskSpec(name, kind, tuple(sorted(labels)) if kind == "closed" else (), compare)
+    respelled: dict[str, list[Respelling]] = field(default_factory=dict)
 
 
 def _read_file(path: Path, columns: ColumnMap) -> ReadResult:
@@ -150,7 +121,10 @@ def open_source(
     rows = [example for part in found.values() for example in part.examples]
     for part in found.values():
         _reject_unlabelled(part)
-    return Source(infer_task(path.stem or str(source), rows, label_kind, compare), found)
+    opened = Source(infer_task(path.stem or str(source), rows, label_kind, compare), found)
+    for name, part in found.items():
+        part.examples[:], opened.respelled[name] = fit_labels(part.examples, opened.task)
+    return opened
 
 
 def _reject_unlabelled(part: ReadResult) -> None:
@@ -195,7 +169,7 @@ def load_splits(
     """Load disjoint splits from any source.
 
     A source without a test split gives a tenth of its inputs to one, a source without a validation
-    split a tenth of what is left: by ``seed``, and equal inputs always stay together.
+    split a tenth of what is left: by ``seed``, stratified by label in closed tasks, and equal inputs stay together.
 
     Args:
         source: None or ``"builtin"``; a file; a folder with ``train``, ``validation`` and ``test``
@@ -230,13 +204,15 @@ def load_splits(
     rejected = [row for part in opened.found.values() for row in part.rejected]
     if not skip_bad_rows:
         refuse(rejected)
-    splits = Splits(opened.task, **{name: part.examples for name, part in opened.found.items()})
+    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
+    splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     if not splits.train:
         raise DataError(f"{source} holds no usable training row ({len(rejected)} were rejected).")
     if skip_bad_rows:
         rejected += drop_overlaps(splits)
     check_disjoint(splits)
     _hold_out_missing(splits, opened, str(source), seed)
+    _tell_respelled([item for items in opened.respelled.values() for item in items])
     if rejected:
         _tell(rejected, skipped_file)
     return splits
@@ -245,14 +221,26 @@ def load_splits(
 def _hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> None:
     for name in ("test", "validation"):
         if name not in opened.found:
-            splits.train, held = hold_out(splits.train, VALIDATION_SHARE, seed)
+            splits.train, held = hold_out(
+                splits.train, VALIDATION_SHARE, seed, stratify=splits.task.label_kind == "closed"
+            )
             setattr(splits, name, held)
     for name in ("train", "validation", "test"):
         if not getattr(splits, name):
             raise DataError(
-                f"{source} leaves no row for the split {name!r}. Give at least three different inputs, "
-                "or the split's own file."
+                f"{source} leaves no row for the split {name!r}. Give at least three different inputs, and more "
+                "than one for some label of a closed set; or give the split's own file."
             )
+
+
+def _tell_respelled(respelled: Sequence[Respelling]) -> None:
+    if respelled:
+        shown = "; ".join(map(str, respelled[:5])) + (
+            f"; and {len(respelled) - 5} more" if len(respelled) > 5 else ""
+        )
+        Console(stderr=True).print(
+            f"Labels of one spelling: {shown}.", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _tell(rejected: Sequence[RejectedRow], skipped_file: str | Path | None) -> None:

@@ -255,7 +255,8 @@ def read_paper_dataset(root: str | Path, name: str, *, seed: int = 0) -> Splits:
     """
     found = read_paper_files(root, name)
     refuse([row for rows in found.rejected.values() for row in rows])
-    splits = Splits(found.task, **found.splits)
+    parts: dict[str, Any] = dict(found.splits)
+    splits = Splits(found.task, **parts, unparsed=found.unparsed)
     check_disjoint(splits)
     if "validation" not in found.splits:
         splits.train, splits.validation = hold_out(splits.train, VALIDATION_SHARE, seed)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from sbs_edge.data.readers import choices_cell
-from sbs_edge.data.rows import is_text, printable
+from sbs_edge.data.rows import printable
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.runtime.texts import text_fault, unicode_fault
 
 __all__ = ["Unanswerable", "answers_of", "choices_of", "id_of", "text_of"]
 
@@ -60,9 +61,9 @@ def text_of(values: dict[str, Any], column: str) -> str:
             printable(f"no text in the column {column!r} ({found})"),
             "Name the column with --column input=NAME, or mend the row.",
         )
-    if not value.strip():
-        raise Unanswerable(f"the text in the column {column!r} is empty")
-    return _unicode(value, f"the text in the column {column!r}")
+    if fault := text_fault(value):
+        raise Unanswerable(f"the text in the column {column!r} {fault}")
+    return value
 
 
 def choices_of(value: Any) -> list[str] | None:
@@ -77,17 +78,9 @@ def choices_of(value: Any) -> list[str] | None:
     if not (isinstance(choices, list | tuple) and choices and all(isinstance(c, str) for c in choices)):
         raise Unanswerable("'choices' must be a list of strings, or 'a|b|c'")
     for choice in choices:
-        _unicode(choice, "one of 'choices'")
+        if fault := unicode_fault(choice):
+            raise Unanswerable(f"one of 'choices' {fault}")
     return list(dict.fromkeys(choices))  # real rows name a choice twice
-
-
-def _unicode(text: str, what: str) -> str:
-    if is_text(text):
-        return text
-    place = next(place for place, character in enumerate(text, 1) if not is_text(character))
-    raise Unanswerable(
-        f"{what} is not valid Unicode: character {place} is {printable(text[place - 1])}, half of a pair"
-    )
 
 
 def answers_of(

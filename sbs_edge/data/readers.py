@@ -12,9 +12,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from sbs_edge.data.answers import match_label
 from sbs_edge.data.example import Example
 from sbs_edge.data.rows import RawRow, is_text, iterate_rows, printable
 from sbs_edge.errors import DataError, UsageError
@@ -103,11 +105,21 @@ def _fetch(values: dict[str, Any], columns: ColumnMap, name: str) -> Any:
 
 
 def _text(value: Any, name: str, *, numbers: bool = False) -> str | None:
-    """Return ``value`` as text; labels and ids may be numbers, nothing else may."""
+    """Return ``value`` as text; labels and ids may be numbers, nothing else may.
+
+    A whole float is spelled as an integer, since one file writes ``1`` and another ``1.0``.
+    """
     if value is None:
         return None
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if numbers and isinstance(value, Decimal) and value.is_finite():
+        return str(int(value)) if value == value.to_integral_value() else str(value)
     if numbers and (type(value) is int or (isinstance(value, float) and math.isfinite(value))):
-        return str(value)  # an int of 400 digits is finite too, and math.isfinite cannot take it
+        # An int of 400 digits is finite too, and math.isfinite cannot take it.
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, bool) and name in ("label", "teacher_label", "choices"):
+        return "true" if value else "false"
     if not isinstance(value, str):
         raise _Unusable(f"wrong type of {name!r}", f"{type(value).__name__} instead of text")
     if not value.strip():
@@ -161,8 +173,11 @@ def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, sour
         raise _Unusable("empty 'input'")
     label = _text(_fetch(values, columns, "label"), "label", numbers=True)
     choices = _choices(_fetch(values, columns, "choices"))
-    if choices and label is not None and label.strip() not in choices:
-        raise _Unusable("'label' is none of 'choices'", f"{label!r} is not in {list(choices)}"[:200])
+    if choices and label is not None:
+        found = match_label(label, choices)
+        if found is None:
+            raise _Unusable("'label' is none of 'choices'", f"{label!r} is not in {list(choices)}"[:200])
+        label = found
     return Example(
         id=_text(_fetch(values, columns, "id"), "id", numbers=True) or default_id,
         input=text,

@@ -6,14 +6,15 @@ problem instead of being raised, so that one broken line costs one line.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.errors import DataError, MissingExtra
+from sbs_edge.data.delimited import csv_rows, tsv_rows
+from sbs_edge.data.parquet import parquet_file_rows, parquet_rows, shown
+from sbs_edge.data.raw import BOM, RawRow, is_text, printable, refuse_foreign_bytes
+from sbs_edge.errors import DataError
 
 __all__ = [
     "FORMATS",
@@ -24,35 +25,21 @@ __all__ = [
     "json_row",
     "parquet_rows",
     "printable",
+    "read_json",
+    "starts_as_array",
 ]
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row of a file.
-
-    Attributes:
-        line: line of the file the row starts at, from 1; the row number where a format has no lines.
-        values: column to value, or None when the row could not be decoded.
-        problem: why it could not be decoded; rows of one problem are counted together.
-        detail: where in the row, for messages.
-        raw: the row as text, as far as it is text.
-
-    """
-
-    line: int
-    values: dict[str, Any] | None
-    raw: str
-    problem: str = ""
-    detail: str = ""
+_ROW_FIELDS = ("data", "rows", "examples", "instances", "records", "items", "train")
+"""The fields under which one JSON object may hold its rows."""
 
 
 def iterate_rows(path: Path) -> Iterator[RawRow]:
     """Yield the rows of one file, format by its suffix (:data:`FORMATS`).
 
-    Memory does not grow with the number of rows, except for a ``.json`` file that holds one array.
+    Memory does not grow with the number of rows, except for JSON that is one document: an array, or an
+    object with its rows in a field such as ``data``.
 
     Raises:
         DataError: the file is absent, of an unknown format, or broken as a whole.
@@ -62,51 +49,53 @@ def iterate_rows(path: Path) -> Iterator[RawRow]:
     if not path.is_file():
         raise DataError(f"{path} is not a file. Give a file that ends in {', '.join(FORMATS)}.")
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(path)
-    if suffix == ".json":
-        return _json_array(path) if _starts_with_bracket(path) else _json_lines(path)
-    if suffix in (".csv", ".tsv"):
-        return _csv(path, "\t" if suffix == ".tsv" else ",")
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        document = _document_rows(path)
+        return _json_lines(path) if document is None else _array_rows(document)
+    if suffix == ".csv":
+        return csv_rows(path)
+    if suffix == ".tsv":
+        return tsv_rows(path)
     if suffix == ".parquet":
-        return _parquet(path)
+        return parquet_file_rows(path)
+    with path.open("rb") as handle:
+        refuse_foreign_bytes(handle.read(8), path)
     raise DataError(
         f"{path} ends in {suffix or 'nothing'!r}, which says no format. Known are {', '.join(FORMATS)}; "
         "rename the file after what it holds."
     )
 
 
-def is_text(value: str) -> bool:
-    r"""Tell whether ``value`` is valid Unicode: JSON can spell half a character, ``"\ud800"``, a lone surrogate."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def printable(value: str) -> str:
-    r"""Return ``value`` with lone surrogates spelt out (``\ud800``), as no file in UTF-8 can hold them."""
-    return value.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would make one a line
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object"
+        )
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    parse_constant=_no_constant, object_pairs_hook=_object
+)  # json.loads would make one a line
 
 
 def _json_lines(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as handle:
-        yield from json_line_rows(handle)
+        yield from json_line_rows(handle, path)
 
 
-def json_line_rows(lines: Iterable[bytes]) -> Iterator[RawRow]:
+def json_line_rows(lines: Iterable[bytes], where: object = "stdin") -> Iterator[RawRow]:
     """Yield the rows of JSON Lines from an open file or stdin, one object a line; blank lines are passed over."""
     for number, line in enumerate(lines, start=1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark says nothing in UTF-8
+            refuse_foreign_bytes(line[:8], where)
+        line = line.removeprefix(BOM)
         if line.strip():
             yield json_row(number, line)
 
@@ -114,16 +103,19 @@ def json_line_rows(lines: Iterable[bytes]) -> Iterator[RawRow]:
 def json_row(number: int, line: bytes) -> RawRow:
     """Return the row that one line of JSON Lines holds, or why it holds none."""
     try:
-        text = line.decode("utf-8").rstrip("\r\n")
+        text = line.removeprefix(BOM).decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        shown = line.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-        return RawRow(number, None, shown, "not UTF-8", f"byte {error.start + 1} of the line")
+        shown_line = line.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+        return RawRow(number, None, shown_line, "not UTF-8", f"byte {error.start + 1} of the line")
     try:
         values = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        return RawRow(number, None, text, "broken JSON", f"{error.msg} at column {error.colno}")
-    except ValueError as error:  # a number of 5000 digits, NaN
-        return RawRow(number, None, text, "broken JSON", str(error)[:200])
+        detail = f"{error.msg} at column {error.colno}"
+        if "\r" in text:
+            detail += "; lines end in a carriage return alone, convert them to line feeds"
+        return RawRow(number, None, text, "broken JSON", detail)
+    except ValueError as error:  # a number of 5000 digits, NaN, a name that stands twice
+        return RawRow(number, None, text, "broken JSON", printable(str(error))[:200])
     except RecursionError:
         return RawRow(number, None, text, "broken JSON", "nested too deeply")
     if not isinstance(values, dict):
@@ -131,15 +123,66 @@ def json_row(number: int, line: bytes) -> RawRow:
     return RawRow(number, values, text)
 
 
-def _starts_with_bracket(path: Path) -> bool:
+def starts_as_array(start: bytes) -> bool:
+    """Tell whether a JSON file that begins with ``start`` is one array of objects rather than lines."""
+    text = start.removeprefix(BOM).lstrip()
+    return text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"]", b"")
+
+
+def _document_rows(path: Path) -> list[Any] | None:
+    """Return the rows of a file that is one JSON document, or None when it is JSON Lines."""
     with path.open("rb") as handle:
-        return handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        start = handle.read(4096)
+        refuse_foreign_bytes(start[:8], path)
+        array = starts_as_array(start) or (path.suffix.lower() == ".json" and _begins(start, b"["))
+        if not array:
+            handle.seek(0)
+            line = next((line for line in handle if line.removeprefix(BOM).strip()), b"")
+            more = any(line.strip() for line in handle)
+    if array:
+        content = read_json(path)
+        assert isinstance(content, list)  # its first character is a bracket
+        return content
+    if not _begins(line, b"{"):
+        return None
+    if more and not line.rstrip().endswith((b"{", b"[", b",", b":")):
+        return None
+    if not more:
+        values = json_row(1, line).values or {}
+        rows = next((values[name] for name in _ROW_FIELDS if _are_rows(values.get(name))), None)
+        return rows if rows is not None and "input" not in values else None
+    try:
+        content = read_json(path)
+    except DataError:
+        return None  # broken lines, each of which is reported
+    if not isinstance(content, dict):
+        return None
+    fields = [name for name, value in content.items() if _are_rows(value)]
+    if len(fields) != 1:
+        raise DataError(
+            f"{path} is one JSON object over several lines, with "
+            + (f"rows in {' and '.join(map(repr, fields))}" if fields else "no list of rows in it")
+            + ". Write an array of rows, or one object a line."
+        )
+    rows = content[fields[0]]
+    assert isinstance(rows, list)  # checked by _are_rows
+    return rows
+
+
+def _begins(text: bytes, mark: bytes) -> bool:
+    return text.removeprefix(BOM).lstrip().startswith(mark)
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; :class:`DataError` names the place where it breaks."""
+    content = path.read_bytes()
+    refuse_foreign_bytes(content[:8], path)
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
+        return _DECODER.decode(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 at byte {error.start + 1}. Convert the file to UTF-8 and try again."
@@ -149,114 +192,12 @@ def read_json(path: Path) -> Any:
             f"{path} is broken JSON: nested too deeply. Write the file again; in JSON Lines one such row costs one line."
         ) from error
     except ValueError as error:
-        raise DataError(f"{path} is broken JSON: {error}. Write the file again.") from error
+        raise DataError(f"{path} is broken JSON: {printable(str(error))}. Write the file again.") from error
 
 
-def _json_array(path: Path) -> Iterator[RawRow]:
-    content = read_json(path)
+def _array_rows(content: list[Any]) -> Iterator[RawRow]:
     for number, item in enumerate(content, start=1):
-        raw = _shown(item)
         if isinstance(item, dict):
-            yield RawRow(number, item, raw)
+            yield RawRow(number, item, shown(item))
         else:
-            yield RawRow(number, None, raw, "not a JSON object", f"it is {type(item).__name__}")
-
-
-def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-        reader = csv.reader(handle, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            start = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if header is None:
-                    raise DataError(
-                        f"{path}:{start}: the header is no row of CSV ({error}). Mend the quotes."
-                    ) from error
-                yield RawRow(start, None, "", "broken CSV", f"{error}, up to line {reader.line_num}")
-                continue
-            if not cells:
-                continue
-            if header is None:
-                header = _header(path, cells)
-                continue
-            yield _csv_row(start, header, cells, delimiter)
-
-
-def _header(path: Path, cells: list[str]) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}:1: the header names the column {twice[0]!r} twice. Rename one of them.")
-    if not all(map(is_text, names)):
-        raise DataError(f"{path}:1: the header is not UTF-8. Convert the file to UTF-8 and try again.")
-    return names
-
-
-def _csv_row(line: int, header: list[str], cells: list[str], delimiter: str) -> RawRow:
-    raw = delimiter.join(cells)
-    if not all(map(is_text, cells)):  # a byte that did not decode is kept as a lone surrogate
-        shown = raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return RawRow(line, None, shown, "not UTF-8")
-    if len(cells) != len(header):
-        return RawRow(
-            line, None, raw, "wrong number of cells", f"{len(cells)} cells under {len(header)} columns"
-        )
-    # CSV has no null: an empty cell is an unknown value.
-    return RawRow(line, {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}, raw)
-
-
-def _parquet(path: Path) -> Iterator[RawRow]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtra("pyarrow", "train", f"Reading {path}") from error
-    try:
-        # Closed by the caller's loop ending; batches of 1024 rows bound the memory.
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for values in parquet_rows(batch):
-                    number += 1
-                    if isinstance(values, str):
-                        yield RawRow(number, None, "", "cannot be read", values)
-                    else:
-                        yield RawRow(number, values, _shown(values))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}. Write the file again.") from error
-
-
-def parquet_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yield the rows of a batch of pyarrow's; one that Python cannot hold is yielded as a message.
-
-    Parquet does not check that text is UTF-8, and its times reach further and finer than Python's.
-    """
-    try:
-        rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # of pyarrow's errors it is ArrowInvalid that is a ValueError
-        rows = [_parquet_row(batch, number) for number in range(batch.num_rows)]
-    yield from rows
-
-
-def _parquet_row(batch: Any, number: int) -> dict[str, Any] | str:
-    values = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            values[name] = column[number].as_py()
-        except UnicodeDecodeError:
-            return f"{name!r} is not UTF-8"
-        except (ValueError, OverflowError) as error:
-            return f"{name!r}: {error}"
-    return values
-
-
-def _shown(values: Any) -> str:
-    try:
-        return printable(json.dumps(values, ensure_ascii=False, default=str))
-    except RecursionError:
-        return ""  # read near the limit; nothing that was asked for lies so deep
+            yield RawRow(number, None, shown(item), "not a JSON object", f"it is {type(item).__name__}")

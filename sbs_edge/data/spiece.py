@@ -125,7 +125,16 @@ def spiece_tokenizer(path: str | Path, extra: Sequence[str] = ()) -> Tokenizer:
     Raises:
         DataError: it is not a Unigram model, or has no end-of-sequence piece.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     model = read_spiece(path)
     ids = {piece: index for index, (piece, _, _) in enumerate(model.pieces)}

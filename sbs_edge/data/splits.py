@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 
-from sbs_edge.data.answers import normalise
+from sbs_edge.data.answers import label_key, normalise
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.readers import RejectedRow
 from sbs_edge.errors import DataError
@@ -83,7 +83,7 @@ def drop_overlaps(splits: Splits) -> list[RejectedRow]:
 
 
 def hold_out(
-    examples: Sequence[Example], share: float, seed: int, least: int = 1
+    examples: Sequence[Example], share: float, seed: int, least: int = 1, *, stratify: bool = False
 ) -> tuple[list[Example], list[Example]]:
     """Split rows into (kept, held out) by input, so that equal inputs never end on both sides.
 
@@ -91,16 +91,37 @@ def hold_out(
         examples: rows in file order.
         share: share of the distinct inputs to hold out, in (0, 1).
         seed: decides which.
-        least: hold out at least this many distinct inputs.
+        least: hold out at least this many distinct inputs, as far as ``stratify`` allows.
+        stratify: hold out the same share of every label, and never all inputs of a label. A row
+            without a gold label counts under the teacher's.
 
     Returns:
         Both parts in file order.
     """
     keys = sorted({normalise(example.input) for example in examples})
     random.Random(seed).shuffle(keys)
-    held = set(keys[: max(least, round(share * len(keys)))])
+    wanted = max(least, round(share * len(keys)))
+    held = _stratified(examples, keys, share, wanted) if stratify else set(keys[:wanted])
     kept = [example for example in examples if normalise(example.input) not in held]
     return kept, [example for example in examples if normalise(example.input) in held]
+
+
+def _stratified(examples: Sequence[Example], keys: Sequence[str], share: float, wanted: int) -> set[str]:
+    """Choose ``wanted`` of the shuffled ``keys``, each label its share (largest remainders), none all of its keys."""
+    label_of: dict[str, str] = {}
+    for example in examples:
+        label = example.label if example.label is not None else example.teacher_label or ""
+        label_of.setdefault(normalise(example.input), label_key(label))
+    of_label: dict[str, list[str]] = {}
+    for key in keys:
+        of_label.setdefault(label_of[key], []).append(key)
+    exact = {label: share * len(own) for label, own in of_label.items()}
+    quota = {label: min(int(exact[label]), len(own) - 1) for label, own in of_label.items()}
+    # Equal remainders keep the order of the shuffle, so that the seed decides.
+    for label in sorted(of_label, key=lambda label: quota[label] - exact[label]):
+        if sum(quota.values()) < wanted and quota[label] < len(of_label[label]) - 1:
+            quota[label] += 1
+    return {key for label, own in of_label.items() for key in own[: quota[label]]}
 
 
 def shuffle_rationales(examples: Sequence[Example], seed: int) -> list[Example]:

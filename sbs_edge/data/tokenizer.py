@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.tokens import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["EOS_ID", "PAD_ID", "SPECIAL", "UNK_ID", "build_tokenizer", "check_covered", "load_tokenizer"]
+__all__ = [
+    "EOS_ID",
+    "PAD_ID",
+    "SPECIAL",
+    "UNK_ID",
+    "build_tokenizer",
+    "byte_tokenizer",
+    "check_covered",
+    "load_tokenizer",
+]
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -78,6 +88,30 @@ def build_tokenizer(
     return tokenizer
 
 
+def byte_tokenizer(n_extra: int = 125) -> Tokenizer:
+    """Make ByT5's tokenizer as a fast one: byte ``b`` is token ``b + 3``, then ``</s>``.
+
+    transformers has ByT5's only in Python, which a bundle cannot carry.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    # The byte-level alphabet maps each byte to a printable character; its order is that of bytes.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {byte: chr(byte) for byte in printable}
+    for offset, byte in enumerate(byte for byte in range(256) if byte not in characters):
+        characters[byte] = chr(256 + offset)
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{characters[b]: b + 3 for b in range(256)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True) for text in ("<pad>", "</s>", "<unk>")]
+        + [AddedToken(f"<extra_id_{index}>", special=True) for index in range(n_extra)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
 def _in_fixed_order(tokenizer: Tokenizer, n_special: int) -> Any:
     """Return the learnt Unigram model with its pieces in an order that does not change from run to run.
 
@@ -99,13 +133,11 @@ def _in_fixed_order(tokenizer: Tokenizer, n_special: int) -> Any:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load ``tokenizer.json`` from ``folder``.
+    """Load ``tokenizer.json`` from ``folder``, without the truncation and padding that it may ask for.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
-    from tokenizers import Tokenizer
-
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise DataError(
@@ -113,10 +145,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...)) and try again."
         )
     try:
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer(path)
     except Exception as error:  # what the library raises has no narrower class
         raise DataError(
-            f"{path} is no tokenizer ({error}). Copy it again from where the checkpoint was saved, or train again."
+            f"{path} is not a tokenizer ({error}). Copy it again from where the checkpoint was saved, or train again."
         ) from error
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sbs_edge import files
 from sbs_edge.errors import IntegrityError, UsageError
-from sbs_edge.runtime.checked import Checked
+from sbs_edge.runtime.checked import Checked, state_of
+from sbs_edge.runtime.external_data import external_locations
 from sbs_edge.runtime.integrity import verify_files
 from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, read_manifest, safe_member
 from sbs_edge.runtime.prepacked import MIN_BYTES
+from sbs_edge.runtime.private import private_copy
 
 __all__ = ["Bundle", "seal"]
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +33,13 @@ class Bundle:
     Attributes:
         root: its directory.
         manifest: the checked manifest.
+        known: state of the files whose digest need not be taken again while they keep it (empty: take every
+            digest whenever a file is read; None: the bundle was opened without checking digests).
     """
 
     root: Path
     manifest: Mapping[str, Any]
+    known: Mapping[str, Sequence[int]] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True, recheck: bool = True) -> Bundle:
@@ -53,7 +63,50 @@ class Bundle:
             checked = Checked(root, listed)
             verify_files(root, listed, checked.unchanged)
             checked.remember()
-        return cls(root, manifest)
+            return cls(root, manifest, checked.settled())
+        return cls(root, manifest, {} if verify else None)
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a listed file: the bytes that have the digest, in this process's own memory.
+
+        Raises:
+            IntegrityError: the file is absent, or not what the manifest says: it was changed after the bundle
+                was opened.
+        """
+        path, entry = self.member(name), self.manifest["files"][name]
+        try:
+            with open(path, "rb", opener=_no_link) as handle:
+                before = state_of(os.fstat(handle.fileno()))
+                content = handle.read(entry["bytes"] + 1 if self.known is not None else -1)
+                after = state_of(os.fstat(handle.fileno()))
+        except OSError as error:
+            raise IntegrityError(f"The bundle file {path} cannot be read: {error.strerror}.") from error
+        if self.known is None or before == after == self.known.get(name):
+            return content
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise IntegrityError(
+                f"{path} was changed after the bundle was opened: it does not have the digest in the manifest. "
+                "Copy the bundle again, and load it again."
+            )
+        return content
+
+    def read_graph(self, name: str) -> tuple[bytes, dict[str, bytes]]:
+        """Return the content of a graph, and of the files it takes its constants from by the names it uses."""
+        content = self.read(name)
+        places = external_locations(content, str(self.root / name))
+        beside = {place: str(PurePosixPath(name).parent / place) for place in sorted(places)}
+        return content, {place: self.read(member) for place, member in beside.items()}
+
+    @contextlib.contextmanager
+    def private_copy(self, graph: str) -> Iterator[Path]:
+        """Yield the path of a private copy of ``graph`` with what lies beside it, removed after the block."""
+        folder = graph.rpartition("/")[0]
+        every = self.manifest["files"]
+        listed = {name: entry for name, entry in every.items() if name.rpartition("/")[0] == folder}
+        for name in listed:
+            self.member(name)
+        with private_copy(self.root, listed, recheck=not self.known) as copied:
+            yield copied / graph
 
     def member(self, name: str) -> Path:
         """Return the path of a listed file."""
@@ -95,6 +148,6 @@ def seal(root: Path, manifest: dict[str, Any]) -> None:
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, DIGEST)
     }
-    content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    content = (files.to_json(manifest, indent=2) + "\n").encode()
     (root / MANIFEST).write_bytes(content)
     (root / DIGEST).write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n")

@@ -18,7 +18,7 @@ from typing import Any
 
 from sbs_edge.runtime.cache import cache_directory, private_directory
 
-__all__ = ["Checked"]
+__all__ = ["Checked", "state_of"]
 
 KEEP = 256  # bundles; the least recently checked are forgotten
 # A file changed again within one tick of the clock would look the same; younger files are not remembered.
@@ -37,11 +37,16 @@ class Checked:
         """
         key = json.dumps([os.path.realpath(root), listed], sort_keys=True)
         self._name = hashlib.sha256(key.encode()).hexdigest()[:40] + ".json"
+        self._root = root
         self._before = {name: _signature(root / name) for name in listed}
         self._entry = self._find()
         known = self._read() if self._entry else {}
         self.unchanged = {name for name, found in self._before.items() if found == known.get(name)}
         """Names of the files that need no reading."""
+
+    def still(self, name: str) -> bool:
+        """Tell whether a file has the state that it had when this object was made."""
+        return _signature(self._root / name) == self._before[name]
 
     def _find(self) -> Path | None:
         try:
@@ -57,10 +62,14 @@ class Checked:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def settled(self) -> dict[str, list[int]]:
+        """Return the state before the check of the files that no later change can leave looking the same."""
+        now = time.time_ns()
+        return {n: found for n, found in self._before.items() if found and found[-1] + SETTLED_NS < now}
+
     def remember(self) -> None:
         """Keep the state that the files had before the check which has just succeeded."""
-        now = time.time_ns()
-        settled = {n: found for n, found in self._before.items() if found and found[-1] + SETTLED_NS < now}
+        settled = self.settled()
         if self._entry is None or not settled or settled.keys() == self.unchanged:
             return
         from sbs_edge import files
@@ -76,7 +85,11 @@ class Checked:
 
 def _signature(path: Path) -> list[int]:
     try:
-        found = os.lstat(path)
-    except (OSError, ValueError):  # absent, or a name that is none: the check that follows says so
+        return state_of(os.lstat(path))
+    except (OSError, ValueError):  # absent, or not a usable name: the check that follows says so
         return []
+
+
+def state_of(found: os.stat_result) -> list[int]:
+    """Return device, inode, size, modification time and change time (ns): equal only for the same content."""
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]

@@ -11,7 +11,7 @@ from sbs_edge.runtime.trie import Trie, build_trie
 __all__ = ["label_lists", "places_of", "tries_of"]
 
 
-def label_lists(labels: Sequence[Any], n_texts: int) -> list[tuple[str, ...]]:
+def label_lists(labels: Iterable[Any], n_texts: int) -> list[tuple[str, ...]]:
     """Return one tuple of labels a text.
 
     Args:
@@ -21,6 +21,12 @@ def label_lists(labels: Sequence[Any], n_texts: int) -> list[tuple[str, ...]]:
     Raises:
         UsageError: their number is not that of the texts, or a list is empty, repeats a label or holds none.
     """
+    if isinstance(labels, str):
+        raise UsageError(f"labels must be a list of strings, or one list a text, not the string {labels!r}.")
+    labels = [
+        names if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+        for names in labels
+    ]
     if labels and all(isinstance(label, str) for label in labels):
         labels = [labels] * n_texts
     if len(labels) != n_texts:
@@ -29,7 +35,7 @@ def label_lists(labels: Sequence[Any], n_texts: int) -> list[tuple[str, ...]]:
         )
     found = []
     for row, names in enumerate(labels):
-        if isinstance(names, str) or len(names) == 0 or not all(isinstance(n, str) for n in names):
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise UsageError(f"The labels of text {row} must be a non-empty list of strings, not {names!r}.")
         if len(set(names)) != len(names):
             raise UsageError(f"The labels of text {row} hold one label twice: {list(names)!r}.")

@@ -66,7 +66,12 @@ def safe_member(root: Path, name: str) -> Path:
             "Do not use this bundle; export it again from the student."
         )
     parts = PurePosixPath(name).parts
-    path, status = root, os.stat(root)
+    try:
+        path, status = root, os.stat(root)
+    except OSError as error:
+        raise IntegrityError(
+            f"The bundle directory {root} cannot be read: {error.strerror}. Load the bundle from where it is now."
+        ) from error
     for depth, part in enumerate(parts, start=1):
         path = path / part
         try:

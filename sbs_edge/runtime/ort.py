@@ -9,9 +9,11 @@ process that has imported onnxruntime itself before has chosen for itself.
 from __future__ import annotations
 
 import os
+from importlib import util
 from typing import Any
 
-from sbs_edge.errors import MissingExtra
+from sbs_edge.errors import MissingExtra, SbsEdgeError
+from sbs_edge.resources import lacks_memory, memory_advice
 
 __all__ = ["onnxruntime_module"]
 
@@ -21,10 +23,20 @@ def onnxruntime_module() -> Any:
 
     Raises:
         MissingExtra: it is not installed.
+        SbsEdgeError: it is installed and its libraries cannot be loaded, for lack of memory or another reason.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", "cpu", "Running a bundle") from error
+    except (ImportError, MemoryError) as error:
+        if util.find_spec("onnxruntime") is None:
+            raise MissingExtra("onnxruntime", "cpu", "Running a bundle") from error
+        if lacks_memory(error):
+            raise SbsEdgeError(
+                f"There is not enough memory to load onnxruntime: {error}. {memory_advice()}"
+            ) from error
+        raise SbsEdgeError(
+            f"onnxruntime is installed and cannot be loaded: {error}. Install it again: "
+            "pip install --force-reinstall onnxruntime"
+        ) from error
     return onnxruntime

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
+from sbs_edge.resources import lacks_memory, memory_advice
+from sbs_edge.runtime.int8_products import EXACT_OPTION, needs_exact_option
 from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.runtime.prepacked import load_prepacked
 from sbs_edge.runtime.tensorrt import RTX, TENSORRT, tensorrt_options
 
-__all__ = ["Session", "Sessions", "default_threads", "usable_providers"]
-
-
-def default_threads() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+__all__ = ["GraphSource", "Session", "Sessions", "usable_providers"]
 
 
 def usable_providers(providers: Sequence[str]) -> list[str]:
@@ -50,32 +47,62 @@ def _return_freed_pages() -> None:
         return  # another C library
 
 
+class GraphSource(NamedTuple):
+    """Verified bytes of a graph, in memory or as files that are removed again.
+
+    ``read()`` returns the graph's content and what it takes constants from, by the names in the graph;
+    ``copy()`` is a context with the path of a private copy, the files beside it included. ``mapped`` says
+    that a copy is to be mapped also on the CPU: bytes in memory are there twice while a graph is loaded.
+    """
+
+    read: Callable[[], tuple[bytes, Mapping[str, bytes]]]
+    copy: Callable[[], AbstractContextManager[Path]]
+    mapped: bool = False
+
+
 class Session:
     """One graph, ready to run; safe to share between threads."""
 
     def __init__(
-        self, path: Path, providers: Sequence[str], threads: int, digests: Sequence[str] | None = None
+        self,
+        path: Path,
+        providers: Sequence[str],
+        threads: int,
+        digests: Sequence[str] | None = None,
+        source: GraphSource | None = None,
+        *,
+        int8: bool = True,
     ) -> None:
         """Load ``path``.
 
         Args:
-            path: the graph.
+            path: the graph; mapped as it is where there is no ``source``.
             providers: wanted, the first that is installed is used.
             threads: threads a call may use.
             digests: SHA-256 of the graph's files, to keep what this machine makes of them (pre-packed weights,
                 TensorRT's engines) in the user's cache directory; None: do not.
+            source: where the graph's bytes come from, so that nothing is used that can still change; the
+                file is not mapped then.
+            int8: whether the graph may hold int8 products; without any, the CPU need not be probed.
 
         Raises:
             MissingExtra: onnxruntime is not installed.
             UsageError: no wanted provider is in the installed onnxruntime, or it does not start.
             IntegrityError: the runtime refuses the graph.
+            SbsEdgeError: there is not enough memory for the graph.
         """
         provider = usable_providers(providers)[0]
         onnxruntime = onnxruntime_module()
-        settings = tensorrt_options(path, provider, digests) if provider in (TENSORRT, RTX) else {}
+        settings: dict[str, Any] = {}
+
+        on_cpu = provider == "CPUExecutionProvider"
+        self.corrected = int8 and on_cpu and needs_exact_option()
+        """Whether the session avoids this CPU's saturating int8 products."""
 
         def options() -> Any:
             found = onnxruntime.SessionOptions()
+            if self.corrected:
+                found.add_session_config_entry(*EXACT_OPTION)
             found.intra_op_num_threads = threads
             found.inter_op_num_threads = 1
             found.log_severity_level = 4 if digests else 3  # a cache that cannot be written is no error
@@ -84,13 +111,42 @@ class Session:
         def create(graph: Path, chosen: Any) -> Any:
             return onnxruntime.InferenceSession(str(graph), chosen, providers=[(provider, settings)])
 
+        def make(chosen: Any) -> Any:
+            if source is None:
+                return create(path, chosen)
+            if source.mapped or not on_cpu:
+                try:
+                    with source.copy() as copied:
+                        settings.update(tensorrt_options(copied, provider, digests) if on_tensorrt else {})
+                        return create(copied, chosen)
+                except OSError:  # no place for a copy: more memory while loading does the same
+                    if not on_cpu:
+                        raise
+            return in_memory(chosen, *source.read())
+
+        def in_memory(chosen: Any, content: bytes, constants: Mapping[str, bytes]) -> Any:
+            if constants:
+                chosen.add_external_initializers_from_files_in_memory(
+                    list(constants), list(constants.values()), [len(held) for held in constants.values()]
+                )
+            return onnxruntime.InferenceSession(content, chosen, providers=[(provider, settings)])
+
+        on_tensorrt = provider in (TENSORRT, RTX)
+        if on_tensorrt and source is None:
+            settings.update(tensorrt_options(path, provider, digests))
         session = None
-        if digests and provider == "CPUExecutionProvider":
-            session = load_prepacked(path, digests, options, create)
+        if digests and on_cpu:
+            session = load_prepacked(path, digests, options, create, make, corrected=self.corrected)
         if session is None:
             try:
-                session = create(path, options())
+                session = make(options())
+            except IntegrityError:
+                raise
             except Exception as error:  # onnxruntime has no common base class for its load errors
+                if lacks_memory(error):
+                    raise SbsEdgeError(
+                        f"There is not enough memory to load the graph {path}: {error}. {memory_advice()}"
+                    ) from error
                 raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
         started = session.get_providers()[0]
         if started != provider:  # it falls back to the CPU where the provider's libraries cannot be loaded
@@ -108,8 +164,21 @@ class Session:
         return self._session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
-        """Run the graph; returns its outputs in order."""
-        return list(self._session.run(None, dict(inputs)))
+        """Run the graph; returns its outputs in order.
+
+        Raises:
+            SbsEdgeError: there is not enough memory for this call.
+        """
+        try:
+            return list(self._session.run(None, dict(inputs)))
+        except Exception as error:  # onnxruntime has no class of its own for this
+            if not lacks_memory(error):
+                raise
+            shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in inputs.items())
+            raise SbsEdgeError(
+                f"There is not enough memory for a call with {shapes}. Lower max_batch_tokens, so that a call "
+                f"carries fewer rows, or send shorter inputs. {memory_advice()}"
+            ) from error
 
 
 class Sessions(MutableMapping[str, Session]):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import AnswerError, UsageError
+from sbs_edge.resources import usable_cpus
 from sbs_edge.runtime.answers import Explanation, Prediction
 from sbs_edge.runtime.batches import pad_rows, token_budget_batches
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
-from sbs_edge.runtime.sessions import Session, Sessions, default_threads, usable_providers
-from sbs_edge.runtime.texts import Texts
+from sbs_edge.runtime.int8_products import warn_of_old_loops
+from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, usable_providers
+from sbs_edge.runtime.texts import Texts, check_texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
 
 __all__ = ["Student"]
@@ -46,7 +49,7 @@ class Student:
         self.bundle = bundle
         self.manifest: Mapping[str, Any] = bundle.manifest
         self.target, self._entry = bundle.target(target)
-        self.threads = threads or default_threads()
+        self.threads = threads or usable_cpus()
         if max_batch_tokens < 1 or (threads is not None and threads < 1):
             raise UsageError(
                 f"max_batch_tokens ({max_batch_tokens}) and threads ({threads}) must be at least 1."
@@ -58,9 +61,7 @@ class Student:
         self._pad, self._eos, self._start = (
             model["pad_token_id"], model["eos_token_id"], model["decoder_start_token_id"],
         )  # fmt: skip
-        self._texts = Texts(
-            bundle.member("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos
-        )
+        self._texts = Texts(bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos)
         labels = self.manifest["labels"]
         self._method: str = labels["method"]
         self.labels: tuple[str, ...] = tuple(labels["labels"])
@@ -70,15 +71,34 @@ class Student:
         wanted: Sequence[str] = self._entry["providers"] if providers is None else providers
         usable_providers(wanted)  # said now, though graphs are opened when they are first used
 
-        def opener(name: str) -> Callable[[], Session]:
+        quantisation = self._entry.get("quantisation") or {}
+        int8 = quantisation.get("numbers") != "float32"
+
+        def opener(role: str, name: str) -> Callable[[], Session]:
             path = bundle.member(name)
             small = "CPUExecutionProvider" not in wanted  # an engine is worth keeping at any size
             digests = bundle.weight_digests(name, small=small) if prepacked_cache else None
-            return lambda: Session(path, wanted, self.threads, digests)
+            source = GraphSource(
+                partial(bundle.read_graph, name),
+                partial(bundle.private_copy, name),
+                mapped=bundle.weight_digests(name) is not None,
+            )
+
+            def opened() -> Session:
+                session = Session(path, wanted, self.threads, digests, source, int8=int8)
+                if (
+                    session.corrected
+                    and role.startswith("explainer")
+                    and not quantisation.get("loop_weights")
+                ):
+                    warn_of_old_loops(path)
+                return session
+
+            return opened
 
         self._sessions = Sessions(
             {
-                role: opener(name)
+                role: opener(role, name)
                 for role, name in self._entry.items()
                 if role in _ROLES or role.startswith("explainer_beam")
             }
@@ -109,7 +129,7 @@ class Student:
         Args:
             path: the bundle's directory.
             target: which of its targets; None: its default one.
-            threads: threads a call may use; None: all cores of this process.
+            threads: threads a call may use; None: as many as this process's affinity and CPU quota let run at once.
             verify: check first that every file has its digest. A file that is unchanged since this user's
                 last complete check on this machine is not read again.
             recheck: read every file all the same.
@@ -136,8 +156,8 @@ class Student:
 
     def predict(
         self,
-        texts: Sequence[str],
-        labels: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        texts: Iterable[str],
+        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
         *,
         truncate: bool | None = None,
         abstain_below: float | None = None,
@@ -146,7 +166,7 @@ class Student:
         """Answer every text with a label; answers come in the order of the texts.
 
         Args:
-            texts: inputs without prefix.
+            texts: inputs without prefix; any iterable, gone through once.
             labels: the labels to choose from: one list for all texts, or one a text. Needed where rows
                 bring their own choices; elsewhere None means the bundle's own label set.
             truncate: overrides the student's setting.
@@ -154,10 +174,10 @@ class Student:
             tokens: what :meth:`tokenize` gave for these texts, so that they are not tokenised again.
 
         Raises:
-            UsageError: a text is over the token limit, or labels are missing or unusable.
+            UsageError: a text is over the token limit or not a valid string, or labels are missing or unusable.
+            AnswerError: the model's scores of a text are not finite.
         """
-        if isinstance(texts, str):
-            raise UsageError("predict takes a list of texts; wrap a single one: predict([text]).")
+        texts = check_texts(texts)
         rows, cut = self._encode(texts, "label", truncate, tokens)
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
@@ -172,13 +192,20 @@ class Student:
         else:
             scored = self._score_closed(rows)
         return [
-            self._prediction(names, scores, was_cut, len(row), threshold)
-            for (names, scores), was_cut, row in zip(scored, cut, rows, strict=True)
+            self._prediction(index, names, scores, was_cut, len(row), threshold)
+            for index, ((names, scores), was_cut, row) in enumerate(zip(scored, cut, rows, strict=True))
         ]
 
     def _prediction(
-        self, names: Sequence[str], scores: np.ndarray, truncated: bool, n_tokens: int, threshold: float
+        self,
+        index: int,
+        names: Sequence[str],
+        scores: np.ndarray,
+        truncated: bool,
+        n_tokens: int,
+        threshold: float,
     ) -> Prediction:
+        self._check_finite(scores, index)
         scaled = scores.astype(np.float64) / self._temperature
         weights = np.exp(scaled - scaled.max())
         weights /= weights.sum()
@@ -193,10 +220,21 @@ class Student:
             n_tokens,
         )
 
-    def label_scores(self, texts: Sequence[str], *, truncate: bool | None = None) -> np.ndarray:
+    def _check_finite(self, scores: Any, index: int) -> None:
+        """Raise AnswerError where a score of text ``index`` is NaN or infinite."""
+        if not np.isfinite(scores).all():
+            raise AnswerError(
+                f"The target {self.target!r} of the bundle {self.bundle.root} computed a score that is not finite "
+                f"(NaN or infinity) for text {index}, so there is no answer. Check the exported student with "
+                "sbs-edge evaluate, or export it with another precision."
+            )
+
+    def label_scores(self, texts: Iterable[str], *, truncate: bool | None = None) -> np.ndarray:
         """Return the raw (len(texts), K) scores of the closed label set, before temperature."""
-        rows, _ = self._encode(texts, "label", truncate)
+        rows, _ = self._encode(check_texts(texts), "label", truncate)
         scored = self._score_closed(rows)
+        for row, (_, scores) in enumerate(scored):
+            self._check_finite(scores, row)
         return (
             np.stack([scores for _, scores in scored])
             if scored
@@ -253,7 +291,7 @@ class Student:
 
     def explain(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         max_new_tokens: int | None = None,
         num_beams: int = 1,
         *,
@@ -269,8 +307,7 @@ class Student:
             truncate: overrides the student's setting.
             tokens: what :meth:`tokenize` gave for these texts and the task "rationale".
         """
-        if isinstance(texts, str):
-            raise UsageError("explain takes a list of texts; wrap a single one: explain([text]).")
+        texts = check_texts(texts)
         limit = self.limits["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= self.limits["max_new_tokens"]:
             raise UsageError(
@@ -296,6 +333,7 @@ class Student:
             for position, i in enumerate(batch):
                 row = tokens[position].tolist()
                 stop = row.index(self._eos) + 1 if self._eos in row else len(row)
+                self._check_finite(log_probability[position], i)
                 out[i] = (row[:stop], float(log_probability[position]))
         return out
 
@@ -315,13 +353,18 @@ class Student:
 
     # -- text -----------------------------------------------------------------------------------------
 
-    def count_tokens(self, texts: Sequence[str], task: str = "label") -> list[int]:
+    def count_tokens(self, texts: Iterable[str], task: str = "label") -> list[int]:
         """Return how many tokens every text has for ``task``, prefix and end-of-sequence included."""
-        return [len(ids) for ids in self.tokenize(texts, task)]
+        self._check_open()
+        return self._texts.count(check_texts(texts), task)
 
-    def tokenize(self, texts: Sequence[str], task: str = "label") -> list[list[int]]:
-        """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included."""
-        return self._texts.tokenize(texts, task)
+    def tokenize(self, texts: Iterable[str], task: str = "label") -> list[list[int]]:
+        """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included.
+
+        Of a text far over the token limit only the beginning is read: more ids than the limit come back.
+        """
+        self._check_open()
+        return self._texts.tokenize(check_texts(texts), task)
 
     def _encode(
         self,
@@ -330,6 +373,7 @@ class Student:
         truncate: bool | None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
+        self._check_open()
         return self._texts.encode(texts, task, self.truncate if truncate is None else truncate, tokens)
 
     def _batches(
@@ -338,9 +382,12 @@ class Student:
         most_rows: int | None = self._entry.get("max_batch_rows")
         return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows, shapes)
 
-    def _session(self, role: str, purpose: str) -> Session:
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError("This Student was closed; load the bundle again, or ask within the with block.")
+
+    def _session(self, role: str, purpose: str) -> Session:
+        self._check_open()
         if role not in self._sessions:
             only_labels = role == "explainer" and "label_scorer" in self._sessions
             raise UsageError(
@@ -355,13 +402,13 @@ class Student:
 
     # -- asyncio and life cycle -----------------------------------------------------------------------
 
-    async def apredict(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Prediction]:
+    async def apredict(self, texts: Iterable[str], *args: Any, **kwargs: Any) -> list[Prediction]:
         """:meth:`predict` in a worker thread; the event loop stays free (the runtime releases the GIL)."""
         import asyncio  # here: a service has it loaded, and a script that asks once need not wait for it
 
         return await asyncio.to_thread(self.predict, texts, *args, **kwargs)
 
-    async def aexplain(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[Explanation]:
+    async def aexplain(self, texts: Iterable[str], *args: Any, **kwargs: Any) -> list[Explanation]:
         """:meth:`explain` in a worker thread."""
         import asyncio
 
@@ -369,6 +416,7 @@ class Student:
 
     def warm_up(self, tasks: Sequence[str] = ("label", "rationale")) -> None:
         """Open and run every graph of ``tasks`` once on a short input, so that the first request pays nothing."""
+        self._check_open()
         unknown = [task for task in tasks if task not in ("label", "rationale")]
         if unknown:
             raise UsageError(
@@ -397,7 +445,15 @@ class Student:
         self._closed = True
         self._sessions.clear()
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: graphs belong to one process."""
+        raise UsageError(
+            "A Student cannot be pickled or copied: its graphs belong to this process. Send the bundle's path "
+            f"({str(self.bundle.root)!r}) and call Student.load there, once in each process; threads can share one."
+        )
+
     def __enter__(self) -> Student:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,39 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sbs_edge.errors import UsageError
+from sbs_edge.tokens import TextTokenizer, most_characters, within_limit, without_limits
 
-__all__ = ["Texts"]
+__all__ = ["Texts", "check_texts", "over_limit", "text_fault", "unicode_fault"]
+
+
+def text_fault(text: object) -> str | None:
+    """Return why no student can be asked about ``text``, as the end of a sentence about it, or None.
+
+    A text is a string of valid Unicode that holds something to read: a string of white space, control and
+    format characters alone would be answered from the prefix.
+    """
+    if not isinstance(text, str):
+        return f"is a {type(text).__name__}, not a string"
+    if not any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text):
+        return "is empty or blank"
+    return unicode_fault(text)
+
+
+def unicode_fault(text: str) -> str | None:
+    """Return why ``text`` cannot be encoded, as the end of a sentence about it, or None."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        return f"is not valid Unicode: character {error.start + 1} is {half}, half of a pair"
+    return None
+
+
+def check_texts(texts: Iterable[str]) -> list[str]:
+    """Return ``texts`` as a list, read once, or refuse the first that cannot be answered.
+
+    Raises:
+        UsageError: this is not an iterable of strings in an order, or a text is not a string, is empty or blank,
+            or is not valid Unicode; the message names its row.
+    """
+    if isinstance(texts, str | bytes | Mapping | Set) or getattr(texts, "ndim", 1) != 1:
+        raise UsageError(
+            f"The texts must be a list of strings, not a {type(texts).__name__}; put a single text into a list: [text]."
+        )
+    try:
+        found = list(texts)
+    except TypeError as error:
+        raise UsageError(f"The texts must be a list of strings, not a {type(texts).__name__}.") from error
+    for row, text in enumerate(found):
+        fault = text_fault(text)
+        if fault is not None:
+            raise UsageError(f"Text {row} {fault}. Every text gets an answer: correct it or leave it out.")
+    return found
+
+
+def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, task: str | None = None) -> str:
+    """Return the message about a text over the token limit.
+
+    Args:
+        where: the text's place, as the subject of the sentence.
+        text: the text without its prefix.
+        n_tokens: how many tokens were found, at least ``limit`` + 1 unless the text is over the limit of characters.
+        limit: ``max_source_tokens``.
+        remedy: how cutting is allowed.
+        task: the task whose prefix counts; None: not said.
+    """
+    prefix = "its prefix" if task is None else f"the {task} prefix"
+    if n_tokens <= limit:
+        much = f"{len(text):,} characters, and at most {most_characters(limit):,} are read for {limit} tokens"
+        return f"{where} has {much}. Shorten it, or allow cutting with {remedy}."
+    # Of a text far over the limit only the beginning was read.
+    more = f"more than {limit}" if len(text) > max(8 * limit, 1024) else str(n_tokens)
+    return (
+        f"{where} has {more} tokens with {prefix}; this bundle's limit is {limit}. "
+        f"Shorten it, or allow cutting with {remedy}."
+    )
 
 
 class Texts:
     """The tokenizer of a bundle; safe to share between threads."""
 
     def __init__(
-        self, tokenizer: Path, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
+        self, tokenizer: bytes, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
     ) -> None:
         """Read the tokenizer.
 
         Args:
-            tokenizer: path of ``tokenizer.json``.
+            tokenizer: content of ``tokenizer.json``.
             prefixes: task -> what stands before every input of it.
             limits: ``max_source_tokens`` and ``max_label_tokens``.
             eos_token_id: the id that ends a sequence.
         """
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(tokenizer))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = TextTokenizer(without_limits(Tokenizer.from_buffer(tokenizer)))
         self._prefixes, self._limits, self._eos = prefixes, limits, eos_token_id
 
     def tokenize(self, texts: Sequence[str], task: str) -> list[list[int]]:
-        """Return every text's ids for ``task``, uncut: prefix and end-of-sequence included."""
-        prefix = self._prefixes[task]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch([prefix + t for t in texts])]
+        """Return every text's ids for ``task``, uncut: prefix and end-of-sequence included.
+
+        Of a text far over the token limit only the beginning is read: more ids than the limit come back, and up
+        to the limit they are those of the whole text.
+        """
+        return self._tokenizer.encode_beginnings(
+            check_texts(texts), self._limits["max_source_tokens"], self._prefixes[task]
+        )
+
+    def count(self, texts: Sequence[str], task: str) -> list[int]:
+        """Return how many tokens every text has for ``task``, however long it is."""
+        return [len(ids) for ids in self._tokenizer.encode_batch(check_texts(texts), self._prefixes[task])]
 
     def encode(
         self, texts: Sequence[str], task: str, truncate: bool, tokens: Sequence[Sequence[int]] | None = None
@@ -48,11 +126,8 @@ class Texts:
             tokens: what :meth:`tokenize` gave for these texts.
 
         Raises:
-            UsageError: something is no string, or over the limit.
+            UsageError: a text cannot be answered (see :func:`check_texts`), or is over the limit.
         """
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UsageError(f"Text {row} is a {type(text).__name__}, not a string.")
         limit = self._limits["max_source_tokens"]
         if tokens is None:
             tokens = self.tokenize(texts, task)
@@ -60,14 +135,14 @@ class Texts:
             raise UsageError(f"{len(texts)} text(s) came with {len(tokens)} list(s) of tokens.")
         rows: list[list[int]] = []
         cut: list[bool] = []
-        for row, ids in enumerate(tokens):
-            too_long = len(ids) > limit
+        most = most_characters(limit)
+        for row, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
+            too_long = len(ids) > limit or len(text) > most
             if too_long and not truncate:
                 raise UsageError(
-                    f"Text {row} has {len(ids)} tokens with its prefix; this bundle's limit is {limit}. "
-                    "Shorten it, or allow cutting with truncate=True (--truncate)."
+                    over_limit(f"Text {row}", text, len(ids), limit, "truncate=True (--truncate)")
                 )
-            rows.append([*ids[: limit - 1], self._eos] if too_long else list(ids))
+            rows.append(within_limit(ids, limit, self._eos))
             cut.append(too_long)
         return rows, cut
 
@@ -77,7 +152,7 @@ class Texts:
         Raises:
             UsageError: the vocabulary has no token of it, or it is over the limit.
         """
-        tokens: list[int] = self._tokenizer.encode(label).ids
+        tokens = self._tokenizer.encode_target(label, self._eos)
         if len(tokens) < 2:
             raise UsageError(f"The label {label!r} has no token of this student's vocabulary.")
         limit = self._limits["max_label_tokens"]
@@ -87,4 +162,4 @@ class Texts:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ``tokens``, special ones left out."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+        return self._tokenizer.decode(tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,10 @@ def _wait_until_free(journal: Path, seconds: float = 60.0) -> None:
                 return
 
 
+def _say_wait(unit: int, seconds: float, reason: str) -> None:
+    sys.stderr.write(f"unit {unit}: waiting {seconds:,.0f} s: {reason}\n")
+
+
 def _has_failures(shard: bytes) -> bool:
     """Whether a row was asked for and could not be used; a row that could not be read has no input."""
     rows = (json.loads(line) for line in shard.splitlines())
@@ -105,7 +110,13 @@ class AnnotateWorker:
         _wait_until_free(journal)
         teacher = connect(self._settings, **self._connection)
         annotation = annotate(
-            rows, self._task, teacher, journal, self._settings, budget_of=self._budget_of(unit.index)
+            rows,
+            self._task,
+            teacher,
+            journal,
+            self._settings,
+            on_wait=lambda seconds, reason: _say_wait(unit.index, seconds, reason),
+            budget_of=self._budget_of(unit.index),
         )
         results = iter(annotation.results)
         lines: list[dict[str, Any]] = []
@@ -118,7 +129,8 @@ class AnnotateWorker:
                 {**example_to_json(result.example), **({"error": result.reason} if result.reason else {})}
             )
         unanswered = sum(annotation.stats.unanswered.values())
-        if unanswered == 0 and annotation.stats.stopped is None:
+        all_refused = bool(annotation.records) and all(record.is_refusal for record in annotation.records)
+        if unanswered == 0 and annotation.stats.stopped is None and not all_refused:
             write_shard(self._out, name, lines)  # otherwise the next run goes on with this unit
         figures = {
             "unit": unit.index,
@@ -189,9 +201,18 @@ def annotate_with_ray(
     ColumnMap.parse(columns or ())  # refused here, not by every worker
     journals = str(Path(journal or Path(str(out)) / "journal").absolute())
     shown = dataclasses.asdict(settings)
-    for name in ("concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices"):
+    for name in (
+        "concurrency",
+        "max_attempts",
+        "retry_failed",
+        "max_cost",
+        "max_total_tokens",
+        "prices",
+        "server",
+    ):
         shown.pop(name)  # may change between a run and its continuation
     plain = task.model_dump(mode="json", exclude_none=True)
+    asked = {name: value for name, value in plain.items() if name != "headers"}  # they may hold a secret
 
     def ledger(ray: Any, units: list[Unit]) -> dict[str, Any]:
         if settings.max_cost is None and settings.max_total_tokens is None:
@@ -213,7 +234,7 @@ def annotate_with_ray(
         },
         pattern if "://" in pattern else str(Path(pattern).absolute()),
         str(out),
-        settings={"task": plain, **shown, "columns": columns or []},
+        settings={"task": asked, **shown, "columns": columns or []},
         workers=workers,
         cpus_each=0.25,  # a client waits for the network
         shard_bytes=shard_bytes,

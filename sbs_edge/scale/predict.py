@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sbs_edge.data.questions import Unanswerable, answers_of, choices_of, id_of, text_of
 from sbs_edge.data.rows import printable
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.runtime.texts import over_limit
 from sbs_edge.scale.run import run_units
 from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
+from sbs_edge.tokens import most_characters
 
 __all__ = ["COLUMNS", "PredictWorker", "answer_rows", "predict_with_ray"]
 
@@ -89,10 +91,10 @@ def _short_enough(
     kept = []
     for i, question in enumerate(good):
         count = max(len(tokens[task][i]) for task in tasks)
-        if cut or count <= limit:
+        if cut or (count <= limit and len(question.text) <= most_characters(limit)):
             kept.append(i)
         else:
-            answers[question.place]["error"] = f"{count} tokens, the limit is {limit}"
+            answers[question.place]["error"] = over_limit("It", question.text, count, limit, "--truncate")
     return [good[i] for i in kept], {task: [rows[i] for i in kept] for task, rows in tokens.items()}
 
 
@@ -109,6 +111,11 @@ def _as_json(prediction: Any, rationale: Any) -> dict[str, Any]:
     return found
 
 
+def digests_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the digests of a bundle's files, sorted: equal only for the same bundle."""
+    return sorted(entry["sha256"] for entry in manifest["files"].values())
+
+
 class PredictWorker:
     """An actor: loads the bundle once, then turns units into shards."""
 
@@ -120,10 +127,16 @@ class PredictWorker:
         target: str | None,
         threads: int,
         options: dict[str, Any],
+        bundle_files: list[str],
     ) -> None:
         from sbs_edge.runtime.student import Student
 
         self._student = Student.load(bundle, target=target, threads=threads)
+        if digests_of(self._student.manifest) != bundle_files:  # an actor that died is started again later
+            raise IntegrityError(
+                f"The bundle {bundle} is not the one that this run began with: it was replaced meanwhile, or another "
+                "lies at this path on this node. Put the first one back and start the command again."
+            )
         # Ray's modules and the student are no garbage: left to the collector, each of its rounds reads them all.
         gc.collect()
         gc.freeze()
@@ -207,11 +220,17 @@ def predict_with_ray(
         "target": target or manifest.get("default_target"),
         "form": form,
         **({"columns": COLUMNS} if form == "parquet" else {}),
-        "bundle_files": sorted(entry["sha256"] for entry in manifest["files"].values()),
+        "bundle_files": digests_of(manifest),
     }
     return run_units(
         PredictWorker,
-        {"bundle": str(folder), "target": target, "threads": threads, "options": options},
+        {
+            "bundle": str(folder),
+            "target": target,
+            "threads": threads,
+            "options": options,
+            "bundle_files": settings["bundle_files"],
+        },
         pattern if "://" in pattern else str(Path(pattern).absolute()),
         str(out),
         settings=settings,

@@ -18,7 +18,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sbs_edge import files
 from sbs_edge.errors import DataError, GuardError, IntegrityError, MissingExtra, SbsEdgeError, UsageError
+from sbs_edge.resources import usable_cpus
 from sbs_edge.scale.units import Folder, Unit, plan_units, shard_name, unit_of
 
 __all__ = ["run_units", "session"]
@@ -52,7 +54,7 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
         return
     if address is None:
         # One spare CPU for Ray Data's own tasks; CPUs are bookkeeping, not pinning.
-        cpus = max(os.cpu_count() or 1, int(workers * cpus_each) + 1)
+        cpus = max(usable_cpus(), int(workers * cpus_each) + 1)
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     else:
         try:
@@ -71,7 +73,7 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
 def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]) -> None:
     """Keep the plan beside the shards; refuse to mix the shards of two plans."""
     plan = {"format": 1, "input": pattern, "settings": settings, "units": [u.as_dict() for u in units]}
-    content = json.dumps(plan, indent=2, ensure_ascii=False) + "\n"
+    content = files.to_json(plan, indent=2) + "\n"
     if "_plan.json" not in out.names():
         out.write("_plan.json", content.encode("utf-8", "backslashreplace"))
         return
@@ -261,8 +263,9 @@ def run_units(
     missing = [index for index, name in shards.items() if name not in there]
     if missing:
         raise SbsEdgeError(
-            f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended "
-            "or calls stayed unanswered. Run the same command again; it goes on with these."
+            f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended, "
+            "calls stayed unanswered, or the server refused every call of the unit. "
+            "Run the same command again; it goes on with these."
         )
     totals = {
         "units": len(units),
@@ -275,5 +278,5 @@ def run_units(
         "steady_seconds": round(_span(done), 3),
         **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
     }
-    folder.write("_done.json", json.dumps(totals, indent=2).encode("utf-8"))
+    folder.write("_done.json", files.to_json(totals, indent=2).encode("utf-8"))
     return totals

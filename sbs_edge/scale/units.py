@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sbs_edge.data.rows import json_row, parquet_rows, printable
+from sbs_edge import files
+from sbs_edge.data.raw import BOM, refuse_foreign_bytes
+from sbs_edge.data.rows import json_row, parquet_rows, printable, starts_as_array
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 
 __all__ = ["Folder", "Unit", "plan_units", "read_unit", "shard_name", "unit_of", "write_shard"]
@@ -147,19 +149,19 @@ def plan_units(pattern: str, shard_bytes: int) -> list[Unit]:
         if _is_parquet(uri):
             pieces += [(*piece, name) for piece in _row_groups(uri, shard_bytes)]
         elif size:
-            if uri.lower().endswith(".json"):
-                _refuse_array(uri)
+            _refuse_document(uri)
             edges = [*range(0, size, shard_bytes), size]
             pieces += [(uri, a, b, name) for a, b in itertools.pairwise(edges)]
     return [Unit(index, *piece) for index, piece in enumerate(pieces)]
 
 
-def _refuse_array(uri: str) -> None:
-    """Refuse a file that is no JSON Lines: every line of it would be a row of its own, and none would be one."""
+def _refuse_document(uri: str) -> None:
+    """Refuse a file that is not JSON Lines in UTF-8: none of its lines would be a row."""
     filesystem, path = _filesystem(uri)
     with filesystem.open_input_file(path) as handle:
         start = handle.read(4096)
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    refuse_foreign_bytes(start[:8], uri)
+    if starts_as_array(start):
         raise DataError(
             f"{uri} holds one JSON array, which cannot be cut. Write one object a line, or leave out --engine ray."
         )
@@ -208,9 +210,7 @@ def _json_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
             if not line:
                 return
             start, position = position, position + len(line)
-            if start == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark says nothing in UTF-8
-            if not line.strip():
+            if not line.removeprefix(BOM).strip():
                 continue
             row = json_row(0, line)
             yield (
@@ -279,14 +279,12 @@ class Folder:
             with self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
                 stream.write(content)
             return
-        from sbs_edge import files
-
         files.write_bytes(f"{self._path}/{name}", content)
 
 
 def _json_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
     # What UTF-8 cannot hold, half a character, becomes the escape by which JSON spells it.
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(files.to_json(row) + "\n" for row in rows)
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -10,9 +10,11 @@ in on the strength of the same free places, and most be refused after they were 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sbs_edge.serve import errors
 
-__all__ = ["Coming", "Gate", "Passage"]
+__all__ = ["Budget", "Coming", "Gate", "Passage"]
 
 
 class Gate:
@@ -31,25 +33,25 @@ class Gate:
         self._max_wait_s = max_wait_s
 
     def refusal(
-        self, units: int = 1, seconds_per_unit: float = 0.0, ahead: int = 0
+        self, units: int = 1, seconds_per_unit: float = 0.0, ahead: int = 0, before_s: float = 0.0
     ) -> errors.HttpError | None:
         """Return the 429 ``units`` would be answered with, or ``None`` where they fit.
 
         ``seconds_per_unit`` is the measured service time, ``ahead`` the units let in that are not
-        counted yet. An empty gate always lets a request in, whatever the estimate says, so that one
-        slow measurement cannot shut the server.
+        counted yet, ``before_s`` an estimated wait before this queue. An empty gate always lets a request
+        in, whatever the estimate says, so that one slow measurement cannot shut the server.
         """
         taken = self.inside + ahead
-        wait_s = taken * seconds_per_unit
+        wait_s = taken * seconds_per_unit + before_s
         if taken + units > self.limit:
             return errors.overloaded(self._reason, wait_s)
         if self._max_wait_s is not None and taken and wait_s > self._max_wait_s:
             return errors.overloaded("queue_time", wait_s)
         return None
 
-    def enter(self, units: int = 1, seconds_per_unit: float = 0.0) -> None:
+    def enter(self, units: int = 1, seconds_per_unit: float = 0.0, before_s: float = 0.0) -> None:
         """Check and count ``units`` in, in one step; raise the 429 where they do not fit."""
-        refusal = self.refusal(units, seconds_per_unit)
+        refusal = self.refusal(units, seconds_per_unit, before_s=before_s)
         if refusal is not None:
             raise refusal
         self.inside += units
@@ -57,6 +59,32 @@ class Gate:
     def leave(self, units: int = 1) -> None:
         """Count ``units`` out again."""
         self.inside -= units
+
+
+class Budget(Gate):
+    """Bytes of the bodies inside. When most of what stood inside has left, ``on_low`` is called.
+
+    The C library keeps freed memory for later; ``on_low`` is the time to give it back to the system.
+    """
+
+    _WORTH = 1 << 20  # bytes
+
+    def __init__(self, limit: int, on_low: Callable[[], None]) -> None:
+        super().__init__(limit, "body_bytes")
+        self._on_low = on_low
+        self._peak = 0
+
+    def enter(self, units: int = 1, seconds_per_unit: float = 0.0, before_s: float = 0.0) -> None:
+        """Count ``units`` bytes in, or raise the 429."""
+        super().enter(units)
+        self._peak = max(self._peak, self.inside)
+
+    def leave(self, units: int = 1) -> None:
+        """Count ``units`` bytes out again."""
+        super().leave(units)
+        if self._peak > 4 * self.inside + self._WORTH:
+            self._peak = self.inside
+            self._on_low()
 
 
 class Coming:
@@ -83,14 +111,21 @@ class Passage:
     Every method may be called again without effect.
     """
 
-    __slots__ = ("_coming", "_gate", "_share")
+    __slots__ = ("_budget", "_bytes", "_coming", "_gate", "_share")
 
-    def __init__(self, gate: Gate, coming: Coming) -> None:
+    def __init__(self, gate: Gate, coming: Coming, budget: Gate) -> None:
         """Take the place; the caller has checked that there is one."""
         gate.inside += 1
+        self._budget = budget
+        self._bytes = 0
         self._gate: Gate | None = gate
         self._coming = coming
         self._share = coming.expect()
+
+    def hold(self, n_bytes: int) -> None:
+        """Count more bytes of its body in; raise 429 where all bodies together are over the budget."""
+        self._budget.enter(n_bytes)
+        self._bytes += n_bytes
 
     def counted(self, n_texts: int) -> None:
         """Its texts stand in a queue now (or were refused there)."""
@@ -105,6 +140,9 @@ class Passage:
     def leave(self) -> None:
         """Give the place back."""
         self.unexpect()
+        if self._bytes:
+            self._budget.leave(self._bytes)
+            self._bytes = 0
         if self._gate is not None:
             self._gate.leave(1)
             self._gate = None

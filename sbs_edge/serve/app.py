@@ -18,6 +18,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files as resource_files
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -57,9 +58,10 @@ def create_app(service: Service) -> Starlette:
 
     async def read_whole_body(request: Request) -> bytes:
         """Read the body in a time of its own, so that trickled bodies cannot hold every place."""
+        limit, hold = settings.max_body_bytes, request.state.passage.hold
         try:
             async with asyncio.timeout(settings.body_timeout_s):
-                return await read_body(request.receive, request.headers, settings.max_body_bytes)
+                return await read_body(request.receive, request.headers, limit, hold)
         except TimeoutError:
             raise errors.slow_body(settings.body_timeout_s) from None
 
@@ -71,13 +73,16 @@ def create_app(service: Service) -> Starlette:
             state.deadline = time.perf_counter() + limit_s
             try:
                 async with asyncio.timeout(limit_s):
-                    body = await read_whole_body(request)
-                    return await _unless_client_leaves(answer(body), request.receive)
+                    work = answer(await read_whole_body(request))  # nothing else keeps the body
+                    return await _unless_client_leaves(work, request.receive)
             except TimeoutError:
                 raise errors.HttpError(
                     504, f"The answer was not ready within {limit_s:g} s.", reason="deadline"
                 ) from None
         except errors.HttpError as error:
+            # Its traceback leads back to the task that holds it, and to the texts: a ring that only the
+            # garbage collector would break, much later.
+            error.__traceback__ = None
             return refused(request, error)
         except errors.ClientLeft:
             service.refusals.count("client_left")
@@ -93,6 +98,7 @@ def create_app(service: Service) -> Starlette:
     async def predict(request: Request) -> Response:
         async def run(body: bytes) -> Response:
             asked, asking = plain.parse_predict(body)
+            del body  # it may be large, and the answer may take a while
             version = registry.find(asked.model, asked.version)
             answers = await answer(request, version, asking)
             return json_response(plain.encode_answers(version.card.name, version.card.version, answers))
@@ -104,6 +110,7 @@ def create_app(service: Service) -> Starlette:
             params = request.path_params
             version = registry.find(params["model"], params.get("version"))
             asked = oip.parse_request(body, request.headers.get("inference-header-content-length"))
+            del body
             request.state.client_id = asked.id
             answers = await answer(request, version, asked.asking)
             content, headers = oip.encode_response(asked, answers, version.card)
@@ -120,7 +127,12 @@ def create_app(service: Service) -> Starlette:
         return json_response({"live": True})
 
     async def ready(request: Request) -> Response:
-        return json_response({"ready": service.ready}, 200 if service.ready else 503)
+        document: dict[str, Any] = {"ready": service.ready}
+        if service.peers is not None:
+            document["workers"] = service.peers.document
+        if service.registry.problems:
+            document["problems"] = service.registry.problems
+        return json_response(document, 200 if service.ready else 503)
 
     async def model_metadata(request: Request) -> Response:
         try:
@@ -139,10 +151,7 @@ def create_app(service: Service) -> Starlette:
         return json_response({"name": name, "ready": service.ready}, 200 if service.ready else 503)
 
     async def show_metrics(request: Request) -> Response:
-        for (name, task), size in registry.queue_sizes().items():
-            metrics.queue_size.labels(name, task).set(size)
-        metrics.in_flight.set(service.gate.inside)
-        metrics.ready.set(service.ready)
+        service.publish_gauges()
         return Response(metrics.render(), media_type=metrics.content_type)
 
     page_html = (resource_files("sbs_edge.serve") / "page.html").read_bytes()
@@ -227,7 +236,9 @@ async def _load(service: Service) -> None:
     try:
         await service.registry.refresh(first=True)
         service.started = True
-        logger.info("ready", models=sorted(service.registry.by_name))
+        logger.info(
+            "ready" if service.peers is None else "worker_ready", models=sorted(service.registry.by_name)
+        )
     except Exception as error:
         service.failure = error
         logger.error("startup_failed", error=str(error))

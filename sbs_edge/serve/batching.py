@@ -35,6 +35,8 @@ __all__ = ["Lane", "Ticket"]
 _AT_ONCE_S = 0.0015
 _AT_ONCE_TOKENS = 64
 
+_FULL = 0.5  # share of the token budget from which a batch costs about as much for each text as a full one
+
 Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
@@ -82,12 +84,13 @@ Share = tuple[Ticket[Any, Any], int]  # a ticket and the place of one of its tex
 
 
 class _Ran(NamedTuple):
-    """What a worker did: the texts still wanted, their results, and when (``perf_counter`` seconds)."""
+    """What a worker did: the texts still wanted, their results, when (``perf_counter`` seconds), and how full it was."""
 
     wanted: list[Share]
     results: Sequence[Any]
     started_s: float
     finished_s: float
+    fill: float
 
 
 class Lane(Generic[Payload, Result]):
@@ -100,6 +103,7 @@ class Lane(Generic[Payload, Result]):
         workers: threads; each runs one batch at a time.
         ahead: whole batches that may stand ready behind those that run. Texts given up meanwhile are
             still left out.
+        nice: steps of priority that the threads stand below the event loop.
         on_batch: called after each batch with (texts, seconds, waited seconds of each text).
     """
 
@@ -112,13 +116,16 @@ class Lane(Generic[Payload, Result]):
         workers: int = 1,
         ahead: int = 0,
         name: str = "lane",
+        nice: int = 0,
         on_batch: Callable[[int, float, list[float]], None] | None = None,
     ) -> None:
         self._work = work
         self._max_batch_tokens = max_batch_tokens
         self._max_wait_s = max_wait_s
         self._on_batch = on_batch
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=stand_back)
+        self._pool = ThreadPoolExecutor(
+            workers, thread_name_prefix=name, initializer=stand_back, initargs=(nice,)
+        )
         self._workers = workers
         self._idle = workers  # below zero: batches that stand ready
         self._ahead = ahead
@@ -129,10 +136,16 @@ class Lane(Generic[Payload, Result]):
         self._closed = False
         self.queued = 0  # texts waiting for a worker
         self.expected = 0  # requests admitted for this lane that are still being tokenised
-        self.seconds_per_text = 0.0  # moving average of worker time, 0 until the first batch
+        self.seconds_per_text = 0.0  # worker time of a text in a full batch, 0 until the first batch
+        self._lone_s = 0.0  # time of the last texts that ran alone: see _learn
+        self._n_full = 0
 
     def wait_estimate_s(self, n_texts: int) -> float:
-        """Estimated seconds until ``n_texts`` texts now in the system are done; 0 before any batch."""
+        """Estimated seconds until ``n_texts`` texts now in the system are done; 0 before any batch.
+
+        A queue is worked off in full batches, so full batches are what the estimate learns from. Lone texts
+        cost several times as much each, and the first ones after a start more than that.
+        """
         return n_texts * self.seconds_per_text / self._workers
 
     def submit(
@@ -196,11 +209,11 @@ class Lane(Generic[Payload, Result]):
                 if remaining > 0:
                     self._timer = asyncio.get_running_loop().call_later(remaining, self._pump)
                     return
-            batch = self._take(group, len_of_oldest=oldest[1])
+            batch, n_tokens = self._take(group, len_of_oldest=oldest[1])
             if batch and self._is_quick(batch, oldest[1]):
-                self._run_here(batch)
+                self._run_here(batch, n_tokens)
             elif batch:
-                self._start(batch)
+                self._start(batch, n_tokens)
 
     def _oldest(self) -> tuple[Hashable, tuple[Ticket[Payload, Result], int] | None]:
         """Return the group and (ticket, token count) that wait longest; drop abandoned heads."""
@@ -223,8 +236,11 @@ class Lane(Generic[Payload, Result]):
     def _shortest(self, group: Hashable) -> int:
         return min(self._waiting[group])
 
-    def _take(self, group: Hashable, len_of_oldest: int) -> list[Share]:
-        """Remove one batch: the oldest text, then those nearest to it in length, within the budget."""
+    def _take(self, group: Hashable, len_of_oldest: int) -> tuple[list[Share], int]:
+        """Remove one batch: the oldest text, then those nearest to it in length, within the budget.
+
+        Returns the batch and its tokens, padding counted.
+        """
         lengths = self._waiting[group]
         batch: list[Share] = []
         longest = 0
@@ -245,34 +261,35 @@ class Lane(Generic[Payload, Result]):
                 break
         if not lengths:
             del self._waiting[group]
-        return batch
+        return batch, len(batch) * longest
 
     def _is_quick(self, batch: list[Share], length: int) -> bool:
         """Whether ``batch`` is one short text, alone in the lane, and such texts have been quick."""
         alone = len(batch) == 1 and not self.queued and not self.expected
         free = self._workers == 1 and self._idle == 1  # several workers are there to work side by side
-        return alone and free and length <= _AT_ONCE_TOKENS and 0 < self.seconds_per_text <= _AT_ONCE_S
+        return alone and free and length <= _AT_ONCE_TOKENS and 0 < self._lone_s <= _AT_ONCE_S
 
-    def _run_here(self, batch: list[Share]) -> None:
+    def _run_here(self, batch: list[Share], n_tokens: int) -> None:
         self._idle -= 1
         done: asyncio.Future[_Ran] = asyncio.get_running_loop().create_future()
         try:
-            done.set_result(self._run(batch))
+            done.set_result(self._run(batch, n_tokens))
         except Exception as error:
             done.set_exception(error)
         self._finish(batch, done)
 
-    def _start(self, batch: list[Share]) -> None:
+    def _start(self, batch: list[Share], n_tokens: int) -> None:
         self._idle -= 1
-        done = asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch)
+        done = asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch, n_tokens)
         done.add_done_callback(lambda future: self._finish(batch, future))
 
-    def _run(self, batch: list[Share]) -> _Ran:
+    def _run(self, batch: list[Share], n_tokens: int) -> _Ran:
         """On a worker: answer what is still wanted, and say when."""
         started_s = time.perf_counter()
         wanted = [(ticket, index) for ticket, index in batch if not ticket.abandoned]
         results = self._work([ticket.payloads[index] for ticket, index in wanted]) if wanted else ()
-        return _Ran(wanted, results, started_s, time.perf_counter())
+        fill = min(1.0, n_tokens * len(wanted) / (len(batch) * self._max_batch_tokens))
+        return _Ran(wanted, results, started_s, time.perf_counter(), fill)
 
     def _finish(self, batch: list[Share], done: asyncio.Future[_Ran]) -> None:
         self._idle += 1
@@ -290,10 +307,21 @@ class Lane(Generic[Payload, Result]):
             ticket.started_s = min(ticket.started_s or ran.started_s, ran.started_s)
             ticket._put(index, result)
         elapsed = ran.finished_s - ran.started_s
-        each = elapsed / len(ran.wanted)
-        self.seconds_per_text = (
-            each if not self.seconds_per_text else 0.9 * self.seconds_per_text + 0.1 * each
-        )
+        self._learn(elapsed, len(ran.wanted), ran.fill)
         if self._on_batch:
             waited = [ran.started_s - ticket.enqueued_s for ticket, _ in ran.wanted]
             self._on_batch(len(ran.wanted), elapsed, waited)
+
+    def _learn(self, elapsed_s: float, n_texts: int, fill: float) -> None:
+        """Take the time of one batch, ``fill`` of the token budget, into the estimates."""
+        each = elapsed_s / n_texts
+        if n_texts == 1:
+            # One slow text sends the next to a worker. There the least counts: beside busy neighbours most take
+            # longer on a worker, and a mean would never let them turn out quick again.
+            slowed = each > _AT_ONCE_S >= self._lone_s
+            self._lone_s = each if slowed or not self._lone_s else min(each, 1.05 * self._lone_s)
+        if fill >= _FULL:
+            self._n_full += 1  # the mean of the first ten, so that one slow start weighs a tenth
+            self.seconds_per_text += max(0.1, 1 / self._n_full) * (each - self.seconds_per_text)
+        elif not self._n_full:
+            self.seconds_per_text = each * fill  # at least: a full batch takes no less time than this one

@@ -34,6 +34,10 @@ class _Inflater:
         self._engine: Any = zlib.decompressobj(_GZIP) if encoding == "gzip" else None
         self._out = bytearray()
 
+    @property
+    def size(self) -> int:
+        return len(self._out)
+
     def feed(self, piece: bytes) -> None:
         if not piece:
             return
@@ -55,8 +59,12 @@ class _Inflater:
         return bytes(self._out)
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
+async def read_body(
+    receive: Receive, headers: Mapping[str, str], limit: int, hold: Callable[[int], None]
+) -> bytes:
     """Return the decompressed body; stop reading as soon as it is over ``limit`` bytes.
+
+    ``hold`` is told of every byte that is kept, and may raise.
 
     Raises:
         HttpError: 413 over the limit, 415 for an unknown ``Content-Encoding``, 400 for broken data.
@@ -80,8 +88,11 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) ->
         if received > limit:
             raise errors.too_large(limit)
         if inflater:
+            before = inflater.size
             inflater.feed(piece)
+            hold(inflater.size - before)
         else:
+            hold(len(piece))
             raw += piece
         if not message.get("more_body", False):
             return inflater.finish() if inflater else bytes(raw)
@@ -91,13 +102,25 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} is given more than once")
+            seen.add(key)
+    return found
+
+
 def parse_json(body: bytes) -> Any:
     r"""Parse strict UTF-8 JSON; every failure, nesting bombs included, is a 400.
 
+    A key that is given twice is refused: readers disagree about which one counts.
     Lone surrogate escapes (``"\ud800"``) are refused: no tokenizer and no UTF-8 answer can hold them.
     """
     try:
-        content = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        content = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_object)
         if b"\\u" in body:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:

@@ -19,7 +19,7 @@ from sbs_edge.serve.admission import Passage
 from sbs_edge.serve.errors import HttpError
 from sbs_edge.serve.service import Service
 
-__all__ = ["PREDICT_PATH", "Door", "RawHeaders", "Refused", "header", "request_id"]
+__all__ = ["PREDICT_PATH", "Door", "RawHeaders", "Refused", "header", "prepare", "request_id"]
 
 PREDICT_PATH = "/v1/predict"
 _OPEN_PATHS = frozenset({"/", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
@@ -47,6 +47,12 @@ def request_id(headers: RawHeaders) -> bytes:
     return given if _REQUEST_ID.fullmatch(given) else b"%b%08x" % (_PROCESS, next(_numbers) & 0xFFFFFFFF)
 
 
+def _length(headers: RawHeaders) -> int:
+    """Return how many bytes the body is said to have, 0 where that is not said; never negative."""
+    given = header(headers, b"content-length")
+    return int(given) if given.isdigit() and len(given) <= 18 else 0
+
+
 def _is_work(method: str, path: str) -> bool:
     return method == "POST" and (
         path == PREDICT_PATH or (path.startswith("/v2/models/") and path.endswith("/infer"))
@@ -64,13 +70,16 @@ class Refused:
     closes: bool
 
 
-def _prepare(refusal: HttpError) -> Refused:
+def prepare(refusal: HttpError, *, closing: bool = False) -> Refused:
+    """Write a refusal's bytes; ``closing`` announces the end of the connection whatever it says itself."""
     body = json.dumps({"error": refusal.message}).encode()
     fields = {**refusal.headers, "Content-Type": "application/json", "Content-Length": str(len(body))}
+    if closing:
+        fields["Connection"] = "close"
     lines = [(name.lower().encode(), value.encode()) for name, value in fields.items()]
     head = f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n".encode()
     head += b"".join(b"%b: %b\r\n" % line for line in lines) + b"x-request-id: "
-    return Refused(refusal.status, lines, body, head, "Connection" in refusal.headers)
+    return Refused(refusal.status, lines, body, head, "Connection" in fields)
 
 
 class Door:
@@ -79,14 +88,15 @@ class Door:
     def __init__(self, service: Service) -> None:
         self._service = service
         token = service.settings.token
-        self._credential = f"Bearer {token.get_secret_value()}".encode() if token else None
+        self._credential = token.get_secret_value().encode() if token else None
         self._prepared: dict[tuple[int, str], Refused] = {}
 
     def knows(self, path: str, headers: RawHeaders) -> bool:
         """Whether a request carries the token, or needs none."""
         if self._credential is None or path in _OPEN_PATHS:
             return True
-        return hmac.compare_digest(header(headers, b"authorization"), self._credential)
+        scheme, _, given = header(headers, b"authorization").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._credential)
 
     def refuse(self, method: str, path: str, headers: RawHeaders) -> Refused | None:
         """Return the answer of work there is no room for, and count it; ``None``: let it in."""
@@ -101,14 +111,19 @@ class Door:
         if not _is_work(method, path) or not self.knows(path, headers):
             return None
         service = self._service
-        refusal = service.refusal(labels=path == PREDICT_PATH)
+        refusal = service.refusal(labels=path == PREDICT_PATH, n_bytes=_length(headers))
         if refusal is None:
-            return Passage(service.gate, service.coming)
-        service.refusals.count(refusal.reason)
-        service.refusals.note(refusal.reason, refusal.status)
-        service.metrics.answered("", refusal.status).inc()
+            return Passage(service.gate, service.coming, service.body_bytes)
+        self.count(refusal)
         key = (refusal.status, refusal.message)
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepared[key] = _prepare(refusal)
+            prepared = self._prepared[key] = prepare(refusal)
         return prepared
+
+    def count(self, refusal: HttpError) -> None:
+        """Count what was refused on a connection."""
+        service = self._service
+        service.refusals.count(refusal.reason)
+        service.refusals.note(refusal.reason, refusal.status)
+        service.metrics.answered("", refusal.status).inc()

@@ -20,6 +20,8 @@ from sbs_edge.serve.service import Service
 __all__ = ["Edge"]
 
 _OVERLOAD = (429, 503)  # logged as sums
+_LONGEST_FIELD = 256  # characters of what a client chose, in the log and in traces
+_KEEP_ALIVE = (b"connection", b"keep-alive")  # a client of HTTP/1.0 has to be told
 
 
 def _frames(error: BaseException) -> list[str]:
@@ -27,11 +29,15 @@ def _frames(error: BaseException) -> list[str]:
     return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
 
 
-async def _refuse(refused: Refused, headers: RawHeaders, send: Send) -> None:
+async def _refuse(refused: Refused, scope: Scope, send: Send) -> None:
     """Answer without reading the body; the connection stays usable unless the refusal closes it."""
+    headers: RawHeaders = scope["headers"]
     lines = [*refused.headers, (b"x-request-id", request_id(headers))]
-    if header(headers, b"expect") and not refused.closes:
-        lines.append((b"connection", b"close"))  # whether the body will be sent is not known
+    if not refused.closes:
+        if header(headers, b"expect"):
+            lines.append((b"connection", b"close"))  # whether the body will be sent is not known
+        elif scope["state"].get("keep_alive"):
+            lines.append(_KEEP_ALIVE)
     await send({"type": "http.response.start", "status": refused.status, "headers": lines})
     await send({"type": "http.response.body", "body": refused.body})
 
@@ -59,7 +65,7 @@ class Edge:
         if passage is None:
             asked = self._door.ask(scope["method"], scope["path"], headers)
             if isinstance(asked, Refused):
-                await _refuse(asked, headers, send)
+                await _refuse(asked, scope, send)
                 return
             passage = state["passage"] = asked
         try:
@@ -85,7 +91,9 @@ class Edge:
             if message["type"] == "http.response.start":
                 begun = True
                 code = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", identity)]
+                lines = message["headers"] = [*message["headers"], (b"x-request-id", identity)]
+                if state.get("keep_alive") and not header(lines, b"connection"):
+                    lines.append(_KEEP_ALIVE)
             await send(message)
 
         try:
@@ -101,7 +109,8 @@ class Edge:
             fields: dict[str, Any] = {"error": type(error).__name__, "at": _frames(error)}
             if self._service.settings.log_inputs:
                 fields["message"] = str(error)
-            logger.error("request_failed", request_id=state["request_id"], path=scope["path"], **fields)
+            path = scope["path"][:_LONGEST_FIELD]
+            logger.error("request_failed", request_id=state["request_id"], path=path, **fields)
             if not begun:
                 failed = json_response({"error": "The server failed on this request."}, 500)
                 await failed(scope, receive, tagged)
@@ -124,13 +133,16 @@ class Edge:
         if service.tracing:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             attributes = {"sbs_edge.model": model, "sbs_edge.n_texts": state["n_texts"]}
-            service.tracing.record(headers, scope["path"], code, elapsed_s, attributes, state["timing"])
+            service.tracing.record(
+                headers, scope["path"][:_LONGEST_FIELD], code, elapsed_s, attributes, state["timing"]
+            )
 
     def _log(self, scope: Scope, state: dict[str, Any], code: int, elapsed_s: float) -> None:
         timing: Timing = state["timing"]
         fields: dict[str, Any] = {
             "request_id": state["request_id"],
-            "path": scope["path"],
+            "client": scope["client"][0] if scope.get("client") else "",
+            "path": scope["path"][:_LONGEST_FIELD],
             "code": code,
             "ms": round(elapsed_s * 1e3, 2),
         }
@@ -144,7 +156,8 @@ class Edge:
             }
         if state["reason"]:
             fields["reason"] = state["reason"]
-        for name in ("client_id", "inputs"):
-            if state.get(name) is not None:
-                fields[name] = state[name]
+        if state.get("client_id") is not None:
+            fields["client_id"] = state["client_id"][:_LONGEST_FIELD]
+        if state.get("inputs") is not None:
+            fields["inputs"] = state["inputs"]
         logger.info("request", **fields)

@@ -12,11 +12,18 @@ __all__ = [
     "HttpError",
     "bad_request",
     "draining",
+    "long_head",
+    "malformed",
+    "many_headers",
     "not_ready",
     "overloaded",
     "slow_body",
     "too_large",
+    "too_many_connections",
 ]
+
+
+_LONGEST_MESSAGE = 1000  # characters
 
 
 class HttpError(Exception):
@@ -29,6 +36,9 @@ class HttpError(Exception):
     def __init__(
         self, status: int, message: str, *, reason: str = "", headers: dict[str, str] | None = None
     ) -> None:
+        # A message may quote a name of the request, and a name may be as long as a body.
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:_LONGEST_MESSAGE]} [...]"
         super().__init__(message)
         self.status = status
         self.message = message
@@ -49,7 +59,7 @@ def too_large(limit_bytes: int) -> HttpError:
     """413: the body, counted after decompression, is over ``limit_bytes``."""
     return HttpError(
         413,
-        f"The request body is over the limit of {limit_bytes} bytes (counted after decompression). "
+        f"The request body is over the limit of {limit_bytes} bytes (--max-body-bytes, counted after decompression). "
         "Send fewer or shorter texts in each request.",
         reason="body",
         headers={"Connection": "close"},
@@ -63,6 +73,35 @@ def slow_body(limit_s: float) -> HttpError:
         f"The request body did not arrive within {limit_s:g} s (--body-timeout-s).",
         reason="slow_body",
         headers={"Connection": "close"},
+    )
+
+
+def malformed(message: str, status: int = 400) -> HttpError:
+    """400 or 405: the request is not HTTP as this server speaks it."""
+    return HttpError(status, message, reason="malformed")
+
+
+def long_head(limit_bytes: int) -> HttpError:
+    """431: the request line and headers, or what frames a body, are over ``limit_bytes``."""
+    return HttpError(
+        431,
+        f"The request line and headers are over {limit_bytes} bytes (--max-head-bytes).",
+        reason="malformed",
+    )
+
+
+def many_headers(limit: int) -> HttpError:
+    """431: more than ``limit`` header lines."""
+    return HttpError(431, f"The request has more than {limit} headers.", reason="malformed")
+
+
+def too_many_connections(limit: int) -> HttpError:
+    """503: no more than ``limit`` connections at once."""
+    return HttpError(
+        503,
+        f"The server holds its limit of {limit} connections (--max-connections); close idle ones.",
+        reason="connections",
+        headers={"Retry-After": "1"},
     )
 
 

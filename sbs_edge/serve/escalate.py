@@ -1,9 +1,9 @@
 """The confidence cascade: answers the student is unsure of are asked of a larger model.
 
-The larger model stands behind any OpenAI-compatible ``/chat/completions``. Its answer is taken only
-if it is one of the labels (or, for open tasks, not empty); in every other case, and on any failure
-or timeout, the student's own answer stays, marked as abstained. Escalation is bounded: what does
-not find a free slot at once is not escalated, so a slow teacher cannot stop the server.
+The larger model stands behind any OpenAI-compatible ``/chat/completions``. Its answer is read as ``annotate`` reads
+one, and taken only if it is one of the labels (or, for open tasks, a whole and not empty one); in every other
+case, and on any failure or timeout, the student's own answer stays, marked as abstained. Escalation is bounded:
+what does not find a free slot at once is not escalated, so a slow teacher cannot stop the server.
 """
 
 from __future__ import annotations
@@ -14,21 +14,29 @@ from typing import Any
 
 import httpx
 
+from sbs_edge.chat.answer import Answer, CallFailed
+from sbs_edge.chat.endpoint import Endpoint
+from sbs_edge.chat.labels import match_label, plain_label
+from sbs_edge.chat.marks import unmark
+from sbs_edge.chat.protocol import failure, parse_body, read_answer
 from sbs_edge.serve.logs import logger
 
-__all__ = ["Escalation"]
+__all__ = ["Escalation", "label_of"]
 
 
 class Escalation:
     """Client of one OpenAI-compatible endpoint.
 
     Args:
-        url: base URL, with or without ``/chat/completions``.
+        url: base URL, with or without ``/chat/completions``; a query is kept.
         model: model name sent with each call.
         key: bearer token, or ``None``.
         timeout_s: longest time of one call.
         concurrency: most calls at once.
         transport: replaces the network in tests.
+
+    Raises:
+        UsageError: the address or the key cannot be used; the message names its flag or variable.
     """
 
     def __init__(
@@ -41,15 +49,14 @@ class Escalation:
         concurrency: int = 8,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        base = url.rstrip("/")
-        self._url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+        endpoint = Endpoint.of(
+            url, origin="--escalate-url", key=key, key_origin="SBS_EDGE_SERVE_ESCALATE_KEY"
+        )
+        self._url = endpoint.url("/chat/completions")
         self._model = model
         self._free = concurrency
         self._client = httpx.AsyncClient(
-            timeout=timeout_s,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            transport=transport,
-            trust_env=False,
+            timeout=timeout_s, headers=dict(endpoint.headers), transport=transport, trust_env=False
         )
         self._timeout_s = timeout_s
 
@@ -61,14 +68,19 @@ class Escalation:
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._client.post(self._url, json=self._request(text, labels))
-            response.raise_for_status()
-            content = response.json()["choices"][0]["message"]["content"]
-        except (httpx.HTTPError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
+            body = parse_body(response.content)
+            if response.status_code != 200:
+                raise failure(response.status_code, body)
+            answer = read_answer(body)
+        except CallFailed as failed:  # its words may quote the text that was asked
+            logger.warning("escalation_failed", error=failed.reason)
+            return None, "failed"
+        except (httpx.HTTPError, TimeoutError) as error:
             logger.warning("escalation_failed", error=type(error).__name__)
             return None, "failed"
         finally:
             self._free += 1
-        label = match_label(content, labels)
+        label = label_of(answer, labels)
         return label, "accepted" if label is not None else "unusable"
 
     def _request(self, text: str, labels: Sequence[str]) -> dict[str, Any]:
@@ -87,17 +99,18 @@ class Escalation:
         await self._client.aclose()
 
 
-def match_label(content: object, labels: Sequence[str]) -> str | None:
-    """Return the label the model named, ignoring case and outer space, quotes, stars and full stops."""
-    if not isinstance(content, str):
+def label_of(answer: Answer, labels: Sequence[str]) -> str | None:
+    """Return the label that a whole answer spells, or None.
+
+    Args:
+        answer: as it came.
+        labels: the labels to choose from; empty for an open task, whose answer may be any text.
+
+    """
+    body, reason, ended = unmark(answer.text, labels)
+    cut_off = answer.finish_reason == "length" and not ended
+    if reason is not None or answer.refusal or answer.finish_reason == "content_filter" or cut_off:
         return None
-
-    def plain(text: str) -> str:
-        return text.strip(" \t\r\n\"'`*.").casefold()
-
-    if not labels:
-        return content.strip() or None
-    for label in labels:
-        if content.strip() == label or plain(content) == plain(label):
-            return label
-    return None
+    if labels:
+        return match_label(body, labels)
+    return plain_label(body) or None

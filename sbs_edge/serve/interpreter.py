@@ -8,12 +8,13 @@ that holds the processor, and the garbage collector, which stops both.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import sys
 import threading
 
-__all__ = ["share", "stand_back", "tidy"]
+__all__ = ["give_memory_back", "share", "stand_back", "tidy"]
 
 # Python hands the interpreter from thread to thread every 5 ms by default; a worker that comes back
 # from onnxruntime would wait that long for a busy event loop. 0.5 ms keeps the wait below a label.
@@ -22,8 +23,6 @@ _SWITCH_INTERVAL_S = 0.0005
 # What is left to collect are a few cycles a request: with Python's thresholds (700, 10, 10) the collector
 # went 23 times a second through thousands of waiting texts that are no garbage, 60 ms in the worst case.
 _THRESHOLDS = (20_000, 10, 10)
-
-_WORKER_NICE = 5  # steps below the process: on one busy processor a third of the loop's share
 
 
 def share() -> None:
@@ -39,13 +38,22 @@ def tidy() -> None:
     gc.set_threshold(*_THRESHOLDS)
 
 
-def stand_back() -> None:
-    """Let other threads have the processor before the calling one, where the system can do that.
+def stand_back(steps: int = 0) -> None:
+    """Lower the priority of the calling thread by ``steps`` of niceness, where the system can do that.
 
-    A worker computes for milliseconds; the loop needs it for microseconds and waits for it otherwise.
+    The event loop then gets a busy processor first. So do all other processes of the machine: beside busy
+    neighbours five steps cost a worker half of its share, so this is off unless it is asked for.
     """
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+    if steps and sys.platform == "linux":  # elsewhere a thread has no priority of its own
         with contextlib.suppress(OSError):
             own = threading.get_native_id()
-            nice = os.getpriority(os.PRIO_PROCESS, own) + _WORKER_NICE
+            nice = os.getpriority(os.PRIO_PROCESS, own) + steps
             os.setpriority(os.PRIO_PROCESS, own, min(nice, 19))
+
+
+def give_memory_back() -> None:
+    """Collect garbage and return to the system what the C library keeps of freed memory (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)

@@ -10,6 +10,8 @@ import structlog
 
 __all__ = ["configure", "logger"]
 
+level = "info"  # the last one that was configured
+
 logger: Any = structlog.get_logger("sbs_edge.serve")
 
 _SHARED: list[Any] = [
@@ -18,13 +20,24 @@ _SHARED: list[Any] = [
 ]
 
 
-def configure(level: str = "info", stream: TextIO | None = None) -> None:
-    """Send structlog and the standard library's loggers (uvicorn's among them) to ``stream`` as JSON."""
+def configure(threshold_name: str = "info", stream: TextIO | None = None, **fields: Any) -> None:
+    """Send structlog and the standard library's loggers (uvicorn's among them) to ``stream`` as JSON.
+
+    Args:
+        threshold_name: debug, info, warning or error.
+        stream: where to; stderr when left out.
+        fields: added to every line of this process.
+    """
+    global level
+    level = threshold_name
+    processors = [*_SHARED]
+    if fields:
+        processors.append(lambda _, __, event: {**fields, **event})
     stream = stream or sys.stderr
-    threshold = logging.getLevelNamesMapping()[level.upper()]
+    threshold = logging.getLevelNamesMapping()[threshold_name.upper()]
     structlog.configure(
         processors=[
-            *_SHARED,
+            *processors,
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(ensure_ascii=False),
         ],
@@ -35,7 +48,7 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_SHARED,
+            foreign_pre_chain=processors,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.process_collector import ProcessCollector
 
 __all__ = ["Metrics"]
@@ -20,7 +23,10 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
+        # One of several processes keeps its numbers in files beside those of the others.
+        self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        if not self._shared:
+            ProcessCollector(registry=registry)
         self.requests = Counter(
             "sbs_edge_requests", "Answered requests.", ["model", "code"], registry=registry
         )
@@ -56,10 +62,17 @@ class Metrics:
             "sbs_edge_batch_size", "Texts in a batch.", ["model", "task"], buckets=_TEXTS, registry=registry
         )
         self.queue_size = Gauge(
-            "sbs_edge_queue_size", "Texts waiting for a worker now.", ["model", "task"], registry=registry
+            "sbs_edge_queue_size",
+            "Texts waiting for a worker now.",
+            ["model", "task"],
+            multiprocess_mode="livesum",
+            registry=registry,
         )
         self.in_flight = Gauge(
-            "sbs_edge_requests_in_flight", "Admitted requests without an answer yet.", registry=registry
+            "sbs_edge_requests_in_flight",
+            "Admitted requests without an answer yet.",
+            multiprocess_mode="livesum",
+            registry=registry,
         )
         self.rejected = Counter(
             "sbs_edge_rejected",
@@ -88,11 +101,24 @@ class Metrics:
             ["model", "result"],
             registry=registry,
         )
-        self.ready = Gauge("sbs_edge_ready", "1 while the server answers requests.", registry=registry)
+        self.stale_versions = Gauge(
+            "sbs_edge_stale_versions",
+            "Versions that answer from memory because what lies in their directory now was refused.",
+            ["model"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.ready = Gauge(
+            "sbs_edge_ready",
+            "1 while the server answers requests.",
+            multiprocess_mode="livemin",
+            registry=registry,
+        )
         self.model_info = Gauge(
             "sbs_edge_model_info",
             "1 for each version served.",
             ["model", "version", "target"],
+            multiprocess_mode="livemax",
             registry=registry,
         )
 
@@ -107,4 +133,14 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return the exposition text."""
-        return generate_latest(self.registry)
+        if not self._shared:
+            return generate_latest(self.registry)
+        every = CollectorRegistry()
+        MultiProcessCollector(every)  # adds itself
+        return generate_latest(every)
+
+    def forget_version(self, model: str, version: str, target: str) -> None:
+        """Stop showing a version that is not served any more."""
+        self.model_info.labels(model, version, target).set(0)
+        if not self._shared:  # files have no place to take a label out of
+            self.model_info.remove(model, version, target)

@@ -71,6 +71,13 @@ def _fingerprint(bundle: Path) -> str:
     return digest.hexdigest()
 
 
+def _reason(model: Model, version: str | None, *, kept: bool) -> str:
+    """Say what is wrong without a path: health probes need no token."""
+    name = f"{model.name or 'a model'}, version {version}" if version else model.name or "a model"
+    rest = "the one loaded before still answers" if kept else "it is not served"
+    return f"The files of {name} were refused, and {rest}. The log has the reason (version_refused)."
+
+
 def _isolated(run: Any, batch: list[Any]) -> list[Any]:
     """Run a batch; if it fails, run its items one by one, so that one bad text fails alone."""
     try:
@@ -98,8 +105,10 @@ class ModelVersion:
     rationales: Lane[RationaleWork, ExplanationLike | Exception]
     label_gate: Gate
     rationale_gate: Gate
+    source: Path | None = None
     leases: int = 0
     retired: bool = False
+    unsound: str = ""  # why its answers are not to be trusted; it was found out while answering
 
     def release(self) -> None:
         """End one request's hold; the last one out of a retired version closes it."""
@@ -128,6 +137,7 @@ class Model:
         self.source = source
         self.versions: dict[str, ModelVersion] = {}
         self.refused: dict[str, str] = {}  # path of a version -> fingerprint that failed
+        self.problems: dict[str, str] = {}  # path of a version -> why what lies there is not served
 
     @property
     def newest(self) -> ModelVersion | None:
@@ -136,10 +146,15 @@ class Model:
             return next(iter(self.versions.values()))
         return self.versions[max(self.versions, key=_natural)] if self.versions else None
 
+    def loaded_from(self, path: Path) -> ModelVersion | None:
+        """Return the loaded version that was read from ``path``, whatever lies there now."""
+        return next((loaded for loaded in self.versions.values() if loaded.source == path), None)
+
     def in_service(self, version: str | None, fingerprint: str) -> ModelVersion | None:
         """Return the loaded version made from these very files, if there is one."""
         for loaded in self.versions.values():
-            if loaded.fingerprint == fingerprint and version in (None, loaded.card.version):
+            same = loaded.fingerprint == fingerprint and not loaded.unsound
+            if same and version in (None, loaded.card.version):
                 return loaded
         return None
 
@@ -153,7 +168,13 @@ class Model:
             raise IntegrityError(
                 f"The model directory {self.source} cannot be read: {error.strerror}."
             ) from error
-        bundles = [p for p in found if (p / MANIFEST).is_file() and _NAME.fullmatch(p.name)]
+        # A loaded version's directory counts without a manifest too: it is being written again.
+        bundles = [
+            p
+            for p in found
+            if _NAME.fullmatch(p.name)
+            and ((p / MANIFEST).is_file() or (p.is_dir() and self.loaded_from(p) is not None))
+        ]
         bundles.sort(key=lambda p: _natural(p.name), reverse=True)
         # A few more than are kept, so that a bad newest version does not hide an older good one.
         return [(p.name, p) for p in bundles[: limit + 4]]
@@ -176,15 +197,29 @@ class Registry:
         self._metrics = metrics
         self._loader = loader
         # The threads of a graph are started by the one that loads it, and stand back like it.
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=stand_back)
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix="load", initializer=stand_back, initargs=(settings.worker_nice,)
+        )
         self.on_change: Callable[[], None] = _nothing  # called when versions came or went
         self._refreshing = asyncio.Lock()
         self.by_name: dict[str, Model] = {}
 
     @property
     def ready(self) -> bool:
-        """Every model has a version that passed its warm-up."""
-        return all(model.versions for model in self._models)
+        """Every model has a version that passed its warm-up, and none has answered nonsense since."""
+        return all(
+            model.versions and not any(version.unsound for version in model.versions.values())
+            for model in self._models
+        )
+
+    @property
+    def problems(self) -> list[str]:
+        """What an operator should know of the versions: what is wrong with one that answers, or with its files."""
+        found = []
+        for model in self._models:
+            found += [v.unsound for v in model.versions.values() if v.unsound]
+            found += model.problems.values()
+        return found
 
     @property
     def only(self) -> ModelVersion | None:
@@ -239,6 +274,7 @@ class Registry:
         loop = asyncio.get_running_loop()
         failure: Exception | None = None
         wanted: list[ModelVersion] = []
+        problems: dict[str, str] = {}
         try:
             candidates = await loop.run_in_executor(self._pool, model.candidates, self._settings.max_versions)
         except SbsEdgeError as error:
@@ -253,17 +289,37 @@ class Registry:
                 known = model.in_service(version, mark)
                 if known is None:
                     if model.refused.get(str(path)) == mark:
+                        self._keep(model, version, path, wanted, problems)
                         continue
                     known = await self._load(model, version, path, mark)
                 wanted.append(known)
+                model.refused.pop(str(path), None)
             except Exception as error:  # whatever a bad bundle raises, it stays out and the rest serves
                 failure = error
+                kept = self._keep(model, version, path, wanted, problems)
+                if mark and model.refused.get(str(path)) == mark:
+                    continue
                 model.refused[str(path)] = mark
                 self._metrics.reloads.labels(model.name or "", "refused").inc()
-                logger.error("version_refused", bundle=str(path), error=str(error))
+                logger.error("version_refused", bundle=str(path), error=str(error), kept=kept)
+        model.problems = problems
+        self._metrics.stale_versions.labels(model.name or "").set(
+            sum(model.loaded_from(Path(path)) is not None for path in problems)
+        )
         if wanted:
             self._swap(model, wanted)
         return failure
+
+    @staticmethod
+    def _keep(
+        model: Model, version: str | None, path: Path, wanted: list[ModelVersion], problems: dict[str, str]
+    ) -> bool:
+        """Note why ``path`` is refused, and keep what was loaded from it before, if anything was."""
+        kept = model.loaded_from(path)
+        problems[str(path)] = _reason(model, version, kept=kept is not None)
+        if kept is not None:
+            wanted.append(kept)
+        return kept is not None
 
     async def _load(self, model: Model, version: str | None, path: Path, mark: str) -> ModelVersion:
         """Load, verify and warm one bundle on the loading thread."""
@@ -319,11 +375,13 @@ class Registry:
         lane_options: dict[str, Any] = {
             "max_batch_tokens": settings.max_batch_tokens,
             "max_wait_s": settings.max_wait_ms / 1000,
+            "nice": settings.worker_nice,
         }
         return ModelVersion(
             card=card,
             engine=engine,
             fingerprint=mark,
+            source=path,
             labels=Lane(
                 lambda batch: _isolated(label_batch, batch),
                 workers=settings.label_workers,
@@ -360,10 +418,21 @@ class Registry:
             if version not in wanted:
                 card = version.card
                 if (card.name, card.version, card.target) not in kept:
-                    self._metrics.model_info.remove(card.name, card.version, card.target)
+                    self._metrics.forget_version(card.name, card.version, card.target)
                 self._metrics.reloads.labels(card.name, "retired").inc()
                 logger.info("version_retired", model=card.name, version=card.version)
                 version.retire()
+
+    def distrust(self, version: ModelVersion, error: Exception) -> None:
+        """Turn readiness off: ``version`` computed something that is not an answer; loading it again may cure it."""
+        if not version.unsound:
+            version.unsound = (
+                f"The model {version.card.name}, version {version.card.version}, gave an answer that is not finite "
+                "(NaN or infinity). Send SIGHUP to load it again, or replace the bundle."
+            )
+            logger.error(
+                "version_unsound", model=version.card.name, version=version.card.version, error=str(error)
+            )
 
     def queue_sizes(self) -> dict[tuple[str, str], int]:
         """Return texts waiting for a worker by (model, task)."""

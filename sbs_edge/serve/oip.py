@@ -42,6 +42,7 @@ OUTPUTS: dict[str, str] = {
     "rationale_complete": "BOOL",
 }
 _ON_REQUEST = ("rationale", "rationale_complete")
+_REQUEST_PARAMETERS = ("explain", "truncate", "max_new_tokens", "binary_data_output")
 
 
 @dataclass(slots=True)
@@ -116,7 +117,8 @@ def _flatten(data: Any, name: str) -> list[str]:
     return flat
 
 
-def _parameters(holder: dict[str, Any], where: str) -> dict[str, Any]:
+def _parameters(holder: dict[str, Any], where: str, *known: str) -> dict[str, Any]:
+    """Return the parameters of ``holder``; 400 for one that would be passed over in silence."""
     parameters = holder.get("parameters")
     if parameters is None:
         return {}
@@ -125,6 +127,14 @@ def _parameters(holder: dict[str, Any], where: str) -> dict[str, Any]:
     for key in parameters:
         if key.startswith("shared_memory"):
             raise errors.bad_request("Shared memory is not supported; send the data in the request.")
+        if key.startswith("sequence"):
+            raise errors.bad_request("Sequences are not supported; every request stands for itself.")
+        if key == "classification" and parameters[key]:
+            raise errors.bad_request("The classification extension is not supported; read probabilities.")
+        if key not in (*known, "classification"):
+            raise errors.bad_request(
+                f"{where} has the unknown parameter {key!r}; there are: {', '.join(known)}."
+            )
     return parameters
 
 
@@ -132,6 +142,13 @@ def _flag(parameters: dict[str, Any], name: str) -> bool | None:
     value = parameters.get(name)
     if value is not None and not isinstance(value, bool):
         raise errors.bad_request(f"The parameter {name!r} must be true or false.")
+    return value
+
+
+def _count(parameters: dict[str, Any], name: str) -> int | None:
+    value = parameters.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise errors.bad_request(f"The parameter {name!r} must be a number, 1 at least.")
     return value
 
 
@@ -149,7 +166,7 @@ def _tensor(entry: Any, tail: bytes, position: int) -> tuple[str, list[int], lis
         or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in shape)
     ):
         raise errors.bad_request(f"shape of input {name!r} must be a list of sizes.")
-    size = _parameters(entry, f"input {name!r}").get("binary_data_size")
+    size = _parameters(entry, f"Input {name!r}", "binary_data_size").get("binary_data_size")
     if size is not None:
         if "data" in entry:
             raise errors.bad_request(f"Input {name!r} has both data and binary_data_size.")
@@ -170,9 +187,10 @@ def _choices(shape: list[int], flat: list[str], n_texts: int) -> list[list[str]]
     """Return one list of answers per text; a single row serves every text."""
     width = shape[-1]
     rows = [flat[i : i + width] for i in range(0, len(flat), width)] if width else []
-    if len(shape) == 1 or (len(rows) == 1 and n_texts > 1):
-        rows = rows * n_texts
     labels = [[choice for choice in row if choice] for row in rows]
+    if len(shape) == 1 or (len(rows) == 1 and n_texts > 1):  # one list for all texts is looked at once
+        check_labels(labels, 1)
+        return labels * n_texts
     check_labels(labels, n_texts)
     return labels
 
@@ -190,9 +208,7 @@ def _outputs(document: dict[str, Any], binary_default: bool) -> list[tuple[str, 
             raise errors.bad_request(f"Each of outputs must name one of: {', '.join(OUTPUTS)}.")
         if any(name == known for known, _ in chosen):
             raise errors.bad_request(f"Output {name!r} is asked for twice.")
-        parameters = _parameters(entry, f"output {name!r}")
-        if parameters.get("classification"):
-            raise errors.bad_request("The classification extension is not supported; read probabilities.")
+        parameters = _parameters(entry, f"Output {name!r}", "binary_data")
         binary = _flag(parameters, "binary_data")
         chosen.append((name, binary_default if binary is None else binary))
     return chosen
@@ -213,7 +229,7 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     identifier = document.get("id")
     if identifier is not None and not isinstance(identifier, str):
         raise errors.bad_request("id must be a string.")
-    parameters = _parameters(document, "the request")
+    parameters = _parameters(document, "The request", *_REQUEST_PARAMETERS)
     binary_default = bool(_flag(parameters, "binary_data_output"))
     outputs = _outputs(document, binary_default)
     inputs = document.get("inputs")
@@ -246,6 +262,7 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
         explain=explain,
         want_label=any(name not in _ON_REQUEST for name, _ in outputs),
         truncate=_flag(parameters, "truncate"),
+        max_new_tokens=_count(parameters, "max_new_tokens"),
     )
     return InferRequest(asking=asking, text_shape=shape, id=identifier, outputs=outputs)
 
@@ -253,6 +270,8 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
 def _values(name: str, answers: list[Answer], card: ModelCard) -> list[Any]:
     if name == "probabilities":
         return [float(a.probabilities.get(label, 0.0)) for a in answers for label in card.labels]
+    if name == "probability":  # a tensor holds no null: 0 where the label is the larger model's
+        return [answer.probability or 0.0 for answer in answers]
     values = [getattr(answer, name) for answer in answers]
     return ["" if value is None else value for value in values] if OUTPUTS[name] == "BYTES" else values
 
@@ -291,7 +310,7 @@ def encode_response(
     if request.id is not None:
         document["id"] = request.id
     document["outputs"] = tensors
-    head = json.dumps(document, ensure_ascii=False).encode("utf-8")
+    head = json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
     if not tail:
         return head, {"Content-Type": "application/json"}
     return b"".join([head, *tail]), {

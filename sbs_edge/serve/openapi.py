@@ -49,6 +49,7 @@ _INFER_REQUEST = {
             "properties": {
                 "explain": {"type": "boolean"},
                 "truncate": {"type": "boolean"},
+                "max_new_tokens": {"type": "integer", "minimum": 1},
                 "binary_data_output": {"type": "boolean"},
             },
         },
@@ -120,8 +121,8 @@ def _path(name: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
-def _get(summary: str, responses: dict[str, Any]) -> dict[str, Any]:
-    return {"get": {"summary": summary, "responses": responses}}
+def _get(operation: str, summary: str, responses: dict[str, Any]) -> dict[str, Any]:
+    return {"get": {"operationId": operation, "summary": summary, "responses": responses}}
 
 
 def openapi_document(settings: ServeSettings) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def openapi_document(settings: ServeSettings) -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/v1/predict": {
             "post": {
+                "operationId": "predict",
                 "summary": "Answer texts, with rationales on request.",
                 "parameters": [timeout],
                 "requestBody": {
@@ -155,30 +157,36 @@ def openapi_document(settings: ServeSettings) -> dict[str, Any]:
                 "responses": {"200": _answer("The answers.", _ref("PredictResponse")), **all_refusals},
             }
         },
-        "/v2": _get("Server metadata.", {"200": _answer("Name, version, extensions.", flag)}),
-        "/v2/health/live": _get("Is the process alive?", health),
-        "/v2/health/ready": _get("Would a request be answered now?", {**health, **not_ready}),
-        "/metrics": _get("Prometheus metrics.", {"200": _answer("Text.", {"type": "string"}, "text/plain")}),
+        "/v2": _get(
+            "serverMetadata", "Server metadata.", {"200": _answer("Name, version, extensions.", flag)}
+        ),
+        "/v2/health/live": _get("serverLive", "Is the process alive?", health),
+        "/v2/health/ready": _get("serverReady", "Would a request be answered now?", {**health, **not_ready}),
+        "/metrics": _get(
+            "metrics", "Prometheus metrics.", {"200": _answer("Text.", {"type": "string"}, "text/plain")}
+        ),
     }
-    for prefix, names in (
-        ("/v2/models/{model}", ["model"]),
-        ("/v2/models/{model}/versions/{version}", ["model", "version"]),
+    for prefix, names, kind in (
+        ("/v2/models/{model}", ["model"], "model"),
+        ("/v2/models/{model}/versions/{version}", ["model", "version"], "modelVersion"),
     ):
         shared = {"parameters": [_path(name) for name in names]}
         paths[prefix] = {
             **shared,
             **_get(
+                f"{kind}Metadata",
                 "Model metadata.",
                 {"200": _answer("Inputs and outputs.", _ref("ModelMetadata")), **_refusals("404", "503")},
             ),
         }
         paths[f"{prefix}/ready"] = {
             **shared,
-            **_get("Is this model ready?", {**health, **not_ready, **_refusals("404")}),
+            **_get(f"{kind}Ready", "Is this model ready?", {**health, **not_ready, **_refusals("404")}),
         }
         paths[f"{prefix}/infer"] = {
             **shared,
             "post": {
+                "operationId": f"{kind}Infer",
                 "summary": "Infer (Open Inference Protocol v2, with the binary tensor extension).",
                 "parameters": [timeout],
                 "requestBody": {
@@ -204,6 +212,8 @@ def openapi_document(settings: ServeSettings) -> dict[str, Any]:
             "version": sbs_edge.__version__,
             "description": "A distilled student: labels in milliseconds, rationales on request.",
         },
+        # Relative to where this document was read, so that it holds behind a proxy's prefix too.
+        "servers": [{"url": "."}],
         "paths": paths,
         "components": {"schemas": schemas},
     }

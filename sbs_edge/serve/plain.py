@@ -34,17 +34,30 @@ class PredictRequest(BaseModel):
     max_new_tokens: int | None = Field(default=None, ge=1, description="Longest rationale in tokens.")
 
 
-class Prediction(BaseModel):
-    """One answer."""
+class StudentAnswer(BaseModel):
+    """The student's own answer, where a larger model's label took its place."""
 
     label: str
     probability: float
     probabilities: dict[str, float]
+
+
+class Prediction(BaseModel):
+    """One answer."""
+
+    label: str
+    probability: float | None = Field(
+        description="The student's; null if escalated: the larger model gives none."
+    )
+    probabilities: dict[str, float] = Field(description="The student's; empty if escalated.")
     abstained: bool = Field(description="The probability is below the model's threshold.")
     escalated: bool = Field(description="The label came from the larger model the server escalates to.")
     truncated: bool
-    rationale: str | None = None
+    rationale: str | None = Field(default=None, description="The student's, also if escalated.")
     rationale_complete: bool | None = None
+    student: StudentAnswer | None = Field(
+        default=None, description="Only if escalated: the student's own label and figures."
+    )
 
 
 class PredictResponse(BaseModel):
@@ -72,8 +85,12 @@ def parse_predict(body: bytes) -> tuple[PredictRequest, Asking]:
     labels: list[list[str]] | None = None
     if request.labels is not None:
         rows: list[Any] = list(request.labels)
-        labels = [rows] * len(request.texts) if all(isinstance(row, str) for row in rows) else rows
-        check_labels(labels, len(request.texts))
+        if all(isinstance(row, str) for row in rows):  # one list for all texts is looked at once
+            check_labels([rows], 1)
+            labels = [rows] * len(request.texts)
+        else:
+            check_labels(rows, len(request.texts))
+            labels = rows
     asking = Asking(
         texts=request.texts,
         labels=labels,
@@ -96,6 +113,8 @@ def encode_answers(model: str, version: str, answers: list[Answer]) -> dict[str,
             "escalated": answer.escalated,
             "truncated": answer.truncated,
         }
+        if answer.student is not None:
+            entry["student"] = dict(answer.student)
         if answer.rationale is not None:
             entry["rationale"] = answer.rationale
             entry["rationale_complete"] = answer.rationale_complete

@@ -14,7 +14,7 @@ __all__ = ["error_response", "json_response"]
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return ``content`` as UTF-8 JSON."""
-    body = json.dumps(content, ensure_ascii=False).encode("utf-8")
+    body = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
     return Response(body, status, headers, media_type="application/json")
 
 

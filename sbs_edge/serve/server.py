@@ -1,7 +1,8 @@
 """Running the service under uvicorn: signals, drain, exit code.
 
 SIGTERM or SIGINT turns readiness off at once, lets admitted requests finish, and exits 0 within the
-drain timeout; a second signal exits at once. SIGHUP looks at the model directories again.
+drain timeout; a second signal, a second or more later, exits at once. SIGHUP looks at the model
+directories and at the TLS certificate again.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import ctypes
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -24,6 +26,7 @@ from sbs_edge.serve import interpreter
 from sbs_edge.serve.app import create_app
 from sbs_edge.serve.engine import Loader, student_loader
 from sbs_edge.serve.escalate import Escalation
+from sbs_edge.serve.listening import address_of, bind, unbind
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import Registry
@@ -32,11 +35,18 @@ from sbs_edge.serve.service import Service
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.telemetry import tracing_to
 
-__all__ = ["create_service", "serve"]
+if TYPE_CHECKING:
+    from sbs_edge.serve.workers import Peers
+
+__all__ = ["create_service", "serve", "serve_on"]
 
 # glibc gives every thread a heap of its own and returns little of it: with the workers of this
 # server two heaps keep memory flat under bursts. mallopt's M_ARENA_MAX is -8.
 _M_ARENA_MAX, _ARENAS = -8, 2
+
+# `timeout` and process managers pass one signal on to the process and to its group: it arrives twice.
+_SAME_SIGNAL_S = 1.0
+_TICKS_A_LOOK = 100  # of a tenth of a second, between two looks at the certificate's files
 
 
 def create_service(
@@ -72,6 +82,8 @@ class _Server(uvicorn.Server):
         self._service = service
         self._tasks: set[asyncio.Task[None]] = set()
         self.clean = True
+        self._told = 0.0  # when the first signal to stop came
+        self._certificate = _marks(service.settings)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -87,10 +99,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets=sockets)
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
+        if self.started and self._service.peers is None:
             loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
-            logger.info("listening", host=host, port=port, tls=self.config.is_ssl, loop=loop)
+            logger.info("listening", **address_of(sockets[0]), tls=self.config.is_ssl, loop=loop)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -98,11 +109,15 @@ class _Server(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
     def _stop(self) -> None:
+        now = asyncio.get_running_loop().time()
         if self._service.draining:
+            if now - self._told < _SAME_SIGNAL_S:
+                return
             logger.warning("stopped_at_once", in_flight=self._service.gate.inside)
             sys.stderr.flush()
             os._exit(130)  # threads in a graph cannot be interrupted; the user asked twice
         self._service.draining = True
+        self._told = now
         logger.info("draining", in_flight=self._service.gate.inside)
         self._spawn(self._drain())
 
@@ -119,15 +134,45 @@ class _Server(uvicorn.Server):
         self.config.timeout_graceful_shutdown = 1 if not self.clean else 3
         self.should_exit = True
 
+    def _reload_certificate(self) -> None:
+        """Use a renewed certificate for new connections; one that does not load leaves the old in use."""
+        settings, marks = self._service.settings, _marks(self._service.settings)
+        if self.config.ssl is None or marks == self._certificate:
+            return
+        self._certificate = marks
+        files = str(settings.tls_cert), str(settings.tls_key)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files)
+            self.config.ssl.load_cert_chain(*files)
+        except OSError as error:  # ssl.SSLError is one
+            logger.error("certificate_refused", certificate=files[0], error=str(error.strerror or error))
+        else:
+            logger.info("certificate_loaded", certificate=files[0])
+
     def _reload(self) -> None:
+        self._reload_certificate()
         if self._service.started and not self._service.draining:
             logger.info("reload_requested")
             self._spawn(self._service.registry.refresh(retry_refused=True))
 
     async def on_tick(self, counter: int) -> bool:
+        if self._service.peers is not None:
+            self._service.report_to_peers()
         if self._service.failure is not None:
             self.should_exit = True
+        if counter % _TICKS_A_LOOK == 0:
+            self._reload_certificate()
         return await super().on_tick(counter)
+
+
+def _marks(settings: ServeSettings) -> list[tuple[int, int]]:
+    """Return what changes when the certificate or its key is replaced; nothing without TLS."""
+    marks = []
+    for path in filter(None, (settings.tls_cert, settings.tls_key)):
+        with contextlib.suppress(OSError):
+            info = path.stat()
+            marks.append((info.st_mtime_ns, info.st_ino))
+    return marks
 
 
 def serve(
@@ -138,6 +183,33 @@ def serve(
     Raises the error of a bundle that could not be loaded at the start (an
     :class:`~sbs_edge.errors.IntegrityError` exits with 4).
     """
+    if (
+        settings.uds is None
+        and settings.host not in ("127.0.0.1", "::1", "localhost")
+        and settings.token is None
+    ):
+        logger.warning(
+            "open_to_the_network", host=settings.host, hint="anyone who reaches it may use it; set a token"
+        )
+    if settings.workers > 1:
+        from sbs_edge.serve.workers import supervise
+
+        return supervise(sources, settings)
+    listener = bind(settings)
+    try:
+        return serve_on(listener, sources, settings, loader)
+    finally:
+        unbind(listener, settings)
+
+
+def serve_on(
+    listener: socket.socket,
+    sources: Sequence[tuple[str | None, Path]],
+    settings: ServeSettings,
+    loader: Loader | None = None,
+    peers: Peers | None = None,
+) -> int:
+    """Serve on a listening socket, as one of several processes where there are ``peers``."""
     interpreter.share()
     # The tokenizer's own thread pool would take the event loop's core for a gain of microseconds.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -146,6 +218,7 @@ def serve(
         mallopt(_M_ARENA_MAX, _ARENAS)
     service = create_service(sources, settings, loader)
     service.registry.on_change = interpreter.tidy
+    service.peers = peers
     app = create_app(service)
     config = uvicorn.Config(
         app,
@@ -155,9 +228,11 @@ def serve(
         access_log=False,
         server_header=False,
         lifespan="on",
-        http=connections(app.state.door, settings.head_timeout_s, settings.max_head_bytes),
+        http=connections(
+            app.state.door, settings.head_timeout_s, settings.max_head_bytes, settings.max_connections
+        ),
         ws="none",
-        proxy_headers=False,  # nothing here asks where a request came from
+        proxy_headers=False,  # the log names the peer; a header could name anybody
         timeout_keep_alive=75,
         backlog=2048,
         ssl_certfile=str(settings.tls_cert) if settings.tls_cert else None,
@@ -170,26 +245,8 @@ def serve(
             f"The certificate {settings.tls_cert} and the key {settings.tls_key} cannot be used: "
             f"{error.strerror or error}. Both must be PEM files that belong together (--tls-cert, --tls-key)."
         ) from error
-    _check_address(settings.host, settings.port)
     server = _Server(config, service)
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
-        logger.warning(
-            "open_to_the_network", host=settings.host, hint="anyone who reaches it may use it; set a token"
-        )
-    server.run()
+    server.run([listener])
     if service.failure is not None:
         raise service.failure
     return 0 if server.clean else 1
-
-
-def _check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on: uvicorn would log it and leave with the guard's exit code."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-    except OSError as error:
-        raise UsageError(
-            f"Nothing can listen on {host} port {port}: {error.strerror or error}. Choose another with --host and --port."
-        ) from error

@@ -8,27 +8,35 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sbs_edge.errors import SbsEdgeError, UsageError
+from sbs_edge.errors import AnswerError, SbsEdgeError, UsageError
+from sbs_edge.runtime.texts import over_limit
 from sbs_edge.serve import errors
-from sbs_edge.serve.admission import Coming, Gate, Passage
+from sbs_edge.serve.admission import Budget, Coming, Gate, Passage
 from sbs_edge.serve.asking import Answer, Asking, Timing
 from sbs_edge.serve.batching import Lane, Ticket
 from sbs_edge.serve.escalate import Escalation
-from sbs_edge.serve.interpreter import stand_back
+from sbs_edge.serve.interpreter import give_memory_back
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import ModelVersion, Registry
 from sbs_edge.serve.refusals import Refusals
 from sbs_edge.serve.settings import ServeSettings
+from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
 from sbs_edge.serve.telemetry import Tracing
+from sbs_edge.serve.tokenizing import FairTokenizer
+from sbs_edge.tokens import most_characters
+
+if TYPE_CHECKING:
+    from sbs_edge.serve.workers import Peers
 
 __all__ = ["Service"]
 
 # Below this many characters tokenising (about 1 us a character) is cheaper than a thread switch.
 _INLINE_CHARACTERS = 1000
+
+_TRIM_AFTER_S = 0.5
 
 
 def _leave(gate: Gate, units: int, _: object) -> None:
@@ -53,21 +61,43 @@ class Service:
         self.escalation = escalation
         self.tracing = tracing
         self.gate = Gate(settings.max_concurrent, "concurrency")
+        self.body_bytes = Budget(settings.max_inside_bytes, self._trim_soon)
+        self._trim_due = False
         self.coming = Coming()
         self.refusals = Refusals(metrics, log=settings.access_log)
         self.started = False
         self.draining = False
         self.failure: BaseException | None = None
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=stand_back)
+        self.peers: Peers | None = None  # the other processes of this server
+        self._tokenizing = FairTokenizer()
 
     @property
     def ready(self) -> bool:
         """Whether requests are answered."""
-        return self.started and not self.draining and self.registry.ready
+        own = self.started and not self.draining and self.registry.ready
+        return own and (self.peers is None or self.peers.ready)
 
-    def refusal(self, *, labels: bool) -> errors.HttpError | None:
+    def report_to_peers(self) -> None:
+        """Tell the other processes this one's state, and put its gauges where all are read."""
+        if self.peers is None:
+            return
+        if self.draining or not self.started:
+            self.peers.report(DRAINING if self.draining else STARTING)
+        else:
+            self.peers.report(READY if self.registry.ready else UNSOUND)
+        self.publish_gauges()
+
+    def publish_gauges(self) -> None:
+        """Set the metrics that are read from the server's state."""
+        for (name, task), size in self.registry.queue_sizes().items():
+            self.metrics.queue_size.labels(name, task).set(size)
+        self.metrics.in_flight.set(self.gate.inside)
+        self.metrics.ready.set(self.ready)
+
+    def refusal(self, *, labels: bool, n_bytes: int = 0) -> errors.HttpError | None:
         """Return what a request arriving now would be refused with (503 or 429), or ``None``.
 
+        ``n_bytes`` is the size its body is said to have; it is counted when it arrives.
         Costs a few comparisons, so it is asked before a request is read. One that surely wants
         ``labels`` is refused when the queue of the only model's newest version is full; otherwise
         the queue is looked at once the body says whose.
@@ -83,14 +113,22 @@ class Service:
             )
             if refusal is not None:
                 return refusal
+        if (
+            self.body_bytes.inside + n_bytes > self.body_bytes.limit
+            and n_bytes <= self.settings.max_body_bytes
+        ):
+            return self.body_bytes.refusal(n_bytes)
         return self.gate.refusal(1)
 
-    def enter(self, *, labels: bool) -> Passage:
-        """Count one request in, or raise :meth:`refusal`; it must leave."""
-        refusal = self.refusal(labels=labels)
-        if refusal is not None:
-            raise refusal
-        return Passage(self.gate, self.coming)
+    def _trim_soon(self) -> None:
+        """Give freed memory back a moment later, when answers have let go of it too."""
+        if not self._trim_due:
+            self._trim_due = True
+            asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
+
+    def _trim(self) -> None:
+        self._trim_due = False
+        asyncio.get_running_loop().run_in_executor(None, give_memory_back)
 
     async def answer(
         self, version: ModelVersion, asking: Asking, timing: Timing, passage: Passage | None = None
@@ -106,6 +144,11 @@ class Service:
             passage.counted(n)
         if n == 0:
             return []
+        self._check_characters(version, asking)
+        most = most_characters(version.card.max_source_tokens)
+        n_characters = sum(min(len(text), most) for text in asking.texts)
+        inline = n_characters <= _INLINE_CHARACTERS
+        before_s = 0.0 if inline else self._tokenizing.wait_estimate_s(n_characters)
         held: dict[Lane[Any, Any], Gate] = {}
         version.leases += 1
         try:
@@ -114,7 +157,7 @@ class Service:
                 (asking.explain, version.rationale_gate, version.rationales),
             ):
                 if wanted:
-                    gate.enter(n, lane.wait_estimate_s(1))
+                    gate.enter(n, lane.wait_estimate_s(1), before_s)
                     held[lane] = gate
             return await self._run(version, asking, timing, held)
         finally:
@@ -141,6 +184,20 @@ class Service:
         most = version.card.max_new_tokens
         if asking.max_new_tokens is not None and asking.max_new_tokens > most:
             raise errors.bad_request(f"max_new_tokens is over this model's limit of {most}.")
+
+    def _truncates(self, asking: Asking) -> bool:
+        return self.settings.truncate if asking.truncate is None else asking.truncate
+
+    def _check_characters(self, version: ModelVersion, asking: Asking) -> None:
+        """Refuse what is over the limit by its characters alone: that needs no tokens."""
+        limit = version.card.max_source_tokens
+        most = most_characters(limit)
+        for index, text in enumerate(asking.texts):
+            if len(text) > most and not self._truncates(asking):
+                raise errors.bad_request(
+                    f"texts[{index}] has {len(text)} characters; this model reads at most {most} "
+                    f"({limit} tokens). Shorten it, or ask for truncate."
+                )
 
     async def _run(
         self, version: ModelVersion, asking: Asking, timing: Timing, held: dict[Lane[Any, Any], Gate]
@@ -192,6 +249,8 @@ class Service:
                 if isinstance(item, UsageError):
                     raise errors.bad_request(str(item)) from item
                 if isinstance(item, Exception):
+                    if isinstance(item, AnswerError):
+                        self.registry.distrust(version, item)
                     raise item
         predictions = results[0] if asking.want_label else None
         explanations = results[-1] if asking.explain else None
@@ -213,9 +272,8 @@ class Service:
             if sum(map(len, texts)) <= _INLINE_CHARACTERS:
                 rows = version.engine.tokenize(texts, task)
             else:
-                rows = await asyncio.get_running_loop().run_in_executor(
-                    self._tokenizing, version.engine.tokenize, texts, task
-                )
+                most = most_characters(version.card.max_source_tokens)
+                rows = await self._tokenizing.tokenize(version.engine.tokenize, texts, task, most)
         except SbsEdgeError as error:
             raise errors.bad_request(str(error)) from error
         elapsed = time.perf_counter() - started
@@ -223,13 +281,11 @@ class Service:
         name = version.card.name
         self.metrics.tokenize_seconds.labels(name).observe(elapsed)
         limit = version.card.max_source_tokens
-        truncate = self.settings.truncate if asking.truncate is None else asking.truncate
-        if not truncate:
+        if not self._truncates(asking):
             for index, ids in enumerate(rows):
-                if len(ids) > limit:
+                if len(ids) > limit or len(texts[index]) > most_characters(limit):
                     raise errors.bad_request(
-                        f"texts[{index}] has {len(ids)} tokens; this model's limit is {limit} "
-                        "(max_source_tokens). Shorten it, or ask for truncate."
+                        over_limit(f"texts[{index}]", texts[index], len(ids), limit, "truncate")
                     )
         self.metrics.input_tokens.labels(name).inc(sum(min(len(ids), limit) for ids in rows))
         return rows
@@ -272,15 +328,13 @@ class Service:
         for i, (label, result) in zip(unsure, await asyncio.gather(*asked), strict=True):
             self.metrics.escalations.labels(version.card.name, result).inc()
             if label is not None:
-                answers[i].label = label
-                answers[i].escalated = True
-                answers[i].abstained = False
+                answers[i].take_over(label)
         timing.escalate_s = time.perf_counter() - started
 
     async def close(self) -> None:
         """Free threads, models and connections."""
         self.refusals.flush()
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._tokenizing.close()
         self.registry.close()
         if self.escalation:
             await self.escalation.close()

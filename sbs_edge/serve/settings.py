@@ -25,10 +25,12 @@ class ServeSettings(BaseModel):
     max_wait_ms: float = Field(default=2.0, ge=0, le=1000)
     label_workers: int = Field(default=1, ge=1)
     rationale_workers: int = Field(default=1, ge=1)
+    worker_nice: int = Field(default=0, ge=0, le=19)
     truncate: bool = False
 
     # Limits
     max_body_bytes: int = Field(default=2_000_000, ge=1)
+    max_inside_bytes: int = Field(default=67_108_864, ge=1)
     max_texts: int = Field(default=32, ge=1)
     max_concurrent: int = Field(default=512, ge=1)
     max_queue_texts: int = Field(default=1024, ge=1)
@@ -37,6 +39,7 @@ class ServeSettings(BaseModel):
     body_timeout_s: float = Field(default=10.0, gt=0)
     head_timeout_s: float = Field(default=10.0, gt=0)
     max_head_bytes: int = Field(default=65_536, ge=1024)
+    max_connections: int = Field(default=2048, ge=1)
     drain_timeout_s: float = Field(default=30.0, ge=0)
 
     # Access
@@ -58,6 +61,8 @@ class ServeSettings(BaseModel):
     # Transport
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    uds: Path | None = None
+    workers: int = Field(default=1, ge=1, le=256)
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
@@ -67,6 +72,10 @@ class ServeSettings(BaseModel):
             raise ValueError("TLS needs both a certificate and a key (--tls-cert and --tls-key)")
         if self.max_queue_texts < self.max_texts:
             raise ValueError("--max-queue-texts must be at least --max-texts, or a full request never fits")
+        if self.max_inside_bytes < self.max_body_bytes:
+            raise ValueError(
+                "--max-inside-bytes must be at least --max-body-bytes, or a full body never fits"
+            )
         if self.token is not None and not self.token.get_secret_value():
             raise ValueError("the bearer token is empty")
         return self

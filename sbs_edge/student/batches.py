@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset
 from sbs_edge.data.example import Example
 from sbs_edge.data.targets import label_for, rationale_for
 from sbs_edge.student.config import TrainConfig
+from sbs_edge.tokens import TextTokenizer, within_limit
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,15 +46,11 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: TrainConfig, eos_id: int) -> None:
-        self.tokenizer = tokenizer
+        self.texts = TextTokenizer(tokenizer)
         self.config = config
         self.eos_id = eos_id
         self.cut_sources = 0
         self.cut_targets = 0
-
-    def _ids(self, text: str, limit: int) -> tuple[list[int], bool]:
-        ids = self.tokenizer.encode(text).ids
-        return (ids, False) if len(ids) <= limit else ([*ids[: limit - 1], self.eos_id], True)
 
     def __call__(self, example: Example) -> Encoded | None:
         """Return the row's tokens, or None when it has neither target the mode learns from."""
@@ -64,10 +61,13 @@ class Encoder:
             if target is None or not target.strip():
                 tasks.append(None)
                 continue
-            source, cut_source = self._ids(prefix + example.input, config.max_source_tokens)
-            ids, cut_target = self._ids(target, config.max_target_tokens)
+            source, cut_source = self.texts.encode_within(
+                example.input, config.max_source_tokens, self.eos_id, prefix
+            )
+            ids = self.texts.encode_target(target, self.eos_id)
             self.cut_sources += cut_source
-            self.cut_targets += cut_target
+            self.cut_targets += len(ids) > config.max_target_tokens
+            ids = within_limit(ids, config.max_target_tokens, self.eos_id)
             tasks.append((source, ids))
         if not any(tasks):
             return None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.errors import UsageError
+from sbs_edge.tokens import start_token_id
 
 __all__ = ["FAMILY", "Checkpoint", "is_bundle", "is_student", "open_checkpoint", "weight_files"]
 
@@ -69,8 +70,7 @@ class Checkpoint:
     @property
     def start_id(self) -> int:
         """First token of the decoder; a configuration without one means its padding, as T5 was trained."""
-        start = self.config.get("decoder_start_token_id")
-        return int(self.config.get("pad_token_id") or 0) if start is None else int(start)
+        return start_token_id(self.config)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -172,9 +172,7 @@ def _not_there(given: Path, near: list[str]) -> Path:
     parent = given.parent
     while not parent.is_dir():
         parent = parent.parent
-    hint = (
-        f"Is it {' or '.join(near)}?" if near else f"The part of it that is there is {parent}."
-    )
+    hint = f"Is it {' or '.join(near)}?" if near else f"The part of it that is there is {parent}."
     raise UsageError(f"There is no directory {given}. {hint}")
 
 
@@ -242,8 +240,12 @@ def _snapshot(folder: Path, snapshots: Path) -> Path:
     if len(kept) == 1:
         return kept[0]
     if not kept:
-        raise UsageError(f"{folder} is a hub's cache of a model that was never downloaded whole: no config.json in it.")
-    raise UsageError(f"{folder} holds {len(kept)} revisions. Give one of them: {_few([str(p) for p in kept])}.")
+        raise UsageError(
+            f"{folder} is a hub's cache of a model that was never downloaded whole: no config.json in it."
+        )
+    raise UsageError(
+        f"{folder} holds {len(kept)} revisions. Give one of them: {_few([str(p) for p in kept])}."
+    )
 
 
 def _from_hub(name: str) -> Path:
@@ -341,7 +343,9 @@ def _with_adapter(name: str, folder: Path) -> Checkpoint:
             f"base_model_name_or_path in {folder / ADAPTER}."
         ) from error
     if inner.adapter is not None:
-        raise UsageError(f"{folder} is an adapter of an adapter ({inner.adapter}). Merge the inner one first.")
+        raise UsageError(
+            f"{folder} is an adapter of an adapter ({inner.adapter}). Merge the inner one first."
+        )
     return Checkpoint(name, inner.folder, inner.config, folder)
 
 
@@ -369,7 +373,7 @@ def _no_weights(folder: Path) -> str:
         kind, flag = ("Flax", "from_flax") if flax else ("TensorFlow", "from_tf")
         return (
             f"{folder} holds {kind}'s weights alone. Convert them where transformers 4 and {kind} are installed: "
-            f"python -c \"from transformers import AutoModelForSeq2SeqLM as M; M.from_pretrained({str(folder)!r}, "
+            f'python -c "from transformers import AutoModelForSeq2SeqLM as M; M.from_pretrained({str(folder)!r}, '
             f'{flag}=True).save_pretrained({str(folder)!r})"'
         )
     found = sorted(path.name for path in folder.iterdir())

@@ -8,10 +8,11 @@ are decoded greedily. Answers are compared by :func:`sbs_edge.data.answers.same_
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ from torch import Tensor
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
+from sbs_edge.resources import limit_torch_threads
 from sbs_edge.student.student_dir import StudentDir
+from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["evaluate", "predict_labels", "predict_rationales"]
 
@@ -29,10 +35,15 @@ def _chunks(texts: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str
         yield start, texts[start : start + size]
 
 
-def _inputs(texts: Sequence[str], tokenizer: Any, limit: int, config: Any) -> tuple[Tensor, Tensor]:
+def _inputs(
+    texts: Sequence[str], tokenizer: TextTokenizer, limit: int, config: Any, prefix: str
+) -> tuple[Tensor, Tensor]:
     """Tokenise and pad; ids and mask (B, S). Longer inputs are cut before their end token."""
-    rows = [tokenizer.encode(text).ids for text in texts]
-    rows = [row if len(row) <= limit else [*row[: limit - 1], config.eos_token_id] for row in rows]
+    found = tokenizer.encode_beginnings(texts, limit, prefix)
+    return _padded([within_limit(row, limit, config.eos_token_id) for row in found], config)
+
+
+def _padded(rows: Sequence[Sequence[int]], config: Any) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[config.pad_token_id] * (width - len(row))] for row in rows])
     lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
@@ -40,7 +51,7 @@ def _inputs(texts: Sequence[str], tokenizer: Any, limit: int, config: Any) -> tu
 
 
 def _first_step(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    start = torch.full((len(ids), 1), model.config.decoder_start_token_id, device=ids.device)
+    start = torch.full((len(ids), 1), start_token_id(model.config), device=ids.device)
     logits: Tensor = model(
         input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=False
     ).logits
@@ -57,7 +68,7 @@ def _sequence_scores(
     flat = [list(candidate) for own in candidates for candidate in own]
     width = max(map(len, flat))
     wanted = torch.tensor([[*c, *[-100] * (width - len(c))] for c in flat], device=ids.device)
-    decoder = torch.full_like(wanted, config.decoder_start_token_id)
+    decoder = torch.full_like(wanted, start_token_id(config))
     decoder[:, 1:] = wanted[:, :-1].masked_fill(wanted[:, :-1] == -100, config.pad_token_id)
     scores: list[float] = []
     step = max(1, (1 << 24) // (width * config.vocab_size))  # at most 64 MiB of float32 logits
@@ -80,40 +91,51 @@ def _sequence_scores(
 
 @torch.no_grad()
 def _generate(
-    model: Any, texts: Sequence[str], tokenizer: Any, source_limit: int, new_tokens: int, batch_size: int
+    model: Any,
+    texts: Sequence[str],
+    prefix: str,
+    tokenizer: TextTokenizer,
+    source_limit: int,
+    new_tokens: int,
+    batch_size: int,
 ) -> list[str]:
     answers: list[str] = []
     config = model.config
     for _, part in _chunks(texts, batch_size):
-        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config))
+        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config, prefix))
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
             do_sample=False, num_beams=1,
         )  # fmt: skip
         for row in out[:, 1:].tolist():
             end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
-            answers.append(tokenizer.decode(row[:end], skip_special_tokens=True))
+            answers.append(tokenizer.decode(row[:end]))
     return answers
 
 
 @torch.no_grad()
 def predict_labels(
-    model: Any, student: StudentDir, tokenizer: Any, examples: Sequence[Example], batch_size: int = 64
+    model: Any,
+    student: StudentDir,
+    tokenizer: Tokenizer | TextTokenizer,
+    examples: Sequence[Example],
+    batch_size: int = 64,
 ) -> tuple[list[str], str]:
     """Return the label of every example and the method used: first-token, trie or decode."""
-    texts = [student.prefixes["label"] + example.input for example in examples]
+    texts, prefix = [example.input for example in examples], student.prefixes["label"]
+    tokenizer = TextTokenizer.of(tokenizer)
     limit = student.limits["max_source_tokens"]
     kind, labels = student.task.label_kind, student.task.labels
     if kind == "open":
         new = student.limits["max_label_tokens"]
-        return _generate(model, texts, tokenizer, limit, new, batch_size), "decode"
-    encoded = {label: tokenizer.encode(label).ids for label in labels}
-    heads = [ids[0] for ids in encoded.values()]
-    first_token = kind == "closed" and len(set(heads)) == len(heads)
+        return _generate(model, texts, prefix, tokenizer, limit, new, batch_size), "decode"
+    eos = model.config.eos_token_id
+    encoded = {label: tokenizer.encode_target(label, eos) for label in labels}
+    heads = first_tokens(list(encoded.values())) if kind == "closed" else None
     answers: list[str] = []
     for start, part in _chunks(texts, batch_size):
-        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, limit, model.config))
-        if first_token:
+        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, limit, model.config, prefix))
+        if heads is not None:
             best = _first_step(model, ids, mask, torch.tensor(heads, device=ids.device)).argmax(1).tolist()
             answers += [labels[index] for index in best]
             continue
@@ -123,26 +145,36 @@ def predict_labels(
             if not choices:
                 raise DataError(f"{example.source or example.id} brings no choices, which its task needs.")
             own.append(choices)
-        candidates = [[encoded.get(c) or tokenizer.encode(c).ids for c in row] for row in own]
+        candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
         for row, values in zip(own, _sequence_scores(model, ids, mask, candidates), strict=True):
             answers.append(row[max(range(len(values)), key=values.__getitem__)])
-    return answers, "first-token" if first_token else "trie"
+    return answers, "trie" if heads is None else "first-token"
 
 
 def predict_rationales(
-    model: Any, student: StudentDir, tokenizer: Any, examples: Sequence[Example], batch_size: int = 64
+    model: Any,
+    student: StudentDir,
+    tokenizer: Tokenizer | TextTokenizer,
+    examples: Sequence[Example],
+    batch_size: int = 64,
 ) -> list[str]:
     """Decode the rationale of every example greedily."""
-    texts = [student.prefixes["rationale"] + example.input for example in examples]
-    limits = student.limits
+    texts, limits = [example.input for example in examples], student.limits
+    tokenizer = TextTokenizer.of(tokenizer)
     return _generate(
-        model, texts, tokenizer, limits["max_source_tokens"], limits["max_target_tokens"], batch_size
+        model,
+        texts,
+        student.prefixes["rationale"],
+        tokenizer,
+        limits["max_source_tokens"],
+        limits["max_target_tokens"],
+        batch_size,
     )
 
 
 @torch.no_grad()
 def _teacher_forced(
-    model: Any, student: StudentDir, tokenizer: Any, examples: Sequence[Example], batch_size: int
+    model: Any, student: StudentDir, tokenizer: TextTokenizer, examples: Sequence[Example], batch_size: int
 ) -> tuple[int, int, float]:
     """Return correct tokens, tokens, and the sum of their cross-entropies, of the rationales."""
     limits, config = student.limits, model.config
@@ -150,17 +182,25 @@ def _teacher_forced(
     loss = 0.0
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        texts = [student.prefixes["rationale"] + example.input for example in part]
+        texts, prefix = [example.input for example in part], student.prefixes["rationale"]
         ids, mask = (
-            t.to(model.device) for t in _inputs(texts, tokenizer, limits["max_source_tokens"], config)
+            t.to(model.device) for t in _inputs(texts, tokenizer, limits["max_source_tokens"], config, prefix)
         )
         targets, keep = (
             t.to(model.device)
-            for t in _inputs(
-                [example.rationale or "" for example in part], tokenizer, limits["max_target_tokens"], config
+            for t in _padded(
+                [
+                    within_limit(
+                        tokenizer.encode_target(example.rationale or "", config.eos_token_id),
+                        limits["max_target_tokens"],
+                        config.eos_token_id,
+                    )
+                    for example in part
+                ],
+                config,
             )
         )
-        decoder = torch.full_like(targets, config.decoder_start_token_id)
+        decoder = torch.full_like(targets, start_token_id(config))
         decoder[:, 1:] = targets[:, :-1]
         logits = model(
             input_ids=ids, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
@@ -196,7 +236,9 @@ def evaluate(
 
     Returns:
         ``n``, ``method``, ``label_accuracy`` over the ``label_n`` rows with a gold label (None
-        without any), ``teacher_agreement`` (share of rows with a teacher's label whose label the
+        without any), ``labels_respelled`` (gold labels of an open task that the tokenizer cannot
+        spell: they count as given when the student writes what the tokenizer makes of them),
+        ``teacher_agreement`` (share of rows with a teacher's label whose label the
         student gives), and for rationales ``rationale_n``, ``rationale_token_accuracy`` and
         ``rationale_loss`` (next token, given the reference so far) and ``rationale_exact`` (share
         of decoded rationales equal to the reference up to case and white space).
@@ -206,14 +248,22 @@ def evaluate(
     rows = list(opened.validation() if examples is None else examples)
     if not rows:
         raise DataError(f"There are no rows to evaluate {opened.path} on; give a file with examples.")
-    tokenizer = opened.tokenizer()
+    tokenizer = opened.text_tokenizer()
+    if model is None:
+        limit_torch_threads()
     judged = opened.load_model() if model is None else model.eval()
     judged.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     answers, method = predict_labels(judged, opened, tokenizer, rows, batch_size)
     compare = opened.task.compare
 
+    def same(answer: str, wanted: str) -> bool:
+        # A decoded label is right when it is the wanted one as the tokenizer spells it: training counts its tokens.
+        return same_answer(answer, wanted, compare) or (method == "decode" and answer == spelled(wanted))
+
+    spelled = functools.cache(tokenizer.respelled)
+
     def share(pairs: list[tuple[str, str]]) -> float | None:
-        return sum(same_answer(a, b, compare) for a, b in pairs) / len(pairs) if pairs else None
+        return sum(same(a, b) for a, b in pairs) / len(pairs) if pairs else None
 
     gold = [(answer, row.label) for answer, row in zip(answers, rows, strict=True) if row.label is not None]
     taught = [
@@ -226,6 +276,9 @@ def evaluate(
         "method": method,
         "label_n": len(gold),
         "label_accuracy": share(gold),
+        "labels_respelled": sum(not same_answer(spelled(wanted), wanted, compare) for _, wanted in gold)
+        if method == "decode"
+        else 0,
         "teacher_agreement": share(taught),
     }
     explained: Mapping[str, str] = {}
@@ -238,11 +291,11 @@ def evaluate(
         asked = known if rationales is None else known[:rationales]
         if asked:
             texts = predict_rationales(judged, opened, tokenizer, asked, batch_size)
-            same = [
+            exact = [
                 normalise(t) == _canonical(tokenizer, r.rationale or "")
                 for t, r in zip(texts, asked, strict=True)
             ]
-            report.update(rationale_exact=sum(same) / len(same), rationale_decoded=len(same))
+            report.update(rationale_exact=sum(exact) / len(exact), rationale_decoded=len(exact))
             explained = {row.id: text for row, text in zip(asked, texts, strict=True)}
     if predictions:
         report["predictions"] = [
@@ -252,6 +305,6 @@ def evaluate(
     return report
 
 
-def _canonical(tokenizer: Any, text: str) -> str:
+def _canonical(tokenizer: TextTokenizer, text: str) -> str:
     """Return ``text`` as the tokenizer would spell it, so that spacing of signs is not an error."""
-    return normalise(tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True))
+    return normalise(tokenizer.respelled(text))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from sbs_edge.data.answers import normalise
-from sbs_edge.data.example import Example, LabelKind, Splits
-from sbs_edge.data.load import infer_task
+from sbs_edge.data.example import Example, LabelKind, Splits, TaskSpec
+from sbs_edge.data.labels import fit_labels, infer_task
 from sbs_edge.data.readers import ColumnMap, RejectedRow, read_examples, refuse, stream_examples
 from sbs_edge.errors import DataError, UsageError
 
@@ -24,6 +24,7 @@ class StreamSource:
     Attributes:
         left_out: malformed rows met in the pass that met most of them; a pass may have been cut short.
         first: the first of them.
+        task: once known, labels are spelled as it spells them.
 
     """
 
@@ -34,6 +35,7 @@ class StreamSource:
         self._skip = skip_bad_rows
         self.left_out = 0
         self.first: RejectedRow | None = None
+        self.task: TaskSpec | None = None
 
     def __call__(self) -> Iterator[Example]:
         """Read the rows once, without those whose input is a validation input.
@@ -53,7 +55,7 @@ class StreamSource:
         on_reject = count if self._skip else None
         for row in stream_examples(self._source, columns=self._columns, on_reject=on_reject):
             if normalise(row.input) not in self._excluded:
-                yield row
+                yield row if self.task is None else fit_labels([row], self.task)[0][0]
 
 
 def open_stream(
@@ -89,4 +91,5 @@ def open_stream(
     if not sample:
         raise DataError(f"{source} holds no usable training row outside {validation}.")
     task = infer_task(Path(source).stem, [*sample, *held.examples], label_kind, compare)
-    return Splits(task, train=sample, validation=held.examples), rows
+    rows.task = task
+    return Splits(task, fit_labels(sample, task)[0], fit_labels(held.examples, task)[0]), rows

@@ -20,6 +20,7 @@ from sbs_edge.data.readers import RejectedRow, stream_examples
 from sbs_edge.data.tokenizer import load_tokenizer
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.student.checkpoint import CARD, Checkpoint, open_checkpoint
+from sbs_edge.tokens import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -106,6 +107,10 @@ class StudentDir:
         """Return the path of a small file beside the weights: one made for this checkpoint, or its own."""
         made = Path(self.made.name) / name if self.made is not None else None
         return made if made is not None and made.is_file() else self.path / name
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """Load the tokenizer as training and the runtime use it: no text yields control tokens."""
+        return TextTokenizer(self.tokenizer())
 
     def _rows(self, name: str) -> list[Example]:
         path = self.path / name

@@ -12,14 +12,15 @@ from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.spiece import spiece_tokenizer
 from sbs_edge.data.targets import label_for, rationale_for
-from sbs_edge.data.tokenizer import build_tokenizer, load_tokenizer
+from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer, load_tokenizer
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.student.config import TrainConfig
+from sbs_edge.tokens import without_limits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["byte_tokenizer", "checkpoint_tokenizer", "scratch_tokenizer", "write_tokenizer"]
+__all__ = ["checkpoint_tokenizer", "scratch_tokenizer", "write_tokenizer"]
 
 
 def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: TrainConfig) -> Tokenizer:
@@ -30,30 +31,6 @@ def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: Train
         targets = (label_for(example, config.mode), rationale_for(example, config.mode))
         texts += [example.input, *(target for target in targets if target), *(example.choices or ())]
     return build_tokenizer([*texts, *task.labels], config.prefix_pair, kind, config.vocabulary)
-
-
-def byte_tokenizer(n_extra: int = 125) -> Tokenizer:
-    """Make ByT5's tokenizer as a fast one: byte ``b`` is token ``b + 3``, then ``</s>``.
-
-    transformers has ByT5's only in Python, which a bundle cannot carry.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    # The byte-level alphabet maps each byte to a printable character; its order is that of bytes.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = {byte: chr(byte) for byte in printable}
-    for offset, byte in enumerate(byte for byte in range(256) if byte not in characters):
-        characters[byte] = chr(256 + offset)
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{characters[b]: b + 3 for b in range(256)}}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(text, special=True) for text in ("<pad>", "</s>", "<unk>")]
-        + [AddedToken(f"<extra_id_{index}>", special=True) for index in range(n_extra)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer
 
 
 def checkpoint_tokenizer(folder: Path, family: str = "t5") -> Tokenizer:
@@ -73,20 +50,22 @@ def checkpoint_tokenizer(folder: Path, family: str = "t5") -> Tokenizer:
     """
     if (folder / "tokenizer.json").is_file():
         fast = load_tokenizer(folder)
+        _check_against_pieces(folder, without_limits(fast))
     else:
         settings = _settings(folder / "tokenizer_config.json")
         named = settings.get("tokenizer_class") or _settings(folder / "config.json").get("tokenizer_class")
         if named == "ByT5Tokenizer":
-            return byte_tokenizer()
+            size = _settings(folder / "config.json").get("vocab_size") or 384
+            return byte_tokenizer(
+                max(0, min(125, size - 259))
+            )  # a small embedding has no rows for all the extra ids
         spiece = folder / "spiece.model"
         if spiece.is_file():
             fast = spiece_tokenizer(spiece, _extra_ids(settings, family))
             _add_later(fast, folder / "added_tokens.json")
         else:
             fast = _converted(folder)
-    fast.no_padding()
-    fast.no_truncation()
-    return fast
+    return without_limits(fast)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -96,7 +75,9 @@ def _settings(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Copy it again from where the checkpoint was saved.") from error
+        raise DataError(
+            f"{path} cannot be read: {error}. Copy it again from where the checkpoint was saved."
+        ) from error
     return content if isinstance(content, dict) else {}
 
 
@@ -136,13 +117,46 @@ def _converted(folder: Path) -> Tokenizer:
             f"The tokenizer in {folder} cannot be loaded ({type(error).__name__}: {reason}). A student needs the "
             "checkpoint's tokenizer.json or its spiece.model beside the weights; copy one of them there."
         ) from error
-    fast = getattr(loaded, "backend_tokenizer", None)
+    fast: Any = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
         raise UsageError(
             f"The tokenizer in {folder} ({type(loaded).__name__}) has no fast form, so a bundle cannot carry it. Give a "
             "checkpoint with a tokenizer.json."
         )
     return fast
+
+
+# Ordinary text, which every true conversion reads alike; they differ legitimately at edges and runs of spaces.
+SAMPLES = (
+    "Where is my order?", "It costs 3.50, not $4!", "UPPER and lower", "don't; won't - (maybe) [yes]",
+    "1234567890 and 10,000", "a/b_c@d.org", "Is this sentence read as the model was trained to read it?",
+)  # fmt: skip
+
+
+def _check_against_pieces(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a ``tokenizer.json`` that reads texts otherwise than the ``spiece.model`` beside it.
+
+    The model was trained with the SentencePiece file; versions of transformers have written others from it.
+
+    Raises:
+        UsageError: they differ on a sample.
+
+    """
+    pieces = folder / "spiece.model"
+    if not pieces.is_file():
+        return
+    try:
+        import sentencepiece
+    except ImportError:
+        return
+    judge = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    for text in SAMPLES:
+        ours, theirs = tokenizer.encode(text, add_special_tokens=False).ids, judge.encode(text)
+        if ours != theirs:
+            raise UsageError(
+                f"The tokenizer.json in {folder} reads {text!r} as {ours}, and the spiece.model beside it as "
+                f"{theirs}. The model was trained with the latter: take tokenizer.json away, and spiece.model is read."
+            )
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, pad_id: int, eos_id: int) -> None:

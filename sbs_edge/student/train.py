@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,12 @@ from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
+from sbs_edge.label_tokens import check_choices, label_ids, spelling_of_rows, spelling_sentences
+from sbs_edge.resources import limit_torch_threads
 from sbs_edge.student.checkpoint import Checkpoint, open_checkpoint
 from sbs_edge.student.config import TrainConfig, make_config
 from sbs_edge.student.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION, StudentDir
+from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id
 
 __all__ = ["TrainResult", "train"]
 
@@ -248,8 +252,7 @@ def _run(
     from sbs_edge.student.trainer import TwoTaskTrainer, make_arguments
 
     transformers.logging.set_verbosity_error()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    limit_torch_threads(config.threads)
     set_seed(config.seed)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     first = rank == 0
@@ -271,9 +274,18 @@ def _run(
     check_covered(
         tokenizer, model.student.get_input_embeddings().num_embeddings, config.model or "this student"
     )
+    texts, settings = TextTokenizer(tokenizer), model.student.config
+    # What the config leaves open is written down, so that everything that reads the student starts alike.
+    settings.decoder_start_token_id = start_token_id(settings)
+    model.student.generation_config.decoder_start_token_id = settings.decoder_start_token_id
+    label_tokens = label_ids(splits.task.labels, texts, settings.eos_token_id)
+    check_choices(splits.train, texts, settings.eos_token_id)
+    spelling = spelling_of_rows(splits.train, texts)
+    if first:
+        for sentence in spelling_sentences(spelling):
+            sys.stderr.write(f"{sentence}\n")
     # adapters are counted by what they are merged into
     n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
-    settings = model.student.config
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 
     encoder = Encoder(tokenizer, config, ids["eos_id"])
@@ -306,8 +318,8 @@ def _run(
         validation_rows = random.Random(config.seed).sample(validation_rows, config.validation_rows)
     firsts = None
     if splits.task.label_kind == "closed":
-        heads = [tokenizer.encode(label).ids[0] for label in splits.task.labels]
-        firsts = torch.tensor(heads) if len(set(heads)) == len(heads) else None
+        heads = first_tokens(label_tokens)
+        firsts = None if heads is None else torch.tensor(heads)
     batches, answers = _validation(validation_rows, splits, config, encoder, collator, firsts)
 
     newest = _prepare_work(work, config, _fingerprint(config, splits, stream is not None), first)
@@ -353,6 +365,7 @@ def _run(
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
+        "spelling": spelling,
         "cut_inputs": encoder.cut_sources,
         "cut_targets": encoder.cut_targets,
         "world": world,
@@ -400,9 +413,10 @@ def _finish(
         student.generation_config.max_new_tokens = config.max_target_tokens
         student.generation_config.max_length = None
         some = splits.train[:20000]
-        texts = {*splits.task.labels, *(label_for(row, config.mode) or "" for row in some)}
-        texts.update(choice for row in some for choice in row.choices or ())
-        longest = max(len(tokenizer.encode(text).ids) for text in texts)
+        wanted = {*splits.task.labels, *(label_for(row, config.mode) or "" for row in some)}
+        wanted.update(choice for row in some for choice in row.choices or ())
+        texts = TextTokenizer(tokenizer)
+        longest = max(len(texts.encode_target(text, ids["eos_id"])) for text in wanted)
         card = {
             "format": FORMAT,
             "task": StudentDir.task_card(splits.task),

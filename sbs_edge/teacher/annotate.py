@@ -40,6 +40,7 @@ class Settings:
         max_cost, max_total_tokens: limits over the journal's whole life, or None.
         retry_failed: ask again where the journal's answer is of no use.
         max_attempts: how often one call is sent before it is left to the next run.
+        server: the server's address without secrets; a refusal in the journal holds for that server only.
 
     """
 
@@ -52,15 +53,17 @@ class Settings:
     max_total_tokens: int | None = None
     retry_failed: bool = False
     max_attempts: int = 6
+    server: str = ""
 
 
 @dataclass(slots=True)
 class Annotation:
-    """Results in row order, the calls behind them, and what this run did."""
+    """Results in row order, the calls behind them, what this run did, and journal lines it could not use."""
 
     results: list[RowResult]
     records: list[Record]
     stats: AskStats = field(default_factory=AskStats)
+    skipped_lines: int = 0
 
 
 @dataclass(slots=True)
@@ -91,12 +94,14 @@ def annotate(
     settings: Settings,
     *,
     on_progress: Callable[[Progress], None] | None = None,
+    on_wait: Callable[[float, str], None] | None = None,
     budget_of: Callable[[Journal], Budget] | None = None,
 ) -> Annotation:
     """Ask for every row that the journal does not answer yet, then parse all of it.
 
     Gold labels are used for the progress figures only; they reach neither prompt nor result. ``budget_of`` gives
-    the budget in place of one from the settings' limits and what the journal has spent.
+    the budget in place of one from the settings' limits and what the journal has spent. ``on_wait`` is told the
+    seconds and the reason of every wait that a person would notice.
     """
     owners = _by_key(rows, task, settings)
     with Journal(journal_path) as journal:
@@ -123,6 +128,7 @@ def annotate(
                 settings.samples,
                 journal.records,
                 retry_failed=settings.retry_failed,
+                server=settings.server,
             )
         )
         asked_again = {call.key for call in wanted}
@@ -130,7 +136,9 @@ def annotate(
             if key in journal and key not in asked_again:
                 note(dataclasses.replace(journal.records[key], cost=0.0))
         budget = (budget_of or partial(_own_budget, settings))(journal)
-        stats = asyncio.run(_ask(wanted, teacher, journal, settings, budget, note)) if wanted else AskStats()
+        stats = AskStats()
+        if wanted:
+            stats = asyncio.run(_ask(wanted, teacher, journal, settings, budget, note, on_wait))
         records = journal.records
 
         def lookup(_: int, row: Example) -> list[Record | None]:
@@ -139,7 +147,8 @@ def annotate(
                 for key in row_keys(row, task, settings.model, settings.sampling, settings.samples)
             ]
 
-        return Annotation(collect(rows, task, lookup), [records[k] for k in owners if k in records], stats)
+        used = [records[key] for key in owners if key in records]
+        return Annotation(collect(rows, task, lookup), used, stats, journal.skipped)
 
 
 def _own_budget(settings: Settings, journal: Journal) -> Budget:
@@ -159,6 +168,7 @@ async def _ask(
     settings: Settings,
     budget: Budget,
     note: Callable[[Record], None],
+    on_wait: Callable[[float, str], None] | None,
 ) -> AskStats:
     try:
         return await ask(
@@ -169,7 +179,9 @@ async def _ask(
             budget,
             concurrency=settings.concurrency,
             max_attempts=settings.max_attempts,
+            server=settings.server,
             on_record=note,
+            on_wait=on_wait,
         )
     finally:
         await teacher.close()
@@ -228,6 +240,7 @@ def estimate(
             settings.samples,
             records,
             retry_failed=settings.retry_failed,
+            server=settings.server,
         )
     )
     written = [record.completion_tokens for record in records.values() if record.completion_tokens]
@@ -265,7 +278,13 @@ def write_annotation(
     good = [item.example for item in annotation.results if item.reason is None or keep_failed]
     write_examples(out, good)
     failed = [
-        {"id": item.example.id, "input": item.example.input, "reason": item.reason, "texts": list(item.texts)}
+        {
+            "id": item.example.id,
+            "input": item.example.input,
+            "reason": item.reason,
+            "texts": list(item.texts),
+            **({"detail": item.detail} if item.detail else {}),
+        }
         for item in annotation.results
         if item.reason is not None
     ]
@@ -275,6 +294,7 @@ def write_annotation(
     )
     report = annotation_report(task, annotation.results, annotation.records, model=model)
     report["run"] = dataclasses.asdict(annotation.stats)
+    report["refusal"] = next((item.detail for item in annotation.results if item.reason == "rejected"), None)
     files.write_json(out.with_suffix(".report.json"), report)
     files.write_text(out.with_suffix(".report.html"), annotation_page(report))
     return report

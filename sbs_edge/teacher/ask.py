@@ -10,18 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from sbs_edge.errors import SbsEdgeError
 from sbs_edge.teacher.calls import Answer, CallFailed, Sampling, Teacher
 from sbs_edge.teacher.cost import Budget, TokenEstimator
 from sbs_edge.teacher.journal import Journal, Record
-from sbs_edge.teacher.limits import RateGate, backoff_seconds
+from sbs_edge.teacher.limits import RateGate, backoff_seconds, retry_after_seconds
 from sbs_edge.teacher.prompt import Call
+from sbs_edge.teacher.stop import StopRule, TeacherUnavailableError
 
 __all__ = ["AskStats", "TeacherUnavailableError", "ask"]
-
-
-class TeacherUnavailableError(SbsEdgeError):
-    """The teacher cannot be used at all; what it has answered is in the journal."""
 
 
 @dataclass(slots=True)
@@ -32,6 +28,7 @@ class AskStats:
         answered: calls that brought an answer now in the journal (refusals included).
         attempts: requests sent, retries included.
         unanswered: calls given up after all retries, by reason; the next run sends them again.
+        last_failure: the words of the last call that was refused or given up, or None.
         stopped: why calls were left out (``budget``), or None.
         waited_seconds: time spent waiting for the server's limits.
 
@@ -40,6 +37,7 @@ class AskStats:
     answered: int = 0
     attempts: int = 0
     unanswered: dict[str, int] = field(default_factory=dict)
+    last_failure: str | None = None
     stopped: str | None = None
     waited_seconds: float = 0.0
 
@@ -55,7 +53,9 @@ async def ask(
     max_attempts: int = 6,
     give_up_after: int = 20,
     estimator: TokenEstimator | None = None,
+    server: str = "",
     on_record: Callable[[Record], None] | None = None,
+    on_wait: Callable[[float, str], None] | None = None,
 ) -> AskStats:
     """Send every call and journal its answer.
 
@@ -67,24 +67,36 @@ async def ask(
         budget: admits calls.
         concurrency: requests on their way at once.
         max_attempts: how often one call is sent before it is left to the next run.
-        give_up_after: consecutive calls without any answer after which the run stops.
+        give_up_after: consecutive calls without any answer after which the run stops; see
+            :class:`~sbs_edge.teacher.stop.StopRule`.
         estimator: characters to tokens, for the budget.
+        server: the address as it may be shown; kept with each record.
         on_record: called after each answer is safe in the journal.
+        on_wait: called with seconds and reason before a wait that a person would notice.
 
     Raises:
-        TeacherUnavailableError: the key or model is wrong, or nothing answers any more.
+        TeacherUnavailableError: the key, the address or a parameter is wrong, or nothing answers any more.
 
     """
-    run = _Run(teacher, journal, sampling, budget, max_attempts, give_up_after, estimator or TokenEstimator())
+    stop = StopRule(teacher.model, server, [*sampling.parameters(), "stop"], give_up_after)
+    run = _Run(
+        teacher, journal, sampling, budget, max_attempts, estimator or TokenEstimator(), stop, server, on_wait
+    )
     source = iter(calls)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(max(1, concurrency)):
                 group.create_task(run.work(source, on_record))
-    except* TeacherUnavailableError as failures:
-        raise failures.exceptions[0] from None
+    except BaseExceptionGroup as failures:
+        raise _first(failures) from None
     run.stats.waited_seconds = round(run.gate.waited_seconds, 3)
     return run.stats
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """Return what ended the run: the workers share one cause, and its own words say more than the group's."""
+    found = group.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 class _Run:
@@ -95,14 +107,15 @@ class _Run:
         sampling: Sampling,
         budget: Budget,
         max_attempts: int,
-        give_up_after: int,
         estimator: TokenEstimator,
+        stop: StopRule,
+        server: str,
+        on_wait: Callable[[float, str], None] | None,
     ) -> None:
         self.teacher, self.journal, self.sampling, self.budget = teacher, journal, sampling, budget
-        self.max_attempts, self.give_up_after, self.estimator = max_attempts, give_up_after, estimator
-        self.gate = RateGate()
+        self.max_attempts, self.estimator, self.stop, self.server = max_attempts, estimator, stop, server
+        self.gate = RateGate(on_wait)
         self.stats = AskStats()
-        self.failures_in_a_row = 0
 
     async def work(self, source: Iterator[Call], on_record: Callable[[Record], None] | None) -> None:
         for call in source:
@@ -133,14 +146,10 @@ class _Run:
                 answer = await self.teacher.answer(call.prompt, self.sampling, call.sample)
             except CallFailed as failure:
                 self.gate.leave(n_tokens, failure.headers)
-                if failure.fatal:
-                    raise TeacherUnavailableError(
-                        f"The teacher {self.teacher.model!r} refuses every call ({failure}). Check the "
-                        "address, the key and the model's name; finished calls are in the journal."
-                    ) from failure
+                if failure.reason != "refused":  # a refusal by a content filter is this row's own
+                    self.stop.attempt_failed(failure)
                 if not failure.retry:
-                    self.failures_in_a_row = 0
-                    return self._record(call, Answer(""), started, attempt, str(failure))
+                    return self._refused(call, failure, started, attempt)
                 if attempt + 1 == self.max_attempts:
                     self._gave_up(failure)
                     return None
@@ -150,27 +159,32 @@ class _Run:
                 self.gate.leave(n_tokens, None)
                 raise
             self.gate.leave(n_tokens, answer.headers)
-            self.failures_in_a_row = 0
-            error = f"refused: {answer.refusal}" if answer.refusal else None
-            return self._record(call, answer, started, attempt, error)
+            self.stop.success()
+            return self._record(call, answer, started, attempt, _no_answer(answer))
         return None
 
     async def _pause(self, failure: CallFailed, attempt: int) -> None:
         jitter = backoff_seconds(attempt)
-        if failure.retry_after is not None:
-            self.gate.hold(failure.retry_after)  # for every worker: the limit is the account's
-            await asyncio.sleep(failure.retry_after + min(jitter, 0.25 * failure.retry_after + 0.05))
+        asked = retry_after_seconds(failure.headers)
+        if asked is not None:
+            reason = f"the server asked for it ({failure.reason})"
+            self.gate.hold(asked, reason)  # for every worker: the limit is the account's
+            await asyncio.sleep(asked + min(jitter, 0.25 * asked + 0.05))
         else:
+            if jitter >= 5.0:
+                self.gate.say(jitter, f"attempt {attempt + 1} of one call failed with {failure}")
             await asyncio.sleep(jitter)
+
+    def _refused(self, call: Call, failure: CallFailed, started: float, attempt: int) -> Record:
+        if failure.reason != "refused":
+            self.stats.last_failure = str(failure)
+            self.stop.call_failed(failure)
+        return self._record(call, Answer(""), started, attempt, str(failure))
 
     def _gave_up(self, failure: CallFailed) -> None:
         self.stats.unanswered[failure.reason] = self.stats.unanswered.get(failure.reason, 0) + 1
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row >= self.give_up_after:
-            raise TeacherUnavailableError(
-                f"The teacher has left {self.failures_in_a_row} calls in a row unanswered, the last with "
-                f"{failure}. Finished calls are in the journal; run the same command again to go on."
-            ) from failure
+        self.stats.last_failure = str(failure)
+        self.stop.call_failed(failure)
 
     def _record(self, call: Call, answer: Answer, started: float, attempt: int, error: str | None) -> Record:
         counted = answer.prompt_tokens is not None
@@ -195,4 +209,13 @@ class _Run:
             model=self.teacher.model,
             sample=call.sample,
             at=round(time.time(), 3),
+            server=self.server,
         )
+
+
+def _no_answer(answer: Answer) -> str | None:
+    if answer.refusal:
+        return f"refused: {answer.refusal}"
+    if answer.has_thought and not answer.text.strip() and answer.finish_reason != "length":
+        return "thought-only: the model thought and wrote no answer"
+    return None

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sbs_edge.chat.answer import Answer, CallFailed
 from sbs_edge.teacher.prompt import Prompt
 
-__all__ = ["Answer", "CallFailed", "Sampling", "Teacher"]
+__all__ = ["Answer", "CallFailed", "Sampling", "Teacher", "request_body"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,9 @@ class Sampling:
         max_tokens: limit of one answer.
         top_p: nucleus; None leaves the server's default.
         seed: first sample's seed, the n-th gets ``seed + n``; None sends none.
-        extra: further fields of the request body, as the server understands them.
+        limit_name: the name under which the server takes the limit, such as ``max_completion_tokens``.
+        omit: fields that are not sent; ``stop`` may be one of them.
+        extra: further fields of the request body, as the server understands them; they win over the others.
 
     """
 
@@ -28,59 +31,31 @@ class Sampling:
     max_tokens: int = 256
     top_p: float | None = None
     seed: int | None = None
+    limit_name: str = "max_tokens"
+    omit: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def parameters(self, sample: int = 0) -> dict[str, Any]:
         """Return the request fields for sample number ``sample``."""
-        values: dict[str, Any] = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        values: dict[str, Any] = {"temperature": self.temperature, self.limit_name: self.max_tokens}
         if self.top_p is not None:
             values["top_p"] = self.top_p
         if self.seed is not None:
             values["seed"] = self.seed + sample
-        return {**values, **self.extra}
+        values |= self.extra
+        return {name: value for name, value in values.items() if name not in self.omit}
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back. Token counts are None where the server counts none."""
-
-    text: str
-    finish_reason: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    refusal: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-class CallFailed(Exception):
-    """A call brought no answer.
-
-    Attributes:
-        reason: short and stable, such as ``http-429`` or ``rejected``.
-        retry: whether the same call may succeed later.
-        fatal: whether every further call would fail too (wrong key, unknown model).
-        retry_after: seconds the server asked to wait, or None.
-        headers: the response's headers, if there was one.
-
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        detail: str,
-        *,
-        retry: bool = False,
-        fatal: bool = False,
-        retry_after: float | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-        self.retry = retry
-        self.fatal = fatal
-        self.retry_after = retry_after
-        self.headers = headers or {}
+def request_body(prompt: Prompt, model: str, sampling: Sampling, sample: int) -> tuple[str, dict[str, Any]]:
+    """Return the route and the JSON body of one request."""
+    body: dict[str, Any] = {"model": model}
+    if prompt.text is not None:
+        route, body["prompt"] = "/completions", prompt.text
+    else:
+        route, body["messages"] = "/chat/completions", prompt.as_messages()
+    if prompt.stop:
+        body["stop"] = list(prompt.stop)
+    return route, {**body, **sampling.parameters(sample)}
 
 
 class Teacher(Protocol):

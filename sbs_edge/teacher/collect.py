@@ -30,6 +30,7 @@ class RowResult:
         reason: why the row has no annotation, or None.
         votes: answers that were parsed, by label, most votes first.
         texts: what the teacher wrote, one a sample that was answered.
+        detail: the server's words where it refused, or None.
 
     """
 
@@ -37,6 +38,7 @@ class RowResult:
     reason: str | None
     votes: tuple[tuple[str, int], ...] = ()
     texts: tuple[str, ...] = ()
+    detail: str | None = None
 
 
 def calls_for(
@@ -45,6 +47,8 @@ def calls_for(
     """Yield the calls for ``rows``, ``samples`` a row; equal prompts give equal keys."""
     for row in rows:
         prompt = render(task, row)
+        if "stop" in sampling.omit:
+            prompt = dataclasses.replace(prompt, stop=())
         for sample in range(samples):
             yield Call(call_key(prompt, model, sampling.parameters(sample), sample), prompt, sample)
 
@@ -73,8 +77,14 @@ def unfinished(
     records: Mapping[str, Record],
     *,
     retry_failed: bool = False,
+    server: str = "",
 ) -> Iterator[Call]:
-    """Yield each call that has no record; with ``retry_failed`` also those whose answer is of no use."""
+    """Yield each call that has no record; with ``retry_failed`` also those whose answer is of no use.
+
+    A refusal counts as a record only where ``server`` itself refused and has answered other calls: from another
+    address, or from a server that answered nothing, it says nothing about the row.
+    """
+    answers = any(record.server == server and not record.is_refusal for record in records.values())
     seen: set[str] = set()
     for row in rows:
         for call in calls_for([row], task, model, sampling, samples):
@@ -82,7 +92,11 @@ def unfinished(
                 continue
             seen.add(call.key)
             record = records.get(call.key)
-            if record is None or (retry_failed and read_record(task, record, row.choices).reason):
+            if (
+                record is None
+                or (record.is_refusal and not (answers and record.server == server))
+                or (retry_failed and read_record(task, record, row.choices).reason)
+            ):
                 yield call
 
 
@@ -128,7 +142,8 @@ def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowR
     good = [item for item in parsed if item.reason is None and item.label]
     if not good:
         reasons = Counter(item.reason or "label-unreadable" for item in parsed)
-        return RowResult(_plain(row), reasons.most_common(1)[0][0], (), texts)
+        detail = next((record.error for record in answered if record.error), None)
+        return RowResult(_plain(row), reasons.most_common(1)[0][0], (), texts, detail)
     groups: list[list[Parsed]] = []
     for item in good:
         for group in groups:

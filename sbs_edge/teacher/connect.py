@@ -1,16 +1,148 @@
-"""From settings to a teacher."""
+"""From flags, task file and server preset to a teacher and the parameters of its requests."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
 
 from sbs_edge.errors import UsageError
-from sbs_edge.teacher.calls import Teacher
+from sbs_edge.teacher.calls import Sampling, Teacher
+from sbs_edge.teacher.task import RESERVED_FIELDS, TaskFile
 
 if TYPE_CHECKING:
     from sbs_edge.teacher.annotate import Settings
 
-__all__ = ["connect"]
+__all__ = ["Server", "connect", "headers_of", "server_preset", "servers", "with_request"]
+
+LIMIT_NAMES = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
+
+
+class Server(BaseModel):
+    """What a preset of ``servers.yaml`` says; its fields are described there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    key_header: str = "Authorization"
+    limit_name: str = "max_tokens"
+    omit: tuple[str, ...] = ()
+
+
+@cache
+def servers() -> Mapping[str, Server]:
+    """Return the presets by name."""
+    content = yaml.safe_load((files("sbs_edge.teacher") / "servers.yaml").read_text(encoding="utf-8"))
+    return {name: Server.model_validate(fields) for name, fields in content.items()}
+
+
+def server_preset(name: str | None, base_url: str | None = None) -> Server:
+    """Return the preset called ``name``, or the defaults for None.
+
+    Raises:
+        UsageError: there is no such preset, or it has no address of its own and ``base_url`` gives none.
+
+    """
+    if name is None:
+        return Server()
+    known = {key.casefold().replace(".", ""): value for key, value in servers().items()}
+    found = known.get(name.casefold().replace(".", ""))
+    if found is None:
+        raise UsageError(f"There is no server preset {name!r}; there are {', '.join(servers())}.")
+    if not found.base_url and not base_url:
+        raise UsageError(
+            f"--server {name} needs --base-url: each account has its own address. For Azure it is "
+            "https://NAME.openai.azure.com/openai/deployments/DEPLOYMENT?api-version=VERSION."
+        )
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def with_request(
+    sampling: Sampling,
+    task: TaskFile,
+    server: Server,
+    *,
+    request: Sequence[str] = (),
+    omit: Sequence[str] = (),
+    extra_body: str | None = None,
+) -> Sampling:
+    """Return ``sampling`` with the fields that flags, task file and preset set, rename or leave out.
+
+    Flags win over the task file, the task file over the preset. A limit under another name takes the place of
+    ``max_tokens``.
+
+    Args:
+        sampling: temperature, limit, nucleus and seed.
+        task: its ``request``, ``omit`` and ``extra_body`` are used.
+        server: the preset.
+        request: ``NAME=VALUE``, the value as JSON or else text; a bare limit name renames the limit.
+        omit: names of fields that are not sent.
+        extra_body: a JSON object.
+
+    Raises:
+        UsageError: a text is of another form, or names a field that has its own flag.
+
+    """
+    flags: dict[str, Any] = {}
+    for item in request:
+        name, equals, value = item.partition("=")
+        if not name.strip() or not (equals or name in LIMIT_NAMES):
+            raise UsageError(
+                f"--request {item!r} is not NAME=VALUE. Only a limit may stand without a value, such as "
+                "--request max_completion_tokens."
+            )
+        flags[name.strip()] = _value(value) if equals else None
+    if extra_body is not None:
+        found = _value(extra_body)
+        if not isinstance(found, dict):
+            raise UsageError('--extra-body must be one JSON object, such as \'{"reasoning_effort": "low"}\'.')
+        flags = {**found, **flags}
+    for name, value in flags.items():
+        if name in RESERVED_FIELDS or (name == "stream" and value):
+            raise UsageError(
+                f"The request's field {name!r} cannot be set: it is made from the rows, --model and --samples, "
+                "and answers are read whole."
+            )
+    extra = {**task.extra_body, **task.request, **flags}
+    limit_name, limit = server.limit_name, sampling.max_tokens
+    for name in [name for name in extra if name in LIMIT_NAMES]:
+        value = extra.pop(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"The limit {name} must be a whole number of tokens above 0, not {value!r}.")
+        limit_name, limit = name, value if value is not None else limit
+    left_out = dict.fromkeys((*server.omit, *task.omit, *omit))
+    return dataclasses.replace(
+        sampling,
+        max_tokens=limit,
+        limit_name=limit_name,
+        omit=tuple(name for name in left_out if name not in flags),
+        extra=extra,
+    )
+
+
+def headers_of(task: TaskFile, header: Sequence[str] = ()) -> dict[str, str]:
+    """Return the task file's headers and those of ``NAME=VALUE`` texts, which win."""
+    headers = dict(task.headers)
+    for item in header:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError("--header takes NAME=VALUE, or NAME=env:VARIABLE for a secret.")
+        headers[name.strip()] = value
+    return headers
 
 
 def connect(
@@ -19,6 +151,8 @@ def connect(
     backend: str = "openai",
     base_url: str | None = None,
     api_key_env: str = "OPENAI_API_KEY",
+    key_header: str = "Authorization",
+    headers: Mapping[str, str] | None = None,
     timeout: float = 120.0,
     device: str | None = None,
 ) -> Teacher:
@@ -30,8 +164,9 @@ def connect(
             settings.model,
             base_url,
             api_key_env=api_key_env,
+            key_header=key_header,
+            headers=headers,
             timeout_seconds=timeout,
-            max_connections=settings.concurrency,
         )
     if backend == "local":
         from sbs_edge.teacher.local_model import LocalTeacher

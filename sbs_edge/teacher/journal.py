@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter, ValidationError
+
+from sbs_edge.chat.protocol import content_text, token_count
 from sbs_edge.data.rows import is_text, printable
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.files import fsync_directory
@@ -42,6 +45,7 @@ class Record:
         model: the model that answered.
         sample: number of the sample, from 0.
         at: when it was finished, seconds since 1970.
+        server: the address that was asked, without secrets; a refusal holds for that server only.
 
     """
 
@@ -57,6 +61,7 @@ class Record:
     model: str = ""
     sample: int = 0
     at: float = 0.0
+    server: str = ""
 
     def __post_init__(self) -> None:
         for name in ("text", "finish_reason", "error", "model"):
@@ -64,14 +69,21 @@ class Record:
             if isinstance(value, str) and not is_text(value):
                 object.__setattr__(self, name, printable(value))
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the server refused the request itself, which another address or parameter may change."""
+        return self.error is not None and self.error.split(":", 1)[0] in ("rejected", "generation")
+
 
 _FIELDS = {field.name for field in fields(Record)}
+_RECORD = TypeAdapter(Record)
 
 
 class Journal:
     """An open journal; one process at a time holds it (advisory lock).
 
-    Use as a context manager. ``records`` maps each key to its latest record.
+    Use as a context manager. ``records`` maps each key to its latest record; ``skipped`` counts complete lines
+    whose fields are not of a record's types, as older versions wrote them: their calls are asked again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,6 +91,7 @@ class Journal:
         self.records: dict[str, Record] = {}
         self.total_cost = 0.0
         self.total_tokens = 0
+        self.skipped = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
         self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -129,7 +142,10 @@ class Journal:
             if not complete:
                 break  # the newline is part of the write: without it the line was never reported as done
             good = start + len(line)
-            self._take(record)
+            if record is None:
+                self.skipped += 1
+            else:
+                self._take(record)
         if good < os.fstat(self._fd).st_size:
             os.ftruncate(self._fd, good)
             os.fsync(self._fd)
@@ -188,13 +204,23 @@ def _encode(record: Record) -> bytes:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 
 
-def _decode(line: bytes) -> Record:
+def _decode(line: bytes) -> Record | None:
+    """Return the record of a line, None where its fields are of other types; ValueError: not a journal line."""
     try:
         content: Any = json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError("not UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(content, dict) or not isinstance(content.get("key"), str):
         raise ValueError("no key")
-    if not isinstance(content.get("text"), str):
+    if "text" not in content:
         raise ValueError("no text")
-    return Record(**{name: value for name, value in content.items() if name in _FIELDS})
+    fields = {name: value for name, value in content.items() if name in _FIELDS}
+    try:
+        fields["text"] = content_text(fields["text"])  # older versions kept a list of parts as it came
+        for name in ("prompt_tokens", "completion_tokens"):
+            fields[name] = token_count(fields.get(name, 0)) or 0
+        return _RECORD.validate_python(fields)
+    except (ValidationError, ValueError):
+        return None

@@ -7,58 +7,74 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import math
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 __all__ = ["RateGate", "backoff_seconds", "duration_seconds", "retry_after_seconds"]
 
-_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(us|µs|ms|s|m|h|d)")
+_EPOCH = 1e8  # seconds; a number beyond it is a moment (since 1970), not a duration
 MAX_WAIT_SECONDS = 3600.0
+# Kind of limit -> (what is left, when it is refilled), as servers name the headers.
+_HEADERS = (
+    ("requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"),
+    ("tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
+    ("requests", "x-ratelimit-remaining", "x-ratelimit-reset"),
+    ("requests", "ratelimit-remaining", "ratelimit-reset"),
+)
 
 
 def duration_seconds(text: str | None) -> float | None:
-    """Read ``6m0s``, ``120ms``, ``1.5`` (seconds) or an ISO 8601 time; None for anything else."""
-    if not text:
-        return None
-    plain = text.strip()
+    """Return the seconds from now that a header asks for; None for what cannot be read.
+
+    Read are ``1.5`` (seconds), ``120ms``, ``6m0s``, a Unix time in seconds or milliseconds, an ISO 8601 time and
+    the date of HTTP.
+
+    Example:
+        >>> duration_seconds("1m2s")
+        62.0
+
+    """
+    plain = (text or "").strip()
     try:
-        return max(0.0, float(plain))
+        value = float(plain)
     except ValueError:
-        pass
-    parts = _PART.findall(plain)
-    if parts and "".join(number + unit for number, unit in parts) == plain:
-        return sum(float(number) * _UNITS[unit] for number, unit in parts)
+        return _span(plain.casefold()) if plain else None
+    if not math.isfinite(value):
+        return None
+    while value > 1000 * _EPOCH:  # milliseconds, microseconds or finer
+        value /= 1000
+    return max(0.0, value - time.time() if value > _EPOCH else value)
+
+
+def _span(plain: str) -> float | None:
+    parts = list(_PART.finditer(plain))
+    if parts and not _PART.sub("", plain).strip():
+        return sum(float(part[1]) * _UNITS[part[2]] for part in parts)
     try:
         moment = datetime.fromisoformat(plain)
     except ValueError:
-        return None
+        try:
+            moment = email.utils.parsedate_to_datetime(plain)
+        except (TypeError, ValueError, IndexError):
+            return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return what ``Retry-After`` (seconds or a date) or ``retry-after-ms`` asks for."""
-    milliseconds = headers.get("retry-after-ms")
-    if milliseconds is not None:
-        try:
-            return min(MAX_WAIT_SECONDS, max(0.0, float(milliseconds) / 1e3))
-        except ValueError:
-            pass
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    seconds = duration_seconds(value)
+    """Return what ``retry-after-ms`` or ``Retry-After`` asks for, at most an hour."""
+    milliseconds = (headers.get("retry-after-ms") or "").strip()
+    seconds = duration_seconds(f"{milliseconds}ms") if milliseconds else None
     if seconds is None:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return min(MAX_WAIT_SECONDS, max(0.0, seconds))
+        seconds = duration_seconds(headers.get("retry-after"))
+    return None if seconds is None else min(MAX_WAIT_SECONDS, seconds)
 
 
 def backoff_seconds(attempt: int, *, base: float = 0.5, cap: float = 60.0) -> float:
@@ -73,58 +89,73 @@ def backoff_seconds(attempt: int, *, base: float = 0.5, cap: float = 60.0) -> fl
 class RateGate:
     """One gate for all workers: passes a call when the server's limits leave room for it.
 
-    Reads ``x-ratelimit-{remaining,reset}-{requests,tokens}`` from every response and the wait that
-    a 429 or 503 asks for. The count in a header is older than the calls sent since, so those still on
-    their way are taken off it.
+    Reads the rate-limit headers of every response and the wait that a 429 or 503 asks for. The count in a
+    header is older than the calls sent since, so those still on their way are taken off it.
+
+    Args:
+        on_wait: called with the seconds and the reason before a wait of a second or more.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_wait: Callable[[float, str], None] | None = None) -> None:
         self._not_before = 0.0
-        self._left: dict[str, tuple[float, float]] = {}  # kind -> (what is left, when it is refilled)
+        self._held_for = ""
+        self._left: dict[str, tuple[float, float, str]] = {}  # kind -> (what is left, when refilled, said by)
         self._in_flight = {"requests": 0.0, "tokens": 0.0}
         self._turn = asyncio.Lock()
+        self._on_wait = on_wait
         self.waited_seconds = 0.0
 
     async def enter(self, n_tokens: int) -> None:
         """Wait until a call of ``n_tokens`` (estimated) may be sent."""
         async with self._turn:
-            while (delay := self._delay(n_tokens)) > 0:
-                self.waited_seconds += delay
-                await asyncio.sleep(delay)
+            while (wait := self._delay(n_tokens))[0] > 0:
+                self.say(*wait)
+                self.waited_seconds += wait[0]
+                await asyncio.sleep(wait[0])
             for kind, amount in (("requests", 1.0), ("tokens", float(n_tokens))):
                 self._in_flight[kind] += amount
                 if kind in self._left:
-                    left, reset = self._left[kind]
-                    self._left[kind] = (left - amount, reset)
+                    left, reset, said_by = self._left[kind]
+                    self._left[kind] = (left - amount, reset, said_by)
 
     def leave(self, n_tokens: int, headers: Mapping[str, str] | None) -> None:
         """Note that the call came back, and what its response says about the limits."""
         self._in_flight["requests"] -= 1
         self._in_flight["tokens"] -= n_tokens
-        for kind in ("requests", "tokens"):
-            remaining = (headers or {}).get(f"x-ratelimit-remaining-{kind}")
-            reset = duration_seconds((headers or {}).get(f"x-ratelimit-reset-{kind}"))
-            if remaining is None or reset is None:
-                continue
+        seen: set[str] = set()
+        for kind, remaining_name, reset_name in _HEADERS:
             try:
-                left = float(remaining) - self._in_flight[kind]
+                remaining = float((headers or {}).get(remaining_name, ""))
             except ValueError:
                 continue
-            self._left[kind] = (left, time.monotonic() + min(reset, MAX_WAIT_SECONDS))
+            reset = duration_seconds((headers or {}).get(reset_name))
+            if kind in seen or reset is None or not remaining >= 0:  # below 0: the server counts nothing
+                continue
+            seen.add(kind)
+            until = time.monotonic() + min(reset, MAX_WAIT_SECONDS)
+            self._left[kind] = (remaining - self._in_flight[kind], until, f"{remaining_name}: {remaining:g}")
 
-    def hold(self, seconds: float) -> None:
+    def hold(self, seconds: float, reason: str) -> None:
         """Send nothing for ``seconds``: the server asked for it."""
-        self._not_before = max(self._not_before, time.monotonic() + seconds)
+        until = time.monotonic() + seconds
+        if until > self._not_before:
+            self._not_before, self._held_for = until, reason
 
-    def _delay(self, n_tokens: int) -> float:
+    def say(self, seconds: float, reason: str) -> None:
+        """Announce a wait that a person would notice."""
+        if self._on_wait is not None and seconds >= 1.0:
+            self._on_wait(seconds, reason)
+
+    def _delay(self, n_tokens: int) -> tuple[float, str]:
         now = time.monotonic()
-        delay = self._not_before - now
+        wait = self._not_before - now, self._held_for
         for kind, amount in (("requests", 1.0), ("tokens", float(n_tokens))):
             if kind not in self._left:
                 continue
-            left, reset = self._left[kind]
+            left, reset, said_by = self._left[kind]
             if reset <= now:
                 del self._left[kind]  # refilled; by how much the next response tells
             elif left < amount:
-                delay = max(delay, reset - now)
-        return delay
+                wait = max(wait, (reset - now, f"the server's limit on {kind} is used up ({said_by})"))
+        return wait

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.resources import limit_torch_threads
 from sbs_edge.teacher.calls import Answer, CallFailed, Sampling
 from sbs_edge.teacher.prompt import Prompt
 
@@ -41,6 +42,7 @@ class LocalTeacher:
             self._seq2seq = bool(getattr(config, "is_encoder_decoder", False))
             kind = AutoModelForSeq2SeqLM if self._seq2seq else AutoModelForCausalLM
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
+            limit_torch_threads()
             self._model: Any = kind.from_pretrained(model).to(self._device).eval()
         except (OSError, ValueError) as error:
             raise UsageError(f"The teacher {model!r} cannot be loaded: {error}") from error

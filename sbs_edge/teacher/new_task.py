@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Sequence
 
-from sbs_edge.data.arithmetic import evaluate_expression
 from sbs_edge.data.example import Example
+from sbs_edge.data.labels import are_expressions, fit_labels, infer_task
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.task import TO_REPLACE, Shot, TaskFile
 
 __all__ = ["PLACEHOLDER", "task_from_examples"]
 
 PLACEHOLDER = f"{TO_REPLACE}: say in one or two sentences what in the input leads to the label."
-MAX_CLOSED_LABELS = 50
 
 
 def task_from_examples(name: str, rows: Sequence[Example], n_shots: int = 3) -> TaskFile:
@@ -26,33 +25,40 @@ def task_from_examples(name: str, rows: Sequence[Example], n_shots: int = 3) -> 
     """
     if not rows:
         raise DataError("There is no row to make a task file from.")
+    spec = infer_task(name, rows)
+    rows, _ = fit_labels(rows, spec)
     labelled = [row for row in rows if row.label]
-    labels = Counter(row.label or "" for row in labelled)
     shape: dict[str, object] = {}
-    if any(row.choices for row in rows):
+    if spec.label_kind == "choices":
         shape = {"label_kind": "choices", "parser": "choice"}
-    elif labels and all(
-        any(c in label for c in "+-*/") and evaluate_expression(label) is not None for label in labels
-    ):
+    elif are_expressions([row.label or "" for row in labelled]):
         shape = {
             "label_kind": "open",
             "parser": "expression",
             "compare": "value",
             "answer_marker": "The answer is",
         }
-    elif labels and len(labels) <= min(MAX_CLOSED_LABELS, max(2, len(labelled) // 2)):
-        shape = {"label_kind": "closed", "labels": tuple(sorted(labels))}
+    elif spec.label_kind == "closed":
+        if len(spec.labels) < 2:
+            raise DataError(
+                f"All {len(labelled)} labelled rows have the label {spec.labels[0]!r}. A closed set needs at least two "
+                "labels; give a file in which every label occurs."
+            )
+        shape = {"label_kind": "closed", "labels": spec.labels}
+    marker = str(shape.get("answer_marker", TaskFile.model_fields["answer_marker"].default))
     return TaskFile(
         name=name,
         instruction=f"{TO_REPLACE}: say in a sentence or two what is asked about the input.",
-        shots=tuple(_shot(row) for row in _chosen(labelled, n_shots)),
+        shots=tuple(_shot(row, marker) for row in _chosen(labelled, n_shots)),
         **shape,  # type: ignore[arg-type]
     )
 
 
-def _shot(row: Example) -> Shot:
+def _shot(row: Example, marker: str) -> Shot:
+    """Make a worked example; a rationale that already ends in the answer is cut before the marker."""
+    rationale = re.split(re.escape(marker), row.rationale or "", maxsplit=1, flags=re.IGNORECASE)[0].strip()
     return Shot(
-        input=row.input, rationale=row.rationale or PLACEHOLDER, label=row.label or "", choices=row.choices
+        input=row.input, rationale=rationale or PLACEHOLDER, label=row.label or "", choices=row.choices
     )
 
 

@@ -1,24 +1,57 @@
 """A teacher behind the OpenAI protocol: hosted, or vLLM, llama.cpp, Ollama, transformers serve.
 
-Uses the ``openai`` package with its own retries switched off: the runner retries, so that every
-attempt passes the rate gate and the budget.
+One request a call: the runner retries, so that every attempt passes the rate gate and the budget.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
-from typing import Any
+from collections.abc import Mapping
 
+from sbs_edge.chat.endpoint import Endpoint
+from sbs_edge.chat.protocol import failure, parse_body, read_answer
 from sbs_edge.errors import MissingExtra, UsageError
-from sbs_edge.teacher.calls import Answer, CallFailed, Sampling
-from sbs_edge.teacher.limits import retry_after_seconds
+from sbs_edge.teacher.calls import Answer, CallFailed, Sampling, request_body
 from sbs_edge.teacher.prompt import Prompt
 
-__all__ = ["OpenAITeacher"]
+__all__ = ["OpenAITeacher", "endpoint_of"]
 
-# The server says that no retry will help: the account is empty or the project has no access.
-_FATAL_CODES = {"insufficient_quota", "billing_hard_limit_reached", "account_deactivated", "model_not_found"}
-_FILTER_CODES = {"content_filter", "content_policy_violation"}
+DEFAULT_URL = "https://api.openai.com/v1"
+_QUOTED_BYTES = 4000
+
+
+def endpoint_of(
+    base_url: str | None,
+    *,
+    api_key_env: str = "OPENAI_API_KEY",
+    key_header: str = "Authorization",
+    headers: Mapping[str, str] | None = None,
+) -> Endpoint:
+    """Return the endpoint that flags and environment name.
+
+    Raises:
+        UsageError: there is neither an address nor a key, or one of them cannot be used.
+
+    """
+    key = (os.environ.get(api_key_env) or "").strip()
+    url, origin = base_url, "--base-url"
+    if not url and (url := (os.environ.get("OPENAI_BASE_URL") or "").strip()):
+        origin = "The environment variable OPENAI_BASE_URL"
+    if not url and not key:
+        raise UsageError(
+            f"There is no key for the teacher: set the environment variable {api_key_env}, or give --base-url for a "
+            "server that needs none."
+        )
+    return Endpoint.of(
+        url or DEFAULT_URL,
+        origin=origin,
+        key=key,
+        key_origin=api_key_env,
+        key_header=key_header,
+        headers=headers,
+    )
 
 
 class OpenAITeacher:
@@ -26,11 +59,11 @@ class OpenAITeacher:
 
     Args:
         model: the model's name as the server knows it.
-        base_url: the endpoint up to and including ``/v1``; None: ``OPENAI_BASE_URL`` or the
-            package's default.
+        base_url: the endpoint up to and including ``/v1``; None: ``OPENAI_BASE_URL`` or OpenAI's own.
         api_key_env: the environment variable that holds the key. Local servers need none.
+        key_header: the header that carries the key.
+        headers: further headers, name -> value.
         timeout_seconds: longest wait for one answer.
-        max_connections: as many as there are concurrent calls.
 
     """
 
@@ -40,93 +73,52 @@ class OpenAITeacher:
         base_url: str | None = None,
         *,
         api_key_env: str = "OPENAI_API_KEY",
+        key_header: str = "Authorization",
+        headers: Mapping[str, str] | None = None,
         timeout_seconds: float = 120.0,
-        max_connections: int = 16,
     ) -> None:
         try:
-            import openai
+            import httpx
         except ImportError as error:
-            raise MissingExtra("openai", "teacher", "A teacher behind HTTP") from error
-        key = os.environ.get(api_key_env)
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not key and not base_url:
-            raise UsageError(
-                f"There is no key for the teacher: set the environment variable {api_key_env}, or give "
-                "--base-url for a server that needs none."
-            )
+            raise MissingExtra("httpx", "teacher", "A teacher behind HTTP") from error
         self.model = model
-        self._openai = openai
-        self._client = openai.AsyncOpenAI(
-            api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout_seconds
+        self.endpoint = endpoint_of(base_url, api_key_env=api_key_env, key_header=key_header, headers=headers)
+        self.timeout_seconds = timeout_seconds
+        self._httpx = httpx
+        self._client = httpx.AsyncClient(
+            timeout=timeout_seconds,
+            headers=dict(self.endpoint.headers),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         )
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self._client.aclose()
 
     async def answer(self, prompt: Prompt, sampling: Sampling, sample: int) -> Answer:
         """Ask once; the caller retries."""
-        openai = self._openai
+        httpx, clean = self._httpx, self.endpoint.clean
+        route, body = request_body(prompt, self.model, sampling, sample)
         try:
-            raw = await self._send(prompt, sampling.parameters(sample))
-            parsed = raw.parse()
-        except openai.APIStatusError as error:
-            raise self._failure(error) from error
-        except openai.APITimeoutError as error:
-            raise CallFailed("timeout", str(error), retry=True) from error
-        except openai.APIConnectionError as error:
-            detail = str(error.__cause__ or error)
-            raise CallFailed("connection", detail, retry=True) from error
-        except (openai.APIResponseValidationError, ValueError) as error:
-            raise CallFailed("not-the-protocol", str(error), retry=True) from error
-        return _read(parsed, dict(raw.headers))
-
-    async def _send(self, prompt: Prompt, parameters: dict[str, Any]) -> Any:
-        stop = list(prompt.stop) or self._openai.omit
-        known = {"temperature", "max_tokens", "top_p", "seed"}
-        own = {name: value for name, value in parameters.items() if name in known}
-        extra = {name: value for name, value in parameters.items() if name not in known} or None
-        if prompt.text is not None:
-            return await self._client.completions.with_raw_response.create(
-                model=self.model, prompt=prompt.text, stop=stop, extra_body=extra, **own
-            )
-        return await self._client.chat.completions.with_raw_response.create(
-            model=self.model,
-            messages=prompt.as_messages(),  # type: ignore[arg-type]
-            stop=stop,
-            extra_body=extra,
-            **own,
-        )
-
-    def _failure(self, error: Any) -> CallFailed:
-        status, headers = error.status_code, dict(error.response.headers)
-        code = str(getattr(error, "code", None) or "")
-        detail = f"{error.message}"
-        reason = f"http-{status}"
-        if code in _FILTER_CODES:
-            return CallFailed("refused", detail, headers=headers)
-        if status in (401, 402, 403, 404) or code in _FATAL_CODES:
-            return CallFailed(reason, detail, fatal=True, headers=headers)
-        if status in (408, 409, 425, 429) or status >= 500:
-            return CallFailed(
-                reason, detail, retry=True, retry_after=retry_after_seconds(headers), headers=headers
-            )
-        return CallFailed("rejected", f"HTTP {status}: {detail}", headers=headers)
-
-
-def _read(parsed: Any, headers: dict[str, str]) -> Answer:
-    choices = getattr(parsed, "choices", None)
-    if not choices:
-        raise CallFailed("not-the-protocol", "the response holds no choices", retry=True, headers=headers)
-    choice = choices[0]
-    message = getattr(choice, "message", None)
-    text = message.content if message is not None else choice.text
-    usage = getattr(parsed, "usage", None)
-    return Answer(
-        text=text or "",
-        finish_reason=choice.finish_reason,
-        prompt_tokens=getattr(usage, "prompt_tokens", None),
-        completion_tokens=getattr(usage, "completion_tokens", None),
-        refusal=getattr(message, "refusal", None),
-        headers=headers,
-    )
+            async with asyncio.timeout(self.timeout_seconds):
+                response = await self._client.post(self.endpoint.url(route), json=body)
+        except (TimeoutError, httpx.TimeoutException):
+            detail = f"no answer within {self.timeout_seconds:g} s (--timeout)"
+            raise CallFailed("timeout", detail, retry=True) from None
+        except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            # Its words would quote the header or the address.
+            raise CallFailed("not-sent", type(error).__name__, fatal=True) from None
+        except httpx.DecodingError:
+            raise CallFailed("not-the-protocol", "the body cannot be decompressed", retry=True) from None
+        except httpx.HTTPError as error:
+            detail = clean(f"{type(error).__name__}: {error}")
+            raise CallFailed("connection", detail, retry=True) from None
+        headers = dict(response.headers)
+        raw = response.content[:_QUOTED_BYTES].decode("utf-8", "replace")
+        try:
+            if response.status_code != 200:
+                raise failure(response.status_code, parse_body(response.content), headers, raw)
+            answer = read_answer(parse_body(response.content), headers, raw)
+            return dataclasses.replace(answer, text=self.endpoint.hide(answer.text))
+        except CallFailed as failed:
+            raise failed.reworded(clean(failed.detail, 500)) from None

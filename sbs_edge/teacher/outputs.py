@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge import files
+from sbs_edge.chat.endpoint import one_line
+from sbs_edge.chat.protocol import content_text, failure, read_answer, token_count
 from sbs_edge.errors import DataError, UsageError
-from sbs_edge.teacher.calls import Sampling
+from sbs_edge.teacher.calls import CallFailed, Sampling, request_body
 from sbs_edge.teacher.cost import Prices
 from sbs_edge.teacher.journal import Record
 from sbs_edge.teacher.prompt import Call
@@ -28,16 +30,8 @@ MAX_BATCH_BYTES = 200 * 1000 * 1000
 
 def batch_request(call: Call, model: str, sampling: Sampling) -> dict[str, Any]:
     """Return one line of a Batch input file."""
-    body: dict[str, Any] = {"model": model, **sampling.parameters(call.sample)}
-    if call.prompt.stop:
-        body["stop"] = list(call.prompt.stop)
-    if call.prompt.text is not None:
-        body["prompt"] = call.prompt.text
-        url = "/v1/completions"
-    else:
-        body["messages"] = call.prompt.as_messages()
-        url = "/v1/chat/completions"
-    return {"custom_id": call.key, "method": "POST", "url": url, "body": body}
+    route, body = request_body(call.prompt, model, sampling, call.sample)
+    return {"custom_id": call.key, "method": "POST", "url": f"/v1{route}", "body": body}
 
 
 def emit_batch(
@@ -70,40 +64,37 @@ def emit_batch(
     return paths
 
 
-def _text_of(body: dict[str, Any], where: str) -> tuple[str, str | None, str | None]:
-    try:
-        choice = body["choices"][0]
-        message = choice.get("message")
-        text = (message or {}).get("content") if message is not None else choice["text"]
-        return text or "", choice.get("finish_reason"), (message or {}).get("refusal")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: the response body holds no choices[0] with a text.") from error
-
-
 def _batch_line(content: Any, where: str, prices: Prices) -> Record:
+    """Read one line; a response that cannot be used costs its own row only."""
     if not isinstance(content, dict) or not isinstance(content.get("custom_id"), str):
         raise DataError(f"{where}: no custom_id; is this a Batch output file?")
     key = content["custom_id"]
-    response = content.get("response") or {}
-    failed = content.get("error") or (
-        None if response.get("status_code") == 200 else {"code": f"http-{response.get('status_code')}"}
-    )
-    if failed:
-        code = failed.get("code") if isinstance(failed, dict) else str(failed)
-        return Record(key, "", error=f"{code or 'failed'}: in the batch")
-    body = response.get("body") or {}
-    text, finish_reason, refusal = _text_of(body, where)
-    usage = body.get("usage") or {}
-    asked, written = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    if error := content.get("error"):
+        found = error if isinstance(error, dict) else {"message": error}
+        reason = one_line(str(found.get("code") or "failed"), 40)
+        return Record(key, "", error=f"{reason}: {one_line(str(found.get('message') or 'in the batch'))}")
+    response = content.get("response")
+    if not isinstance(response, dict):
+        return Record(key, "", error="not-the-protocol: the line holds neither response nor error")
+    status, body = token_count(response.get("status_code")), response.get("body")
+    try:
+        if status is not None and status != 200:
+            failed = failure(status, body)
+            reason = "refused" if failed.reason == "refused" else f"http-{status}"
+            return Record(key, "", error=f"{reason}: {one_line(failed.detail)}")
+        answer = read_answer(body)
+    except CallFailed as failed:
+        return Record(key, "", error=one_line(str(failed)))
+    asked, written = answer.prompt_tokens or 0, answer.completion_tokens or 0
     return Record(
         key,
-        text,
-        finish_reason,
-        error=f"refused: {refusal}" if refusal else None,
+        answer.text,
+        answer.finish_reason,
+        error=f"refused: {one_line(answer.refusal)}" if answer.refusal else None,
         prompt_tokens=asked,
         completion_tokens=written,
         cost=prices.cost(asked, written),
-        model=str(body.get("model") or ""),
+        model=answer.model or "",
     )
 
 
@@ -114,7 +105,7 @@ def read_batch_outputs(paths: Iterable[Path], prices: Prices) -> dict[str, Recor
         for where, line in _json_lines(path):
             try:
                 content = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not valid JSON ({error}).") from error
             record = _batch_line(content, where, prices)
             records[record.key] = record
@@ -144,9 +135,16 @@ def read_paper_outputs(paths: Iterable[Path]) -> list[Record]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"The outputs {path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not valid JSON ({error}).") from error
-        if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
-            raise DataError(f"{path}: must hold a JSON array of strings, one a row.")
-        records.extend(Record(f"{path.name}[{index}]", text) for index, text in enumerate(content))
+        if not isinstance(content, list):
+            raise DataError(f"{path}: must hold a JSON array of strings, one for each row.")
+        for index, item in enumerate(content):
+            try:
+                records.append(Record(f"{path.name}[{index}]", content_text(item)))
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, entry {index + 1}: not a text ({error}). The file must hold a JSON array of strings, "
+                    "one for each row."
+                ) from error
     return records

@@ -6,28 +6,37 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sbs_edge.data.answers import normalise, same_answer
+from sbs_edge.chat.labels import fold, match_label, plain_label, read_choice
+from sbs_edge.chat.marks import unmark
+from sbs_edge.data.answers import same_answer
 from sbs_edge.data.arithmetic import evaluate_expression
 from sbs_edge.teacher.task import TaskFile
 
 __all__ = ["Parsed", "check_quality", "parse_answer"]
 
-_THINKING = re.compile(r"^.*?</think>", re.DOTALL)
 _REFUSAL = re.compile(
     r"^\W*(i['’]?m sorry|i am sorry|sorry,|i can(?:no|['’])t (?:help|assist|answer|do|provide)|"
     r"i(?: am|['’]m) (?:unable|not able) to|as an ai\b)",
     re.IGNORECASE,
 )
-_CHOICE = re.compile(r"\(\s*([A-Za-z])\s*\)\s*(.*)|^([A-Za-z])(?:[).:]\s*(.*))?$")
+_OPERATORS = str.maketrans(
+    {"\u2212": "-", "\u2013": "-", "\u2011": "-", "\u00d7": "*", "\u00f7": "/", "\u00a0": " ", "\u202f": " "}
+)
 _RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
 _ORNAMENT = " \t\"'`*_“”‘’"
+_GAP = r"[ \t]*"
+_VARIANT = re.compile(
+    r"(?:^|(?<=[\s.!?*]))[*_]{0,3}(?:(?:so|thus|hence|therefore)\b[,\s]*)?(?:(?:the|my)\s+)?(?:final\s+|correct\s+|best\s+)?"
+    r"(?:answer|label)(?:[*_]{0,3}\s*:|\s+is\b(?:\s*:)?)[*_]{0,3}[ \t]*",
+    re.IGNORECASE,
+)
 
 
 class Parsed(NamedTuple):
     """Label and rationale, or the reason why the answer is of no use.
 
-    Reasons: ``empty``, ``refused``, ``cut-off``, ``marker-missing``, ``marker-repeated``,
-    ``label-unreadable``, and those of :func:`check_quality`.
+    Reasons: ``empty``, ``refused``, ``cut-off``, ``thought-only``, ``unknown-mark``, ``marker-missing``,
+    ``marker-repeated``, ``label-unreadable``, and those of :func:`check_quality`.
     """
 
     label: str | None = None
@@ -40,9 +49,10 @@ def parse_answer(
 ) -> Parsed:
     """Read one answer.
 
-    The text is cut where the model went on to invent the next question. What stands before the
-    answer marker is the rationale, what stands after it the label. A marker that occurs more than
-    once is accepted only if every occurrence gives the same label.
+    Thought and the marks of a chat template are taken out (:mod:`sbs_edge.chat.marks`), and the text is cut
+    where the model went on to invent the next question. What stands before the answer marker is the rationale,
+    what stands after it the label. A marker that occurs more than once is accepted only if every occurrence gives
+    the same label.
 
     Args:
         task: the task file.
@@ -52,72 +62,100 @@ def parse_answer(
     """
     if finish_reason == "content_filter":
         return Parsed(reason="refused")
-    body = _THINKING.sub("", text) if "</think>" in text else text
-    following = re.search(r"(?:^|\n)[ \t]*" + re.escape(task.input_marker), body, re.IGNORECASE)
-    was_cut = following is not None
-    if following is not None:
-        body = body[: following.start()]
-    body = body.strip()
-    if body.startswith(task.output_marker):
-        body = body[len(task.output_marker) :].lstrip()
+    cut_off = finish_reason == "length"
+    body, reason, ended = unmark(
+        text, (task.answer_marker, task.output_marker, *task.labels, *(choices or ()))
+    )
+    if reason is not None:
+        name = "cut-off" if reason == "thought-unfinished" or (cut_off and not body) else reason
+        return Parsed(reason=name.split(":", 1)[0])
+    body, was_cut = _own_turn(task, body)
+    complete = not cut_off or was_cut or ended
     if not body:
-        return Parsed(reason="cut-off" if finish_reason == "length" else "empty")
+        return Parsed(reason="cut-off" if cut_off else "empty")
 
-    pieces = re.split(re.escape(task.answer_marker) + r"\s*:?", body, flags=re.IGNORECASE)
+    pieces = _split(task, body)
     if len(pieces) == 1:
-        if finish_reason == "length" and not was_cut:
+        if not complete:
             return Parsed(reason="cut-off")
         return Parsed(reason="refused" if _REFUSAL.search(body) else "marker-missing")
-    rationale = re.sub(r"\s+", " ", pieces[0]).strip(_ORNAMENT)
+    rationale = re.sub(r"\s+", " ", pieces[0]).strip(_ORNAMENT + "#>")
     labels = [_read_label(task, piece, choices) for piece in pieces[1:]]
     label = labels[0]
     if len(labels) > 1 and not all(
         other and label and same_answer(label, other, task.compare) for other in labels[1:]
     ):
         return Parsed(rationale=rationale, reason="marker-repeated")
-    if finish_reason == "length" and not was_cut and not re.search(r"[.!](?:\s|$)|\n|\)\s*$", pieces[-1]):
+    if not complete and not _is_whole(task, pieces[-1]):
         return Parsed(rationale=rationale, reason="cut-off")
     if label is None:
         return Parsed(rationale=rationale, reason="label-unreadable")
     return Parsed(label, rationale)
 
 
+def _own_turn(task: TaskFile, body: str) -> tuple[str, bool]:
+    """Drop a repeated question before the answer, and cut where the next question begins."""
+    following = re.compile(r"(?:^|\n)[ \t]*" + re.escape(task.input_marker), re.IGNORECASE)
+    output = re.compile(r"(?:^|\n)[ \t]*" + re.escape(task.output_marker))
+    first = following.match(body)
+    if first is not None and (answer := output.search(body, first.end())) is not None:
+        body = body[answer.end() :]
+    found = following.search(body)
+    if found is not None:
+        body = body[: found.start()]
+    return body.strip().removeprefix(task.output_marker).strip(), found is not None
+
+
+def _split(task: TaskFile, body: str) -> list[str]:
+    """Split at the answer marker, in any typography; where it is missing, at a common variant of it."""
+    words = r"[\s*_]+".join(re.escape(word) for word in task.answer_marker.rstrip(" :").split())
+    own = re.compile(r"[*_]{0,3}" + words + r"(?:[*_]{0,3}\s*:)?[*_]{0,3}(?!\w)" + _GAP, re.IGNORECASE)
+    if not task.answer_marker[-1].isalnum():
+        own = re.compile(words + r"\s*:?" + _GAP, re.IGNORECASE)
+    pieces = own.split(body)
+    if len(pieces) > 1 or task.parser == "expression":
+        return pieces
+    variants = list(_VARIANT.finditer(body))
+    if not variants:
+        return pieces
+    last = variants[-1]
+    label = body[last.end() :].strip()
+    # "The answer is not obvious, because ..." is reasoning: nothing may follow the label.
+    if task.label_kind == "open" and re.search(r"[.!?,;:]\s|\n", label):
+        return pieces
+    return [body[: last.start()], label]
+
+
+def _is_whole(task: TaskFile, piece: str) -> bool:
+    """Whether the label at the end of an answer that ran into its limit was written to its end."""
+    if task.parser == "expression":
+        return re.search(r"\)\s*\.|\)\s*$|\n", piece.strip(" ")) is not None
+    if task.label_kind == "open":
+        return "\n" in piece.strip(" ")
+    return re.search(r"[.!](?:\s|$)|\n|\)\s*$", piece) is not None
+
+
 def _read_label(task: TaskFile, piece: str, choices: Sequence[str] | None) -> str | None:
-    lines = [line.strip() for line in piece.strip().splitlines() if line.strip()]
+    lines = [line.strip() for line in piece.strip().splitlines() if line.strip(_ORNAMENT)]
     if not lines:
         return None
-    line = lines[0].strip(_ORNAMENT)
-    line = re.sub(r"[.!]+$", "", line).strip(_ORNAMENT)
+    line = lines[0]
     if task.parser == "expression":
-        return _read_expression(line)
+        return _read_expression(plain_label(line) if "(" not in line[:1] else line)
     if task.parser == "choice":
-        return _read_choice(line, choices or ())
-    return _canonical(line, task.labels) if line else None
-
-
-def _canonical(text: str, known: Sequence[str]) -> str:
-    """Return the member of ``known`` that ``text``, or else its first sentence, spells; or ``text``."""
-    for candidate in (text, re.split(r"[.!;,]\s", text)[0]):
-        plain = normalise(candidate).rstrip(".! ")
-        for item in known:
-            if normalise(item).rstrip(".! ") == plain:
-                return item
-    return text
-
-
-def _read_choice(line: str, choices: Sequence[str]) -> str | None:
-    found = _CHOICE.search(line)
-    if found is None:
-        return _canonical(line, choices) or None
-    letter = (found[1] or found[3]).lower()
-    text = (found[2] or found[4] or "").strip(_ORNAMENT)
-    if text:
-        return _canonical(text, choices)
-    position = ord(letter) - ord("a")
-    return choices[position] if position < len(choices) else None
+        return read_choice(line, choices or ()) or plain_label(line) or None
+    known = task.labels if task.label_kind == "closed" else tuple(choices or ())
+    if (found := match_label(line, known)) is not None:
+        return found
+    label = plain_label(line)
+    # A bracket that opens and does not close, or no letter at all: the line is not the label.
+    if not any(c.isalnum() for c in label) or label[-1] in "{[(":
+        return None
+    return label
 
 
 def _read_expression(line: str) -> str | None:
+    line = re.sub(r"[.!]+$", "", line.strip(_ORNAMENT).translate(_OPERATORS)).strip(_ORNAMENT)
     bracketed = re.search(r"\(.*\)", line)
     candidates = [bracketed[0]] if bracketed else []
     candidates += [line, re.split(r"=", line)[0], re.sub(r"[$€£]|(?<=\d),(?=\d{3})", "", line)]
@@ -128,10 +166,7 @@ def _read_expression(line: str) -> str | None:
 
 
 def _mentions(rationale: str, label: str) -> bool:
-    return (
-        re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", re.sub(r"\s+", " ", rationale.casefold()))
-        is not None
-    )
+    return re.search(rf"(?<!\w){re.escape(fold(label))}(?!\w)", fold(rationale)) is not None
 
 
 def check_quality(task: TaskFile, parsed: Parsed, choices: Sequence[str] | None = None) -> str | None:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sbs_edge.chat.labels import choice_letter
 from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example
 from sbs_edge.teacher.task import Shot, TaskFile
 
 __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ def input_text(text: str, choices: Sequence[str] | None) -> str:
     """Return the input with its choices lettered below it, unless it already lists them all."""
     if not choices:
         return text
-    lines = [f"({_LETTERS[i % 26]}) {choice}" for i, choice in enumerate(choices)]
+    lines = [f"({choice_letter(i)}) {choice}" for i, choice in enumerate(choices)]
     if all(line in text for line in lines):
         return text
     return f"{text}\nAnswer Choices:\n" + "\n".join(lines)
@@ -56,7 +55,7 @@ def input_text(text: str, choices: Sequence[str] | None) -> str:
 
 def _label_text(task: TaskFile, label: str, choices: Sequence[str] | None) -> str:
     if task.parser == "choice" and choices and label in choices:
-        return f"({_LETTERS[list(choices).index(label) % 26]}) {label}"
+        return f"({choice_letter(list(choices).index(label))}) {label}"
     return label
 
 

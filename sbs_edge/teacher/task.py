@@ -18,6 +18,7 @@ from sbs_edge.data.example import LabelKind, TaskSpec
 from sbs_edge.errors import DataError, UsageError
 
 __all__ = [
+    "RESERVED_FIELDS",
     "TO_REPLACE",
     "Filters",
     "Shot",
@@ -31,6 +32,11 @@ __all__ = [
 
 TO_REPLACE = "REPLACE THIS"
 """How a text begins that ``task new`` left for a person to write."""
+
+RESERVED_FIELDS = ("model", "messages", "prompt", "n")
+"""Fields of a request that the rows and the flags make."""
+
+_SECRET_NAME = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 
 Parser = Literal["label", "choice", "expression"]
 """How the label is read after the marker.
@@ -95,6 +101,10 @@ class TaskFile(_Strict):
         format_note: chat only; how to answer, told to the model. Empty: made from the marker.
         stop: further texts at which the model shall stop.
         max_tokens: limit of one answer, in the teacher's tokens.
+        request: fields of the request to set or rename, such as ``max_completion_tokens``.
+        omit: fields of the request that are not sent, such as ``temperature``.
+        extra_body: further fields of the request; ``request`` wins.
+        headers: further headers; a secret is named as ``env:VARIABLE``.
         filters: see :class:`Filters`.
 
     """
@@ -113,6 +123,10 @@ class TaskFile(_Strict):
     format_note: str = ""
     stop: tuple[str, ...] = ()
     max_tokens: int = Field(default=256, ge=1)
+    request: dict[str, Any] = Field(default_factory=dict)
+    omit: tuple[str, ...] = ()
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    headers: dict[str, str] = Field(default_factory=dict)
     filters: Filters = Filters()
 
     @field_validator("labels")
@@ -122,6 +136,25 @@ class TaskFile(_Strict):
         if len(set(plain)) != len(plain) or "" in plain:
             raise ValueError("labels must be distinct and not empty")
         return labels
+
+    @field_validator("request", "extra_body")
+    @classmethod
+    def _own_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        for name, value in fields.items():
+            if name in RESERVED_FIELDS or (name == "stream" and value):
+                raise ValueError(f"the field {name!r} is made from the rows and the flags")
+        return fields
+
+    @field_validator("headers")
+    @classmethod
+    def _no_secret(cls, headers: dict[str, str]) -> dict[str, str]:
+        for name, value in headers.items():
+            if _SECRET_NAME.search(name) and not value.startswith("env:"):
+                raise ValueError(
+                    f"the header {name!r} looks like a secret, and task files are passed on: write env:VARIABLE and "
+                    "set that variable"
+                )
+        return headers
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -178,6 +211,15 @@ def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """Scalars are text as written: YAML 1.1 would read the label ``no`` as False; fields have types of their own."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the library's own form)
+        first: [(tag, pattern) for tag, pattern in found if tag.rsplit(":", 1)[-1] in ("null", "merge")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_task(source: str | Path) -> TaskFile:
     """Read a task file, or a preset given by its name (``cqa``, ``svamp``, ``anli1``, ``esnli``, ``hvac``)."""
     from sbs_edge.teacher.presets import PRESETS
@@ -186,7 +228,7 @@ def load_task(source: str | Path) -> TaskFile:
     if str(source) in PRESETS and not path.exists():
         return PRESETS[str(source)]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe loader)
     except OSError as error:
         raise UsageError(
             f"The task file {path} cannot be read: {error.strerror}. Give a file written by "

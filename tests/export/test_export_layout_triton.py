@@ -109,20 +109,20 @@ def test_every_config_fits_the_schema_and_the_graph_it_names(bundle, tmp_path):
 def test_the_repository_gives_the_bundles_answers(bundle, tmp_path):
     """A client that follows the repository's README gets what the bundle's own runtime gives."""
     import onnxruntime as ort
-    from tokenizers import Tokenizer
 
     from sbs_edge.data.builtin import builtin_splits
     from sbs_edge.export.layout_triton import write_triton_repository
     from sbs_edge.runtime.student import Student
+    from sbs_edge.tokens import TextTokenizer, read_tokenizer
 
     repository = write_triton_repository(
         bundle, tmp_path / "repository", targets=["cpu-int8"], model_version=3
     )
-    tokenizer = Tokenizer.from_file(str(repository / "tokenizer" / "tokenizer.json"))
+    tokenizer = TextTokenizer(read_tokenizer(repository / "tokenizer" / "tokenizer.json"))
     texts = [e.input for e in builtin_splits("ci").test[:6]]
 
     def encoded(prefix):
-        rows = [tokenizer.encode(prefix + text).ids for text in texts]
+        rows = [tokenizer.encode(text, prefix) for text in texts]
         width = -(-max(map(len, rows)) // 16) * 16
         ids = np.array([row + [0] * (width - len(row)) for row in rows], np.int64)
         return {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64)}
@@ -136,10 +136,7 @@ def test_the_repository_gives_the_bundles_answers(bundle, tmp_path):
                 assert got == [p.label for p in student.predict(texts)]
             elif config.name.endswith("explainer"):
                 tokens, _ = session.run(None, encoded("[rationale] "))
-                got = [
-                    tokenizer.decode(_until_end(row), skip_special_tokens=True).strip()
-                    for row in tokens.tolist()
-                ]
+                got = [tokenizer.decode(_until_end(row)) for row in tokens.tolist()]
                 assert got == [e.rationale for e in student.explain(texts)]
 
 

@@ -32,7 +32,8 @@ def test_text_in_label_out(make_student, tmp_path: Path, rows) -> None:
     options.register_custom_ops_library(extensions.get_library_path())
     session = onnxruntime.InferenceSession(str(tmp_path / "b/cpu-fp32/single_file.onnx"), options)
     with Student.load(tmp_path / "b", threads=1) as loaded:
-        for text in texts:
+        typed = [f"{texts[0]} {mark} {texts[1]}" for mark in ("</s>", "<pad>", "[rationale]", "[label]")]
+        for text in [*texts, *typed]:
             label, probabilities = session.run(None, {"text": np.array([text], dtype=object)})
             (expected,) = loaded.predict([text], truncate=True)
             scores = loaded.label_scores([text], truncate=True)[0]

@@ -119,10 +119,10 @@ def test_too_few_tokens_are_refused(
     export(student, tmp_path / "bundle", targets=("cpu-fp32",))
     before = {path: path.read_bytes() for path in sorted((tmp_path / "bundle").rglob("*")) if path.is_file()}
 
-    def labels_alone(opened, _):
-        return iter([*opened.task.labels, *opened.prefixes.values()])
+    def labels_alone(opened, _, texts):
+        return [texts.encode(text) for text in (*opened.task.labels, *opened.prefixes.values())]
 
-    monkeypatch.setattr(input_vocabulary, "_texts", labels_alone)  # no row was looked at
+    monkeypatch.setattr(input_vocabulary, "_ids", labels_alone)  # no row was looked at
     with pytest.raises(GuardError, match=r"pruned vocabulary the float32 student.*--prune-input-vocabulary"):
         export(student, tmp_path / "bundle", targets=(target,), prune_input_vocabulary=True)
     assert before == {

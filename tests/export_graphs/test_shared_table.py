@@ -12,7 +12,7 @@ from graph_students import make_student, open_graph, random_rows
 
 from sbs_edge.export.beams import build_beam_explainer
 from sbs_edge.export.explainer import build_explainer
-from sbs_edge.export.graph import all_nodes
+from sbs_edge.export.graph import all_graphs, all_nodes
 from sbs_edge.export.mixed import Mixed
 from sbs_edge.export.precision import Float32, Int8
 from sbs_edge.export.qdq import Int8Pairs
@@ -22,10 +22,15 @@ from sbs_edge.export.trie_scorer import build_choice_scorer
 from sbs_edge.export.weights import T5Weights, weights_of
 
 
+def constants_of(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Initialisers of the graph and of its loops' bodies."""
+    return [tensor for graph in all_graphs(model.graph) for tensor in graph.initializer]
+
+
 def tables(model: onnx.ModelProto, weights: T5Weights) -> int:
     """How often the vocabulary times the width is stored."""
     size = weights.vocab_size * weights.d_model
-    return sum(int(np.prod(tensor.dims)) == size for tensor in model.graph.initializer)
+    return sum(int(np.prod(tensor.dims)) == size for tensor in constants_of(model))
 
 
 def builders() -> dict[str, Any]:
@@ -86,7 +91,7 @@ def test_no_step_turns_the_table(precision: Any, tmp_path: Path) -> None:
     assert (
         sum(
             node.op_type == "Transpose" and list(node.attribute[0].ints) == [1, 0]
-            for node in model.graph.node
+            for node in all_nodes(model.graph)
         )
         == 2
     )
@@ -98,8 +103,8 @@ def test_no_step_turns_the_table(precision: Any, tmp_path: Path) -> None:
         str(tmp_path / "explainer.onnx"), options, providers=["CPUExecutionProvider"]
     )
     optimised = onnx.load(str(tmp_path / "optimised.onnx"))
-    constants = {tensor.name for tensor in optimised.graph.initializer}
-    turned = [t for t in optimised.graph.initializer if list(t.dims) == [weights.d_model, weights.vocab_size]]
+    constants = {tensor.name for tensor in constants_of(optimised)}
+    turned = [t for t in constants_of(optimised) if list(t.dims) == [weights.d_model, weights.vocab_size]]
     assert len(turned) == 1
     turning = [n for n in all_nodes(optimised.graph) if n.op_type == "Transpose" and n.input[0] in constants]
     assert turning == []

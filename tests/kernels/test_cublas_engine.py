@@ -53,7 +53,7 @@ def test_values_in_triton_s_interpreter():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 120])
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 103, 120])
 def test_builds_ahead_of_time(capability, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -63,8 +63,8 @@ def test_builds_ahead_of_time(capability, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     signature = {
-        "logits": "*fp32", "bias": "*fp16", "targets": "*i64", "losses": "*fp32", "hits": "*i8",
-        "slopes": "*fp16", "gains": "*fp32",
+        "logits": "*fp32", "bias": "*fp16", "targets": "*i64", "factors": "*fp32", "losses": "*fp32", "hits": "*i8",
+        "grads": "*fp16", "gains": "*fp32",
         "n_classes": "i32", "scale": "fp32", "smoothing": "fp32", "z_loss": "fp32", "softcap": "fp32",
         "HAS_BIAS": "constexpr", "HAS_CAP": "constexpr", "WRITE": "constexpr", "BLOCK_V": "constexpr",
     }  # fmt: skip

@@ -7,13 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbs_edge.kernels import engines, torch_engine
 from sbs_edge.kernels.cross_entropy import available_engines, fused_linear_cross_entropy, select_engine
-from sbs_edge.kernels.rows import plan_rows
+from sbs_edge.kernels.plan import Inputs, Need, Options, plan_rows
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "chosen"),
     [
-        ((12, 0), torch.bfloat16, "triton"), ((9, 0), torch.float32, "triton"), ((8, 0), torch.float16, "triton"),
+        ((12, 0), torch.bfloat16, "triton"), ((10, 3), torch.bfloat16, "triton"),
+        ((9, 0), torch.float32, "cublas"), ((8, 0), torch.float16, "triton"),
         ((7, 5), torch.float16, "cublas"), ((7, 5), torch.float32, "cublas"), ((6, 1), torch.float16, "torch"),
         ((9, 0), torch.float64, "torch"), (None, torch.float32, "torch"),
     ],
@@ -45,7 +46,7 @@ def test_an_engine_asked_for_by_name_says_why_it_cannot_run():
 @pytest.mark.parametrize("workspace_mb", [0.0, 256.0])
 def test_slices_of_the_vocabulary_stay_within_the_workspace(n, v, workspace_mb):
     pytest.importorskip("triton")
-    from sbs_edge.kernels.orders import COLUMN_STEP, LEAST_COLUMNS, plan_columns
+    from sbs_edge.kernels.chunks import COLUMN_STEP, LEAST_COLUMNS, plan_columns
 
     width, itemsize = 768, 2
     columns = plan_columns(n, v, width, itemsize, workspace_mb)
@@ -79,10 +80,12 @@ def test_the_torch_engine_makes_no_tensor_of_rows_times_classes(need):
     hidden, weight, targets = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
     plan = plan_rows(targets, None, None, None, torch.ones(1), None, -100)
     with _Sizes() as sizes:
-        torch_engine.run(
-            hidden, weight, torch.randn(v), plan, label_smoothing=0.1, z_loss=0.01, logit_scale=0.5,
-            softcap=0.0, workspace_mb=mib, need=need,
-        )  # fmt: skip
+        torch_engine.forward(
+            Inputs(hidden, weight, torch.randn(v)),
+            plan,
+            Options(0.1, 0.01, 0.5, workspace_mb=mib),
+            Need(*need),
+        )
     assert v * d <= sizes.largest <= mib * 2**20 / 4 < n * v / 4
 
 

@@ -13,27 +13,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sbs_edge.kernels import orders, torch_engine
+from sbs_edge.kernels import chunks, torch_engine
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
-from sbs_edge.kernels.rows import plan_rows, segment_means
+from sbs_edge.kernels.plan import Inputs, Need, Options, plan_rows, segment_means
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 here_only = pytest.mark.skipif(INTERPRETED, reason="of the torch engine, or of none")
 child_only = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_triton_s_interpreter")
-ENGINES = ["cublas", "triton-columns", "triton-rows"] if INTERPRETED else ["torch", "reference"]
+ENGINES = ["cublas", "triton-vocab_chunks", "triton-row_chunks"] if INTERPRETED else ["torch", "reference"]
 SLICED = [engine for engine in ENGINES if engine != "reference"]
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(orders, "ROW_STEP", 16)
+    monkeypatch.setattr(chunks, "ROW_STEP", 16)
 
 
 def _loss(engine, *args, **options):
     name, _, order = engine.partition("-")
     if options.get("softcap"):  # blocks of rows refuse it
-        order = "columns"
-    with orders.use(order) if order else contextlib.nullcontext():
+        order = "vocab_chunks"
+    with chunks.use(order) if order else contextlib.nullcontext():
         return fused_linear_cross_entropy(*args, engine=name, **options)
 
 
@@ -323,9 +323,9 @@ def test_no_row_is_asked_for_its_value_on_a_device(softcap):
         torch.empty(n, **whole), torch.empty(9, **whole), torch.empty(n, **whole), torch.empty(n, **meta),
         torch.empty(k, **meta), torch.empty(k, **meta), -100,
     )  # fmt: skip
-    result = torch_engine.run(
-        torch.empty(n, d, **meta), torch.empty(v, d, **meta), torch.empty(v, **meta), plan, label_smoothing=0.1,
-        z_loss=0.01, logit_scale=0.5, softcap=softcap, workspace_mb=0.001, need=(True, True, True),
+    result = torch_engine.forward(
+        Inputs(torch.empty(n, d, **meta), torch.empty(v, d, **meta), torch.empty(v, **meta)), plan,
+        Options(0.1, 0.01, 0.5, softcap, 0.001), Need(True, True, True),
     )  # fmt: skip
     means, correct = segment_means(plan, result.losses, result.correct, k)
     assert means.shape == correct.shape == (k,)

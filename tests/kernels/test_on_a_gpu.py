@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sbs_edge.kernels import orders
+from sbs_edge.kernels import chunks
 from sbs_edge.kernels.cross_entropy import available_engines, fused_linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -39,7 +39,9 @@ def _values(engine, case, kind, weight_kind=None, scale=1.0, **options):
     return [loss.total.detach().double(), *(g.double() / scale for g in grads)]
 
 
-ORDERS = [(name, order) for name in ENGINES for order in ("columns", "rows")[: 1 + (name == "triton")]]
+ORDERS = [
+    (name, order) for name in ENGINES for order in ("vocab_chunks", "row_chunks")[: 1 + (name == "triton")]
+]
 
 
 @pytest.mark.parametrize(("engine", "order"), ORDERS)
@@ -52,7 +54,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(shape, mixed, kind, engine, 
     scale = 65536.0 if kind == torch.float16 and mixed else 1.0
     exact = _values("reference", case, torch.float64)
     plain = _values("reference", case, kind, weight_kind)
-    with orders.use(order):
+    with chunks.use(order):
         mine = _values(engine, case, kind, weight_kind, scale)
         again = _values(engine, case, kind, weight_kind, scale)
     for right, theirs, ours, repeated in zip(exact, plain, mine, again, strict=True):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sbs_edge.kernels import orders
+from sbs_edge.kernels import chunks, tile_table
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,10 +34,10 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(params=["columns", "rows"])
+@pytest.fixture(params=["vocab_chunks", "row_chunks"])
 def order(request, monkeypatch):
-    monkeypatch.setattr(orders, "ROW_STEP", 16)
-    with orders.use(request.param):
+    monkeypatch.setattr(chunks, "ROW_STEP", 16)
+    with chunks.use(request.param):
         yield request.param
 
 
@@ -86,7 +86,7 @@ def _assert_twice(exact, plain, mine, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_at_most_twice_that_of_plain_torch(order, shape, dtype, segments, options):
-    if order == "rows" and "softcap" in options:
+    if order == "row_chunks" and "softcap" in options:
         options = {**options, "softcap": 0.0}  # refused, see below
     case = _case(*shape, dtype, options, segments)
     exact, counted = _run("reference", *case, torch.float64)
@@ -119,16 +119,12 @@ def test_flat_and_confident_rows_are_as_exact(order, sharpness, dtype):
 @in_child
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_mixed_precision_casts_slices_of_the_weight_and_bears_any_loss_scale(
-    order, shape, scale, monkeypatch
-):
-    from sbs_edge.kernels import triton_engine
-
-    monkeypatch.setattr(triton_engine, "CAST_BYTES", 64 * shape[1] * 2)  # several slices in the forward pass
+def test_mixed_precision_casts_slices_of_the_weight_and_bears_any_loss_scale(order, shape, scale):
     case = _case(*shape, torch.float16, {"label_smoothing": 0.1}, 2)
     exact, counted = _run("reference", *case, torch.float64)
     plain, _ = _run("reference", *case, torch.float16, torch.float32)
-    mine, found = _run("triton", *case, torch.float16, torch.float32, scale=scale)
+    with tile_table.tuned(cast_bytes=64 * shape[1] * 2):  # several slices in the forward pass
+        mine, found = _run("triton", *case, torch.float16, torch.float32, scale=scale)
     _assert_twice(exact, plain, mine, torch.float16)
     assert found == counted
 
@@ -268,7 +264,7 @@ def test_frozen_compiled_checkpointed_repeated_and_bad(order):
 def test_blocks_of_rows_refuse_a_soft_cap():
     hidden, weight, targets, _ = _case(19, 16, 101, torch.float32, {}, 1)
     hidden.requires_grad_()
-    with orders.use("rows"), pytest.raises(RuntimeError, match="take slices of the vocabulary"):
+    with chunks.use("row_chunks"), pytest.raises(RuntimeError, match="take chunks of the vocabulary"):
         fused_linear_cross_entropy(hidden, weight, targets, softcap=3.0, engine="triton")
 
 

@@ -168,6 +168,14 @@ def open_bundle(tiny: TinyStudent, tmp_path_factory: pytest.TempPathFactory) -> 
     return write_bundle(tiny, tmp_path_factory.mktemp("bundles") / "open", kind="open")
 
 
+@pytest.fixture(scope="session")
+def students() -> Any:
+    """This module: what makes students of other shapes and their bundles."""
+    import sys
+
+    return sys.modules[__name__]
+
+
 @pytest.fixture
 def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy to damage."""

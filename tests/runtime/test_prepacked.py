@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sbs_edge.errors import UsageError
 from sbs_edge.runtime import bundle as bundle_module
-from sbs_edge.runtime.prepacked import KEEP, cache_directory
+from sbs_edge.runtime.prepacked import KEEP, MAX_MB_VARIABLE, cache_directory, usage
 from sbs_edge.runtime.student import Student
 
 TEXTS = ["hot pump", "cold room fan filter", "ice " * 20]
@@ -111,3 +114,54 @@ def test_small_students_are_not_cached(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     scores_of(tiny_bundle, "cpu-fp32")
     assert not (tmp_path / "cache").exists()
+
+
+def test_entries_stay_within_the_limit(
+    tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir(parents=True, mode=0o700)
+    for number in range(3):
+        old = cache / f"old-{number}"
+        old.mkdir()
+        (old / "weights.bin").write_bytes(bytes(400 << 10))
+        os.utime(old, (number, number))
+    monkeypatch.setenv(MAX_MB_VARIABLE, "1")
+    expected = scores_of(tiny_bundle, "cpu-fp32")
+    names = {path.name for path in cache.iterdir()}
+    assert "old-0" not in names  # 3 * 400 KB and the new entries are over 1 MB: the oldest went
+    assert "old-2" in names
+    entries, size = usage()
+    assert entries == len(names)
+    assert size <= 1 << 20
+    assert np.array_equal(scores_of(tiny_bundle, "cpu-fp32")[0], expected[0])
+
+
+def test_an_entry_over_the_limit_is_made_once_and_not_kept(
+    students: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = students.write_bundle(students.make_tiny(d_model=128, d_ff=512), tmp_path / "wide")
+    monkeypatch.setenv(MAX_MB_VARIABLE, "1")
+    expected = scores_of(wide, "cpu-fp32", prepacked_cache=False)
+    for _ in range(2):
+        assert np.array_equal(scores_of(wide, "cpu-fp32")[0], expected[0])
+        assert all([file.name for file in entry.iterdir()] == ["too_large"] for entry in cache.iterdir())
+    made = {entry: (entry / "too_large").stat().st_mtime_ns for entry in cache.iterdir()}
+    scores_of(wide, "cpu-fp32")
+    assert {entry: (entry / "too_large").stat().st_mtime_ns for entry in cache.iterdir()} == made
+    monkeypatch.setenv(MAX_MB_VARIABLE, "100")
+    scores_of(wide, "cpu-fp32")
+    assert all((entry / "weights.bin").exists() for entry in cache.iterdir())
+
+
+def test_zero_switches_the_cache_off(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MAX_MB_VARIABLE, "0")
+    scores_of(tiny_bundle, "cpu-fp32")
+    assert not cache.exists()
+
+
+def test_a_limit_that_is_not_a_number_is_refused(
+    tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MAX_MB_VARIABLE, "2G")
+    with pytest.raises(UsageError, match="whole number of megabytes"):
+        scores_of(tiny_bundle, "cpu-fp32")

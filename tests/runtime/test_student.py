@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import AnswerError, UsageError
 from sbs_edge.runtime.student import Student
 
 LABELS = ("stay", "go", "wait")
@@ -138,7 +138,7 @@ def test_long_inputs_are_refused_or_cut_as_allowed(tiny_bundle: Path) -> None:
 def test_bad_requests_say_what_is_wrong(tiny_bundle: Path, open_bundle: Path) -> None:
     with Student.load(tiny_bundle, threads=1) as student:
         for call, match in (
-            (lambda: student.predict("pump"), "list of texts"),
+            (lambda: student.predict("pump"), "list of strings"),
             (lambda: student.predict(["pump", 3]), "not a string"),
             (lambda: student.predict(["pump"], labels=[["a", "b"], ["c"]]), "one list a text"),
             (lambda: student.predict(["pump"], labels=[[]]), "non-empty"),
@@ -222,3 +222,100 @@ def test_a_closed_student_says_so(tiny_bundle: Path) -> None:
     for ask in (student.predict, student.explain):
         with pytest.raises(UsageError, match="was closed"):
             ask(["hot pump"])
+
+
+def test_any_iterable_of_texts_is_gone_through_once_and_answered(tiny_bundle, some_texts):
+    import numpy as np
+
+    texts = some_texts[:6]
+    with Student.load(tiny_bundle, "cpu-fp32", threads=1) as student:
+        want, reasons = student.predict(texts), student.explain(texts, 3)
+        for form in (lambda: (t for t in texts), lambda: iter(texts), lambda: tuple(texts),
+                     lambda: dict.fromkeys(texts).keys() and (t for t in texts), lambda: np.array(texts)):  # fmt: skip
+            assert student.predict(form()) == want
+            assert student.explain(form(), 3) == reasons
+            assert student.count_tokens(form()) == [p.n_input_tokens for p in want]
+            np.testing.assert_array_equal(student.label_scores(form()), student.label_scores(texts))
+        choices = [("wait", "close")] * len(texts)
+        given = student.predict((t for t in texts), labels=((c for c in row) for row in choices))
+        assert given == student.predict(texts, labels=choices)
+        assert student.predict(iter([])) == student.explain(iter([])) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["fine", None], "Text 1 is a NoneType"),
+        (["fine", "x", float("nan")], "Text 2 is a float"),
+        ([b"bytes"], "Text 0 is a bytes"),
+        (["ok", "half \ud83d"], "Text 1 is not valid Unicode: character 6 is"),
+        ("one text", "must be a list of strings, not a str"),
+        (b"one text", "must be a list of strings, not a bytes"),
+        ({"a": 1}, "must be a list of strings, not a dict"),
+        ({"a", "b"}, "must be a list of strings, not a set"),
+        (None, "must be a list of strings, not a NoneType"),
+        (7, "must be a list of strings, not a int"),
+    ],
+)
+def test_what_is_not_a_list_of_texts_is_refused_with_its_row(tiny_bundle, texts, message):
+    with Student.load(tiny_bundle, "cpu-fp32", threads=1) as student:
+        for ask in (student.predict, student.explain, student.tokenize, student.count_tokens):
+            with pytest.raises(UsageError, match=message):
+                ask(iter(texts) if isinstance(texts, list) else texts)
+
+
+def test_a_student_says_why_it_cannot_be_pickled_or_copied(tiny_bundle):
+    import copy
+    import pickle
+
+    with Student.load(tiny_bundle, threads=1) as student:
+        for act in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(UsageError, match=r"Send the bundle's path .* and call Student\.load there"):
+                act(student)
+
+
+def test_a_closed_student_says_so_whatever_it_is_asked(tiny_bundle):
+    student = Student.load(tiny_bundle, threads=1)
+    student.close()
+    student.close()  # harmless
+    for ask in (
+        student.predict,
+        student.explain,
+        student.tokenize,
+        student.label_scores,
+        student.count_tokens,
+    ):
+        for texts in (["hot pump"], []):
+            with pytest.raises(UsageError, match="was closed"):
+                ask(texts)
+    with pytest.raises(UsageError, match="was closed"):
+        student.warm_up()
+    with pytest.raises(UsageError, match="was closed"), student:
+        pass
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_text(tiny_bundle, value):
+    """A session in the graph's place gives what a broken graph would; everything else is real."""
+    import numpy as np
+
+    with Student.load(tiny_bundle, "cpu-fp32", threads=1) as student:
+        real = student._sessions["label_scorer"]
+
+        class Broken:
+            def run(self, inputs):
+                (scores,) = real.run(inputs)
+                broken = np.array(scores)
+                broken[inputs["attention_mask"].sum(1) > 12] = value
+                return [broken]
+
+        student._sessions["label_scorer"] = Broken()
+        texts = [
+            "hot pump",
+            "cold coil in the zone and the pump is hot and the coil is cold and the zone is hot",
+        ]
+        assert student.predict(texts[:1])
+        for ask in (student.predict, student.label_scores):
+            with pytest.raises(AnswerError, match=r"not finite .* for text 1"):
+                ask(texts)
+    assert AnswerError.exit_code == 1

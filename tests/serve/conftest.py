@@ -279,7 +279,7 @@ class ServerProcess:
         while time.monotonic() < end:
             lines = self.log()
             for line in lines:
-                if line["event"] == "listening":
+                if line["event"] == "listening" and "port" in line:
                     scheme = "https" if line["tls"] else "http"
                     self.url = f"{scheme}://127.0.0.1:{line['port']}"
             if set(events) <= {line["event"] for line in lines}:

@@ -250,3 +250,24 @@ def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
         several.close()
 
     asyncio.run(go())
+
+
+def test_the_estimate_learns_from_full_batches_and_one_slow_start_does_not_shut_the_queue():
+    """A queue is worked off in full batches; what a lone text takes after a start says nothing about it."""
+    lane = Lane(lambda batch: batch, max_batch_tokens=512)
+    try:
+        lane._learn(0.020, 1, 8 / 512)  # the first text of a cold process: 20 ms
+        assert lane.wait_estimate_s(1024) < 0.5
+        for _ in range(20):
+            lane._learn(0.0006, 1, 8 / 512)
+        assert lane.wait_estimate_s(1024) < 0.05
+        lane._learn(0.060, 32, 1.0)  # the first full batch is slow too
+        for _ in range(9):
+            lane._learn(0.006, 32, 1.0)
+        assert lane.wait_estimate_s(1) == pytest.approx((0.060 + 9 * 0.006) / 320)
+        before = lane.wait_estimate_s(1)
+        for _ in range(50):
+            lane._learn(0.0006, 1, 8 / 512)  # lone texts between bursts leave it alone
+        assert lane.wait_estimate_s(1) == before
+    finally:
+        lane.close()

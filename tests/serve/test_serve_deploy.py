@@ -224,3 +224,35 @@ def test_every_metric_of_the_dashboard_has_a_value_after_traffic(repository, han
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in own} <= families
     boxes = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in dashboard["panels"]]
     assert len(set(boxes)) == len(boxes)
+
+
+def _bytes(quantity):
+    units = {"Mi": 2**20, "Gi": 2**30}
+    return int(quantity[:-2]) * units[quantity[-2:]]
+
+
+def test_memory_limits_hold_what_the_server_may_take(repository):
+    """A server at rest fits the request; bodies at their budget and every connection's head fit beside it."""
+    defaults = ServeSettings()
+    bodies = 4 * defaults.max_inside_bytes  # what parsing and the widest characters make of their bytes
+    heads = 2 * defaults.max_connections * defaults.max_head_bytes
+    for document in documents(repository):
+        for container in containers(document):
+            assert not {"--max-inside-bytes", "--max-connections", "--max-head-bytes"} & set(
+                container["args"]
+            )
+            memory = {name: _bytes(kind["memory"]) for name, kind in container["resources"].items()}
+            assert memory["requests"] + bodies + heads <= memory["limits"]
+
+
+def test_the_document_names_its_operations_and_its_server():
+    document = openapi_document(ServeSettings())
+    assert document["servers"] == [{"url": "."}]
+    found = [
+        op["operationId"] for item in document["paths"].values() for op in item.values() if "responses" in op
+    ]
+    assert (
+        len(found)
+        == len(set(found))
+        == sum(method in item for item in document["paths"].values() for method in ("get", "post"))
+    )

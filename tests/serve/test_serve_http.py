@@ -10,7 +10,9 @@ import zlib
 import httpx
 import pytest
 
-from sbs_edge.serve.escalate import Escalation, match_label
+from sbs_edge.errors import UsageError
+from sbs_edge.serve.escalate import Escalation, label_of
+from sbs_edge.teacher.calls import Answer
 
 
 def run(work):
@@ -95,6 +97,9 @@ def test_compressed_bodies_are_counted_after_decompression(hand_bundle, running,
         b'{"texts": ["a"], "labels": [["x", "y"]]}',
         b'{"texts": ["a"], "max_new_tokens": 1000}',
         b'{"texts": [NaN]}',
+        b'{"texts": ["a"], "texts": ["b"]}',
+        b'{"texts": ["a"], "max_new_tokens": 1e999}',
+        b'{"texts": ["a"], "max_new_tokens": 99999999999999999999}',
         b"[" * 100_000,
         b"9" * 5000,
     ],
@@ -266,11 +271,12 @@ def test_bearer_token_guards_all_but_probes_and_page(hand_bundle, running):
                 assert (await edge.client.get(path)).status_code == 200
             for path in ("/metrics", "/v2", "/v2/models/hand"):
                 assert (await edge.client.get(path)).status_code == 401
-            for given in (None, "Bearer wrong", "s3cret", "bearer s3cret", "Bearer s3cret2", "Bearer \xff"):
+            for given in (None, "Bearer wrong", "s3cret", "Basic s3cret", "Bearer s3cret2", "Bearer \xff"):
                 headers = {} if given is None else {"Authorization": given.encode("latin-1")}
                 assert (await edge.predict(["a"], headers=headers)).status_code == 401
-            good = await edge.predict(["a"], headers={"Authorization": "Bearer s3cret"})
-            assert good.status_code == 200
+            for given in ("Bearer s3cret", "bearer s3cret", "BEARER  s3cret"):  # RFC 9110: in any case
+                good = await edge.predict(["a"], headers={"Authorization": given})
+                assert good.status_code == 200
 
     run(go())
 
@@ -351,13 +357,66 @@ def test_the_cascade_goes_where_the_flag_says_and_nowhere_else(hand_bundle, runn
     assert asked == ["http://teacher/v1/chat/completions"]
 
 
-def test_match_label_takes_a_label_and_nothing_else():
-    labels = ["call", "schedule a visit"]
-    assert match_label('"Call".', labels) == "call"
-    assert match_label("**Schedule a visit**", labels) == "schedule a visit"
-    assert match_label("call or schedule a visit", labels) is None
-    assert match_label(None, labels) is None
-    assert match_label(" 42 ", []) == "42"
+def test_the_larger_models_label_carries_none_of_the_students_figures(hand_bundle, running):
+    async def go():
+        async with running(hand_bundle, escalation=teacher("wait", []), abstain_below=0.9) as edge:
+            own = edge.engine.answer("some text")
+            got = (await edge.predict(["some text"], explain=True)).json()["predictions"][0]
+            assert (got["label"], got["probability"], got["probabilities"]) == ("wait", None, {})
+            assert got["student"]["label"] == own.label
+            assert got["student"]["probability"] == pytest.approx(own.probability)
+            assert got["student"]["probabilities"] == pytest.approx(dict(own.probabilities))
+            assert isinstance(got["rationale"], str)
+            tensors = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["some text"]}]}
+            answer = (await edge.client.post("/v2/models/hand/infer", json=tensors)).json()["outputs"]
+            values = {tensor["name"]: tensor["data"] for tensor in answer}
+            assert (values["label"], values["escalated"], values["probability"]) == (["wait"], [True], [0.0])
+            assert set(values["probabilities"]) == {0.0}
+
+    run(go())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>hm, frost means the plant</think>\n\nwait",
+        [{"type": "thinking", "thinking": []}, {"type": "text", "text": "**Wait**."}],
+        "\\boxed{wait}<|im_end|>",
+    ],
+)
+def test_the_cascade_reads_an_answer_as_annotate_does(hand_bundle, running, content):
+    async def go():
+        async with running(hand_bundle, escalation=teacher(content, []), abstain_below=0.9) as edge:
+            got = (await edge.predict(["some text"])).json()["predictions"][0]
+            assert (got["label"], got["escalated"]) == ("wait", True)
+
+    run(go())
+
+
+@pytest.mark.parametrize("key", ["sk-\nSECRET", "“sk-SECRET”", "sk-\x00SECRET"])
+def test_a_key_that_cannot_be_sent_is_refused_and_never_shown(key):
+    with pytest.raises(UsageError, match="SBS_EDGE_SERVE_ESCALATE_KEY") as caught:
+        Escalation("http://teacher/v1", "big", key=key)
+    assert "SECRET" not in str(caught.value)
+    sent = Escalation("http://teacher/v1", "big", key="sk-SECRET\n")._client.headers["authorization"]
+    assert sent == "Bearer sk-SECRET"
+
+
+def test_label_of_takes_a_whole_label_and_nothing_else():
+    labels = ["call", "schedule a visit", "follow-up"]
+
+    def read(text, known=labels, finish="stop"):
+        return label_of(Answer(text, finish), known)
+
+    assert read('"Call".') == "call"
+    assert read("**Schedule a visit**") == "schedule a visit"
+    assert read("follow\u2011up") == "follow-up"
+    assert read("call or schedule a visit") is None
+    assert read("") is None
+    assert read("<think>call") is None
+    assert read("call", finish="length") is None
+    assert read(" 42 ", []) == "42"
+    assert read("Saint", [], "length") is None
 
 
 def test_metrics_carry_the_agreed_names(hand_bundle, running):

@@ -61,14 +61,15 @@ def test_a_reload_tidies_and_a_look_without_news_does_not(hand_bundle, running, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
-def test_workers_stand_back_and_the_loop_does_not():
+@pytest.mark.parametrize("steps", [0, 5])
+def test_workers_stand_back_only_where_asked_and_the_loop_does_not(steps):
     def priority(batch=None):
         return [os.getpriority(os.PRIO_PROCESS, 0)]
 
     mine = priority()
-    lane = Lane(priority)
+    lane = Lane(priority, nice=steps)
     try:
-        assert lane._pool.submit(priority).result()[0] > mine[0]
+        assert lane._pool.submit(priority).result() == [min(mine[0] + steps, 19)]
     finally:
         lane.close()
     with ThreadPoolExecutor(1) as pool:

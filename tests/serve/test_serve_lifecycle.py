@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import socket
@@ -88,7 +89,7 @@ def test_second_signal_exits_at_once_and_drain_timeout_cuts(serve_process, bundl
             while await asyncio.to_thread(metric, server.url, "sbs_edge_requests_in_flight") < 90:
                 pass
             server.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1.2)  # sooner, it would count as the same signal
             assert server.process.poll() is None
             code = await asyncio.to_thread(stop)
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -198,10 +199,10 @@ def test_overload_answers_200_or_429_and_comes_back(serve_process, bundles, text
     asyncio.run(asyncio.wait_for(go(), 90))
 
 
-def test_tls_and_token(serve_process, bundles, tmp_path, sbs_edge_cli):
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl on this machine to make a certificate")
-    cert, key, token = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "token"
+def _certificate(folder):
+    """Make a certificate for 127.0.0.1; return its file and its key's."""
+    folder.mkdir()
+    cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         [
             "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "1",
@@ -209,6 +210,14 @@ def test_tls_and_token(serve_process, bundles, tmp_path, sbs_edge_cli):
         ],
         check=True, capture_output=True,
     )  # fmt: skip
+    return cert, key
+
+
+def test_tls_and_token(serve_process, bundles, tmp_path, sbs_edge_cli):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on this machine to make a certificate")
+    token = tmp_path / "token"
+    cert, key = _certificate(tmp_path / "first")
     token.write_text("s3cret\n")
     server = serve_process(bundles["closed"], "--tls-cert", cert, "--tls-key", key, "--token-file", token)
     import ssl
@@ -227,6 +236,18 @@ def test_tls_and_token(serve_process, bundles, tmp_path, sbs_edge_cli):
         done = sbs_edge_cli("serve", bundles["closed"], "--port", "0", "--tls-cert", given, "--tls-key", key)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert str(given) in done.stderr
+    renewed = _certificate(tmp_path / "new")
+    os.replace(broken, key)  # a renewal that is half done leaves the old pair in use
+    server.process.send_signal(signal.SIGHUP)
+    server.await_event("certificate_refused")
+    assert httpx.get(f"{server.url}/v2/health/live", verify=context, trust_env=False).status_code == 200
+    for new, old_file in zip(renewed, (cert, key), strict=True):
+        os.replace(new, old_file)
+    server.process.send_signal(signal.SIGHUP)
+    server.await_event("certificate_loaded")
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(f"{server.url}/v2/health/live", verify=context, trust_env=False)
+    context = ssl.create_default_context(cafile=str(cert))
     with httpx.Client(base_url=server.url, verify=context, trust_env=False) as client:
         assert client.get("/v2/health/ready").status_code == 200
         body = {"texts": ["the vent blows cold air"]}

@@ -26,8 +26,9 @@ def browse(tmp_path):
         done = subprocess.run(
             [
                 browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                "--enable-logging=stderr", f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000",
-                "--dump-dom", f"{url}/?{httpx.QueryParams(query)}",
+                "--enable-logging=stderr", "--allow-file-access-from-files",
+                f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000",
+                "--dump-dom", f"{url}/?{httpx.QueryParams(query)}" if query else url,
             ],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
@@ -73,6 +74,56 @@ def test_it_shows_that_the_server_is_busy(browse, serve_process, bundles, texts)
     kind, text = status_of(dom)
     assert kind == "error"
     assert re.fullmatch(r"The server is at its limit of queued work; try again in \d+ s\.", text)
+
+
+FRAME = """<body style="margin:0"><iframe id="page" style="width:390px;height:800px;border:0" src="page.html?{query}">
+</iframe><output></output><script>setTimeout(async () => {{
+ const inside = document.getElementById("page").contentWindow, root = inside.document.documentElement;
+ document.querySelector("output").textContent = await (async () => {{ {script} }})();
+}}, 3000)</script>"""
+# The server's part: answers, then whatever `inside.failing` says; a rationale tells what was asked.
+ANSWERED = """"use strict"; window.fetch = async (url, asked) => window.failing
+ ? { ok: false, json: async () => ({ error: "no" }) }
+ : { ok: true, json: async () => ({ model: "m", version: "1", predictions: JSON.parse(asked.body).texts.map(() => (
+     { label: "adjust", probability: 0.5, rationale: JSON.parse(asked.body).explain + "y".repeat(300) })) }) };"""
+
+
+@pytest.fixture
+def framed(browse, repository, tmp_path):
+    """Show the page in a frame of 390 px and return what a script finds in it."""
+
+    def show(query, script):
+        page = (repository / "sbs_edge" / "serve" / "page.html").read_text()
+        (tmp_path / "page.html").write_text(page.replace('"use strict";', ANSWERED))
+        (tmp_path / "index.html").write_text(FRAME.format(query=query, script=script))
+        dom, _ = browse(f"file://{tmp_path}/index.html")
+        found = re.search(r"<output>(.*?)</output>", dom)
+        assert found, dom[-500:]
+        return found[1]
+
+    return show
+
+
+def test_it_fits_a_telephone(framed):
+    """At 390 px nothing is wider than the window, a word of 300 letters neither."""
+    script = "return root.scrollWidth + ' of ' + root.clientWidth"
+    wide, window = framed(f"text=a+b&text={'x' * 300}", script).split(" of ")
+    assert int(wide) <= int(window)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [("explain=1", "true"), ("explain", "true"), ("explain=0", "false"), ("x=1", "false")]
+)
+def test_explain_in_the_address_follows_its_value(framed, given, asked):
+    script = "return inside.document.querySelector('tbody').rows[0].cells[3].textContent.replace(/y+/, '')"
+    assert framed(f"text=a&{given}", script) == asked
+
+
+def test_an_error_takes_the_old_answers_away(framed):
+    look = "const table = inside.document.getElementById('answers'); const seen = () => table.hidden + ' ' + "
+    look += "table.tBodies[0].rows.length; const before = seen(); inside.failing = true; "
+    look += "await inside.predict(); return before + ', ' + seen()"
+    assert framed("text=a", look) == "false 1, true 0"
 
 
 class References(html.parser.HTMLParser):

@@ -169,3 +169,81 @@ def test_choices_take_rows_of_different_length():
     assert asked.asking.labels == [["x", "y", "z"], ["p", "q"]]
     body["inputs"][1] |= {"shape": [2], "data": ["x", "y"]}
     assert oip.parse_request(json.dumps(body).encode(), None).asking.labels == [["x", "y"]] * 2
+
+
+def infer(**fields):
+    text = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+    return json.dumps({"inputs": [text], **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"sequence_id": 7}, "Sequences are not supported"),
+        ({"sequence_start": True}, "Sequences are not supported"),
+        ({"shared_memory_region": "a"}, "Shared memory is not supported"),
+        ({"classification": 3}, "classification extension is not supported"),
+        ({"max_new_token": 4}, "unknown parameter 'max_new_token'"),
+        ({"priority": 1}, "unknown parameter 'priority'"),
+        ({"max_new_tokens": 0}, "'max_new_tokens' must be a number"),
+        ({"max_new_tokens": True}, "'max_new_tokens' must be a number"),
+        ({"max_new_tokens": 2.5}, "'max_new_tokens' must be a number"),
+    ],
+)
+def test_no_parameter_of_a_request_is_passed_over(parameters, says):
+    with pytest.raises(errors.HttpError, match=says) as caught:
+        oip.parse_request(infer(parameters=parameters), None)
+    assert caught.value.status == 400
+
+
+def test_max_new_tokens_reaches_the_model():
+    assert oip.parse_request(infer(parameters={"max_new_tokens": 3}), None).asking.max_new_tokens == 3
+    assert oip.parse_request(infer(), None).asking.max_new_tokens is None
+
+
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+def test_no_parameter_of_a_tensor_is_passed_over(where):
+    entry = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"], "parameters": {"binary": True}}
+    if where == "outputs":
+        entry = {"name": "label", "parameters": {"binary": True}}
+    with pytest.raises(errors.HttpError, match="unknown parameter 'binary'"):
+        oip.parse_request(infer(**{where: [entry]}), None)
+
+
+def test_one_list_of_labels_is_looked_at_once_however_many_texts(monkeypatch):
+    """A body of many texts and many labels must not cost their product."""
+    seen = []
+    real = plain.check_labels
+    monkeypatch.setattr(plain, "check_labels", lambda rows, n: seen.append((len(rows), n)) or real(rows, n))
+    body = json.dumps({"texts": ["a"] * 100_000, "labels": ["x", "y"]}).encode()
+    _, asking = plain.parse_predict(body)
+    assert seen == [(1, 1)]
+    assert all(row is asking.labels[0] for row in asking.labels)
+    assert len(asking.labels) == 100_000
+    tensors = [
+        {"name": "text", "datatype": "BYTES", "shape": [50_000], "data": ["a"] * 50_000},
+        {"name": "labels", "datatype": "BYTES", "shape": [1, 2], "data": ["x", "y"]},
+    ]
+    labels = oip.parse_request(json.dumps({"inputs": tensors}).encode(), None).asking.labels
+    assert len(labels) == 50_000
+    assert all(row is labels[0] for row in labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([str(i) for i in range(257)], "has 257 answers; the limit is 256"),
+        (["a", "b" * 1001], "an answer of 1001 characters; the limit is 1000"),
+    ],
+)
+def test_labels_of_one_text_are_bounded(labels, says):
+    for rows in (labels, [labels]):
+        with pytest.raises(errors.HttpError, match=says):
+            plain.parse_predict(json.dumps({"texts": ["a"], "labels": rows}).encode())
+
+
+def test_a_message_quotes_a_long_name_in_part():
+    for body in (json.dumps({"texts": ["a"], "x" * 100_000: 1}), json.dumps({"y" * 100_000: 1, "texts": []})):
+        with pytest.raises(errors.HttpError) as caught:
+            plain.parse_predict(body.encode())
+        assert len(caught.value.message) < 1100

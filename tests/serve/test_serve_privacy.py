@@ -94,3 +94,20 @@ def test_a_failure_says_what_failed_and_where(hand_bundle, running, json_logs):
     assert "message" not in failed
     asyncio.run(go(log_inputs=True))
     assert "cannot take" in json_logs.getvalue()
+
+
+def test_the_log_names_the_peer_and_bounds_what_a_client_chose(hand_bundle, running, json_logs):
+    async def go():
+        async with running(hand_bundle) as edge:
+            tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+            body = {"id": "i" * 1_800_000, "inputs": [tensor]}
+            answer = await edge.client.post("/v2/models/hand/infer", json=body)
+            assert answer.json()["id"] == body["id"]  # the protocol gives it back whole
+            await edge.client.post("/" + "p" * 5000)
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+    lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
+    asked = [line for line in lines if line["event"] == "request"]
+    assert [line["client"] for line in asked] == ["127.0.0.1"] * 2
+    assert asked[0]["client_id"] == "i" * 256
+    assert asked[1]["path"] == "/" + "p" * 255

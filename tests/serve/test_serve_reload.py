@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.errors import AnswerError, IntegrityError, UsageError
 from sbs_edge.serve.asking import Asking, Timing
 from sbs_edge.serve.models import parse_source
 from sbs_edge.serve.server import create_service
@@ -224,5 +224,77 @@ def test_no_order_of_changes_fails_a_request(hand, tmp_path_factory, steps):
         serving = [v.engine for v in service.registry.by_name["desk"].versions.values()]
         assert sorted(map(id, alive)) == sorted(map(id, serving))
         await service.close()
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+
+
+@pytest.mark.parametrize("damage", ["manifest", "no manifest", "empty manifest"])
+def test_a_version_rewritten_in_place_keeps_answering_until_a_good_one_is_there(hand, tmp_path, damage):
+    """Clients never fall back to an older version because the newest one is being copied over."""
+    for version in ("1", "2"):
+        hand.write(tmp_path / "m" / version, version)
+    manifest = tmp_path / "m" / "2" / "manifest.json"
+
+    async def go():
+        service = served(hand, ("desk", tmp_path / "m"))
+        await service.registry.refresh(first=True)
+        old = service.registry.find("desk")
+        assert (old.card.version, service.registry.problems) == ("2", [])
+
+        def sample(name, **labels):
+            return service.metrics.registry.get_sample_value(name, {"model": "desk", **labels})
+
+        if damage == "no manifest":
+            manifest.unlink()
+        else:
+            manifest.write_text("" if damage == "empty manifest" else json.dumps({"broken": True}))
+        for _ in range(3):  # looked at again and again while the copy goes on
+            await service.registry.refresh()
+            assert service.registry.find("desk") is old
+            assert service.registry.ready
+            assert set(service.registry.by_name["desk"].versions) == {"1", "2"}
+        (problem,) = service.registry.problems
+        assert "desk, version 2" in problem
+        assert "loaded before still answers" in problem
+        assert str(tmp_path) not in problem
+        assert sample("sbs_edge_stale_versions") == 1
+        assert sample("sbs_edge_reloads_total", result="refused") >= 1
+        assert sample("sbs_edge_reloads_total", result="retired") is None
+
+        hand.write(tmp_path / "m" / "2", "2", labels=["yes", "no"])
+        await service.registry.refresh()
+        new = service.registry.find("desk")
+        assert new is not old
+        assert new.card.version == "2"
+        assert new.card.labels == ("yes", "no")
+        assert service.registry.problems == []
+        assert sample("sbs_edge_stale_versions") == 0
+        shutil.rmtree(tmp_path / "m" / "2")  # removed: that is how a version is withdrawn
+        await service.registry.refresh()
+        assert service.registry.find("desk").card.version == "1"
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(go(), 30))
+
+
+def test_an_answer_that_is_not_finite_is_a_500_and_turns_readiness_off(running, hand_bundle, hand):
+    class Unsound(hand.Engine):
+        def predict(self, texts, labels=None, **options):
+            if "nan" in " ".join(texts):
+                raise AnswerError("The target computed a score that is not finite.")
+            return super().predict(texts, labels, **options)
+
+    async def go():
+        async with running(hand_bundle, Unsound()) as edge:
+            assert (await edge.client.get("/v2/health/ready")).json() == {"ready": True}
+            good, bad = await asyncio.gather(edge.predict(["fine"]), edge.predict(["nan"]))
+            assert (good.status_code, bad.status_code) == (200, 500)
+            ready = await edge.client.get("/v2/health/ready")
+            assert ready.status_code == 503
+            assert ready.json()["ready"] is False
+            assert "not finite" in ready.json()["problems"][0]
+            assert (await edge.client.get("/v2/health/live")).status_code == 200
+            await edge.service.registry.refresh(retry_refused=True)  # SIGHUP: loaded again
+            assert (await edge.client.get("/v2/health/ready")).json() == {"ready": True}
 
     asyncio.run(asyncio.wait_for(go(), 30))

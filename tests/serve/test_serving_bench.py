@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.bench import docs, kinds
+from sbs_edge.bench import docs, registry
 from sbs_edge.bench import serving_scenarios as scenarios
 from sbs_edge.bench.serving_client import (
     Alone,
@@ -236,7 +236,7 @@ def test_a_missed_promise_is_marked_on_the_page(tmp_path, held):
     assert "2.5 ms after a request was due, its loop 1.5 ms" in page
     assert page.count(", missed**") == (0 if held else 5)
     assert "95.0 % of 4000 texts a second (median of 3 turns, 90.0 % to 97.0 %)" in page
-    assert kinds.pictures_of(document(held)) == []
+    assert registry.pictures_of(document(held)) == []
 
 
 @pytest.mark.long

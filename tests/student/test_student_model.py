@@ -14,10 +14,10 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
+from sbs_edge.data.tokenizer import byte_tokenizer
 from sbs_edge.student.batches import Collator, Encoded
 from sbs_edge.student.config import TrainConfig
 from sbs_edge.student.model import TwoTaskModel, add_lora, merge_lora
-from sbs_edge.student.tokens import byte_tokenizer
 
 SIZE = {
     "vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3,

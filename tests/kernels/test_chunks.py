@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.kernels import orders
+from sbs_edge.kernels import chunks
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,41 +20,64 @@ TYPES = [(2, 2), (2, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("types", TYPES, ids=["16 bits", "master weight", "float32"])
-@pytest.mark.parametrize("head", HEADS, ids=str)
-def test_blocks_of_rows_need_no_more_memory_and_are_taken_from_one_number_on(head, types):
-    need = orders.Need(*head, *types)
-    least = orders.switch_rows(*need)
-    assert 1 < least < orders.NEVER
-    # The lead over the peers for few rows is the slices' memory: they stay the choice up to half the classes.
-    assert least > need.classes / 2 or need.classes < orders.LEAST_ROWS
+@pytest.mark.parametrize("sizes", HEADS, ids=str)
+def test_chunks_of_rows_are_taken_from_one_number_on_where_their_memory_is_worth_it(sizes, types):
+    head = chunks.Head(*sizes, *types)
+    least = chunks.switch_rows(*head)
+    assert 1 < least < chunks.NEVER
     for n in (least - 1, least // 2, least, least + 1, 2 * least, 8 * least):
-        columns = orders.by_columns(n, need, 0.0)
-        budget = orders.budget_of(n, need, 0.0)
-        rows = orders.by_rows(n, need, budget)
-        cheaper = rows.seconds < columns.seconds
-        fits = rows.workspace <= columns.workspace and rows.span >= min(n, orders.LEAST_ROWS)
-        assert (n >= least) == (cheaper and fits)
-        step = orders.plan_rows_at_once(n, need, budget)
-        assert step <= max(rows.span, orders.ROW_STEP)
+        columns = chunks.by_columns(n, head, 0.0)
+        budget = chunks.budget_of(n, head, 0.0)
+        rows = chunks.by_rows(n, head, budget)
+        if n >= least:
+            lean = rows.workspace <= columns.workspace
+            assert rows.seconds < columns.seconds * (1.0 if lean else 0.9)
+            assert lean or rows.workspace <= 256 << 20
+            assert rows.span >= min(n, chunks.LEAST_ROWS if lean else 1024)
+        step = chunks.plan_rows_at_once(n, head, budget)
+        assert step <= max(rows.span, chunks.ROW_STEP)
         assert -(-n // step) == -(-n // rows.span), "even blocks are not more blocks"
+
+
+def test_the_default_memory_of_many_rows_and_few():
+    """T5's vocabulary in bfloat16: 16384 rows may take 256 MiB, 4096 keep to what chunks of the vocabulary need."""
+    head = chunks.Head(32128, 768, 2, 2)
+    assert 4096 < chunks.switch_rows(*head) <= 16384
+    many = chunks.by_rows(16384, head, chunks.budget_of(16384, head, 0.0))
+    assert 200 << 20 < many.workspace <= 256 << 20
+    assert chunks.by_columns(4096, head, 0.0).workspace < 80 << 20
+    assert chunks.switch_rows(250112, 768, 2, 2) > 65536  # its dW alone would take 733 MiB more
+
+
+@pytest.mark.parametrize(
+    ("width", "processors", "span"), [(768, 132, 5632), (512, 132, 8448), (1024, 108, 3328)]
+)
+def test_a_slice_of_dw_divides_into_whole_waves(width, processors, span):
+    for wanted in (span, span + 255, 2 * span + 100):
+        taken = chunks.whole_waves(wanted, width, processors)
+        assert taken == wanted // span * span
+        assert taken // 256 * -(-width // 128) % processors < -(-width // 128) or taken == span * (
+            taken // span
+        )
+    assert chunks.whole_waves(span - 1, width, processors) == span - 1
 
 
 @pytest.mark.parametrize("workspace_mb", [256.0, 512.0])
 @pytest.mark.parametrize("types", TYPES, ids=str)
 def test_a_workspace_is_kept_by_blocks_where_slices_cannot(types, workspace_mb):
-    need = orders.Need(32128, 768, *types)
+    head = chunks.Head(32128, 768, *types)
     n, budget = 65536, workspace_mb * 2**20
-    assert n >= orders.switch_rows(*need, workspace_mb)
-    assert orders.by_rows(n, need, budget).workspace <= budget
+    assert n >= chunks.switch_rows(*head, workspace_mb)
+    assert chunks.by_rows(n, head, budget).workspace <= budget
     if workspace_mb == 256.0:  # dX in float32 alone takes 192 MiB, the gathered rows 96 or 192
-        assert orders.by_columns(n, need, workspace_mb).workspace > budget
+        assert chunks.by_columns(n, head, workspace_mb).workspace > budget
 
 
 def test_the_model_counts_what_the_orders_move():
     """65536 rows of T5's vocabulary: two operations in eight fewer, and a third of the accumulators' traffic."""
-    need = orders.Need(32128, 768, 2, 2)
-    columns = orders.by_columns(65536, need, 0.0)
-    rows = orders.by_rows(65536, need, columns.workspace)
+    head = chunks.Head(32128, 768, 2, 2)
+    columns = chunks.by_columns(65536, head, 0.0)
+    rows = chunks.by_rows(65536, head, columns.workspace)
     assert rows.flops / columns.flops == 0.75
     once = 65536 * 32128 * 2  # bytes of all scores
     blocks, slices = 65536 / rows.span, 32128 / columns.span
@@ -64,11 +87,11 @@ def test_the_model_counts_what_the_orders_move():
 
 
 def test_a_soft_cap_never_switches_and_an_order_can_be_asked_for():
-    assert orders.switch_rows(384, 1472, 2, 2, capped=True) == orders.NEVER
-    with orders.use("rows"), orders.use("columns"):
-        assert orders.asked() == "columns"
-    assert orders.asked() == ""
-    with pytest.raises(ValueError, match="'rows' or 'columns'"), orders.use("both"):
+    assert chunks.switch_rows(384, 1472, 2, 2, capped=True) == chunks.NEVER
+    with chunks.use("row_chunks"), chunks.use("vocab_chunks"):
+        assert chunks.asked() == "vocab_chunks"
+    assert chunks.asked() == ""
+    with pytest.raises(ValueError, match="'vocab_chunks' or 'row_chunks'"), chunks.use("both"):
         pass
 
 
@@ -96,10 +119,10 @@ def _gradients(engine, n, d, v, dtype, seed, workspace_mb=None, **options):
 def test_in_child_across_the_switch(d, v, offset, seed, smoothing, z_loss, scale, half):
     dtype = torch.float16 if half else torch.float32
     workspace = 0.002  # MiB: with rows in steps of 16 the switch lies within a few dozen rows
-    before, orders.ROW_STEP = orders.ROW_STEP, 16
-    orders._switch.cache_clear()
+    before, chunks.ROW_STEP = chunks.ROW_STEP, 16
+    chunks._switch.cache_clear()
     try:
-        least = orders.switch_rows(v, d, dtype.itemsize, dtype.itemsize, workspace)
+        least = chunks.switch_rows(v, d, dtype.itemsize, dtype.itemsize, workspace)
         n = max(1, min(least, 40) + offset)
         options = {"label_smoothing": smoothing, "z_loss": z_loss, "logit_scale": scale}
         exact, hits = _gradients("reference", n, d, v, torch.float64, seed, **options)
@@ -110,12 +133,12 @@ def test_in_child_across_the_switch(d, v, offset, seed, smoothing, z_loss, scale
             floor = torch.finfo(dtype).eps * right.norm() + 1e-12
             assert (ours - right).norm() <= 2 * torch.maximum((theirs - right).norm(), floor)
     finally:
-        orders.ROW_STEP = before
-        orders._switch.cache_clear()
+        chunks.ROW_STEP = before
+        chunks._switch.cache_clear()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_values_on_both_sides")
-@pytest.mark.parametrize("order", ["rows", "columns", None])
+@pytest.mark.parametrize("order", ["row_chunks", "vocab_chunks", None])
 def test_in_child_compiled_with_a_number_of_rows_that_changes(order):
     torch.manual_seed(0)
     weight = torch.randn(101, 16, requires_grad=True)
@@ -127,7 +150,7 @@ def test_in_child_compiled_with_a_number_of_rows_that_changes(order):
         kept = (targets != -100).nonzero().squeeze(1)
         return loss(hidden[kept], targets[kept])
 
-    chosen = contextlib.nullcontext() if order is None else orders.use(order)
+    chosen = contextlib.nullcontext() if order is None else chunks.use(order)
     with chosen, torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         for function, dynamic in ((loss, True), (loss, None), (valid_only, None)):
             torch._dynamo.reset()

@@ -2,8 +2,8 @@
 
 Every row is built ahead of time in the tests for its architecture, without a spill and within the
 chip's shared memory. The order within an entry is that of expectation, not of measurement: no entry has
-been timed on a GPU yet. :func:`use` puts a tile of one's own in front of the table, which is how a
-tuning run tries the others.
+been timed on a GPU yet. :func:`use` takes another tile instead, and :func:`tuned` changes the launches, for a
+tuning run.
 """
 
 from __future__ import annotations
@@ -11,18 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
-    "ARCHITECTURES",
-    "SHARED_LIMIT",
-    "Tile",
-    "architecture",
-    "candidates",
-    "interpreted",
-    "pick",
-    "use",
-]
+    "ARCHITECTURES", "BLOCKS_A_PROCESSOR", "SHARED_LIMIT", "Tile", "Tuning", "architecture", "candidates",
+    "fits_options", "interpreted", "pick", "register_cap", "tuned", "tuning", "use",
+]  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -35,9 +29,34 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Tuning(NamedTuple):
+    """Choices of the launches that no GPU has timed yet; each can be switched off by itself with :func:`tuned`.
+
+    Attributes:
+        row_blocks_a_group: row blocks that pass over the vocabulary together; a large number: all of them.
+        cap_registers: whether variants that would lose the second block on a multiprocessor are
+            compiled for fewer registers, see :func:`register_cap`.
+        cast_bytes: of a slice of the weight in another type, in the forward pass.
+        whole_waves: whether a slice of dW divides into whole waves of the multiprocessors.
+    """
+
+    row_blocks_a_group: int = 24
+    cap_registers: bool = True
+    cast_bytes: int = 64 << 20
+    whole_waves: bool = True
+
+
 # Shared memory that one block may take, bytes (CUDA C++ programming guide, table of compute capabilities).
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+SHARED_LIMIT = {
+    80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10
+}  # fmt: skip
 ARCHITECTURES = tuple(SHARED_LIMIT)
+
+# Two blocks of the first tile fit a multiprocessor of Hopper, 128 registers a thread with 8 warps.
+BLOCKS_A_PROCESSOR = 2
+CAPPED_REGISTERS = 128
+# Hopper and data-centre Blackwell: large shared memory, products that read it directly.
+_LARGE = (90, 100, 103)
 
 # 16-bit inputs. On Hopper two blocks of the first tile fit a multiprocessor (128 registers a thread with 8
 # warps), so that one block's exponentials run beside the other's products; the second tile reads a third
@@ -53,6 +72,7 @@ _INTERPRETER = (Tile(16, 32, 16, 4, 1),)
 
 FEW = 32
 _override: list[tuple[str | None, Tile]] = []
+_tuning: list[Tuning] = [Tuning()]
 
 
 def interpreted() -> bool:
@@ -73,11 +93,11 @@ def architecture(capability: tuple[int, int]) -> int:
     return fitting[-1]
 
 
-def candidates(arch: int, itemsize: int, kernel: str = "strip") -> tuple[Tile, ...]:
+def candidates(arch: int, itemsize: int, kernel: str = "softmax") -> tuple[Tile, ...]:
     """Return every tile shipped for ``arch``, inputs of ``itemsize`` bytes (2 or 4) and ``kernel``."""
     if itemsize == 4:
         return _WIDE[1:] if kernel == "kept" else _WIDE
-    return (_HOPPER if arch == 90 else _AMPERE) + _FEW_ROWS
+    return (_HOPPER if arch in _LARGE else _AMPERE) + _FEW_ROWS
 
 
 def fits_options(tile: Tile) -> bool:
@@ -85,17 +105,17 @@ def fits_options(tile: Tile) -> bool:
     return tile.rows * tile.columns <= 64 * 32 * tile.warps
 
 
-def pick(arch: int, itemsize: int, n_rows: int, kernel: str = "strip") -> Tile:
+def pick(arch: int, itemsize: int, n_rows: int, kernel: str = "softmax") -> Tile:
     """Return the tile for ``n_rows`` rows, rounded up to a power of two for the choice.
 
     Args:
         arch: a key of the table, see :func:`architecture`.
         itemsize: bytes of an input element, 2 or 4.
         n_rows: valid rows.
-        kernel: ``strip`` (forward), ``kept`` (the same, keeping its exponentials) or ``slope`` (backward).
+        kernel: ``softmax`` (forward), ``kept`` (the same, keeping its exponentials) or ``grad`` (backward).
     """
     for wanted, tile in reversed(_override):
-        if wanted in (None, kernel, "strip" if kernel == "kept" else kernel):
+        if wanted in (None, kernel, "softmax" if kernel == "kept" else kernel):
             return tile
     if interpreted():
         return _INTERPRETER[0]
@@ -103,15 +123,50 @@ def pick(arch: int, itemsize: int, n_rows: int, kernel: str = "strip") -> Tile:
         return _WIDE[1] if n_rows <= FEW or kernel == "kept" else _WIDE[0]
     if n_rows <= FEW:
         return _FEW_ROWS[0] if n_rows <= FEW // 2 else _FEW_ROWS[1]
-    table = _HOPPER if arch == 90 else _AMPERE
+    table = _HOPPER if arch in _LARGE else _AMPERE
     return table[2] if n_rows <= 64 else table[0]
+
+
+def tuning() -> Tuning:
+    """Return the choices of the launches that hold here."""
+    return _tuning[-1]
+
+
+@contextmanager
+def tuned(**changes: Any) -> Iterator[None]:
+    """Change fields of :class:`Tuning` inside the ``with`` block.
+
+    Example:
+        >>> with tuned(cap_registers=False, row_blocks_a_group=1 << 20):
+        ...     pass
+    """
+    _tuning.append(tuning()._replace(**changes))
+    try:
+        yield
+    finally:
+        _tuning.pop()
+
+
+def register_cap(arch: int, itemsize: int, tile: Tile, flags: dict[str, Any]) -> dict[str, int]:
+    """Return the launch option that keeps ``partial_softmax`` at two blocks a multiprocessor, where it can.
+
+    On Hopper a carried strip, smoothing, and a vocabulary or width that ends inside a tile take 141 to 157
+    registers a thread, with which only one block fits. They build for 128 without a spill; a bias, a cap,
+    kept exponentials, and smoothing together with any of the others do not. ``flags`` are the kernel's
+    compile-time arguments.
+    """
+    uneven = flags["CARRY"] or not (flags["EVEN_V"] and flags["EVEN_D"])
+    heavy = flags["HAS_BIAS"] or flags["HAS_CAP"] or flags["KEEP"]
+    capable = arch == 90 and itemsize == 2 and tile == _HOPPER[0]
+    wanted = capable and not heavy and uneven != flags["SUM"]
+    return {"maxnreg": CAPPED_REGISTERS} if wanted and tuning().cap_registers and not interpreted() else {}
 
 
 @contextmanager
 def use(tile: Tile, kernel: str | None = None) -> Iterator[None]:
     """Take ``tile`` for every launch of ``kernel`` (None: of all) inside the ``with`` block.
 
-    What is asked for ``strip`` holds for ``kept`` too.
+    What is asked for ``softmax`` holds for ``kept`` too.
     """
     _override.append((kernel, tile))
     try:

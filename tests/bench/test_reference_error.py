@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sbs_edge.bench import kernel_roof, kernel_truth
+from sbs_edge.bench import matmul_peak, reference_error
 from sbs_edge.bench.kernel_cases import (
     IGNORED,
     Case,
@@ -16,7 +16,7 @@ from sbs_edge.bench.kernel_cases import (
     parse_shapes,
     student_states,
 )
-from sbs_edge.bench.kernel_truth import judge, measure_truth
+from sbs_edge.bench.reference_error import judge, measure_truth
 from sbs_edge.errors import DataError, UsageError
 
 CPU = torch.device("cpu")
@@ -32,8 +32,8 @@ def _full(inputs: Inputs, dtype: torch.dtype, scale: float) -> tuple[torch.Tenso
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_truth_is_what_autograd_finds_in_float64(dtype, monkeypatch):
     # 40 rows in blocks of 7; 2500 classes, so that classes are subsampled.
-    monkeypatch.setattr(kernel_truth, "_BLOCK_BYTES", {"cpu": 7 * 2500 * 32})
-    monkeypatch.setattr(kernel_truth, "_ROWS", 11)
+    monkeypatch.setattr(reference_error, "_BLOCK_BYTES", {"cpu": 7 * 2500 * 32})
+    monkeypatch.setattr(reference_error, "_ROWS", 11)
     inputs = make_inputs(Case(40, 12, 2500, dtype), CPU, 3)
     truth = measure_truth(inputs, 3)
     assert truth.scale == (640.0 if dtype == "float16" else 1.0)
@@ -129,11 +129,11 @@ def test_shapes_and_cases_are_read_in_order():
 
 
 def test_the_roof_counts_the_products_it_times():
-    clock = kernel_roof.Clock(CPU)
-    found = kernel_roof.product_rates(clock, 32, 16, 24, torch.float32, repeats=2)
+    clock = matmul_peak.Clock(CPU)
+    found = matmul_peak.product_rates(clock, 32, 16, 24, torch.float32, repeats=2)
     total = sum(found["ms"].values())
     assert found["tflops"] == pytest.approx(6 * 32 * 16 * 24 / total / 1e9)
-    assert kernel_roof.slice_width(2048, 32128, 4, "cpu") == 8192
-    assert kernel_roof.slice_width(4096, 250112, 2, "cuda") == 32768
-    assert kernel_roof.slice_width(10**6, 32128, 4, "cuda") == 1024
-    assert kernel_roof.slice_width(10, 50, 4, "cpu") == 50
+    assert matmul_peak.slice_width(2048, 32128, 4, "cpu") == 8192
+    assert matmul_peak.slice_width(4096, 250112, 2, "cuda") == 32768
+    assert matmul_peak.slice_width(10**6, 32128, 4, "cuda") == 1024
+    assert matmul_peak.slice_width(10, 50, 4, "cpu") == 50

@@ -1,12 +1,12 @@
-"""In which order the ``triton`` engine makes gradients: over slices of the vocabulary, or over blocks of rows.
+"""The ``triton`` engine makes gradients over chunks of the vocabulary or over chunks of rows: sizes and choice.
 
-*Columns* (N small beside V): forward keeps two numbers a row; backward makes a slice's scores again. dW
-is written once, dX is read and written once a slice: 8 N D V operations.
-*Rows* (N large beside V): forward makes a block's scores over the whole vocabulary, keeps their
+``vocab_chunks`` (N small beside V): forward keeps two numbers a row; backward makes a slice's scores again.
+dW is written once, dX is read and written once a slice: 8 N D V operations.
+``row_chunks`` (N large beside V): forward makes a block's scores over the whole vocabulary, keeps their
 exponentials, and makes the gradients at once. dX is written once, dW is read and written once a block:
 6 N D V operations, and one more pass over the scores instead of the recomputation.
 
-:func:`switch_rows` says from how many rows on the second one is taken, by memory first and then by a
+:func:`switch_rows` returns the number of rows from which the second is taken, by memory first and then by a
 model of time. The rates of that model are an H100's from data sheets and published runs: nothing here
 has been timed. Only their ratio matters, and :func:`use` overrules the choice.
 """
@@ -19,19 +19,16 @@ from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = [
-    "Need",
-    "Order",
-    "asked",
-    "budget_of",
-    "by_columns",
-    "by_rows",
-    "plan_columns",
-    "plan_rows_at_once",
-    "switch_rows",
-    "use",
-]
+    "CHUNKS", "Head", "Plan", "asked", "budget_of", "by_columns", "by_rows", "plan_columns", "plan_rows_at_once",
+    "switch_rows", "use", "whole_waves",
+]  # fmt: skip
 
-SLOPE_BYTES = 48 << 20
+CHUNKS = ("vocab_chunks", "row_chunks")
+GRAD_BYTES = 48 << 20
+# What chunks of rows may take by default, where they are the faster ones.
+ROW_CHUNK_BYTES = 256 << 20
+# More memory than chunks of the vocabulary take must save a tenth of the time.
+WORTH_MEMORY = 0.9
 LEAST_COLUMNS = 1536
 COLUMN_STEP = 128
 # A block of fewer rows spends more time on dW's traffic than the spared recomputation takes.
@@ -47,7 +44,7 @@ NEVER = 1 << 62
 _override: list[str] = []
 
 
-class Need(NamedTuple):
+class Head(NamedTuple):
     """One head: ``classes`` V, ``width`` D, bytes of a state and of an element of the weight."""
 
     classes: int
@@ -56,7 +53,7 @@ class Need(NamedTuple):
     weight_itemsize: int
 
 
-class Order(NamedTuple):
+class Plan(NamedTuple):
     """One way to make the gradients of N rows.
 
     Attributes:
@@ -88,72 +85,92 @@ def plan_columns(
         n_rows: M valid rows.
         n_classes: V.
         width: D.
-        itemsize: bytes of an element of the slopes.
-        workspace_mb: bound in MiB on all temporary buffers: the slopes, the gathered rows and dX in
-            float32; 0 plans 48 MiB of slopes, or 1536 columns where that is more, since each slice
+        itemsize: bytes of an element of the logits' gradient.
+        workspace_mb: bound in MiB on all temporary buffers: the logits' gradient, the gathered rows and dX in
+            float32; 0 plans 48 MiB of it, or 1536 columns where that is more, since each slice
             reads and writes all of dX.
         bytes_beside: further bytes a column, for a cast weight or a float32 piece of dW.
     """
     if workspace_mb > 0:
         budget = workspace_mb * 2**20 - n_rows * width * (itemsize + 4)
         return _fitting(budget, n_rows * itemsize + bytes_beside, n_classes, COLUMN_STEP)
-    columns = _fitting(SLOPE_BYTES, n_rows * itemsize, n_classes, COLUMN_STEP)
+    columns = _fitting(GRAD_BYTES, n_rows * itemsize, n_classes, COLUMN_STEP)
     return min(max(columns, LEAST_COLUMNS), n_classes)
 
 
-def by_columns(n_rows: int, need: Need, workspace_mb: float) -> Order:
+def whole_waves(span: int, width: int, processors: int) -> int:
+    """Return at most ``span`` columns with which dW's tiles, 256 x 128, divide into whole waves.
+
+    A slice of 6144 columns and a width of 768 make 144 tiles, for which 132 multiprocessors take as
+    long as for 264; 5632 columns make 132. A slice of less than one wave stays as it is.
+    """
+    wave = processors // -(-width // 128) * 256
+    return span // wave * wave if 0 < wave <= span else span
+
+
+def by_columns(n_rows: int, head: Head, workspace_mb: float) -> Plan:
     """Slices of the vocabulary for ``n_rows`` rows: their width, memory and traffic."""
-    v, d, b, w = need
+    v, d, b, w = head
     beside = d * b if w != b else 0
     span = plan_columns(n_rows, v, d, b, workspace_mb, beside)
     slices = v / span
     traffic = n_rows * d * (8 + 2 * b) * slices + 3 * n_rows * v * b + 3 * v * d * w
     seconds = 4 * n_rows * d * v * (1 / TILE_RATE[b] + 1 / LIBRARY_RATE[b]) + traffic / BYTE_RATE
     workspace = n_rows * span * b + n_rows * d * (b + 4) + span * beside
-    return Order(span, workspace, 8 * n_rows * d * v, traffic, seconds)
+    return Plan(span, workspace, 8 * n_rows * d * v, traffic, seconds)
 
 
-def _row_bytes(need: Need) -> tuple[float, float]:
+def _row_bytes(head: Head) -> tuple[float, float]:
     """Bytes that a block of rows takes whatever its size, and further ones a row."""
-    v, d, b, w = need
+    v, d, b, w = head
     cast = v * d * b if w != b else 0
     sums = v * d * 4 if w != 4 else 0
     piece = 4 if b == 2 else b
     return cast + sums, v * b + TILE_BYTES * v / TILE_COLUMNS + d * (b + piece)
 
 
-def plan_rows_at_once(n_rows: int, need: Need, budget: float) -> int:
+def plan_rows_at_once(n_rows: int, head: Head, budget: float) -> int:
     """Return how many rows one block takes within ``budget`` bytes; blocks are about equally large."""
-    fixed, each = _row_bytes(need)
+    fixed, each = _row_bytes(head)
     most = _fitting(budget - fixed, each, max(n_rows, 1), ROW_STEP)
     blocks = -(-max(n_rows, 1) // most)
     even = -(-n_rows // blocks)
     return max(1, min(most, -(-even // ROW_STEP) * ROW_STEP))
 
 
-def by_rows(n_rows: int, need: Need, budget: float) -> Order:
+def by_rows(n_rows: int, head: Head, budget: float) -> Plan:
     """Blocks of rows for ``n_rows`` rows within ``budget`` bytes: their height, memory and traffic."""
-    v, d, b, w = need
-    fixed, each = _row_bytes(need)
+    v, d, b, w = head
+    fixed, each = _row_bytes(head)
     span = _fitting(budget - fixed, each, max(n_rows, 1), ROW_STEP)
     blocks = n_rows / span
     traffic = v * d * (8 + 2 * b) * blocks + 5 * n_rows * v * b + v * d * (w + 4) + n_rows * d * 4 * b
     seconds = n_rows * d * v * (2 / TILE_RATE[b] + 4 / LIBRARY_RATE[b]) + traffic / BYTE_RATE
-    return Order(span, fixed + span * each, 6 * n_rows * d * v, traffic, seconds)
+    return Plan(span, fixed + span * each, 6 * n_rows * d * v, traffic, seconds)
 
 
-def budget_of(n_rows: int, need: Need, workspace_mb: float) -> float:
-    """Bytes that blocks of rows may take: the workspace, or what slices of the vocabulary would."""
-    return workspace_mb * 2**20 if workspace_mb > 0 else by_columns(n_rows, need, 0.0).workspace
+def _worth(n_rows: int, head: Head, budget: float) -> bool:
+    """Whether chunks of rows within ``budget`` are faster, by a tenth where they take more memory."""
+    columns, rows = by_columns(n_rows, head, 0.0), by_rows(n_rows, head, budget)
+    if rows.workspace <= columns.workspace:
+        return rows.span >= min(n_rows, LEAST_ROWS) and rows.seconds < columns.seconds
+    large = n_rows >= LEAST_ROWS and rows.span >= LEAST_ROWS // 2
+    return large and rows.workspace <= budget and rows.seconds < WORTH_MEMORY * columns.seconds
 
 
-def _rows_win(n_rows: int, need: Need, workspace_mb: float) -> bool:
-    columns = by_columns(n_rows, need, workspace_mb)
-    budget = budget_of(n_rows, need, workspace_mb)
-    rows = by_rows(n_rows, need, budget)
+def budget_of(n_rows: int, head: Head, workspace_mb: float) -> float:
+    """Bytes that chunks of rows may take: the workspace; by default what chunks of the vocabulary would, or 256 MiB."""
+    if workspace_mb > 0:
+        return workspace_mb * 2**20
+    lean = by_columns(n_rows, head, 0.0).workspace
+    return lean if _worth(n_rows, head, lean) else max(lean, float(ROW_CHUNK_BYTES))
+
+
+def _rows_win(n_rows: int, head: Head, workspace_mb: float) -> bool:
+    budget = budget_of(n_rows, head, workspace_mb)
     if workspace_mb <= 0:
-        fits = rows.workspace <= budget and rows.span >= min(n_rows, LEAST_ROWS)
-        return fits and rows.seconds < columns.seconds
+        return _worth(n_rows, head, budget)
+    columns, rows = by_columns(n_rows, head, workspace_mb), by_rows(n_rows, head, budget)
     if (rows.workspace <= budget) != (columns.workspace <= budget):
         return rows.workspace <= budget
     if rows.workspace > budget:  # neither fits: what misses by less
@@ -162,16 +179,16 @@ def _rows_win(n_rows: int, need: Need, workspace_mb: float) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _switch(need: Need, workspace_mb: float) -> int:
+def _switch(head: Head, workspace_mb: float) -> int:
     high = 1
-    while not _rows_win(high, need, workspace_mb):
+    while not _rows_win(high, head, workspace_mb):
         high *= 2
         if high > 1 << 40:
             return NEVER
     low = high // 2  # columns win at low, rows at high
     while high - low > 1:
         middle = (low + high) // 2
-        if _rows_win(middle, need, workspace_mb):
+        if _rows_win(middle, head, workspace_mb):
             high = middle
         else:
             low = middle
@@ -189,31 +206,32 @@ def switch_rows(
     """Return the least number of rows, ignored ones included, for which blocks of rows are taken.
 
     Without a workspace, blocks are taken where 2048 rows of them need no more memory than slices of the
-    vocabulary and the model has them faster; with one, where they alone keep to it, or both do and
+    vocabulary and the model has them faster, or where 1024 rows of them fit 256 MiB and it has them faster
+    by a tenth; with one, where they alone keep to it, or both do and
     blocks are faster. A soft cap's slope cannot be told from an exponential: such a head never switches.
     """
     if capped or itemsize not in TILE_RATE:
         return NEVER
-    return _switch(Need(n_classes, width, itemsize, weight_itemsize), workspace_mb)
+    return _switch(Head(n_classes, width, itemsize, weight_itemsize), workspace_mb)
 
 
 def asked() -> str:
-    """Return the order that :func:`use` asks for here, or nothing."""
+    """Return the chunks that :func:`use` asks for here, or an empty string."""
     return _override[-1] if _override else ""
 
 
 @contextmanager
-def use(order: str) -> Iterator[None]:
-    """Take ``order`` (``rows`` or ``columns``) whatever the shape, inside the ``with`` block.
+def use(chunks: str) -> Iterator[None]:
+    """Take ``chunks`` (``vocab_chunks`` or ``row_chunks``) whatever the shape, inside the ``with`` block.
 
-    A head with a soft cap is refused by the engine under ``rows``.
+    A head with a soft cap is refused by the engine under ``row_chunks``.
 
     Raises:
-        ValueError: no such order.
+        ValueError: the name is neither.
     """
-    if order not in ("rows", "columns"):
-        raise ValueError(f"The order must be 'rows' or 'columns', not {order!r}.")
-    _override.append(order)
+    if chunks not in CHUNKS:
+        raise ValueError(f"chunks must be 'vocab_chunks' or 'row_chunks', not {chunks!r}.")
+    _override.append(chunks)
     try:
         yield
     finally:

@@ -1,0 +1,60 @@
+"""What one call to a model brings: an answer, or a failure that says what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Answer", "CallFailed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back. Token counts are None where the server counts none; thought is kept apart."""
+
+    text: str
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    refusal: str | None = None
+    has_thought: bool = False
+    model: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class CallFailed(Exception):
+    """A call brought no answer.
+
+    Attributes:
+        reason: short and stable, such as ``http-429`` or ``rejected``.
+        retry: whether the same call may succeed later.
+        fatal: whether every further call would fail too (wrong key, unknown model).
+        headers: the response's headers, if there was one.
+
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        detail: str,
+        *,
+        retry: bool = False,
+        fatal: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.retry = retry
+        self.fatal = fatal
+        self.headers = headers or {}
+
+    def reworded(self, detail: str) -> CallFailed:
+        """Return the same failure with other words."""
+        return CallFailed(
+            self.reason,
+            detail,
+            retry=self.retry,
+            fatal=self.fatal,
+            headers=self.headers,
+        )

@@ -1,0 +1,121 @@
+"""Tokenising beside the event loop: one thread, shared fairly between requests by characters.
+
+The texts of a request are cut into slices. Each slice carries a tag: how many characters its request would
+have had tokenised by then if all requests had taken turns character by character (start-time fair queueing).
+The lowest tag goes first, so a short request passes the rest of a long one, and no request waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from sbs_edge.serve.interpreter import stand_back
+
+__all__ = ["FairTokenizer"]
+
+Tokenize = Callable[[Sequence[str], str], list[list[int]]]
+
+_SLICE_CHARACTERS = 4096  # a few milliseconds
+
+
+@dataclass(slots=True)
+class _Job:
+    """One request's texts for one task."""
+
+    tokenize: Tokenize
+    task: str
+    texts: Sequence[str]
+    most: int  # characters of a text that are read at most
+    done: asyncio.Future[list[list[int]]]
+    left: int  # characters that are still to be read
+    rows: list[list[int]] = field(default_factory=list)
+
+    def cost(self, text: str) -> int:
+        return min(len(text), self.most) + 1
+
+    def next_slice(self) -> tuple[Sequence[str], int]:
+        """Return the next texts and how many characters of them are read."""
+        start = end = len(self.rows)
+        cost = 0
+        while end < len(self.texts) and (end == start or cost < _SLICE_CHARACTERS):
+            cost += self.cost(self.texts[end])
+            end += 1
+        return self.texts[start:end], cost
+
+
+class FairTokenizer:
+    """Tokenises on one thread. Everything but the tokenising itself runs on the event loop."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=stand_back)
+        self._waiting: list[tuple[int, int, _Job]] = []  # (tag, order of arrival, job)
+        self._order = itertools.count()
+        self._now = 0  # the tag of the slice at work
+        self._at_work: _Job | None = None
+        self.seconds_per_character = 0.0  # moving average; 0 until the first slice
+
+    def wait_estimate_s(self, n_characters: int) -> float:
+        """Estimated seconds that a request of ``n_characters`` waits here for others and for itself."""
+        jobs = [job for _, _, job in self._waiting if not job.done.done()]
+        ahead = sum(min(job.left, n_characters) for job in jobs)
+        if self._at_work is not None:
+            ahead += min(self._at_work.left, max(n_characters, _SLICE_CHARACTERS))
+        return (ahead + n_characters) * self.seconds_per_character
+
+    async def tokenize(
+        self, tokenize: Tokenize, texts: Sequence[str], task: str, most_characters: int
+    ) -> list[list[int]]:
+        """Return ``tokenize(texts, task)``; of a text at most ``most_characters`` are read.
+
+        Cancelling the call takes the texts that are still waiting out of the queue.
+        """
+        done: asyncio.Future[list[list[int]]] = asyncio.get_running_loop().create_future()
+        job = _Job(tokenize, task, texts, most_characters, done, 0)
+        job.left = sum(map(job.cost, texts))
+        self._queue(job, self._now)
+        self._start()
+        return await done
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _queue(self, job: _Job, tag: int) -> None:
+        heapq.heappush(self._waiting, (tag + job.next_slice()[1], next(self._order), job))
+
+    def _start(self) -> None:
+        """Give the thread the slice with the lowest tag, if it is free."""
+        while self._at_work is None and self._waiting:
+            tag, _, job = heapq.heappop(self._waiting)
+            if job.done.done():  # its request was given up
+                continue
+            self._now, self._at_work = tag, job
+            texts, cost = job.next_slice()
+            started_s = time.perf_counter()
+            working = asyncio.get_running_loop().run_in_executor(self._pool, job.tokenize, texts, job.task)
+            working.add_done_callback(partial(self._finish, job, cost, started_s))
+
+    def _finish(self, job: _Job, cost: int, started_s: float, ran: asyncio.Future[list[list[int]]]) -> None:
+        self._at_work = None
+        job.left -= cost
+        error = RuntimeError("The server stopped.") if ran.cancelled() else ran.exception()
+        if error is not None:
+            if not job.done.done():
+                job.done.set_exception(error)
+        else:
+            each = (time.perf_counter() - started_s) / cost
+            known = self.seconds_per_character
+            self.seconds_per_character = 0.7 * known + 0.3 * each if known else each
+            job.rows += ran.result()
+            if len(job.rows) < len(job.texts):
+                self._queue(job, self._now)
+            elif not job.done.done():
+                job.done.set_result(job.rows)
+        self._start()
