@@ -92,8 +92,8 @@ def _settings(checkpoint: Checkpoint) -> Any:
         if isinstance(value, list):
             if len(value) != 1:
                 raise UsageError(
-                    f"{checkpoint.folder / 'config.json'} has several values of {name} ({value}). A student has one: write the "
-                    "one that ends a text there."
+                    f"{checkpoint.folder / 'config.json'} has several values of {name} ({value}). A student has one: write "
+                    "the one that ends a text there."
                 )
             value = value[0]
         setattr(settings, name, standard if value is None else value)
@@ -168,8 +168,8 @@ def _filled(settings: Any, tensors: dict[str, Tensor], own_head: bool, folder: P
         )
     if left:
         raise UsageError(
-            f"{folder} holds {len(left)} tensor(s) that a language model of the T5 family does not have: {_few(left)}. It is "
-            "another model than its config.json describes, and what it computes would be lost."
+            f"{folder} holds {len(left)} tensor(s) that a language model of the T5 family does not have: {_few(left)}. It "
+            "is another model than its config.json describes, and what it computes would be lost."
         )
     for name, shape in shapes.items():
         if tensors[name].shape != shape:

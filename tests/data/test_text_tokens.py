@@ -14,12 +14,12 @@ from sbs_edge.data.check import check_dataset
 from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer
 from sbs_edge.errors import UsageError
-from sbs_edge.student.tokens import checkpoint_tokenizer
 from sbs_edge.export.labels import plan_labels
 from sbs_edge.label_tokens import check_choices, spelling_of_rows, spelling_sentences
 from sbs_edge.runtime.texts import Texts, check_texts
 from sbs_edge.student.batches import Encoder
 from sbs_edge.student.config import TrainConfig
+from sbs_edge.student.tokens import checkpoint_tokenizer
 from sbs_edge.tokens import (
     TextTokenizer,
     first_tokens,
