@@ -21,7 +21,7 @@ elif [ -z "$(CUDA)" ] && [ ! -e "$(NVIDIA_DRIVER)" ] \
 else $(PY) -m pip install --quiet -c $(CONSTRAINTS) torch; fi
 endef
 
-.PHONY: demo install test test-long lint format types clean
+.PHONY: demo install test test-long lint format types docs clean
 
 # From nothing to a bundle that answers without torch.
 demo: $(VENV)/.demo
@@ -68,6 +68,16 @@ format: install
 
 types: install
 	$(VENV)/bin/mypy
+
+# The documentation, in an environment of its own. Strict: a broken link fails.
+$(VENV)/docs/.installed: pyproject.toml
+	test -x $(VENV)/docs/bin/python || $(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/docs/bin/python -m pip install --quiet --group docs
+	touch $@
+
+docs: $(VENV)/docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,7 +43,8 @@ def softmax_rows(  # type: ignore[no-untyped-def]
 ) -> None:  # fmt: skip
     """Losses and hits of (R, V) logits; with WRITE, ``gains[0] * dloss/dlogits`` into ``grads`` (R, V).
 
-    A row whose factor is 0 leaves zeros there, not even a NaN. The target's exponential is kept out of the others' sum: nearly all of a confident row's sum is its
+    A row whose factor is 0 leaves zeros there, not even a NaN. The target's exponential is kept out of the
+    others' sum: nearly all of a confident row's sum is its
     target's, and its loss and gradient are what the others add.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -184,7 +185,8 @@ def _score(out: Tensor, rows: Tensor, part: Tensor) -> None:
 def _bounded_gain(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the gain, (1,) float32, with which no product that is rounded to float16 overflows.
 
-    A row's gradients by its logits add up to less than 4 in size, and so do a class's times the rows' factors, which add up to 1.
+    A row's gradients by its logits add up to less than 4 in size. So do a class's times the rows' factors,
+    which add up to 1.
     """
     sizes = torch.stack([side.abs().float() for x in (rows, weight) for side in torch.aminmax(x)])
     room = torch.finfo(torch.float16).max / (4.0 * sizes.amax())

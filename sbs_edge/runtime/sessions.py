@@ -12,6 +12,7 @@ import numpy as np
 
 from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
 from sbs_edge.resources import lacks_memory, memory_advice
+from sbs_edge.runtime.external_data import inlined
 from sbs_edge.runtime.int8_products import EXACT_OPTION, needs_exact_option
 from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.runtime.prepacked import load_prepacked
@@ -125,10 +126,7 @@ class Session:
             return in_memory(chosen, *source.read())
 
         def in_memory(chosen: Any, content: bytes, constants: Mapping[str, bytes]) -> Any:
-            if constants:
-                chosen.add_external_initializers_from_files_in_memory(
-                    list(constants), list(constants.values()), [len(held) for held in constants.values()]
-                )
+            content = inlined(content, constants) if constants else content
             return onnxruntime.InferenceSession(content, chosen, providers=[(provider, settings)])
 
         on_tensorrt = provider in (TENSORRT, RTX)

@@ -1,0 +1,146 @@
+"""Bundles on a model hub: fetch one by name, publish one.
+
+Uses ``huggingface_hub``, which the tokenizers package brings along. It is imported only here, when a name is not a
+directory, so that opening a local bundle costs nothing more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from sbs_edge import files
+from sbs_edge.errors import DataError, IntegrityError, SbsEdgeError, UsageError
+from sbs_edge.runtime.cache import cache_directory
+from sbs_edge.runtime.manifest import DIGEST, MANIFEST, read_manifest, safe_member, safe_name
+
+__all__ = ["copy_bundle", "fetch", "upload"]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def copy_bundle(root: Path, out: Path, *, within: Path | None = None) -> None:
+    """Write the files that the manifest lists, the manifest and its digest to ``out``, in one step.
+
+    Args:
+        root: the bundle.
+        out: the new directory; an earlier bundle there is replaced.
+        within: links are followed as long as they end in this directory; None: links are refused.
+
+    Raises:
+        UsageError: ``out`` is there already and is not a bundle.
+        IntegrityError: a file is missing, or a name or link leaves the directory.
+    """
+    files.check_replaceable(out, [MANIFEST], "bundle")
+
+    def copy(name: str, work: Path) -> None:
+        source = root / name if within is None and name in (MANIFEST, DIGEST) else _source(root, name, within)
+        target = work / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+    with files.atomic_directory(out) as work:
+        copy(MANIFEST, work)
+        copy(DIGEST, work)
+        for name in read_manifest(work)["files"]:
+            copy(name, work)
+
+
+def _source(root: Path, name: str, within: Path | None) -> Path:
+    if within is None:
+        return safe_member(root, name)
+    path = (root / name).resolve()
+    if not safe_name(name) or not path.is_relative_to(within.resolve()) or not path.is_file():
+        raise IntegrityError(
+            f"The bundle {root} lists {name!r}, which is not a file of it. Publish the bundle again."
+        )
+    return path
+
+
+def fetch(name: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Download a bundle once; return a directory that holds its files and nothing else.
+
+    Args:
+        name: ``owner/repository`` on the hub.
+        revision: branch, tag or commit; None: the main branch.
+        token: for private repositories; None: what ``huggingface_hub`` finds by itself.
+
+    Raises:
+        UsageError: ``name`` is neither a directory nor a name on a hub.
+        SbsEdgeError: the hub has no such bundle, or cannot be reached and nothing is cached.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is neither a directory nor a hub name of the form 'owner/repository'.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(name, revision=revision, token=token))
+    except LocalEntryNotFoundError as error:
+        raise SbsEdgeError(
+            f"There is no directory {name!r}, the hub cannot be reached, and no earlier download of {name} was found. "
+            "Check the path or the connection (HF_HUB_OFFLINE=1 forbids downloads)."
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "an error")
+        raise SbsEdgeError(
+            f"The hub answered {status} for {name}{f' at {revision!r}' if revision else ''}. Check the name; a private "
+            "repository needs a token."
+        ) from error
+    if not (snapshot / MANIFEST).is_file():
+        raise DataError(f"{name} on the hub is not a bundle: it has no {MANIFEST}.")
+    # The hub's cache holds links, which a bundle must not; the commit names the copy.
+    place = cache_directory("hub") / name.replace("/", "--") / snapshot.name
+    if not place.is_dir():
+        copy_bundle(snapshot, place, within=snapshot.parents[1])
+    return place
+
+
+def upload(
+    root: str | os.PathLike[str],
+    name: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Add a bundle",
+) -> str:
+    """Publish a bundle as one commit; create the repository where it does not exist.
+
+    Only files that the manifest lists are sent.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        UsageError: ``name`` is not of the form ``owner/repository``.
+        SbsEdgeError: the hub refused it, or cannot be reached.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is not a hub name of the form 'owner/repository'.")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = [*read_manifest(Path(root))["files"], MANIFEST, DIGEST]
+    api = HfApi(token=token)
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=str(root), allow_patterns=wanted, commit_message=message
+        )
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "an error")
+        raise SbsEdgeError(
+            f"The hub answered {status} to publishing {name}. Log in with `hf auth login`, or pass a token that may write."
+        ) from error
+    except _network_errors() as error:
+        raise SbsEdgeError(f"The hub cannot be reached to publish {name}.") from error
+    return str(commit.commit_url)
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """Return what a failed connection raises: huggingface_hub uses requests before 1.0 and httpx since."""
+    httpx = sys.modules.get("httpx")
+    return (OSError,) if httpx is None else (OSError, httpx.TransportError)
