@@ -13,9 +13,9 @@ from typing import Any
 from sbs_edge import files
 from sbs_edge.data.example import TaskSpec
 from sbs_edge.errors import UsageError
-from sbs_edge.student.checkpoint import CARD, Checkpoint, open_checkpoint, weight_files
-from sbs_edge.student.student_dir import StudentDir
-from sbs_edge.student.tokens import checkpoint_tokenizer, write_tokenizer
+from sbs_edge.training.checkpoint import CARD, Checkpoint, open_checkpoint, weight_files
+from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.training.tokens import checkpoint_tokenizer, write_tokenizer
 
 __all__ = ["CHECKPOINT_MODE", "open_student"]
 

@@ -1,0 +1,242 @@
+"""A checkpoint of the T5 family as a live model: exactly the model in its files, under transformers 4.57 and 5 alike.
+
+The two versions read some files differently, so what decides is read here, from the files:
+
+* The head. Version 4.57 ties it wherever the configuration does not say otherwise and drops what the file holds;
+  version 5 writes "tied" into every configuration, whatever the head. Here a head that differs from the embedding stays
+  a head of its own.
+* The factor before the head, ``d_model ** -0.5`` or 1. ``scale_decoder_outputs`` says it where version 5, or training
+  here, has written it; ``tie_word_embeddings`` says it in older files (false: 1). Version 5 leaves no trace for mT5,
+  which it never scales, and UMT5, which it always scales; a file of these that it wrote is read so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.training.checkpoint import Checkpoint, open_checkpoint
+from sbs_edge.training.model import is_tied, measure_logit_scale
+from sbs_edge.training.tensors import read_tensors
+
+__all__ = ["load_checkpoint", "load_opened", "save_model"]
+
+NAMED = 3
+HEAD, TABLE = "lm_head.weight", "shared.weight"
+_TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# Checkpoints of 2019 and 2020 hold a bias of positions between decoder and encoder, which no model has used since.
+_OBSOLETE = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+
+def load_checkpoint(name: str, dropout: float | None = None) -> Any:
+    """Load the checkpoint ``name`` of the T5 family in float32.
+
+    Args:
+        name: a directory, or a name on a hub (see :func:`sbs_edge.training.checkpoint.open_checkpoint`).
+        dropout: rate in place of the checkpoint's; None: its own.
+
+    Returns:
+        A ``T5ForConditionalGeneration`` or its mT5 or UMT5 form, in evaluation mode, adapters merged.
+
+    Raises:
+        UsageError: there is no such checkpoint, it is of another kind, or its files do not make a whole model.
+
+    """
+    return load_opened(open_checkpoint(name), dropout)
+
+
+def load_opened(checkpoint: Checkpoint, dropout: float | None = None) -> Any:
+    """Load a checkpoint that was opened; arguments and errors as for :func:`load_checkpoint`."""
+    folder = checkpoint.folder
+    settings = _settings(checkpoint)
+    if dropout is not None:
+        settings.dropout_rate = dropout
+    tensors = _one_table(read_tensors(folder), folder)
+    own = _own_head(tensors, checkpoint)
+    settings.tie_word_embeddings = not own
+    model = _filled(settings, tensors, own, folder)
+    _scale_to(model, _logit_scale(checkpoint))
+    if checkpoint.adapter is not None:
+        model = _merged(model, checkpoint.adapter)
+    return model.eval()
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write ``config.json``, ``generation_config.json`` and the weights, so that every version reads this model.
+
+    Where the head is not the embedding the configuration says so, and the factor before the head is always written.
+    """
+    model.config.tie_word_embeddings = is_tied(model)
+    model.config.scale_decoder_outputs = measure_logit_scale(model) != 1.0
+    model.save_pretrained(folder)
+
+
+def _settings(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration, special tokens filled in."""
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(str(checkpoint.folder))
+    except Exception as error:  # version 5 validates with errors of its own
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UsageError(
+            f"{checkpoint.folder / 'config.json'} is not a configuration that transformers reads: {reason}. Copy it again "
+            "from where the checkpoint was saved."
+        ) from error
+    for name, standard in (("pad_token_id", 0), ("eos_token_id", 1)):
+        value = getattr(settings, name, None)
+        if isinstance(value, list):
+            if len(value) != 1:
+                raise UsageError(
+                    f"{checkpoint.folder / 'config.json'} has several values of {name} ({value}). A student has one: write "
+                    "the one that ends a text there."
+                )
+            value = value[0]
+        setattr(settings, name, standard if value is None else value)
+    settings.decoder_start_token_id = checkpoint.start_id
+    return settings
+
+
+def _one_table(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Return the tensors with the embedding once, under its own name, and without what no model uses.
+
+    Raises:
+        UsageError: encoder and decoder have different embeddings.
+    """
+    found = {name: tensor for name, tensor in tensors.items() if name not in (*_TABLES, *_OBSOLETE)}
+    tables = [(name, tensors[name]) for name in (TABLE, *_TABLES) if name in tensors]
+    for name, table in tables[1:]:
+        if not _same(table, tables[0][1]):
+            raise UsageError(
+                f"{folder} holds two different embeddings, {tables[0][0]} and {name}. A model of the T5 family has one for "
+                "encoder and decoder, so this checkpoint is another model."
+            )
+    if tables:
+        found[TABLE] = tables[0][1]
+    return found
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and (
+        (first.data_ptr() == second.data_ptr() and first.dtype == second.dtype) or torch.equal(first, second)
+    )
+
+
+def _own_head(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> bool:
+    """Tell whether the LM head has weights of its own; a tied one leaves ``tensors``.
+
+    Raises:
+        UsageError: the configuration says that it has, and they are not in the files.
+    """
+    said = checkpoint.config.get("tie_word_embeddings")
+    head = tensors.get(HEAD)
+    if head is None:
+        if said is False and TABLE in tensors:
+            raise UsageError(
+                f"{checkpoint.folder} lacks {HEAD}, although its config.json says that the head has weights of its own "
+                '("tie_word_embeddings": false). Copy the weights again; or write true there if the head is the embedding.'
+            )
+        return False
+    if said is not False and TABLE in tensors and _same(head, tensors[TABLE]):
+        del tensors[HEAD]
+        return False
+    return True
+
+
+def _filled(settings: Any, tensors: dict[str, Tensor], own_head: bool, folder: Path) -> Any:
+    """Return the model that ``settings`` describe, with the files' tensors in float32.
+
+    Raises:
+        UsageError: a tensor is missing, left over, or of another shape.
+    """
+    from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(settings)
+    shapes = {name: value.shape for name, value in model.state_dict().items() if name not in _TABLES}
+    if not own_head:
+        shapes.pop(HEAD, None)
+    absent, left = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if absent:
+        raise UsageError(
+            f"{folder} lacks {len(absent)} tensor(s) of the model that its config.json describes: {_few(absent)}. Copy it "
+            "again from where it was saved, or train again."
+        )
+    if left:
+        raise UsageError(
+            f"{folder} holds {len(left)} tensor(s) that a language model of the T5 family does not have: {_few(left)}. It "
+            "is another model than its config.json describes, and what it computes would be lost."
+        )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise UsageError(
+                f"{folder} holds {name} in the shape {tuple(tensors[name].shape)}, and its config.json describes "
+                f"{tuple(shape)}. The two do not belong together; copy both again from where the checkpoint was saved."
+            )
+    # Copies: the files may be replaced while the model lives.
+    state = {name: tensors[name].to(torch.float32, copy=True) for name in shapes}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.set_input_embeddings(model.shared)
+    if not own_head:
+        model.lm_head.weight = model.shared.weight
+    if (folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder / 'generation_config.json'} cannot be read: {error}.") from error
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        if getattr(model.generation_config, name, None) is None:
+            setattr(model.generation_config, name, getattr(settings, name))
+    return model
+
+
+def _logit_scale(checkpoint: Checkpoint) -> float:
+    """Return the factor before the LM head that the files ask for (see the module's text)."""
+    config = checkpoint.config
+    said, family = config.get("scale_decoder_outputs"), config["model_type"]
+    if isinstance(said, bool):
+        scaled = said
+    elif family != "t5" and _written_by_5(config):
+        scaled = family == "umt5"
+    else:
+        scaled = config.get("tie_word_embeddings") is not False
+    return float(config["d_model"]) ** -0.5 if scaled else 1.0
+
+
+def _written_by_5(config: Any) -> bool:
+    major = str(config.get("transformers_version") or "").partition(".")[0]
+    return major.isdigit() and int(major) >= 5
+
+
+def _scale_to(model: Any, wanted: float) -> None:
+    """Make the factor before the LM head ``wanted``, where this version of transformers would take another."""
+    if hasattr(model.config, "scale_decoder_outputs"):
+        model.config.scale_decoder_outputs = wanted != 1.0
+    found = measure_logit_scale(model)
+    if found != wanted:
+        factor = wanted / found
+        model.lm_head.register_forward_pre_hook(lambda _module, args: (args[0] * factor, *args[1:]))
+
+
+def _merged(model: nn.Module, adapter: Path) -> Any:
+    """Return ``model`` with a LoRA adapter added to its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtra("peft", "train", "Merging a LoRA adapter") from error
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UsageError(
+            f"The LoRA adapter in {adapter} does not fit its base, or is damaged: {reason}. Copy it again from where it was "
+            "saved, or correct base_model_name_or_path in its adapter_config.json."
+        ) from error
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
