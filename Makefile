@@ -46,7 +46,7 @@ $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 # These rooms compute and share nothing, so their tests are spread over the cores; servers, benches and Ray want every
 # core for themselves and come after. A process with torch in it takes up to a gigabyte: hence the bound.
 SPREAD := -n logical --maxprocesses 4 --dist worksteal
-APART := tests/data tests/kernels tests/student tests/export_graphs tests/export_api tests/runtime
+APART := tests/data tests/kernels tests/training tests/export/graphs tests/export/api tests/runtime
 TOGETHER := $(addprefix --ignore=,$(APART))
 
 # The default run: under 15 minutes on two cores.

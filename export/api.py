@@ -21,13 +21,10 @@ from sbs_edge import __version__, files
 from sbs_edge.data.example import Example
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import UsageError
-from sbs_edge.export import card, guard
-from sbs_edge.export.assemble import Recipe, write_target
-from sbs_edge.export.checkpoint import CHECKPOINT_MODE, open_student
-from sbs_edge.export.compare import compare_with_pytorch
-from sbs_edge.export.input_vocabulary import SmallVocabulary, small_vocabulary, write_companions
-from sbs_edge.export.labels import LabelPlan, plan_labels
-from sbs_edge.export.measure import (
+from sbs_edge.export import card
+from sbs_edge.export.assemble import GraphInputs, write_target
+from sbs_edge.export.check import accuracy as guard
+from sbs_edge.export.check.measure import (
     Answers,
     answer_rows,
     calibration_of,
@@ -35,18 +32,22 @@ from sbs_edge.export.measure import (
     guard_figures,
     rationale_tokens,
 )
-from sbs_edge.export.mixed import check_layers
-from sbs_edge.export.padding import padding_figures
-from sbs_edge.export.ranges import collect_calibration
-from sbs_edge.export.sensitivity import most_sensitive
+from sbs_edge.export.check.padding import padding_figures
+from sbs_edge.export.check.parity import compare_with_pytorch
+from sbs_edge.export.check.sensitivity import most_sensitive
+from sbs_edge.export.checkpoint import CHECKPOINT_MODE, open_student
+from sbs_edge.export.graphs.weights import load_model, weights_of
+from sbs_edge.export.labels import LabelPlan, plan_labels
+from sbs_edge.export.quant.mixed import check_layers
+from sbs_edge.export.quant.ranges import collect_calibration
 from sbs_edge.export.targets import TARGETS, Target, check_runnable, providers_here, targets_named
-from sbs_edge.export.vocabulary import output_tokens
-from sbs_edge.export.weights import load_model, weights_of
+from sbs_edge.export.vocabulary.input import SmallVocabulary, copy_tokenizer_and_config, small_vocabulary
+from sbs_edge.export.vocabulary.output import output_tokens
 from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.manifest import FORMAT
 from sbs_edge.runtime.student import Student
-from sbs_edge.student.student_dir import CALIBRATION, VALIDATION, StudentDir
 from sbs_edge.tokens import TextTokenizer, within_limit
+from sbs_edge.training.student_dir import CALIBRATION, VALIDATION, StudentDir
 
 __all__ = ["ExportResult", "export"]
 
@@ -81,8 +82,8 @@ class _Job:
 
     opened: StudentDir
     model: Any
-    recipe: Recipe
-    whole: Recipe
+    recipe: GraphInputs
+    whole: GraphInputs
     small: SmallVocabulary | None
     rows: list[Example]
     max_drop: float
@@ -238,7 +239,7 @@ def export(
                 f"{target.name} is calibrated on rows, and this student kept none; give labelled rows as guard data, "
                 "or choose cpu-int8 or cuda-bf16."
             )
-    whole = Recipe(
+    whole = GraphInputs(
         weights, plan, stats.norms, explains, None, tuple(keep_float), stats,
         opened.limits["max_source_tokens"],
         max(opened.limits["max_target_tokens"], opened.limits["max_label_tokens"] + 1),
@@ -262,11 +263,11 @@ def export(
         # The same graphs, judged as a bundle first.
         report = _write_bundle(Path(scratch) / "bundle", job, wanted, manifest, False)
         if layout == "optimum":
-            from sbs_edge.export.layout_optimum import write_optimum
+            from sbs_edge.export.layouts.optimum import write_optimum
 
             write_optimum(Path(out), opened, recipe, wanted, manifest)
         else:
-            from sbs_edge.export.layout_triton import write_triton_repository
+            from sbs_edge.export.layouts.triton import write_triton_repository
 
             write_triton_repository(Path(scratch) / "bundle", Path(out))
     return ExportResult(Path(out), manifest, report)
@@ -281,11 +282,11 @@ def _write_bundle(
             job.say(f"writing graphs for {target.name}")
             entry = write_target(work / target.name, target, job.recipe)
             if single_file:
-                from sbs_edge.export.single_file import write_single_file
+                from sbs_edge.export.layouts.single_file import write_single_file
 
                 entry["single_file"] = write_single_file(work, target, job.opened, job.recipe)
             manifest["targets"][target.name] = entry
-        write_companions(job.opened, job.small, work)
+        copy_tokenizer_and_config(job.opened, job.small, work)
         seal(work, manifest)
         # What the guard compares with: float32, whole vocabulary. Never part of the bundle.
         with _reference(Path(scratch), manifest, job) as reference:
@@ -343,7 +344,7 @@ def _candidate(job: _Job, manifest: dict[str, Any], target: str) -> Callable[[Pa
     """Return what makes a student of graphs in a scratch directory."""
 
     def opened(root: Path, entry: dict[str, Any]) -> Student:
-        write_companions(job.opened, job.small, root)
+        copy_tokenizer_and_config(job.opened, job.small, root)
         seal(root, {**manifest, "targets": {target: entry}, "default_target": target})
         return Student(Bundle.open(root, verify=False), target)
 
@@ -384,7 +385,7 @@ def _judge(
 def _reference(root: Path, manifest: dict[str, Any], job: _Job) -> Student:
     target = TARGETS[REFERENCE]
     entry = write_target(root / REFERENCE, target, job.whole)
-    write_companions(job.opened, None, root)
+    copy_tokenizer_and_config(job.opened, None, root)
     own = {"labels": job.whole.plan.describe(), "model": job.whole.weights.describe()}
     seal(root, {**manifest, **own, "targets": {REFERENCE: entry}, "default_target": REFERENCE})
     return Student(Bundle.open(root, verify=False), REFERENCE)

@@ -11,34 +11,34 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sbs_edge.export.beams import build_beam_explainer
-from sbs_edge.export.explainer import build_explainer
-from sbs_edge.export.graph import OPSET
-from sbs_edge.export.half import HalfType, to_half
-from sbs_edge.export.int4 import Int4
-from sbs_edge.export.label_scorer import build_label_scorer
+from sbs_edge.export.graphs.beams import build_beam_explainer
+from sbs_edge.export.graphs.builder import OPSET
+from sbs_edge.export.graphs.generate import build_explainer
+from sbs_edge.export.graphs.label import build_label_scorer
+from sbs_edge.export.graphs.step import build_decoder_step, build_encoder
+from sbs_edge.export.graphs.store import save_graphs
+from sbs_edge.export.graphs.trie import build_choice_scorer, build_trie_scorer
+from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.labels import LabelPlan
-from sbs_edge.export.mixed import Mixed
-from sbs_edge.export.precision import Float32, Int8, Precision
 from sbs_edge.export.profiles import profile_of
-from sbs_edge.export.qdq import Int8Pairs
-from sbs_edge.export.ranges import CalibrationStats
-from sbs_edge.export.rescale import Rescale, fp16_rescale, rescale
-from sbs_edge.export.step import build_decoder_step, build_encoder
-from sbs_edge.export.store import save_graphs
+from sbs_edge.export.quant.half import HalfType, to_half
+from sbs_edge.export.quant.int4 import Int4
+from sbs_edge.export.quant.mixed import Mixed
+from sbs_edge.export.quant.precision import Float32, Int8, Precision
+from sbs_edge.export.quant.qdq import Int8Pairs
+from sbs_edge.export.quant.ranges import CalibrationStats
+from sbs_edge.export.quant.rescale import Rescale, fp16_rescale, rescale
 from sbs_edge.export.targets import Target
-from sbs_edge.export.trie_scorer import build_choice_scorer, build_trie_scorer
-from sbs_edge.export.weights import T5Weights
 from sbs_edge.runtime.batches import padded_length
 from sbs_edge.runtime.int8_products import int8_products
 
-__all__ = ["PROFILE_ROWS", "Recipe", "half_of", "precision_of", "write_target"]
+__all__ = ["PROFILE_ROWS", "GraphInputs", "half_of", "precision_of", "write_target"]
 
 PROFILE_ROWS = 16  # most rows a call that TensorRT's engines are built for; the runtime keeps to it
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class GraphInputs:
     """Everything a target's graphs are made from.
 
     Attributes:
@@ -66,7 +66,7 @@ class Recipe:
     beams: tuple[int, ...] = ()
 
 
-def precision_of(target: Target, recipe: Recipe) -> Precision:
+def precision_of(target: Target, recipe: GraphInputs) -> Precision:
     """Return the number format of ``target``; half-precision graphs are written in float32 and converted."""
     if target.numbers in ("float32", "fp16", "bf16"):
         return Float32(contrib=not target.standard)
@@ -76,7 +76,7 @@ def precision_of(target: Target, recipe: Recipe) -> Precision:
     return _mixed(quantised, recipe)
 
 
-def _mixed(quantised: Precision, recipe: Recipe) -> Precision:
+def _mixed(quantised: Precision, recipe: GraphInputs) -> Precision:
     return Mixed(quantised, recipe.weights, recipe.keep_float) if recipe.keep_float else quantised
 
 
@@ -87,7 +87,7 @@ def half_of(target: Target) -> HalfType | None:
     return "bf16" if target.numbers == "bf16" else None
 
 
-def write_target(folder: Path, target: Target, recipe: Recipe) -> dict[str, Any]:
+def write_target(folder: Path, target: Target, recipe: GraphInputs) -> dict[str, Any]:
     """Write the graphs; return the target's entry in the manifest, paths relative to the bundle."""
     half = half_of(target)
     by = fp16_rescale(recipe.stats, recipe.weights) if half == "fp16" else Rescale()
@@ -130,7 +130,7 @@ def _int8_facts(names: Collection[str]) -> dict[str, Any]:
     }
 
 
-def _models(target: Target, recipe: Recipe) -> Iterator[tuple[str, onnx.ModelProto]]:
+def _models(target: Target, recipe: GraphInputs) -> Iterator[tuple[str, onnx.ModelProto]]:
     """Yield the target's graphs by role, one at a time: each holds its own copy of the weights."""
     weights, plan, kept = recipe.weights, recipe.plan, recipe.output_tokens
     precision = precision_of(target, recipe)
@@ -151,7 +151,7 @@ def _models(target: Target, recipe: Recipe) -> Iterator[tuple[str, onnx.ModelPro
             yield f"explainer_beam{width}", graph
 
 
-def _limits(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
+def _limits(recipe: GraphInputs) -> dict[str, tuple[int, int, int]]:
     """Return (least, usual, most) of every free dimension, for TensorRT's profiles."""
     most = padded_length(recipe.max_source_tokens)
     tokens = max(2, *(len(ids) for ids in recipe.plan.token_ids or ((0, 0),)))

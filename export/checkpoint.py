@@ -12,8 +12,8 @@ from typing import Any
 from sbs_edge.data.example import TaskSpec
 from sbs_edge.data.tokenizer import byte_tokenizer, load_tokenizer
 from sbs_edge.errors import UsageError
-from sbs_edge.export.weights import FAMILIES
-from sbs_edge.student.student_dir import CARD, StudentDir
+from sbs_edge.export.graphs.weights import FAMILIES
+from sbs_edge.training.student_dir import CARD, StudentDir
 
 __all__ = ["CHECKPOINT_MODE", "open_student", "write_byte_tokenizer"]
 

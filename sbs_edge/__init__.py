@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sbs_edge.export.api import export
     from sbs_edge.runtime.student import Student
-    from sbs_edge.student.train import train
+    from sbs_edge.training.train import train
 
 __all__ = ["Student", "__version__", "export", "train"]
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Student": "sbs_edge.runtime.student",
     "export": "sbs_edge.export.api",
-    "train": "sbs_edge.student.train",
+    "train": "sbs_edge.training.train",
 }
 
 

@@ -39,7 +39,7 @@ def sbs_edge_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*args: str | Path, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", "-m", "sbs_edge.cli", *map(str, args)],
+            [sys.executable, "-P", "-m", "sbs_edge", *map(str, args)],
             input=stdin,
             capture_output=True,
             text=True,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sbs_edge.commands import doctor
-from sbs_edge.commands.app import main
+from sbs_edge.cli import doctor
+from sbs_edge.cli.app import main
 from sbs_edge.report.run import run_page
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -14,8 +14,8 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 import typer
 
-from sbs_edge.commands.app import app, main
-from sbs_edge.commands.serve import _FLAGS
+from sbs_edge.cli.app import app, main
+from sbs_edge.cli.serve import _FLAGS
 from sbs_edge.serve.settings import ServeSettings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -118,8 +118,8 @@ def test_texts_name_flags_that_some_command_has(repository: Path) -> None:
 
 def _modules(repository: Path) -> Iterator[tuple[str, set[str], ast.Module]]:
     """Yield (module, flags of its commands, source) of the modules that register commands."""
-    for path in sorted((repository / "sbs_edge" / "commands").glob("*.py")):
-        name = f"sbs_edge.commands.{path.stem}"
+    for path in sorted((repository / "sbs_edge" / "cli").glob("*.py")):
+        name = f"sbs_edge.cli.{path.stem}"
         own = [FLAGS[command] for command, call in COMMANDS.items() if call.__module__ == name]
         if own:
             yield name, set().union(*own), ast.parse(path.read_text(encoding="utf-8"))
@@ -164,10 +164,10 @@ def test_ctrl_c_says_what_is_left_and_exits_130(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sbs_edge.commands.doctor.diagnose", stop)
+    monkeypatch.setattr("sbs_edge.cli.doctor.diagnose", stop)
     assert main(["doctor"]) == 130
     assert "interrupted: Nothing half-written" in capsys.readouterr().err
-    monkeypatch.setattr("sbs_edge.student.train.train", stop)
+    monkeypatch.setattr("sbs_edge.training.train.train", stop)
     assert main(["train", "--out", str(tmp_path / "student")]) == 130
     said = "".join(capsys.readouterr().err.split())
     assert f"arein{tmp_path}/student.training;goonwiththesamecommandand--resume" in said

@@ -64,21 +64,21 @@ def test_the_wheel_holds_exactly_the_tree(repository: Path, tmp_path: Path) -> N
 
 ROOM_MAY_IMPORT = {
     # what each room must not import, anywhere in its code, lazily or not
-    "sbs_edge.runtime": {"torch", "transformers", "triton", "onnx", "sbs_edge.student", "sbs_edge.data",
+    "sbs_edge.runtime": {"torch", "transformers", "triton", "onnx", "sbs_edge.training", "sbs_edge.data",
                          "sbs_edge.export", "sbs_edge.serve", "sbs_edge.teacher", "sbs_edge.kernels",
-                         "sbs_edge.bench", "sbs_edge.commands"},
-    "sbs_edge.serve": {"torch", "transformers", "triton", "onnx", "sbs_edge.student", "sbs_edge.data",
+                         "sbs_edge.bench", "sbs_edge.cli"},
+    "sbs_edge.serve": {"torch", "transformers", "triton", "onnx", "sbs_edge.training", "sbs_edge.data",
                        "sbs_edge.export", "sbs_edge.teacher", "sbs_edge.kernels", "sbs_edge.bench",
-                       "sbs_edge.commands"},
-    "sbs_edge.kernels": {"transformers", "onnx", "onnxruntime", "sbs_edge.student", "sbs_edge.data",
+                       "sbs_edge.cli"},
+    "sbs_edge.kernels": {"transformers", "onnx", "onnxruntime", "sbs_edge.training", "sbs_edge.data",
                          "sbs_edge.export", "sbs_edge.serve", "sbs_edge.runtime", "sbs_edge.bench",
-                         "sbs_edge.commands"},
-    "sbs_edge.data": {"torch", "transformers", "sbs_edge.student", "sbs_edge.export", "sbs_edge.serve",
-                      "sbs_edge.runtime", "sbs_edge.kernels", "sbs_edge.bench", "sbs_edge.commands"},
-    "sbs_edge.student": {"onnx", "onnxruntime", "sbs_edge.export", "sbs_edge.serve", "sbs_edge.runtime",
-                         "sbs_edge.bench", "sbs_edge.commands"},
-    "sbs_edge.export": {"sbs_edge.serve", "sbs_edge.teacher", "sbs_edge.bench", "sbs_edge.commands"},
-    "sbs_edge.bench": {"sbs_edge.commands"},
+                         "sbs_edge.cli"},
+    "sbs_edge.data": {"torch", "transformers", "sbs_edge.training", "sbs_edge.export", "sbs_edge.serve",
+                      "sbs_edge.runtime", "sbs_edge.kernels", "sbs_edge.bench", "sbs_edge.cli"},
+    "sbs_edge.training": {"onnx", "onnxruntime", "sbs_edge.export", "sbs_edge.serve", "sbs_edge.runtime",
+                         "sbs_edge.bench", "sbs_edge.cli"},
+    "sbs_edge.export": {"sbs_edge.serve", "sbs_edge.teacher", "sbs_edge.bench", "sbs_edge.cli"},
+    "sbs_edge.bench": {"sbs_edge.cli"},
 }  # fmt: skip
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from sbs_edge import files
 from sbs_edge.errors import IntegrityError, UsageError
-from sbs_edge.runtime.checked import Checked, state_of
 from sbs_edge.runtime.external_data import external_locations
 from sbs_edge.runtime.integrity import verify_files
 from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, read_manifest, safe_member
 from sbs_edge.runtime.prepacked import MIN_BYTES
 from sbs_edge.runtime.private import private_copy
+from sbs_edge.runtime.verified_files import VerifiedFiles, state_of
 
 __all__ = ["Bundle", "seal"]
 
@@ -49,7 +49,7 @@ class Bundle:
             path: the directory.
             verify: check the digest of every file; without it only names and presence are checked.
             recheck: read every file; without it, those that are unchanged since this user's last complete
-                check on this machine are not read again (see :mod:`sbs_edge.runtime.checked`).
+                check on this machine are not read again (see :mod:`sbs_edge.runtime.verified_files`).
 
         Raises:
             IntegrityError: the directory is not what its manifest says.
@@ -60,7 +60,7 @@ class Bundle:
         if verify and (recheck or sum(entry["bytes"] for entry in listed.values()) < MIN_BYTES):
             verify_files(root, listed)
         elif verify:
-            checked = Checked(root, listed)
+            checked = VerifiedFiles(root, listed)
             verify_files(root, listed, checked.unchanged)
             checked.remember()
             return cls(root, manifest, checked.settled())

@@ -41,7 +41,7 @@ class StepLoop:
 
         Args:
             encoder: ``input_ids, attention_mask (B, S) int64 -> cross_i``.
-            step: what ``sbs_edge.export.step.build_decoder_step`` describes.
+            step: what ``sbs_edge.export.graphs.step.build_decoder_step`` describes.
             start_id: the token that decoding begins with.
             eos_id: the token that ends a row.
         """

@@ -35,7 +35,7 @@ def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: 
             raise IntegrityError(
                 f"{path} has {size} bytes where the manifest says {files[name]['bytes']}. Copy the bundle again."
             )
-    _refuse_strangers(root, files)
+    _reject_unlisted_files(root, files)
     reading = {name: path for name, path in paths.items() if name not in unchanged}
     if not reading:
         return
@@ -58,7 +58,7 @@ def _digest(path: Path) -> str:
         raise IntegrityError(f"The bundle file {path} cannot be read: {error.strerror}.") from error
 
 
-def _refuse_strangers(root: Path, files: Mapping[str, Any]) -> None:
+def _reject_unlisted_files(root: Path, files: Mapping[str, Any]) -> None:
     def unreadable(error: OSError) -> None:
         raise IntegrityError(
             f"The bundle directory {error.filename} cannot be read: {error.strerror}."

@@ -24,8 +24,8 @@ from typing import Any
 
 from sbs_edge.errors import IntegrityError
 from sbs_edge.runtime.cache import cache_directory, private_directory
-from sbs_edge.runtime.checked import Checked
 from sbs_edge.runtime.manifest import file_digest
+from sbs_edge.runtime.verified_files import VerifiedFiles
 
 __all__ = ["forget_shared", "private_copy", "share_copies"]
 
@@ -52,7 +52,7 @@ def private_copy(root: Path, listed: Mapping[str, Mapping[str, Any]], *, recheck
         listed: path below ``root`` -> ``bytes`` and ``sha256``.
         recheck: hash every copy, and use nothing of the user's cache directory; without it, copies of files
             that are unchanged since this user's last check are not hashed again (see
-            :mod:`sbs_edge.runtime.checked`).
+            :mod:`sbs_edge.runtime.verified_files`).
 
     Raises:
         IntegrityError: a file does not have its digest.
@@ -87,7 +87,7 @@ def _place() -> Path | None:
 
 
 def _copy(root: Path, listed: Mapping[str, Mapping[str, Any]], work: Path, *, recheck: bool) -> None:
-    checked = None if recheck else Checked(root, listed)
+    checked = None if recheck else VerifiedFiles(root, listed)
     for name, entry in listed.items():
         target = work / name
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from sbs_edge.serve import errors
 
-__all__ = ["Budget", "Coming", "Gate", "Passage"]
+__all__ = ["AdmissionSlot", "Budget", "Gate", "PendingEstimate"]
 
 
 class Gate:
@@ -87,7 +87,7 @@ class Budget(Gate):
             self._on_low()
 
 
-class Coming:
+class PendingEstimate:
     """Texts of requests that were let in and not read yet: an estimate, by what requests held lately."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Coming:
         self._mean += 0.1 * (n_texts - self._mean)
 
 
-class Passage:
+class AdmissionSlot:
     """One admitted request: its place, and until they are counted the texts it may bring.
 
     Every method may be called again without effect.
@@ -113,7 +113,7 @@ class Passage:
 
     __slots__ = ("_budget", "_bytes", "_coming", "_gate", "_share")
 
-    def __init__(self, gate: Gate, coming: Coming, budget: Gate) -> None:
+    def __init__(self, gate: Gate, coming: PendingEstimate, budget: Gate) -> None:
         """Take the place; the caller has checked that there is one."""
         gate.inside += 1
         self._budget = budget

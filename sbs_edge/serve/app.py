@@ -29,11 +29,11 @@ from starlette.types import Receive
 
 import sbs_edge
 from sbs_edge.serve import errors, oip, plain
-from sbs_edge.serve.asking import Answer, Asking
+from sbs_edge.serve.admission_filter import PREDICT_PATH, AdmissionFilter
 from sbs_edge.serve.body import deadline_s, read_body
-from sbs_edge.serve.door import PREDICT_PATH, Door
-from sbs_edge.serve.edge import Edge
+from sbs_edge.serve.inference_request import Answer, InferenceRequest
 from sbs_edge.serve.logs import logger
+from sbs_edge.serve.middleware import RequestMiddleware
 from sbs_edge.serve.models import ModelVersion
 from sbs_edge.serve.openapi import openapi_document
 from sbs_edge.serve.responses import error_response, json_response
@@ -88,7 +88,7 @@ def create_app(service: Service) -> Starlette:
             service.refusals.count("client_left")
             return Response(status_code=_CLIENT_LEFT)
 
-    async def answer(request: Request, version: ModelVersion, asking: Asking) -> list[Answer]:
+    async def answer(request: Request, version: ModelVersion, asking: InferenceRequest) -> list[Answer]:
         state = request.state
         state.model, state.version, state.n_texts = version.card.name, version.card.version, len(asking.texts)
         if settings.log_inputs:
@@ -214,8 +214,8 @@ def create_app(service: Service) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    app.state.door = Door(service)
-    app.add_middleware(Edge, service=service, door=app.state.door)
+    app.state.door = AdmissionFilter(service)
+    app.add_middleware(RequestMiddleware, service=service, door=app.state.door)
     return app
 
 

@@ -25,9 +25,9 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from sbs_edge.serve.interpreter import stand_back
+from sbs_edge.serve.process_settings import lower_thread_priority
 
-__all__ = ["Lane", "Ticket"]
+__all__ = ["Batcher", "QueuedRequest"]
 
 # Work of at most so many seconds and tokens may hold up the event loop: a new connection waits for it,
 # and a worker would have held the interpreter for part of it too. A worker's start and its return cost
@@ -41,7 +41,7 @@ Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
 
-class Ticket(Generic[Payload, Result]):
+class QueuedRequest(Generic[Payload, Result]):
     """One request's share of a lane: its texts, and a future of all their results in order."""
 
     __slots__ = (
@@ -80,7 +80,7 @@ class Ticket(Generic[Payload, Result]):
             self.future.exception()  # its reader may have left; then nobody else will look at it
 
 
-Share = tuple[Ticket[Any, Any], int]  # a ticket and the place of one of its texts
+Share = tuple[QueuedRequest[Any, Any], int]  # a ticket and the place of one of its texts
 
 
 class _Ran(NamedTuple):
@@ -93,7 +93,7 @@ class _Ran(NamedTuple):
     fill: float
 
 
-class Lane(Generic[Payload, Result]):
+class Batcher(Generic[Payload, Result]):
     """Queue, batcher and threads of one kind of work.
 
     Args:
@@ -124,7 +124,7 @@ class Lane(Generic[Payload, Result]):
         self._max_wait_s = max_wait_s
         self._on_batch = on_batch
         self._pool = ThreadPoolExecutor(
-            workers, thread_name_prefix=name, initializer=stand_back, initargs=(nice,)
+            workers, thread_name_prefix=name, initializer=lower_thread_priority, initargs=(nice,)
         )
         self._workers = workers
         self._idle = workers  # below zero: batches that stand ready
@@ -150,12 +150,12 @@ class Lane(Generic[Payload, Result]):
 
     def submit(
         self, payloads: Sequence[Payload], n_tokens: Sequence[int], group: Hashable = None
-    ) -> Ticket[Payload, Result]:
+    ) -> QueuedRequest[Payload, Result]:
         """Queue one request's texts; ``n_tokens[i]`` is the length of ``payloads[i]``."""
         if self._closed:
             raise RuntimeError("The lane is closed.")
         loop = asyncio.get_running_loop()
-        ticket: Ticket[Payload, Result] = Ticket(payloads, loop)
+        ticket: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop)
         lengths = self._waiting.setdefault(group, {})
         for index, length in enumerate(n_tokens):
             row = lengths.get(length)
@@ -166,7 +166,7 @@ class Lane(Generic[Payload, Result]):
         self._pump_soon(loop)
         return ticket
 
-    def abandon(self, ticket: Ticket[Payload, Result]) -> None:
+    def abandon(self, ticket: QueuedRequest[Payload, Result]) -> None:
         """Give up a ticket: its waiting texts will never run, and stop counting now."""
         if not ticket.abandoned:
             ticket.abandoned = True
@@ -215,9 +215,9 @@ class Lane(Generic[Payload, Result]):
             elif batch:
                 self._start(batch, n_tokens)
 
-    def _oldest(self) -> tuple[Hashable, tuple[Ticket[Payload, Result], int] | None]:
+    def _oldest(self) -> tuple[Hashable, tuple[QueuedRequest[Payload, Result], int] | None]:
         """Return the group and (ticket, token count) that wait longest; drop abandoned heads."""
-        best: tuple[Ticket[Payload, Result], int] | None = None
+        best: tuple[QueuedRequest[Payload, Result], int] | None = None
         best_group: Hashable = None
         for group in list(self._waiting):
             lengths = self._waiting[group]

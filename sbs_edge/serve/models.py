@@ -22,11 +22,11 @@ from typing import Any
 from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import Gate
-from sbs_edge.serve.batching import Lane
+from sbs_edge.serve.batching import Batcher
 from sbs_edge.serve.engine import Engine, ExplanationLike, Loader, ModelCard, PredictionLike, card_of
-from sbs_edge.serve.interpreter import stand_back
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
+from sbs_edge.serve.process_settings import lower_thread_priority
 from sbs_edge.serve.settings import ServeSettings
 
 __all__ = ["Model", "ModelVersion", "Registry", "parse_source"]
@@ -101,8 +101,8 @@ class ModelVersion:
     card: ModelCard
     engine: Engine
     fingerprint: str
-    labels: Lane[LabelWork, PredictionLike | Exception]
-    rationales: Lane[RationaleWork, ExplanationLike | Exception]
+    labels: Batcher[LabelWork, PredictionLike | Exception]
+    rationales: Batcher[RationaleWork, ExplanationLike | Exception]
     label_gate: Gate
     rationale_gate: Gate
     source: Path | None = None
@@ -198,7 +198,7 @@ class Registry:
         self._loader = loader
         # The threads of a graph are started by the one that loads it, and stand back like it.
         self._pool = ThreadPoolExecutor(
-            1, thread_name_prefix="load", initializer=stand_back, initargs=(settings.worker_nice,)
+            1, thread_name_prefix="load", initializer=lower_thread_priority, initargs=(settings.worker_nice,)
         )
         self.on_change: Callable[[], None] = _nothing  # called when versions came or went
         self._refreshing = asyncio.Lock()
@@ -382,7 +382,7 @@ class Registry:
             engine=engine,
             fingerprint=mark,
             source=path,
-            labels=Lane(
+            labels=Batcher(
                 lambda batch: _isolated(label_batch, batch),
                 workers=settings.label_workers,
                 ahead=settings.label_workers,
@@ -390,7 +390,7 @@ class Registry:
                 on_batch=watch("label"),
                 **lane_options,
             ),
-            rationales=Lane(
+            rationales=Batcher(
                 lambda batch: _isolated(rationale_batch, batch),
                 workers=settings.rationale_workers,
                 name="rationales",

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sbs_edge.serve import errors
-from sbs_edge.serve.asking import Answer, Asking, check_labels
 from sbs_edge.serve.body import parse_json
 from sbs_edge.serve.engine import ModelCard
+from sbs_edge.serve.inference_request import Answer, InferenceRequest, check_labels
 
 __all__ = ["InferRequest", "encode_response", "model_metadata", "parse_request"]
 
@@ -49,7 +49,7 @@ _REQUEST_PARAMETERS = ("explain", "truncate", "max_new_tokens", "binary_data_out
 class InferRequest:
     """A parsed request: what is asked, and how its answer is to be written."""
 
-    asking: Asking
+    asking: InferenceRequest
     text_shape: list[int]
     id: str | None = None
     outputs: list[tuple[str, bool]] = field(default_factory=list)  # (name, as binary)
@@ -256,7 +256,7 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     explain = bool(_flag(parameters, "explain")) or any(name in _ON_REQUEST for name in names)
     if not outputs:
         outputs = [(name, binary_default) for name in OUTPUTS if explain or name not in _ON_REQUEST]
-    asking = Asking(
+    asking = InferenceRequest(
         texts=texts,
         labels=labels,
         explain=explain,

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sbs_edge.serve import errors
-from sbs_edge.serve.asking import Answer, Asking, check_labels
 from sbs_edge.serve.body import parse_json
+from sbs_edge.serve.inference_request import Answer, InferenceRequest, check_labels
 
 __all__ = ["ErrorBody", "PredictRequest", "PredictResponse", "encode_answers", "parse_predict"]
 
@@ -74,7 +74,7 @@ class ErrorBody(BaseModel):
     error: str
 
 
-def parse_predict(body: bytes) -> tuple[PredictRequest, Asking]:
+def parse_predict(body: bytes) -> tuple[PredictRequest, InferenceRequest]:
     """Parse and check the body; any defect is a 400 that names the field."""
     try:
         request = PredictRequest.model_validate(parse_json(body))
@@ -91,7 +91,7 @@ def parse_predict(body: bytes) -> tuple[PredictRequest, Asking]:
         else:
             check_labels(rows, len(request.texts))
             labels = rows
-    asking = Asking(
+    asking = InferenceRequest(
         texts=request.texts,
         labels=labels,
         explain=request.explain,

@@ -26,8 +26,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sbs_edge.serve import errors
-from sbs_edge.serve.admission import Passage
-from sbs_edge.serve.door import Door, Refused, prepare, request_id
+from sbs_edge.serve.admission import AdmissionSlot
+from sbs_edge.serve.admission_filter import AdmissionFilter, Refused, prepare, request_id
 from sbs_edge.serve.wire import ANSWERED, HeldFlow, WholeWriter, check_fields
 
 __all__ = ["Connection", "connections"]
@@ -49,7 +49,7 @@ _CONNECTION_ONLY = (b"upgrade", b"http2-settings")
 class Connection(HttpToolsProtocol):
     """One connection; subclasses made by :func:`connections` carry the door and the limits."""
 
-    door: Door | None = None
+    door: AdmissionFilter | None = None
     head_timeout_s = 10.0
     max_head_bytes = 65_536
     max_connections = 2048
@@ -63,7 +63,7 @@ class Connection(HttpToolsProtocol):
     _head_bytes = 0
     _body_bytes = 0  # of the body at hand
     _framing_bytes = 0  # what chunks and trailers cost beside it
-    _passage: Passage | None = None  # of the request at hand
+    _passage: AdmissionSlot | None = None  # of the request at hand
     _held = b""  # bytes that follow the request at hand
     _feeding = False
     _upgrading = False  # the head just parsed asks for another protocol
@@ -417,7 +417,7 @@ class Connection(HttpToolsProtocol):
 
 
 def connections(
-    door: Door, timeout_s: float, max_bytes: int, max_connections: int = 2048
+    door: AdmissionFilter, timeout_s: float, max_bytes: int, max_connections: int = 2048
 ) -> type[Connection]:
     """Return the protocol with its door, and the seconds and bytes of a request's line and headers."""
     fields = {

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from sbs_edge.errors import UsageError
-from sbs_edge.serve import interpreter
+from sbs_edge.serve import process_settings as interpreter
 from sbs_edge.serve.app import create_app
 from sbs_edge.serve.engine import Loader, student_loader
 from sbs_edge.serve.escalate import Escalation
@@ -210,14 +210,14 @@ def serve_on(
     peers: Peers | None = None,
 ) -> int:
     """Serve on a listening socket, as one of several processes where there are ``peers``."""
-    interpreter.share()
+    interpreter.set_switch_interval()
     # The tokenizer's own thread pool would take the event loop's core for a gain of microseconds.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(_M_ARENA_MAX, _ARENAS)
     service = create_service(sources, settings, loader)
-    service.registry.on_change = interpreter.tidy
+    service.registry.on_change = interpreter.freeze_gc
     service.peers = peers
     app = create_app(service)
     config = uvicorn.Config(

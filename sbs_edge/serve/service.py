@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from sbs_edge.errors import AnswerError, SbsEdgeError, UsageError
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.serve import errors
-from sbs_edge.serve.admission import Budget, Coming, Gate, Passage
-from sbs_edge.serve.asking import Answer, Asking, Timing
-from sbs_edge.serve.batching import Lane, Ticket
+from sbs_edge.serve.admission import AdmissionSlot, Budget, Gate, PendingEstimate
+from sbs_edge.serve.batching import Batcher, QueuedRequest
 from sbs_edge.serve.escalate import Escalation
-from sbs_edge.serve.interpreter import give_memory_back
+from sbs_edge.serve.inference_request import Answer, InferenceRequest, Timing
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import ModelVersion, Registry
+from sbs_edge.serve.process_settings import give_memory_back
 from sbs_edge.serve.refusals import Refusals
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
@@ -63,7 +63,7 @@ class Service:
         self.gate = Gate(settings.max_concurrent, "concurrency")
         self.body_bytes = Budget(settings.max_inside_bytes, self._trim_soon)
         self._trim_due = False
-        self.coming = Coming()
+        self.coming = PendingEstimate()
         self.refusals = Refusals(metrics, log=settings.access_log)
         self.started = False
         self.draining = False
@@ -131,7 +131,11 @@ class Service:
         asyncio.get_running_loop().run_in_executor(None, give_memory_back)
 
     async def answer(
-        self, version: ModelVersion, asking: Asking, timing: Timing, passage: Passage | None = None
+        self,
+        version: ModelVersion,
+        asking: InferenceRequest,
+        timing: Timing,
+        passage: AdmissionSlot | None = None,
     ) -> list[Answer]:
         """Answer one request on ``version``; its texts are ``counted`` in ``passage`` at the queues.
 
@@ -149,7 +153,7 @@ class Service:
         n_characters = sum(min(len(text), most) for text in asking.texts)
         inline = n_characters <= _INLINE_CHARACTERS
         before_s = 0.0 if inline else self._tokenizing.wait_estimate_s(n_characters)
-        held: dict[Lane[Any, Any], Gate] = {}
+        held: dict[Batcher[Any, Any], Gate] = {}
         version.leases += 1
         try:
             for wanted, gate, lane in (
@@ -165,7 +169,7 @@ class Service:
                 gate.leave(n)
             version.release()
 
-    def _check(self, version: ModelVersion, asking: Asking) -> None:
+    def _check(self, version: ModelVersion, asking: InferenceRequest) -> None:
         limit = self.settings.max_texts
         if len(asking.texts) > limit:
             raise errors.bad_request(
@@ -185,10 +189,10 @@ class Service:
         if asking.max_new_tokens is not None and asking.max_new_tokens > most:
             raise errors.bad_request(f"max_new_tokens is over this model's limit of {most}.")
 
-    def _truncates(self, asking: Asking) -> bool:
+    def _truncates(self, asking: InferenceRequest) -> bool:
         return self.settings.truncate if asking.truncate is None else asking.truncate
 
-    def _check_characters(self, version: ModelVersion, asking: Asking) -> None:
+    def _check_characters(self, version: ModelVersion, asking: InferenceRequest) -> None:
         """Refuse what is over the limit by its characters alone: that needs no tokens."""
         limit = version.card.max_source_tokens
         most = most_characters(limit)
@@ -200,12 +204,16 @@ class Service:
                 )
 
     async def _run(
-        self, version: ModelVersion, asking: Asking, timing: Timing, held: dict[Lane[Any, Any], Gate]
+        self,
+        version: ModelVersion,
+        asking: InferenceRequest,
+        timing: Timing,
+        held: dict[Batcher[Any, Any], Gate],
     ) -> list[Answer]:
         """Queue the texts on every held lane; each gate is left as soon as its lane is done."""
         n = len(asking.texts)
         lanes = list(held)
-        tickets: list[tuple[Lane[Any, Any], Ticket[Any, Any]]] = []
+        tickets: list[tuple[Batcher[Any, Any], QueuedRequest[Any, Any]]] = []
         for lane in lanes:
             lane.expected += 1
         try:
@@ -263,7 +271,7 @@ class Service:
         return answers
 
     async def _tokenize(
-        self, version: ModelVersion, asking: Asking, task: str, timing: Timing
+        self, version: ModelVersion, asking: InferenceRequest, task: str, timing: Timing
     ) -> list[list[int]]:
         """Return each text's tokens; 400 for one over the model's limit unless it may be cut."""
         started = time.perf_counter()
@@ -313,7 +321,7 @@ class Service:
         return answers
 
     async def _escalate(
-        self, version: ModelVersion, asking: Asking, answers: list[Answer], timing: Timing
+        self, version: ModelVersion, asking: InferenceRequest, answers: list[Answer], timing: Timing
     ) -> None:
         """Replace the labels the student is unsure of by the larger model's, where it gives one."""
         escalation = self.escalation

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sbs_edge.errors import MissingExtra
-from sbs_edge.serve.asking import Timing
+from sbs_edge.serve.inference_request import Timing
 
 __all__ = ["Tracing", "tracing_to"]
 

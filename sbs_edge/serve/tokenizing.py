@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from sbs_edge.serve.interpreter import stand_back
+from sbs_edge.serve.process_settings import lower_thread_priority
 
 __all__ = ["FairTokenizer"]
 
@@ -54,7 +54,7 @@ class FairTokenizer:
     """Tokenises on one thread. Everything but the tokenising itself runs on the event loop."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=stand_back)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=lower_thread_priority)
         self._waiting: list[tuple[int, int, _Job]] = []  # (tag, order of arrival, job)
         self._order = itertools.count()
         self._now = 0  # the tag of the slice at work

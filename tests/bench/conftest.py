@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
-    from sbs_edge.bench.shapes import random_student
+    from sbs_edge.bench.core.shapes import random_student
 
     return random_student("tiny", tmp_path_factory.mktemp("bench") / "tiny", n_validation=48)
 
@@ -25,8 +25,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def document() -> dict[str, Any]:
     """A small latency result, as ``measure_latency`` writes it."""
-    from sbs_edge.bench.machine import provenance
-    from sbs_edge.bench.rows import FORMAT, Row
+    from sbs_edge.bench.core.machine import provenance
+    from sbs_edge.bench.core.results import FORMAT, Row
 
     def label(system: str, variant: str, ms: float) -> Row:
         rounds = [ms * factor for factor in (0.98, 1.0, 1.03)]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from sbs_edge.bench.contest import Contest, Entry, Inputs
-from sbs_edge.bench.latency import LatencyOptions, set_up
-from sbs_edge.bench.quality import withheld
-from sbs_edge.bench.ratios import ratios
-from sbs_edge.bench.rows import Row, load_document
-from sbs_edge.bench.train import largest_difference
-from sbs_edge.commands.app import main
+from sbs_edge.bench.core.results import Row, load_document
+from sbs_edge.bench.latency.bench import LatencyOptions, set_up
+from sbs_edge.bench.latency.quality import withheld
+from sbs_edge.bench.latency.ratios import ratios
+from sbs_edge.bench.latency.workers import Contest, Entry, Inputs
+from sbs_edge.bench.training.bench import largest_difference
+from sbs_edge.cli.app import main
 from sbs_edge.errors import UsageError
 
 Cli = Callable[..., "CompletedProcess[str]"]
@@ -59,7 +59,7 @@ def test_a_share_of_ones_own_capacity_is_not_compared() -> None:
 def test_a_bundle_alone_is_told_where_its_student_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sbs_edge.bench.latency.read_manifest", lambda _: {})
+    monkeypatch.setattr("sbs_edge.bench.latency.bench.read_manifest", lambda _: {})
     with pytest.raises(UsageError, match=r"is not beside it .*--student"):
         set_up(LatencyOptions(bundles=(tmp_path,)), lambda _: None)
 

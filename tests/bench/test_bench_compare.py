@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbs_edge.bench.compare import compare, conditions
-from sbs_edge.bench.rows import Row, load_document
+from sbs_edge.bench.core.compare import compare, conditions
+from sbs_edge.bench.core.results import Row, load_document
 from sbs_edge.errors import DataError
 
 Better = Literal["lower", "higher"]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.bench.inputs import mixed_lengths, poisson_arrivals, text_of_length
-from sbs_edge.bench.stats import paired_ratio, percentiles, unpaired_ratio
-from sbs_edge.bench.system import plan_batches
+from sbs_edge.bench.core.stats import paired_ratio, percentiles, unpaired_ratio
+from sbs_edge.bench.latency.inputs import mixed_lengths, poisson_arrivals, text_of_length
+from sbs_edge.bench.peers.system import plan_batches
 
 positive = st.floats(0.01, 1e4)
 

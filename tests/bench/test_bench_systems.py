@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sbs_edge.bench import footprint
-from sbs_edge.bench.convert import ConversionFailed, converted, digest
-from sbs_edge.bench.protocol import Worker, WorkerFailed
-from sbs_edge.bench.system import Spec, System, load_module
-from sbs_edge.bench.worker import open_loop, timed
+from sbs_edge.bench.core import footprint
+from sbs_edge.bench.core.protocol import Worker, WorkerFailed
+from sbs_edge.bench.core.worker import open_loop, timed
+from sbs_edge.bench.peers.convert import ConversionFailed, converted, digest
+from sbs_edge.bench.peers.system import Spec, System, load_module
 
 
 def _spec(system: str, artifact: Path, student: Path) -> Spec:
@@ -54,7 +54,7 @@ def test_plain_graphs_generate_what_pytorch_generates(
     """fp32, other batch sizes and lengths than the traced ones, with padding."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    from sbs_edge.bench.plain_graphs import GRAPHS, export_plain, greedy
+    from sbs_edge.bench.peers.plain_graphs import GRAPHS, export_plain, greedy
 
     layers = export_plain(tiny_student, tmp_path)
     sessions = {name: onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx")) for name in GRAPHS}

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sbs_edge.bench import gpu_session, gpu_stages
-from sbs_edge.bench.docs import generate
-from sbs_edge.bench.report import markdown_report
-from sbs_edge.bench.rows import load_document
+from sbs_edge.bench.core.docs import generate
+from sbs_edge.bench.core.report import markdown_report
+from sbs_edge.bench.core.results import load_document
+from sbs_edge.bench.gpu import session as gpu_session
+from sbs_edge.bench.gpu import stages as gpu_stages
 
 torch = pytest.importorskip("torch")
 
@@ -24,7 +25,7 @@ def _session(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             sys.executable,
             "-P",
             "-m",
-            "sbs_edge.bench.gpu_session",
+            "sbs_edge.bench.gpu.session",
             "--device",
             "cpu",
             "--out",
@@ -107,7 +108,7 @@ def test_a_stage_s_process_is_ended_at_its_limit_and_its_log_is_kept(tmp_path, m
 
 
 def test_a_wrong_engine_is_named_wrong(monkeypatch):
-    from sbs_edge.bench import gpu_checks
+    from sbs_edge.bench.gpu import checks as gpu_checks
     from sbs_edge.kernels import cross_entropy
 
     real = cross_entropy.fused_linear_cross_entropy

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from sbs_edge.bench import docs, kernel_peers, tables
-from sbs_edge.bench.compare import compare, conditions
-from sbs_edge.bench.kernel_bench import KernelOptions, _unusable, measure_kernels
-from sbs_edge.bench.kernel_cases import Case
-from sbs_edge.bench.kernel_peers import FLOOR, PEERS, Peer
-from sbs_edge.bench.kernel_tables import kernel_tables
-from sbs_edge.bench.kernel_worker import CaseRunner
-from sbs_edge.bench.protocol import WorkerFailed
-from sbs_edge.bench.report import write_report
-from sbs_edge.bench.rows import load_document
-from sbs_edge.bench.system import Spec
+from sbs_edge.bench.core import docs, tables
+from sbs_edge.bench.core.compare import compare, conditions
+from sbs_edge.bench.core.protocol import WorkerFailed
+from sbs_edge.bench.core.report import write_report
+from sbs_edge.bench.core.results import load_document
+from sbs_edge.bench.kernels import peers as kernel_peers
+from sbs_edge.bench.kernels.bench import KernelOptions, _unusable, measure_kernels
+from sbs_edge.bench.kernels.cases import Case
+from sbs_edge.bench.kernels.peers import FLOOR, PEERS, Peer
+from sbs_edge.bench.kernels.tables import kernel_tables
+from sbs_edge.bench.kernels.worker import CaseRunner
+from sbs_edge.bench.peers.system import Spec
 from sbs_edge.errors import UsageError
 
 CASE = Case(24, 8, 50, padding=0.25)
@@ -377,7 +378,7 @@ def test_the_command_measures_in_processes_of_their_own(
 def test_the_command_refuses_what_it_cannot_measure(arguments, message):
     from typer.testing import CliRunner
 
-    from sbs_edge.commands.app import app
+    from sbs_edge.cli.app import app
 
     done = CliRunner().invoke(app, ["bench", "kernels", *arguments])
     assert isinstance(done.exception, UsageError)

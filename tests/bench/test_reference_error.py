@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sbs_edge.bench import matmul_peak, reference_error
-from sbs_edge.bench.kernel_cases import (
+from sbs_edge.bench.kernels import matmul_peak, reference_error
+from sbs_edge.bench.kernels.cases import (
     IGNORED,
     Case,
     Inputs,
@@ -16,7 +16,7 @@ from sbs_edge.bench.kernel_cases import (
     parse_shapes,
     student_states,
 )
-from sbs_edge.bench.reference_error import judge, measure_truth
+from sbs_edge.bench.kernels.reference_error import judge, measure_truth
 from sbs_edge.errors import DataError, UsageError
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_data_kinds_are_what_they_say():
 def test_a_student_s_states_are_those_its_loss_is_taken_from(tiny_student):
     from transformers import AutoModelForSeq2SeqLM
 
-    from sbs_edge.student.student_dir import StudentDir
+    from sbs_edge.training.student_dir import StudentDir
 
     states, targets, head = student_states(tiny_student, rows=2)
     opened = StudentDir.load(tiny_student)

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sbs_edge.commands._predict_rows import text_rows
+from sbs_edge.cli._predict_rows import text_rows
 from sbs_edge.data.check import check_dataset
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.data.findings import examine, verdict

@@ -18,8 +18,6 @@ from sbs_edge.export.checkpoint import write_byte_tokenizer
 from sbs_edge.export.labels import plan_labels
 from sbs_edge.label_tokens import check_choices, spelling_of_rows, spelling_sentences
 from sbs_edge.runtime.texts import Texts, check_texts
-from sbs_edge.student.batches import Encoder
-from sbs_edge.student.config import TrainConfig
 from sbs_edge.tokens import (
     TextTokenizer,
     first_tokens,
@@ -28,6 +26,8 @@ from sbs_edge.tokens import (
     start_token_id,
     within_limit,
 )
+from sbs_edge.training.batches import Encoder
+from sbs_edge.training.config import TrainConfig
 
 T5 = Path(__file__).resolve().parents[3] / "shared/cases/checkpoints/t5_tokenizer/tokenizer.json"
 PREFIXES = ("[label] ", "[rationale] ")

@@ -25,7 +25,7 @@ def bundle(request, tmp_path_factory):
     from sbs_edge.data.jsonl import write_examples
     from sbs_edge.data.tokenizer import build_tokenizer
     from sbs_edge.export.api import export
-    from sbs_edge.student.student_dir import StudentDir
+    from sbs_edge.training.student_dir import StudentDir
 
     kind, root = request.param, tmp_path_factory.mktemp(request.param)
     student, splits = root / "student", builtin_splits("ci")
@@ -70,7 +70,7 @@ def configs(repository):
 def test_every_config_fits_the_schema_and_the_graph_it_names(bundle, tmp_path):
     import onnxruntime as ort
 
-    from sbs_edge.export.layout_triton import write_triton_repository
+    from sbs_edge.export.layouts.triton import write_triton_repository
 
     repository = write_triton_repository(bundle, tmp_path / "repository")
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -111,7 +111,7 @@ def test_the_repository_gives_the_bundles_answers(bundle, tmp_path):
     import onnxruntime as ort
 
     from sbs_edge.data.builtin import builtin_splits
-    from sbs_edge.export.layout_triton import write_triton_repository
+    from sbs_edge.export.layouts.triton import write_triton_repository
     from sbs_edge.runtime.student import Student
     from sbs_edge.tokens import TextTokenizer, read_tokenizer
 
@@ -148,7 +148,7 @@ def test_a_gpu_targets_repository_says_what_it_leaves_out(bundle, tmp_path):
     import onnxruntime as ort
 
     from sbs_edge.data.builtin import builtin_splits
-    from sbs_edge.export.layout_triton import write_triton_repository
+    from sbs_edge.export.layouts.triton import write_triton_repository
     from sbs_edge.runtime.student import Student
 
     gpu = bundle.parent / "gpu"
@@ -181,7 +181,7 @@ def test_a_gpu_targets_repository_says_what_it_leaves_out(bundle, tmp_path):
 
 
 def test_wrong_requests_are_refused_and_nothing_is_left(bundle, tmp_path):
-    from sbs_edge.export.layout_triton import write_triton_repository
+    from sbs_edge.export.layouts.triton import write_triton_repository
 
     with pytest.raises(UsageError, match="no target 'gpu'"):
         write_triton_repository(bundle, tmp_path / "r", targets=["gpu"])
@@ -193,7 +193,7 @@ def test_wrong_requests_are_refused_and_nothing_is_left(bundle, tmp_path):
 def test_gpu_targets_ask_for_the_gpu_and_tensorrt():
     from google.protobuf import text_format
 
-    from sbs_edge.export import layout_triton
+    from sbs_edge.export.layouts import triton as layout_triton
 
     message = layout_triton._text(
         {

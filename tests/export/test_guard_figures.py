@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbs_edge.export.guard import compare_rationales, drifted
+from sbs_edge.export.check.accuracy import compare_rationales, drifted
 
 texts = st.lists(st.lists(st.integers(0, 3), max_size=8), max_size=6)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sbs_edge.errors import UsageError
-from sbs_edge.export.small_tokenizer import always_kept, shrink_tokenizer, vocabulary_of
+from sbs_edge.export.vocabulary.tokenizer import always_kept, shrink_tokenizer, vocabulary_of
 
 SENTENCES = [
     "the pump is cold and the valve is hot", "a motor makes a noise in the north room", "leaking pipes were found at night",

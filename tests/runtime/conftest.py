@@ -101,12 +101,12 @@ def write_bundle(
     tiny: TinyStudent, out: Path, kind: str = "closed", labels: tuple[str, ...] = LABELS
 ) -> Path:
     """Write a bundle with the targets cpu-fp32 and cpu-int8 (all scales a row), without a guard."""
-    from sbs_edge.export.explainer import build_explainer
-    from sbs_edge.export.label_scorer import build_label_scorer
-    from sbs_edge.export.precision import Float32, Int8
-    from sbs_edge.export.store import save_graphs
-    from sbs_edge.export.trie_scorer import build_choice_scorer, build_trie_scorer
-    from sbs_edge.export.weights import weights_of
+    from sbs_edge.export.graphs.generate import build_explainer
+    from sbs_edge.export.graphs.label import build_label_scorer
+    from sbs_edge.export.graphs.store import save_graphs
+    from sbs_edge.export.graphs.trie import build_choice_scorer, build_trie_scorer
+    from sbs_edge.export.graphs.weights import weights_of
+    from sbs_edge.export.quant.precision import Float32, Int8
     from sbs_edge.runtime.bundle import seal
 
     weights = weights_of(tiny.model)

@@ -10,7 +10,8 @@ import pytest
 
 from sbs_edge.errors import IntegrityError
 from sbs_edge.runtime import bundle as bundle_module
-from sbs_edge.runtime import checked, integrity
+from sbs_edge.runtime import integrity
+from sbs_edge.runtime import verified_files as checked
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.cache import cache_directory
 from sbs_edge.runtime.student import Student

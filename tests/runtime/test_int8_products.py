@@ -15,14 +15,14 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sbs_edge.export.beams import build_beam_explainer
-from sbs_edge.export.explainer import build_explainer
-from sbs_edge.export.graph import all_graphs
-from sbs_edge.export.int4 import Int4
-from sbs_edge.export.precision import Int8
-from sbs_edge.export.ranges import CalibrationStats
-from sbs_edge.export.store import save_graphs
-from sbs_edge.export.weights import weights_of
+from sbs_edge.export.graphs.beams import build_beam_explainer
+from sbs_edge.export.graphs.builder import all_graphs
+from sbs_edge.export.graphs.generate import build_explainer
+from sbs_edge.export.graphs.store import save_graphs
+from sbs_edge.export.graphs.weights import weights_of
+from sbs_edge.export.quant.int4 import Int4
+from sbs_edge.export.quant.precision import Int8
+from sbs_edge.export.quant.ranges import CalibrationStats
 from sbs_edge.runtime import bundle as bundle_module
 from sbs_edge.runtime import int8_products, sessions
 from sbs_edge.runtime.bundle import seal

@@ -202,7 +202,7 @@ with Student.load({str(tiny_bundle)!r}, threads=1) as student:
     student.warm_up()
     student.predict(["hot pump"], labels=["hot", "cold"])
     student.explain(["hot pump"], 4)
-heavy = {{"torch", "transformers", "onnx", "sklearn", "pandas", "datasets", "sbs_edge.export", "sbs_edge.student"}}
+heavy = {{"torch", "transformers", "onnx", "sklearn", "pandas", "datasets", "sbs_edge.export", "sbs_edge.training"}}
 print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run(

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def scale_bundle(tmp_path_factory) -> Path:
     """The students' speed and format matter here, not their accuracy."""
-    from sbs_edge.bench.scale import make_bundle
+    from sbs_edge.bench.scale.bench import make_bundle
 
     return make_bundle(tmp_path_factory.mktemp("made"))
 

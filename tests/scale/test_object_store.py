@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from sbs_edge.bench.scale import write_rows
+from sbs_edge.bench.scale.bench import write_rows
 from sbs_edge.errors import UsageError
 from sbs_edge.scale.annotate import annotate_with_ray
 from sbs_edge.scale.units import Folder, plan_units, read_unit, write_shard
@@ -91,7 +91,7 @@ def test_the_command_reads_and_writes_the_store_and_goes_on_after_a_loss(store, 
 
     def run(source, out):
         done = subprocess.run(
-            [sys.executable, "-m", "sbs_edge.cli", "predict", str(scale_bundle), source, "--engine", "ray",
+            [sys.executable, "-m", "sbs_edge", "predict", str(scale_bundle), source, "--engine", "ray",
              "--out", out, "--workers", "1", "--shard-mb", "0.05"],
             env=store, capture_output=True, text=True, timeout=500, check=False,
         )  # fmt: skip

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from sbs_edge.bench.scale import write_rows
+from sbs_edge.bench.scale.bench import write_rows
 from sbs_edge.errors import SbsEdgeError
 from sbs_edge.scale import run as scale_run
 from sbs_edge.scale.units import Folder, shard_name, unit_of
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets to the end
 
-CLI = [sys.executable, "-P", "-m", "sbs_edge.cli"]
+CLI = [sys.executable, "-P", "-m", "sbs_edge"]
 
 
 def shards(folder: Path) -> list[Path]:

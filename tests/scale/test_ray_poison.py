@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sbs_edge.bench.scale import write_rows
+from sbs_edge.bench.scale.bench import write_rows
 from sbs_edge.errors import DataError, IntegrityError, SbsEdgeError, UsageError
 from sbs_edge.runtime.student import Student
 from sbs_edge.scale import run as scale_run

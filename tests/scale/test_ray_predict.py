@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from sbs_edge.bench.scale import write_rows
+from sbs_edge.bench.scale.bench import write_rows
 from sbs_edge.errors import UsageError
 from sbs_edge.runtime.student import Student
 from sbs_edge.scale.predict import predict_with_ray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sbs_edge.bench.scale import measure
+from sbs_edge.bench.scale.bench import measure
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # Ray leaves sockets to the end
 

@@ -200,7 +200,7 @@ def _student(folder: Path, kind: str) -> Path:
     from sbs_edge.data.builtin import builtin_splits
     from sbs_edge.data.jsonl import write_examples
     from sbs_edge.data.tokenizer import build_tokenizer
-    from sbs_edge.student.student_dir import StudentDir
+    from sbs_edge.training.student_dir import StudentDir
 
     folder.mkdir()
     splits = builtin_splits("ci")
@@ -260,7 +260,7 @@ class ServerProcess:
         handle, name = tempfile.mkstemp(suffix=".log")
         self._log = Path(name)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sbs_edge.cli", "serve", *map(str, arguments), "--port", "0"],
+            [sys.executable, "-P", "-m", "sbs_edge", "serve", *map(str, arguments), "--port", "0"],
             stderr=handle,
             stdout=subprocess.DEVNULL,
             env={**os.environ, **env},

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.serve.batching import Lane
+from sbs_edge.serve.batching import Batcher
 
 
 class Worker:
@@ -35,7 +35,7 @@ class Worker:
 def test_every_text_is_answered_once_in_order_and_within_the_budget(requests, budget, workers):
     async def go():
         worker = Worker()
-        lane = Lane(worker, max_batch_tokens=budget, max_wait_s=0, workers=workers)
+        lane = Batcher(worker, max_batch_tokens=budget, max_wait_s=0, workers=workers)
         tickets = []
         for i, lengths in enumerate(requests):
             tickets.append(lane.submit([(f"{i}.{j}", n) for j, n in enumerate(lengths)], lengths))
@@ -56,7 +56,7 @@ def test_every_text_is_answered_once_in_order_and_within_the_budget(requests, bu
 def test_like_lengths_go_together_and_the_oldest_goes_first():
     async def go():
         worker = Worker()
-        lane = Lane(worker, max_batch_tokens=40, max_wait_s=0)
+        lane = Batcher(worker, max_batch_tokens=40, max_wait_s=0)
         first = lane.submit([("first", 5)], [5])
         await asyncio.sleep(0.02)
         rest = [lane.submit([(f"t{n}", n)], [n]) for n in (10, 40, 9, 39, 11, 10)]
@@ -75,7 +75,7 @@ def test_a_lone_text_does_not_wait_but_company_on_its_way_is_waited_for():
     async def go():
         worker = Worker()
         worker.go.set()
-        lane = Lane(worker, max_wait_s=0.2)
+        lane = Batcher(worker, max_wait_s=0.2)
         started = time.perf_counter()
         await lane.submit([("alone", 3)], [3]).future
         assert time.perf_counter() - started < 0.1
@@ -98,7 +98,7 @@ def test_a_lone_text_does_not_wait_but_company_on_its_way_is_waited_for():
 def test_groups_never_mix_and_abandoned_work_never_runs():
     async def go():
         worker = Worker()
-        lane = Lane(worker, max_wait_s=0)
+        lane = Batcher(worker, max_wait_s=0)
         hold = lane.submit([("hold", 1)], [1])
         await asyncio.sleep(0.02)
         a = lane.submit([("a1", 4), ("a2", 4)], [4, 4], "a")
@@ -123,7 +123,7 @@ def test_a_failing_batch_fails_its_requests_and_the_lane_goes_on():
                 raise ValueError("bad batch")
             return batch
 
-        lane = Lane(work, max_wait_s=0)
+        lane = Batcher(work, max_wait_s=0)
         bad = lane.submit(["bad"], [1])
         with pytest.raises(ValueError, match="bad batch"):
             await bad.future
@@ -138,7 +138,7 @@ def test_a_failing_batch_fails_its_requests_and_the_lane_goes_on():
 def test_closing_fails_what_still_waits():
     async def go():
         worker = Worker()
-        lane = Lane(worker, max_wait_s=0)
+        lane = Batcher(worker, max_wait_s=0)
         running = lane.submit([("running", 1)], [1])
         await asyncio.sleep(0.02)
         waiting = lane.submit([("waiting", 1)], [1])
@@ -165,7 +165,7 @@ def test_a_worker_begins_the_next_whole_batch_without_the_event_loop():
             go_on.wait(10)
             return batch
 
-        lane = Lane(work, max_batch_tokens=8, max_wait_s=0, ahead=ahead)
+        lane = Batcher(work, max_batch_tokens=8, max_wait_s=0, ahead=ahead)
         tickets = [lane.submit([f"{i}a", f"{i}b"], [4, 4]) for i in range(4)]
         while not begun[0].is_set():
             await asyncio.sleep(0)
@@ -184,7 +184,7 @@ def test_a_worker_begins_the_next_whole_batch_without_the_event_loop():
 def test_what_stands_ready_is_whole_and_still_drops_what_is_given_up():
     async def go():
         worker = Worker()
-        lane = Lane(worker, max_batch_tokens=8, max_wait_s=0, ahead=1)
+        lane = Batcher(worker, max_batch_tokens=8, max_wait_s=0, ahead=1)
         hold = lane.submit([("hold", 8)], [8])
         while not worker.batches:
             await asyncio.sleep(0)
@@ -217,7 +217,7 @@ def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
         return [f"{text}!" for text in batch]
 
     async def go():
-        lane = Lane(work, max_wait_s=0)
+        lane = Batcher(work, max_wait_s=0)
 
         async def run(*texts, length=8):
             threads.clear()
@@ -242,7 +242,7 @@ def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
         assert await run("after a slow one") == {False}
         lane.close()
 
-        several = Lane(work, max_wait_s=0, workers=2)
+        several = Batcher(work, max_wait_s=0, workers=2)
         threads.clear()
         for text in ("one", "two", "three"):
             assert await asyncio.wait_for(several.submit([text], [8]).future, 5) == [f"{text}!"]
@@ -254,7 +254,7 @@ def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
 
 def test_the_estimate_learns_from_full_batches_and_one_slow_start_does_not_shut_the_queue():
     """A queue is worked off in full batches; what a lone text takes after a start says nothing about it."""
-    lane = Lane(lambda batch: batch, max_batch_tokens=512)
+    lane = Batcher(lambda batch: batch, max_batch_tokens=512)
     try:
         lane._learn(0.020, 1, 8 / 512)  # the first text of a cold process: 20 ms
         assert lane.wait_estimate_s(1024) < 0.5

@@ -18,7 +18,7 @@ import typer
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from sbs_edge.commands import serve as serve_command
+from sbs_edge.cli import serve as serve_command
 from sbs_edge.runtime.student import Student
 from sbs_edge.serve.escalate import Escalation
 from sbs_edge.serve.openapi import openapi_document

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from sbs_edge.serve.admission import Passage
-from sbs_edge.serve.door import Refused, request_id
+from sbs_edge.serve.admission import AdmissionSlot
+from sbs_edge.serve.admission_filter import Refused, request_id
 
 
 def scope(path="/v1/predict", method="POST", **headers):
@@ -89,12 +89,12 @@ def test_a_burst_is_counted_before_its_bodies_are_read(hand_bundle, running):
             for i in range(80):
                 assert (await edge.predict([f"{i} {j}" for j in range(16)])).status_code == 200
             asked = [edge.app.state.door.ask("POST", "/v1/predict", []) for _ in range(3)]
-            assert [type(each) for each in asked] == [Passage, Passage, Refused]
+            assert [type(each) for each in asked] == [AdmissionSlot, AdmissionSlot, Refused]
             assert (edge.service.gate.inside, edge.service.coming.texts) == (2, 32)
             asked[0].unexpect()  # its body is still on its way
             assert edge.service.coming.texts == 16
             last = edge.app.state.door.ask("POST", "/v1/predict", [])
-            assert isinstance(last, Passage)
+            assert isinstance(last, AdmissionSlot)
             for passage in (asked[0], asked[1], last, last):
                 passage.leave()
             assert (edge.service.gate.inside, edge.service.coming.texts) == (0, 0)

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sbs_edge.serve import interpreter
-from sbs_edge.serve.batching import Lane
+from sbs_edge.serve import process_settings as interpreter
+from sbs_edge.serve.batching import Batcher
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def test_what_is_loaded_is_out_of_the_collectors_way_and_freed_once_retired(coll
     kept = Node()
     kept.itself = kept  # type: ignore[attr-defined]
     seen = weakref.ref(kept)
-    interpreter.tidy()
+    interpreter.freeze_gc()
     assert gc.get_freeze_count() > 1000
     assert not any(each is kept for each in gc.get_objects())
     del kept
     gc.collect()
     assert seen() is not None  # frozen: no collection looks at it
-    interpreter.tidy()
+    interpreter.freeze_gc()
     assert seen() is None
 
 
@@ -67,7 +67,7 @@ def test_workers_stand_back_only_where_asked_and_the_loop_does_not(steps):
         return [os.getpriority(os.PRIO_PROCESS, 0)]
 
     mine = priority()
-    lane = Lane(priority, nice=steps)
+    lane = Batcher(priority, nice=steps)
     try:
         assert lane._pool.submit(priority).result() == [min(mine[0] + steps, 19)]
     finally:

@@ -13,9 +13,9 @@ from tritonclient.http import InferInput, InferRequestedOutput, InferResult
 from tritonclient.http._utils import _get_inference_request
 
 from sbs_edge.serve import errors, oip, plain
-from sbs_edge.serve.asking import Answer
 from sbs_edge.serve.body import deadline_s
 from sbs_edge.serve.engine import ModelCard
+from sbs_edge.serve.inference_request import Answer
 
 CARD = ModelCard("m", "1", "closed", ("yes", "no"), 40, 16, "cpu-int8", 0.0)
 

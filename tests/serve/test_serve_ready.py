@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sbs_edge.serve.asking import Asking, Timing
+from sbs_edge.serve.inference_request import InferenceRequest, Timing
 from sbs_edge.serve.server import create_service
 from sbs_edge.serve.settings import ServeSettings
 
@@ -44,7 +44,9 @@ def test_no_session_is_opened_after_readiness(bundles, texts, monkeypatch, kind)
         assert set(ran) == set(opened)  # each has run: warm, not merely open
         labels = [["wait", "close"]] * 4 if kind == "choices" else None
         version = service.registry.find("m")
-        answers = await service.answer(version, Asking(texts[:4], labels=labels, explain=True), Timing())
+        answers = await service.answer(
+            version, InferenceRequest(texts[:4], labels=labels, explain=True), Timing()
+        )
         assert all(a.label and a.rationale is not None for a in answers)
         assert len(opened) == before
         await service.close()

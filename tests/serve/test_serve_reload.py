@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sbs_edge.errors import AnswerError, IntegrityError, UsageError
-from sbs_edge.serve.asking import Asking, Timing
+from sbs_edge.serve.inference_request import InferenceRequest, Timing
 from sbs_edge.serve.models import parse_source
 from sbs_edge.serve.server import create_service
 from sbs_edge.serve.settings import ServeSettings
@@ -48,7 +48,7 @@ def test_a_new_version_takes_over_under_load_and_a_bad_one_does_not(hand, tmp_pa
             while not stop:
                 try:
                     version = service.registry.find("desk")
-                    answers = await service.answer(version, Asking([f"text {i} {count}"]), Timing())
+                    answers = await service.answer(version, InferenceRequest([f"text {i} {count}"]), Timing())
                     assert answers[0].label
                     seen.add(version.card.version)
                     count += 1
@@ -94,14 +94,14 @@ def test_a_retired_version_finishes_its_requests_before_it_closes(hand, tmp_path
         service = served(hand, ("m", tmp_path / "b"))
         await service.registry.refresh(first=True)
         old = service.registry.find("m")
-        running = asyncio.create_task(service.answer(old, Asking(["slow"]), Timing()))
+        running = asyncio.create_task(service.answer(old, InferenceRequest(["slow"]), Timing()))
         await asyncio.sleep(0.05)
         hand.write(tmp_path / "b", "2")
         await service.registry.refresh()
         new = service.registry.find("m")
         assert new.card.version == "2"
         assert not old.engine.closed
-        assert (await service.answer(new, Asking(["quick"]), Timing()))[0].label
+        assert (await service.answer(new, InferenceRequest(["quick"]), Timing()))[0].label
         assert not running.done()
         assert (await running)[0].label == old.engine.answer("slow").label
         assert old.engine.closed
@@ -198,7 +198,11 @@ def test_no_order_of_changes_fails_a_request(hand, tmp_path_factory, steps):
 
         async def ask(text):
             version = service.registry.find("desk")
-            return text, version, await service.answer(version, Asking([text], explain=True), Timing())
+            return (
+                text,
+                version,
+                await service.answer(version, InferenceRequest([text], explain=True), Timing()),
+            )
 
         for step in steps:
             match step:

@@ -6,7 +6,7 @@ import pytest
 
 from sbs_edge.errors import MissingExtra
 from sbs_edge.serve import telemetry
-from sbs_edge.serve.asking import Timing
+from sbs_edge.serve.inference_request import Timing
 
 
 def test_spans_have_the_callers_parent_and_the_stages_as_children():

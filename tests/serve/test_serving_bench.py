@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.bench import docs, registry
-from sbs_edge.bench import serving_scenarios as scenarios
-from sbs_edge.bench.serving_client import (
+from sbs_edge.bench.core import docs, registry
+from sbs_edge.bench.core.tables import markdown
+from sbs_edge.bench.serving import scenarios
+from sbs_edge.bench.serving.client import (
     Alone,
     Client,
     Outcome,
@@ -23,9 +24,8 @@ from sbs_edge.bench.serving_client import (
     request_bytes,
     run,
 )
-from sbs_edge.bench.serving_report import serving_tables
-from sbs_edge.bench.serving_server import shared_cores
-from sbs_edge.bench.tables import markdown
+from sbs_edge.bench.serving.server import shared_cores
+from sbs_edge.bench.serving.tables import serving_tables
 
 
 class Peer:
@@ -244,7 +244,7 @@ def test_the_bench_gathers_scenarios_in_one_document(bundles, tmp_path):
     """Short: the figures mean nothing here, their consistency does."""
     out = tmp_path / "serving.json"
     short = ("--seconds", "2", "--requests", "400", "--soak-seconds", "60", "--out", out)
-    command = [sys.executable, "-P", "-m", "sbs_edge.bench.serving"]
+    command = [sys.executable, "-P", "-m", "sbs_edge.bench.serving.bench"]
     for scenario, options in (("overload", ()), ("overload", ("--no-pin",)), ("soak", ())):
         done = subprocess.run(
             [*command, scenario, bundles["closed"], *short, *options],

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from sbs_edge.commands.app import main
+from sbs_edge.cli.app import main
 from sbs_edge.data.readers import read_examples
 from sbs_edge.teacher.annotate import Settings, annotate
 from sbs_edge.teacher.ask import TeacherUnavailableError
@@ -31,7 +31,7 @@ def run(teacher, rows, journal, *, task=TASK, **settings):
 
 def command(teacher, data, out, *extra):
     return [
-        *(sys.executable, "-m", "sbs_edge.cli", "annotate", str(data), "--task", "hvac", "--out", str(out)),
+        *(sys.executable, "-m", "sbs_edge", "annotate", str(data), "--task", "hvac", "--out", str(out)),
         *("--base-url", teacher.url, "--model", "desk", "--max-tokens", "100", *extra),
     ]
 
@@ -300,7 +300,7 @@ def test_the_command_reports_as_json_and_a_dry_run_asks_nobody(http_teacher, des
 
 def test_input_and_output_are_other_names(http_teacher, desk, raw_rows, tmp_path):
     data, out = raw_rows(desk.train[:4]), tmp_path / "out.jsonl"
-    begin = (sys.executable, "-m", "sbs_edge.cli", "annotate", "--task", "hvac")
+    begin = (sys.executable, "-m", "sbs_edge", "annotate", "--task", "hvac")
     asked = ("--base-url", http_teacher.url, "--model", "desk", "--max-tokens", "100")
     own = {**os.environ, "OPENAI_API_KEY": "none"}
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sbs_edge.chat.endpoint import Endpoint, redacted_url
 from sbs_edge.chat.protocol import failure, read_answer, token_count
-from sbs_edge.commands.app import main
+from sbs_edge.cli.app import main
 from sbs_edge.errors import UsageError
 from sbs_edge.teacher.calls import CallFailed
 from sbs_edge.teacher.limits import RateGate, duration_seconds, retry_after_seconds

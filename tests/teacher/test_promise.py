@@ -24,7 +24,7 @@ TEST_ROWS = 300
 
 
 def sbs_edge(*arguments):
-    command = [sys.executable, "-m", "sbs_edge.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "sbs_edge", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -43,7 +43,7 @@ def served_labels(bundle, texts, log):
     """Start ``serve`` as a user does and ask it over HTTP."""
     with log.open("wb") as handle:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sbs_edge.cli", "serve", str(bundle), "--port", "0"],
+            [sys.executable, "-m", "sbs_edge", "serve", str(bundle), "--port", "0"],
             stderr=handle,
             stdout=subprocess.DEVNULL,
         )

@@ -114,7 +114,7 @@ def test_task_new_then_show_prompt_on_the_command_line(tmp_path):
     data = tmp_path / "rows.csv"
     data.write_text('text,label\n"the tap drips",plumber\n"no light",electrician\n"wet wall",plumber\n'
                     '"fuse blown",electrician\n')  # fmt: skip
-    base = [sys.executable, "-m", "sbs_edge.cli"]
+    base = [sys.executable, "-m", "sbs_edge"]
     out = tmp_path / "task.yaml"
     new = [*base, "task", "new", str(data), "--column", "input=text", "--out", str(out), "--shots", "2"]
     subprocess.run(new, check=True, capture_output=True)

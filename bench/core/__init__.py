@@ -1,0 +1,1 @@
+"""Parts that every benchmark shares: worker processes, results, statistics, reports."""

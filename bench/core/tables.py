@@ -1,0 +1,281 @@
+"""Tables of a result document: for Markdown, for the page, for the terminal. Text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sbs_edge.bench.core.results import Row, rows_of
+
+__all__ = ["Table", "headline", "latency_tables", "markdown", "provenance_lines", "train_tables"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A titled table with a note on how to read it."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def markdown(table: Table, level: int = 3) -> str:
+    """A Markdown section with the table; numbers are set right."""
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [f"{'#' * level} {table.title}", ""]
+    if table.note:
+        lines += [table.note, ""]
+    lines.append("| " + " | ".join(cell(name) for name in table.columns) + " |")
+    lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.columns) - 1)) + "|")
+    lines += ["| " + " | ".join(cell(item) for item in row) + " |" for row in table.rows]
+    return "\n".join(lines) + "\n"
+
+
+def _name(system: str, variant: str) -> str:
+    return f"{system}, {variant}" if variant else system
+
+
+def _grid(title: str, note: str, rows: Sequence[Row], shown: Any, first: str = "system") -> Table | None:
+    """Systems down, cases across."""
+    if not rows:
+        return None
+    cases = list(dict.fromkeys(row.case for row in rows))
+    names = list(dict.fromkeys((row.system, row.variant) for row in rows))
+    found = {(row.system, row.variant, row.case): row for row in rows}
+    body = []
+    for system, variant in names:
+        cells = [found.get((system, variant, case)) for case in cases]
+        body.append([_name(system, variant), *(shown(cell) if cell else "–" for cell in cells)])
+    return Table(title, note, [first, *cases], body)
+
+
+def _percentile_cell(row: Row) -> str:
+    e = row.extra
+    if not all(level in e for level in ("p50", "p90", "p99")):
+        return _figure(row.value)
+    return f"{_figure(e['p50'])} / {_figure(e['p90'])} / {_figure(e['p99'])}"
+
+
+def _load_cell(row: Row) -> str:
+    if row.extra.get("saturated"):
+        return f"saturated at {_figure(row.extra['rate'])}/s"
+    return f"{_percentile_cell(row)} at {_figure(row.extra['rate'])}/s"
+
+
+def _systems(document: dict[str, Any]) -> Table:
+    body = []
+    for system in document["systems"]:
+        quality = system.get("quality", {})
+        body.append(
+            [
+                system["name"],
+                system.get("precision", "–"),
+                _figure(quality.get("label accuracy")),
+                _figure(quality.get("label agreement with fp32")),
+                _figure(quality.get("rationale agreement with fp32")),
+                system["why"] or "measured",
+            ]
+        )
+    note = (
+        "Random weights: the right label is what the fp32 weights answer among the label set."
+        if document["model"]["random_weights"]
+        else f"On {document['validation_rows']} validation rows, against their gold labels."
+    )
+    columns = ["system", "precision", "label accuracy %", "label agreement with fp32 %",
+               "rationale words equal to fp32 %", "state"]  # fmt: skip
+    return Table("Systems and their answers", note, columns, body)
+
+
+def ratio_text(row: dict[str, Any]) -> str:
+    """``1.92x (1.85 to 1.99)``, or why there is none."""
+    if row["ratio"] is None:
+        return f"withheld: {row['withheld']}" if row["withheld"] else "–"
+    ratio = row["ratio"]
+    if ratio["low"] == ratio["high"] or ratio["rounds"] < 2:
+        return f"{ratio['value']:.2f}x"
+    return f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _ratios(document: dict[str, Any]) -> list[Table]:
+    tables = []
+    for ours in dict.fromkeys(row["ours"] for row in document["ratios"]):
+        rows = [row for row in document["ratios"] if row["ours"] == ours]
+        peers = list(dict.fromkeys((row["peer"], row["peer_variant"] if row["section"] == "label" else "")
+                                   for row in rows))  # fmt: skip
+        columns = sorted(dict.fromkeys(name for name, _ in peers), key=[n for n, _ in peers].index)
+        body = []
+        for section, case, variant in dict.fromkeys(
+            (row["section"], row["case"], row["peer_variant"] if row["section"] == "label" else "")
+            for row in rows
+        ):
+            cells = []
+            for peer in columns:
+                hit = next(
+                    (
+                        row
+                        for row in rows
+                        if (row["section"], row["case"], row["peer"]) == (section, case, peer)
+                        and (section != "label" or row["peer_variant"] == variant)
+                    ),
+                    None,
+                )
+                cells.append(ratio_text(hit) if hit else "–")
+            asked = f"{section.replace('_', ' ')}: {case}" + (f", peer {variant}" if variant else "")
+            body.append([asked, *cells])
+        note = (
+            "How many times faster or smaller it is; below 1 the peer wins. In brackets the 95 % bootstrap "
+            "interval over the interleaved rounds. A system whose answers are worse gets no ratio."
+        )
+        tables.append(Table(f"{ours} against each peer", note, ["case", *columns], body))
+    return tables
+
+
+def latency_tables(document: dict[str, Any]) -> list[Table]:
+    """Every table of a latency document."""
+    rows = rows_of(document)
+
+    def of(section: str) -> list[Row]:
+        return [row for row in rows if row.section == section]
+
+    loads = of("open_loop")
+    found = [
+        _systems(document),
+        _grid("Label, ms", "p50 / p90 / p99 of a call, text in, label out.", of("label"), _percentile_cell),
+        _grid(
+            "Rationale",
+            "Milliseconds, p50 / p90 / p99; `a token` is the mean after the first; `rate` is tokens a second.",
+            of("rationale"),
+            _percentile_cell,
+        ),
+        _grid(
+            "Throughput, requests a second",
+            "A mixed-length stream, each system at its best batching setting (the sweep is in the JSON).",
+            of("throughput"),
+            lambda row: f"{_figure(row.value)} ({_setting(row.extra['setting'])})",
+        ),
+        _grid(
+            "Latency under load, ms",
+            "Poisson arrivals; p50 / p90 / p99 from arrival to answer. The common rate is half of the "
+            "fastest peer's capacity.",
+            loads,
+            _load_cell,
+        ),
+        _grid(
+            "Cold start, ms",
+            "New process to first answer, files in the page cache.",
+            of("cold_start"),
+            _percentile_cell,
+        ),
+        _grid("Memory of that process, MB", "", of("memory"), lambda row: _figure(row.value)),
+        _grid("On disk, MB", "", of("disk"), lambda row: _figure(row.value)),
+        _grid(
+            "Installed, MB",
+            "What must be installed to run it, with everything it requires, Python itself left out.",
+            of("installed"),
+            lambda row: f"{_figure(row.value)} ({row.extra['distributions']} packages)",
+        ),
+    ]
+    return [table for table in found if table is not None] + _ratios(document)
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in setting.items())
+
+
+def train_tables(document: dict[str, Any]) -> list[Table]:
+    """Every table of a training document."""
+    rows = rows_of(document)
+    tables = []
+    for device in dict.fromkeys(row.case.partition(", ")[0] for row in rows):
+        mine = [row for row in rows if row.case.partition(", ")[0] == device]
+        systems = list(dict.fromkeys(row.system for row in mine))
+        names = list(dict.fromkeys((row.section, row.unit) for row in mine))
+        body = []
+        for system in systems:
+            cells = []
+            for section, unit in names:
+                hit = next(
+                    (r for r in mine if (r.system, r.section, r.unit) == (system, section, unit)), None
+                )
+                cells.append(_figure(hit.value) if hit else "–")
+            body.append([system, *cells])
+        columns = ["step", *(f"{section.replace('_', ' ')}, {unit}" for section, unit in names)]
+        tables.append(Table(f"Training step on {device}", "", columns, body))
+    padding = [[name, *map(str, share.values())] for name, share in document.get("padding", {}).items()]
+    if padding:
+        columns = ["step", *next(iter(document["padding"].values())).keys()]
+        tables.append(Table("Padding", "Share of positions that hold no token.", columns, padding))
+    against = document.get("ratios", [])
+    if against:
+        body = [[row["case"], row["section"], row["peer"], ratio_text(row)] for row in against]
+        tables.append(
+            Table(
+                "This project's step against the others",
+                "Above 1 it is faster or smaller; 95 % bootstrap interval over interleaved rounds.",
+                ["case", "figure", "against", "ratio"],
+                body,
+            )
+        )
+    curves = document.get("loss_curves")
+    if curves:
+        body = [
+            [item["case"], item["against"], f"{item['largest_difference']:.2e}", item["verdict"]]
+            for item in curves
+        ]
+        tables.append(
+            Table(
+                "Loss curves on the same seed and data",
+                "Largest relative difference of the loss over all steps.",
+                ["case", "against", "difference", "verdict"],
+                body,
+            )
+        )
+    failed = [s for s in document.get("systems", []) if s.get("why")]
+    if failed:
+        body = [[s["name"], s["why"]] for s in failed]
+        tables.append(Table("Not measured", "", ["step", "why"], body))
+    return tables
+
+
+def headline(document: dict[str, Any]) -> str:
+    """One line that says what was measured where."""
+    machine = document["machine"]
+    where = machine["gpus"][0].split(",")[0] if machine.get("gpus") else machine["cpu"]
+    model = document["model"]
+    what = model.get("shape") or model.get("task") or model.get("student")
+    weights = " (random weights)" if model.get("random_weights") else ""
+    return f"{what}{weights}, {where}, {document['created'][:10]}"
+
+
+def provenance_lines(document: dict[str, Any]) -> list[str]:
+    """What one must know to repeat or distrust the figures."""
+    machine = document["machine"]
+    load = " / ".join(str(item) for item in machine["load_average"])
+    lines = [
+        f"machine: {machine['cpu']} (family {machine['cpu_family']}, model {machine['cpu_model']}), "
+        f"{machine['cpus']} processors, {machine['memory_gb']} GB, kernel {machine['kernel']}",
+        f"flags: {', '.join(machine['flags']) or 'none of those that matter'}; "
+        f"absent: {', '.join(machine['flags_absent']) or 'none'}",
+        f"threads: {document.get('threads')}; processors used: {document.get('cpus')}; "
+        f"load average at start: {load}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
+        f"seed: {document.get('seed')}; command: {' '.join(document['command'])}",
+    ]
+    if machine.get("gpus"):
+        state = machine.get("gpu_state") or []
+        asked = " (SM clock, its maximum, memory clock, power, its limit, temperature, state at start)"
+        lines.insert(1, "GPU: " + "; ".join([*machine["gpus"], *state]) + (asked if state else ""))
+    return lines

@@ -1,0 +1,1 @@
+"""A GPU session: correctness, peers and timings in one command."""

@@ -1,0 +1,213 @@
+"""Everything that has to happen on a GPU that is at hand for minutes only, in one go.
+
+``python -P -m sbs_edge.bench.gpu.session --out DIR --minutes 8``: the machine; bare matrix products at the
+slices' shapes; every engine against float64; the kernel bench in order of importance; a sweep of
+workspaces and tiles; the whole training step; the bundle's GPU targets. Every stage is a process with a
+time limit and writes its JSON as it goes; ``result.json`` is written anew after each of them and can be
+kept as ``bench/results/<gpu>-<date>.json``. With ``--device cpu`` the same stages run on small shapes,
+Triton's kernels in its interpreter: that proves the script, and its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sbs_edge import files
+
+__all__ = ["STAGES", "main", "run_session"]
+
+# Stage and the share of the whole time that it may take at most; what one leaves, the next ones have.
+STAGES = {"matmul": 0.08, "correctness": 0.15, "kernels": 0.42, "sweep": 0.13, "train": 0.16, "targets": 0.06}
+_INTERPRETED = ("correctness", "kernels", "sweep")
+
+
+def _document(device: str) -> dict[str, Any]:
+    from sbs_edge.bench.gpu.stages import SESSION_CASES, SMALL_CASES
+    from sbs_edge.bench.kernels.bench import KernelOptions, new_document
+    from sbs_edge.bench.kernels.peers import names_for
+
+    cases = SMALL_CASES if device == "cpu" else SESSION_CASES
+    options = KernelOptions(cases, names_for("all"), device=device)
+    command = ["python", "-P", "-m", "sbs_edge.bench.gpu.session", *sys.argv[1:]]
+    document = new_document(options, command)
+    if device == "cpu":
+        document["model"]["shape"] += " (a rehearsal: its times mean nothing)"
+    return document
+
+
+def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
+    """Run one stage in a process group of its own; say how it ended."""
+    env = dict(os.environ)
+    if device == "cpu" and stage in _INTERPRETED:
+        env["TRITON_INTERPRET"] = "1"
+    arguments = ["--stage", stage, "--device", device, "--out", str(out), "--seconds", f"{seconds:.0f}"]
+    with open(out / f"{stage}.log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sbs_edge.bench.gpu.session", *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"ended after its {seconds:.0f} s; what it had found is kept"
+        finally:
+            # Its workers too: none of them may go on measuring beside the next stage.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code == 0:
+        return "done"
+    lines = (out / f"{stage}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"ended with {code}: {lines[-1][:300] if lines else 'it said nothing'}"
+
+
+def _collect(document: dict[str, Any], out: Path, states: list[dict[str, Any]]) -> None:
+    """Put what the stages have written so far into ``document``, and write it."""
+    session: dict[str, Any] = {"stages": states}
+    for stage in STAGES:
+        path = out / f"{stage}.json"
+        if not path.is_file():
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if stage == "kernels":
+            for key in ("systems", "cases", "rows", "ratios", "options"):
+                document[key] = found[key]
+        else:
+            session[stage] = found
+    document["session"] = session
+    files.write_json(out / "result.json", document)
+
+
+def _summary(document: dict[str, Any]) -> str:
+    """The session in screenfuls, the most important last: a terminal or a log may keep only its end."""
+    from sbs_edge.bench.core.tables import headline
+    from sbs_edge.bench.kernels.tables import kernel_tables
+
+    lines: list[str] = []
+    for table in reversed(kernel_tables(document)[: len(document["cases"])]):
+        lines += [table.title, *("  " + " | ".join(row) for row in table.rows)]
+    checks = document["session"].get("correctness", [])
+    wrong = [row for row in checks if row.get("verdict") not in ("right", "left out: interpreter")]
+    lines += [json.dumps(row) for row in wrong[:12]]
+    lines.append(f"correctness: {len(checks)} checks, {len(wrong)} not right")
+    for state in document["session"]["stages"]:
+        lines.append(f"{state['stage']}: {state['state']} ({state['seconds']:.0f} s)")
+    lines.append(headline(document))
+    return "\n".join(lines) + "\n"
+
+
+def run_session(
+    out: Path, device: str, minutes: float, only: Sequence[str] = tuple(STAGES)
+) -> dict[str, Any]:
+    """Run the stages within ``minutes``; return the document, which is also in ``out/result.json``.
+
+    Args:
+        out: directory for the JSON of every stage, its log, and the result.
+        device: ``cuda``, or ``cpu`` for a rehearsal on small shapes.
+        minutes: for everything; a stage that the time does not reach is a row that says so.
+        only: the stages to run.
+
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:  # an older session's figures are not this one's
+        (out / f"{stage}.json").unlink(missing_ok=True)
+    begun = time.monotonic()
+    document = _document(device)
+    states: list[dict[str, Any]] = []
+    _collect(document, out, states)
+    wanted = [stage for stage in STAGES if stage in only]
+    spare = 0.0
+    for number, stage in enumerate(wanted):
+        left = 60 * minutes - (time.monotonic() - begun)
+        last = number == len(wanted) - 1
+        limit = left if last else min(left, 60 * minutes * STAGES[stage] + spare)
+        started = time.monotonic()
+        sys.stderr.write(f"{stage}: at most {limit:.0f} s\n")
+        state = "not reached: the time was over" if limit < 1 else _run_stage(stage, device, out, limit)
+        took = time.monotonic() - started
+        spare = max(0.0, limit - took)
+        states.append({"stage": stage, "state": state, "seconds": took})
+        sys.stderr.write(f"{stage}: {state}\n")
+        _collect(document, out, states)
+    return document
+
+
+def _stage(stage: str, device_name: str, out: Path, seconds: float) -> None:
+    """The body of a stage's own process."""
+    import torch
+
+    from sbs_edge.bench.gpu import stages as gpu_stages
+
+    device, small = torch.device(device_name), device_name == "cpu"
+
+    def save(found: Any) -> None:
+        files.write_json(out / f"{stage}.json", found)
+
+    def say(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    if stage == "kernels":
+        save(gpu_stages.kernels(device, small, save, 0.93 * seconds, say))
+    elif stage == "train":
+        gpu_stages.train(device, small, save, say)
+    elif stage == "targets":
+        gpu_stages.targets(device, small, save, say)
+    elif stage == "matmul":
+        gpu_stages.matmul(device, small, save)
+    elif stage == "correctness":
+        gpu_stages.correctness(device, small, save)
+    else:
+        gpu_stages.sweep(device, small, save)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a session; 0 when every stage ended by itself and no engine is wrong."""
+    parser = argparse.ArgumentParser(prog="sbs_edge.bench.gpu.session", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which, by commas (default: all)")
+    parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.stage:
+        _stage(given.stage, given.device, given.out, given.seconds)
+        return 0
+    unknown = [name for name in given.stages.split(",") if name not in STAGES]
+    if unknown:
+        parser.error(f"--stages knows {', '.join(STAGES)}; found {', '.join(unknown)}")
+    if given.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error(
+                "there is no CUDA device here that torch can use; --device cpu rehearses the session"
+            )
+    document = run_session(given.out, given.device, given.minutes, given.stages.split(","))
+    with contextlib.suppress(ImportError):  # the pictures need matplotlib, the result does not
+        from sbs_edge.bench.core.report import write_report
+
+        write_report(document, given.out)
+    sys.stdout.write(_summary(document))
+    checks = document["session"].get("correctness", [])
+    failed = any(state["state"] != "done" for state in document["session"]["stages"])
+    wrong = any(row.get("verdict") == "WRONG" for row in checks)
+    return 1 if failed or wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

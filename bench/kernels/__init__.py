@@ -1,0 +1,1 @@
+"""The loss benchmark: time, memory and error beside its peers."""

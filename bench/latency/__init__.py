@@ -1,0 +1,1 @@
+"""The latency benchmark: bundles and peers on the same weights and inputs."""

@@ -1,0 +1,124 @@
+"""Accuracy and agreement of every system, and whether a speed-up may be printed at all.
+
+For a trained student accuracy is against the gold labels: free generation for peers, as their users
+run them. For random weights the gold label is what fp32 answers among the label set, so every system
+is asked for its best label of the set; its accuracy is its agreement with fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sbs_edge.bench.core.protocol import WorkerFailed
+from sbs_edge.bench.core.results import Row
+from sbs_edge.bench.latency.workers import Contest, Entry
+from sbs_edge.data.answers import same_answer
+
+__all__ = ["measure", "rationale_withheld", "share_equal", "withheld"]
+
+RATIONALE_ROWS = 8
+# Points a system may lose against its peer: the export guard's default for trained students; int8 on
+# random weights has no training to make it robust, and the peers it is compared with are int8 too.
+SLACK_TRAINED, SLACK_RANDOM = 1.0, 5.0
+# Greedy texts part at the first differing token and stay apart, so words at the same place are a harsh
+# measure: this much less than the peer (or than 75 %) is another text, not rounding.
+SLACK_RATIONALE, RATIONALE_TOP = 25.0, 75.0
+
+
+def share_equal(texts: list[str], others: list[str]) -> float | None:
+    """Share of words of ``others`` that ``texts`` has at the same place, in percent."""
+    equal = total = 0
+    for text, other in zip(texts, others, strict=True):
+        words, judge = text.split(), other.split()
+        equal += sum(a == b for a, b in zip(words, judge, strict=False))
+        total += max(len(words), len(judge))
+    return 100.0 * equal / total if total else None
+
+
+def _percent(hits: list[bool]) -> float:
+    return 100.0 * sum(hits) / len(hits)
+
+
+def _ask(contest: Contest, entry: Entry, steps: int) -> dict[str, Any] | None:
+    rows = contest.inputs.rows
+    choices = [row.get("choices") for row in rows] if contest.inputs.choices else None
+    if entry.worker is None:
+        return None
+    try:
+        return entry.worker.ask(
+            "answers",
+            texts=[row["input"] for row in rows],
+            choices=choices,
+            rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
+            steps=steps,
+        )
+    except WorkerFailed as failure:
+        entry.give_up(f"no answers: {failure}")
+        return None
+
+
+def measure(contest: Contest, compare: Any, steps: int) -> list[Row]:
+    """Ask every living entry for answers; rows of accuracy and agreement, and ``facts['quality']``.
+
+    Args:
+        contest: its entries; the reference (eager fp32) is the judge of agreement.
+        compare: the task's comparison, ``text`` or ``value``.
+        steps: tokens of a rationale.
+
+    """
+    golds = [row.get("label") for row in contest.inputs.rows]
+    judge = contest.reference or next((e for e in contest.entries if e.name == "transformers"), None)
+    found = {entry.name: _ask(contest, entry, steps) for entry in contest.alive}
+    if judge is not None and judge.name not in found:
+        found[judge.name] = _ask(contest, judge, steps)
+    base = found.get(judge.name) if judge is not None else None
+    rows: list[Row] = []
+    for entry in contest.entries:
+        said = found.get(entry.name)
+        if said is None:
+            continue
+        field = "restricted" if contest.inputs.random_weights else "free"
+        answers = said[field]
+        quality: dict[str, float] = {}
+        if answers is not None:
+            hits = [
+                same_answer(answer, gold, compare)
+                for answer, gold in zip(answers, golds, strict=True)
+                if gold is not None
+            ]
+            if hits:
+                quality["label accuracy"] = _percent(hits)
+        if answers is not None and base is not None and base[field] is not None:
+            pairs = zip(answers, base[field], strict=True)
+            quality["label agreement with fp32"] = _percent([same_answer(a, b, compare) for a, b in pairs])
+        if base is not None and "rationale" in entry.sections:
+            equal = share_equal(said["rationales"], base["rationales"])
+            if equal is not None:
+                quality["rationale agreement with fp32"] = equal
+        entry.facts["quality"] = quality
+        rows += [
+            Row("quality", entry.name, "", name, "%", "higher", value, extra={"n": len(golds)})
+            for name, value in quality.items()
+        ]
+    return rows
+
+
+def withheld(ours: Entry, peer: Entry, random_weights: bool) -> str | None:
+    """Why no ratio of these two is printed, or None when it may be."""
+    mine = ours.facts.get("quality", {}).get("label accuracy")
+    other = peer.facts.get("quality", {}).get("label accuracy")
+    if mine is None:
+        return "the accuracy of its answers is unknown"
+    slack = SLACK_RANDOM if random_weights else SLACK_TRAINED
+    if other is not None and mine < other - slack:
+        return f"its answers are worse: {mine:.1f} % right against {other:.1f} %"
+    return None
+
+
+def rationale_withheld(ours: Entry, peer: Entry) -> str | None:
+    """Why no rationale speed of these two is compared, or None when it may be."""
+    name = "rationale agreement with fp32"
+    mine, other = (entry.facts.get("quality", {}).get(name) for entry in (ours, peer))
+    if mine is None or other is None or mine >= min(other, RATIONALE_TOP) - SLACK_RATIONALE:
+        return None
+    return f"its rationales are others: {mine:.0f} % of fp32's words against {other:.0f} %"

@@ -1,0 +1,316 @@
+"""The timed parts of the latency bench: interleaved rounds over label, rationale, stream and load.
+
+Every section asks the systems in turn inside a round (A B C, then B C A, ...), so that a machine that
+drifts drifts for all of them, and keeps one value a round for the ratios.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sbs_edge.bench.core.protocol import WorkerFailed
+from sbs_edge.bench.core.results import Row
+from sbs_edge.bench.core.stats import percentiles
+from sbs_edge.bench.latency.inputs import poisson_arrivals
+from sbs_edge.bench.latency.workers import Contest, Entry
+
+__all__ = ["COMMON_RATE", "Schedule", "label", "open_loop", "rationale", "throughput"]
+
+_SLOW_CALL_S = 0.3
+COMMON_RATE = "common rate"
+
+
+@dataclass(slots=True)
+class Schedule:
+    """How long and how often.
+
+    Attributes:
+        rounds: interleaved rounds of every section at most.
+        least_rounds: rounds run even when the time is over.
+        seconds: time of the whole bench; sections share it out.
+        call_seconds: time of one measurement inside a round.
+        sources: source lengths in tokens.
+        batches: batch sizes of the label task.
+        rationale_batches: batch sizes of the rationale task.
+        rationale_steps: new tokens of a rationale.
+        stream: requests of the mixed stream at most.
+        loads: shares of a system's own capacity offered in the open loop.
+        load_seconds: length of one open-loop run.
+        cold_rounds: new processes of each system.
+
+    """
+
+    rounds: int = 10
+    least_rounds: int = 3
+    seconds: float = 300.0
+    call_seconds: float = 0.15
+    sources: tuple[int, ...] = (16, 64, 256)
+    batches: tuple[int, ...] = (1, 8)
+    rationale_batches: tuple[int, ...] = (1,)
+    rationale_steps: int = 64
+    stream: int = 128
+    loads: tuple[float, ...] = (0.5, 0.8)
+    load_seconds: float = 3.0
+    cold_rounds: int = 5
+
+    def rounds_within(self, share: float) -> Iterator[int]:
+        """Yield round numbers until this section's share of the time is used up."""
+        end = time.monotonic() + share * self.seconds
+        for number in range(self.rounds):
+            if number >= self.least_rounds and time.monotonic() > end:
+                return
+            yield number
+
+
+@dataclass(slots=True)
+class Series:
+    """Samples of one measured point: all of them, and one median a round."""
+
+    samples: list[float] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)
+
+    def add(self, ns: list[int], scale: float = 1e-6) -> None:
+        """Add one round's samples, scaled (to ms by default)."""
+        values = [value * scale for value in ns]
+        self.samples += values
+        self.rounds.append(percentiles(values, (50,))["p50"])
+
+    @property
+    def warm(self) -> int:
+        """Uncounted calls before the next round: none once calls are slow and have been made before."""
+        return 0 if self.rounds and self.rounds[-1] > _SLOW_CALL_S * 1e3 else 1
+
+    def row(self, section: str, system: str, variant: str, case: str, unit: str = "ms", **extra: Any) -> Row:
+        """The row of this series: the median, with percentiles over all samples."""
+        found = percentiles(self.samples)
+        return Row(
+            section,
+            system,
+            variant,
+            case,
+            unit,
+            "lower",
+            found["p50"],
+            list(self.rounds),
+            {**found, "n": len(self.samples), **extra},
+        )
+
+
+def rotated(entries: list[Entry], number: int) -> list[Entry]:
+    """The living entries, starting at another one each round."""
+    return [entry for entry in turned(entries, number) if entry.worker is not None]
+
+
+def turned(entries: list[Entry], number: int) -> list[Entry]:
+    """All entries, starting at another one each round."""
+    at = number % len(entries) if entries else 0
+    return [*entries[at:], *entries[:at]]
+
+
+def _asked(entry: Entry, do: str, **order: Any) -> dict[str, Any] | None:
+    if entry.worker is None:
+        return None
+    try:
+        return entry.worker.ask(do, **order)
+    except WorkerFailed as failure:
+        entry.give_up(f"{do}: {failure}")
+        return None
+
+
+def label(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+    """Label latency by batch and source length; peers as label + EOS and as a single token."""
+    inputs = contest.inputs
+    cases = [
+        (batch, source)
+        for source in schedule.sources
+        for batch in schedule.batches
+        if source <= inputs.max_source_tokens
+    ]
+    texts = {case: inputs.texts(case[1], case[0]) for case in cases}
+    tokens = {case: max(map(inputs.count, texts[case])) for case in cases}
+    found: dict[tuple[str, str, tuple[int, int]], Series] = {}
+    for number in schedule.rounds_within(share):
+        say(f"label, round {number + 1}")
+        for case in cases:
+            for entry in rotated(contest.part_in("label"), number):
+                for variant in entry.variants:
+                    series = found.setdefault((entry.name, variant, case), Series())
+                    reply = _asked(
+                        entry,
+                        "label",
+                        texts=texts[case],
+                        choices=inputs.choice_sets(case[0]),
+                        variant=variant,
+                        seconds=schedule.call_seconds,
+                        least=1,
+                        warm=series.warm,
+                    )
+                    if reply is not None:
+                        series.add(reply["ns"])
+    return [
+        series.row(
+            "label", name, variant, f"batch {case[0]}, {case[1]} tokens",
+            batch=case[0], source=case[1], tokens=tokens[case],
+        )
+        for (name, variant, case), series in found.items()
+        if series.rounds
+    ]  # fmt: skip
+
+
+def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+    """Time to the first token, time a token after it, tokens a second end to end."""
+    inputs, source = contest.inputs, min(64, contest.inputs.max_source_tokens)
+    whole: dict[tuple[str, int], Series] = {}
+    first: dict[tuple[str, int], Series] = {}
+    counts: dict[tuple[str, int], list[int]] = {}
+    for number in schedule.rounds_within(share):
+        say(f"rationale, round {number + 1}")
+        for batch in schedule.rationale_batches:
+            texts = inputs.texts(source, batch)
+            for entry in rotated(contest.part_in("rationale"), number):
+                key = (entry.name, batch)
+                replies = []
+                for table, steps in ((first, 1), (whole, schedule.rationale_steps)):
+                    into = table.setdefault(key, Series())
+                    order = {"seconds": schedule.call_seconds, "least": 1, "warm": into.warm}
+                    replies.append(_asked(entry, "rationale", texts=texts, steps=steps, **order))
+                if all(reply is not None for reply in replies):
+                    for table, reply in zip((first, whole), replies, strict=True):
+                        table[key].add(reply["ns"] if reply else [])
+                    counts[key] = replies[1]["tokens"] if replies[1] else []
+    rows: list[Row] = []
+    for key, series in whole.items():
+        if not series.rounds:
+            continue
+        name, batch = key
+        case = f"batch {batch}, {source} tokens, {schedule.rationale_steps} new"
+        new = max(counts[key])
+        total = sum(counts[key])
+        extra: dict[str, Any] = {"batch": batch, "source": source, "new_tokens": counts[key]}
+        pairs = list(zip(series.rounds, first[key].rounds, strict=True))
+        rate = [total / ms * 1e3 for ms, _ in pairs]
+        each = [(ms - start) / max(1, new - 1) for ms, start in pairs]
+        rows.append(series.row("rationale", name, "whole", case, **extra))
+        rows.append(first[key].row("rationale", name, "first token", case, **extra))
+        rows.append(
+            Row("rationale", name, "a token", case, "ms", "lower", percentiles(each)["p50"], each, extra)
+        )
+        rows.append(
+            Row("rationale", name, "rate", case, "tokens/s", "higher", percentiles(rate)["p50"], rate, extra)
+        )
+    return rows
+
+
+def throughput(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+    """Requests a second on a mixed-length stream, each system at its best batching setting."""
+    texts = contest.inputs.stream(schedule.stream)
+    sizes: dict[str, int] = {}
+    sweep: dict[str, list[dict[str, Any]]] = {}
+    budget = share * schedule.seconds / max(1, 8 * len(contest.alive))
+    for entry in contest.alive:
+        say(f"throughput, sweep of {entry.name}")
+        reply = _asked(entry, "settings")
+        best: tuple[float, dict[str, Any]] | None = None
+        for setting in reply["settings"] if reply else []:
+            if _asked(entry, "apply", setting=setting) is None:
+                break
+            if entry.name not in sizes:  # how many requests fit the time
+                probe = _stream(entry, texts[:8], setting, contest)
+                if probe is None:
+                    break
+                sizes[entry.name] = min(len(texts), max(8, int(8 * budget / probe)))
+            n = sizes[entry.name]
+            seconds = _stream(entry, texts[:n], setting, contest)
+            if seconds is None:
+                break
+            rate = n / seconds
+            sweep.setdefault(entry.name, []).append({"setting": setting, "requests_per_s": round(rate, 2)})
+            if best is None or rate > best[0]:
+                best = (rate, setting)
+        if best is not None:
+            entry.facts["setting"] = best[1]
+            _asked(entry, "apply", setting=best[1])
+    rates: dict[str, list[float]] = {}
+    for number in schedule.rounds_within(share / 2):
+        say(f"throughput, round {number + 1}")
+        for entry in rotated(contest.entries, number):
+            if "setting" not in entry.facts:
+                continue
+            n = sizes[entry.name]
+            seconds = _stream(entry, texts[:n], entry.facts["setting"], contest)
+            if seconds is not None:
+                rates.setdefault(entry.name, []).append(n / seconds)
+    rows = []
+    for entry in contest.entries:
+        if entry.name in rates:
+            value = percentiles(rates[entry.name])["p50"]
+            extra = {
+                "setting": entry.facts["setting"],
+                "sweep": sweep[entry.name],
+                "requests": sizes[entry.name],
+            }
+            entry.facts["capacity"] = value
+            rows.append(
+                Row(
+                    "throughput", entry.name, "", "mixed stream", "requests/s", "higher",
+                    value, rates[entry.name], extra,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def _stream(entry: Entry, texts: list[str], setting: dict[str, Any], contest: Contest) -> float | None:
+    choices = contest.inputs.choice_sets(len(texts))
+    reply = _asked(entry, "stream", texts=texts, setting=setting, choices=choices)
+    return None if reply is None else float(reply["ns"][0]) * 1e-9
+
+
+def open_loop(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+    """Latency under Poisson arrivals: at shares of each system's own capacity, and at one common rate.
+
+    The common rate is half of the fastest peer's capacity. A system that cannot follow is reported
+    as saturated. Up to 8 waiting requests are served together.
+    """
+    capacities = {
+        entry.name: float(entry.facts["capacity"]) for entry in contest.alive if "capacity" in entry.facts
+    }
+    peers = [rate for name, rate in capacities.items() if not name.startswith("sbs-edge")]
+    common = 0.5 * max(peers or capacities.values(), default=0.0)
+    found: dict[tuple[str, str], Series] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
+    runs = len(capacities) * (len(schedule.loads) + 1)
+    seconds = min(schedule.load_seconds, max(0.3, share * schedule.seconds / max(1, runs)))
+    for number in range(max(1, min(3, int(share * schedule.seconds / max(1e-9, runs * seconds))))):
+        say(f"open loop, round {number + 1}")
+        for entry in rotated(contest.entries, number):
+            if entry.name not in capacities:
+                continue
+            offers = {f"{load:.0%} of its capacity": load * capacities[entry.name] for load in schedule.loads}
+            for case, rate in {**offers, COMMON_RATE: common}.items():
+                rng = random.Random(f"{contest.inputs.seed}/{case}/{number}")
+                arrivals = poisson_arrivals(rate, seconds, rng)
+                texts = contest.inputs.stream(len(arrivals))
+                reply = _asked(
+                    entry,
+                    "open_loop",
+                    texts=texts,
+                    choices=contest.inputs.choice_sets(len(texts)),
+                    arrivals=arrivals,
+                    setting=entry.facts["setting"],
+                    most=8,
+                    patience=max(2.0, seconds),
+                )
+                if reply is None or not reply["ns"]:
+                    break
+                found.setdefault((entry.name, case), Series()).add(reply["ns"])
+                fact = facts.setdefault((entry.name, case), {"rate": round(rate, 2), "unanswered": 0})
+                fact["unanswered"] += reply["left"]
+                fact["saturated"] = fact["unanswered"] > 0 or rate > capacities[entry.name]
+    return [
+        series.row("open_loop", name, "", case, **facts[(name, case)])
+        for (name, case), series in found.items()
+    ]

@@ -1,0 +1,1 @@
+"""The offline scoring benchmark: Ray actors beside a plain loop."""

@@ -1,0 +1,236 @@
+"""Offline scoring: one worker, two workers, and the plain loop in this process, on the same rows.
+
+    python -m sbs_edge.bench.scale.bench --rows 100000
+
+Measures, on one bundle and one file of JSON Lines:
+
+``loop``   the same reading, answering and writing in this process, unit by unit, without Ray;
+``ray-1``  one actor; its excess over ``loop`` is Ray's overhead (the aim is under 10 %);
+``ray-2``  two actors; ``ray-1`` over ``ray-2`` is the scaling.
+
+Every arm is a fresh process, in turn, and gives one thread to a student. For Ray three times are kept
+apart: its own start, the whole call after that, and the steady part from the first unit's start to the
+last one's end (without loading students). The outputs of all arms are compared byte by byte. The last
+line on stdout is one JSON document. Knows nothing of accuracy: without
+``--bundle`` it scores with an untrained student of the built-in task's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sbs_edge import files
+from sbs_edge.resources import usable_cpus
+
+__all__ = ["main", "make_bundle", "measure", "write_rows"]
+
+
+def write_rows(path: Path, n_rows: int, seed: int = 0) -> Path:
+    """Write ``n_rows`` tickets of the built-in task as JSON Lines; texts repeat after 1300 rows."""
+    from sbs_edge.data.builtin import builtin_splits
+
+    splits = builtin_splits("default", seed=seed)
+    texts = [row.input for row in (*splits.test, *splits.validation)]
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as handle:
+        for number in range(n_rows):
+            text = texts[rng.randrange(len(texts))]
+            handle.write(json.dumps({"id": f"row-{number}", "input": text}) + "\n")
+    return path
+
+
+def make_bundle(folder: Path, *, d_model: int = 64, d_ff: int = 512) -> Path:
+    """Export an untrained student of the built-in task: its speed is that of a trained one."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from sbs_edge.data.builtin import builtin_splits
+    from sbs_edge.data.jsonl import write_examples
+    from sbs_edge.data.tokenizer import build_tokenizer
+    from sbs_edge.export.api import export
+    from sbs_edge.training.student_dir import StudentDir
+
+    student = folder / "student"
+    student.mkdir(parents=True)
+    splits = builtin_splits("default")
+    prefixes = {"label": "[label] ", "rationale": "[rationale] "}
+    texts = [text for e in splits.train for text in (e.input, e.label, e.rationale) if text]
+    tokenizer = build_tokenizer(texts, list(prefixes.values()))
+    tokenizer.save(str(student / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=(tokenizer.get_vocab_size() + 7) // 8 * 8,
+        d_model=d_model,
+        d_kv=16,
+        d_ff=d_ff,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(student)
+    card = {
+        "format": 1,
+        "task": StudentDir.task_card(splits.task),
+        "prefixes": prefixes,
+        "mode": "stepwise",
+        "rationale_weight": 1.0,
+        "max_source_tokens": 128,
+        "max_target_tokens": 32,
+        "max_label_tokens": 4,
+        "seed": 0,
+        "versions": {},
+        "training": {},
+    }
+    (student / "sbs_edge.json").write_text(json.dumps(card), encoding="utf-8")
+    write_examples(student / "validation.jsonl", splits.validation[:48])
+    write_examples(student / "calibration.jsonl", splits.train[:64])
+    export(student, folder / "bundle", targets=("cpu-int8",), max_drop=100, min_rationale_agreement=0.0)
+    return folder / "bundle"
+
+
+def _loop(bundle: Path, data: Path, out: Path, shard_bytes: int) -> dict[str, float]:
+    from sbs_edge.runtime.student import Student
+    from sbs_edge.scale.predict import answer_rows
+    from sbs_edge.scale.units import plan_units, read_unit, shard_name, write_shard
+
+    out.mkdir()
+    whole = time.perf_counter()
+    with Student.load(bundle, threads=1) as student:
+        started, cpu = time.perf_counter(), time.process_time()
+        for unit in plan_units(str(data), shard_bytes):
+            rows = list(read_unit(unit))
+            write_shard(str(out), shard_name(unit, "jsonl"), answer_rows(student, rows))
+        ended = time.perf_counter()
+        return {
+            "seconds": round(ended - whole, 3),
+            "steady_seconds": round(ended - started, 3),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+        }
+
+
+def _ray(bundle: Path, data: Path, out: Path, shard_bytes: int, workers: int) -> dict[str, float]:
+    from sbs_edge.scale.predict import predict_with_ray
+    from sbs_edge.scale.run import session
+
+    started = time.perf_counter()
+    with session(None, workers, 1.0):
+        up = time.perf_counter()
+        totals = predict_with_ray(bundle, str(data), out, workers=workers, shard_bytes=shard_bytes)
+        return {
+            "start_ray_seconds": round(up - started, 3),
+            "seconds": round(time.perf_counter() - up, 3),
+            "steady_seconds": totals["steady_seconds"],
+            "busy_seconds": totals["busy_seconds"],
+        }
+
+
+def _arm(arm: str, bundle: Path, data: Path, out: Path, shard_bytes: int) -> dict[str, float]:
+    """Run one arm in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "sbs_edge.bench.scale.bench",
+        "--arm",
+        arm,
+        *map(str, (bundle, data, out)),
+    ]
+    done = subprocess.run(
+        [*command, str(shard_bytes)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _run_arm(arm: str, bundle: str, data: str, out: str, shard_bytes: str) -> dict[str, float]:
+    places = (Path(bundle), Path(data), Path(out), int(shard_bytes))
+    return _loop(*places) if arm == "loop" else _ray(*places, int(arm.removeprefix("ray-")))
+
+
+def _content(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("part-*")))
+
+
+def measure(
+    n_rows: int, *, bundle: Path | None = None, rounds: int = 1, shard_rows: int = 5000
+) -> dict[str, Any]:
+    """Run all arms ``rounds`` times, interleaved; return medians and everything they came from."""
+    import statistics
+
+    folder = Path(tempfile.mkdtemp(prefix="sbs-edge-scale-"))
+    try:
+        chosen = bundle or make_bundle(folder / "made")
+        data = write_rows(folder / "rows.jsonl", n_rows)
+        shard_bytes = max(1, data.stat().st_size * shard_rows // n_rows)
+        taken: dict[str, list[Any]] = {"loop": [], "ray-1": [], "ray-2": []}
+        contents = set()
+        for number in range(rounds):
+            for arm, figures in taken.items():
+                out = folder / f"{arm}-{number}"
+                figures.append(_arm(arm, chosen, data, out, shard_bytes))
+                contents.add(_content(out))
+                shutil.rmtree(out)
+        median, steady = (
+            {arm: statistics.median(f[name] for f in figures) for arm, figures in taken.items()}
+            for name in ("seconds", "steady_seconds")
+        )
+        return {
+            "kind": "scale",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows": n_rows,
+            "rounds": rounds,
+            "shard_bytes": shard_bytes,
+            "cores": usable_cpus(),
+            "python": platform.python_version(),
+            "seconds": median,
+            "steady_seconds": steady,
+            "steady_overhead": round(steady["ray-1"] / steady["loop"] - 1, 4),
+            "steady_scaling_1_to_2": round(steady["ray-1"] / steady["ray-2"], 3),
+            "rows_per_second": {arm: round(n_rows / s, 1) for arm, s in median.items()},
+            "ray_overhead": round(median["ray-1"] / median["loop"] - 1, 4),
+            "scaling_1_to_2": round(median["ray-1"] / median["ray-2"], 3),
+            "outputs_equal": len(contents) == 1,
+            "raw": taken,
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Read the arguments, measure, write one JSON line."""
+    parser = argparse.ArgumentParser(description="Scaling and overhead of offline scoring on Ray Data.")
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--shard-rows", type=int, default=5000)
+    parser.add_argument("--out", type=Path, help="Write the document here too.")
+    parser.add_argument("--arm", nargs=5, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.arm:
+        sys.stdout.write(json.dumps(_run_arm(*chosen.arm)) + "\n")
+        return
+    result = measure(chosen.rows, bundle=chosen.bundle, rounds=chosen.rounds, shard_rows=chosen.shard_rows)
+    if chosen.out is not None:
+        files.write_json(chosen.out, result)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The serving benchmark: latency, throughput, overload, drain and soak over loopback."""

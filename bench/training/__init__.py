@@ -1,0 +1,1 @@
+"""The training benchmark: one optimizer step beside the step it replaces."""

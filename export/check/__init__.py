@@ -1,0 +1,1 @@
+"""Checks of exported graphs: parity with PyTorch, accuracy, padding, NVIDIA's parser."""

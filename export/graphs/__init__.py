@@ -1,0 +1,1 @@
+"""ONNX graphs of a T5 student, written node by node."""

@@ -1,0 +1,140 @@
+"""Labels scored by one teacher-forced pass over the prefix trie of their tokens.
+
+For label sets whose first tokens collide, and for labels that come with the request. A node is a prefix of
+some label (the root is the decoder's start token); it attends to itself and to the nodes above it, so one
+pass scores every label. A label's score is the sum of log P(token | prefix) over its tokens and
+end-of-sequence, over the full vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from sbs_edge.export.graphs.blocks import Writer
+from sbs_edge.export.graphs.builder import FLOAT, INT64, Graph, Value
+from sbs_edge.export.graphs.decoder import LAST_NORM, cross_cache
+from sbs_edge.export.graphs.encoder import batch_of, encode
+from sbs_edge.export.graphs.positions import tree_bias
+from sbs_edge.export.graphs.weights import T5Weights
+from sbs_edge.export.quant.precision import Precision
+from sbs_edge.runtime.trie import Trie, build_trie
+
+__all__ = ["build_choice_scorer", "build_trie_scorer"]
+
+
+@dataclass(frozen=True, slots=True)
+class _TrieValues:
+    """The trie's tensors in the graph; see :class:`sbs_edge.runtime.trie.Trie` for their shapes."""
+
+    node_ids: Value
+    node_depth: Value
+    ancestors: Value
+    edge_node: Value
+    edge_token: Value
+    label_edges: Value
+
+
+def build_choice_scorer(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
+    """Write the graph for labels that come with the request: ids, mask and a trie a row -> scores (B, K).
+
+    Trie inputs, as :func:`sbs_edge.runtime.trie.batch_tries` makes them: ``node_ids (B, T)``,
+    ``node_depth (B, T)``, ``ancestors (B, T, T)`` float32, ``edge_node (B, E)``, ``edge_token (B, E)``,
+    ``label_edges (B, K, E)`` float32.
+    """
+    graph = Graph()
+    ids = graph.input("input_ids", INT64, ["batch", "source"])
+    mask = graph.input("attention_mask", INT64, ["batch", "source"])
+    trie = _TrieValues(
+        graph.input("node_ids", INT64, ["batch", "nodes"]),
+        graph.input("node_depth", INT64, ["batch", "nodes"]),
+        graph.input("ancestors", FLOAT, ["batch", "nodes", "nodes"]),
+        graph.input("edge_node", INT64, ["batch", "edges"]),
+        graph.input("edge_token", INT64, ["batch", "edges"]),
+        graph.input("label_edges", FLOAT, ["batch", "labels", "edges"]),
+    )
+    writer = Writer(graph, weights, precision)
+    graph.output("scores", FLOAT, ["batch", "labels"], _score(writer, ids, mask, trie))
+    return graph.model("choice_scorer")
+
+
+def build_trie_scorer(
+    weights: T5Weights, precision: Precision, label_tokens: Sequence[Sequence[int]]
+) -> onnx.ModelProto:
+    """Write the graph for a closed label set: ``input_ids, attention_mask (B, S) -> scores (B, K)``.
+
+    Args:
+        weights: the checkpoint.
+        precision: the number format.
+        label_tokens: the labels' token ids, each ending with end-of-sequence.
+    """
+    graph = Graph()
+    ids = graph.input("input_ids", INT64, ["batch", "source"])
+    mask = graph.input("attention_mask", INT64, ["batch", "source"])
+    trie: Trie = build_trie(label_tokens, weights.start_id)
+    batch = graph.op("Shape", ids, start=0, end=1)
+
+    def repeated(array: np.ndarray) -> Value:
+        shape = graph.op("Concat", batch, np.array(array.shape, np.int64), axis=0)
+        return str(graph.op("Expand", array[None], shape))
+
+    values = _TrieValues(
+        repeated(trie.node_ids), repeated(trie.node_depth), repeated(trie.ancestors),
+        repeated(trie.edge_node), repeated(trie.edge_token), repeated(trie.label_edges),
+    )  # fmt: skip
+    writer = Writer(graph, weights, precision)
+    graph.output("scores", FLOAT, ["batch", len(label_tokens)], _score(writer, ids, mask, values))
+    return graph.model("trie_scorer")
+
+
+def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues) -> Value:
+    graph, weights = writer.graph, writer.weights
+    states, mask = encode(writer, ids, attention_mask)
+    cross = cross_cache(writer, states)
+    one = np.array([1], np.int64)
+    n_nodes = graph.op("Shape", trie.node_ids, start=1, end=2)
+    mask = graph.op("Expand", mask, graph.op("Concat", one, one, n_nodes, one, axis=0))  # (B, 1, T, S)
+    x = writer.precision.embedding(graph, weights.embedding, trie.node_ids)
+    stream = writer.start(x, "decoder.block.0.layer.0.layer_norm")
+    bias = ""
+    for layer in range(weights.n_decoder_layers):
+        block = f"decoder.block.{layer}.layer"
+        own, cross_prefix = f"{block}.0.SelfAttention", f"{block}.1.EncDecAttention"
+        if layer == 0 or weights.family == "umt5":
+            bias = tree_bias(graph, weights, layer, trie.node_depth, trie.ancestors)
+        q, k, v = writer.projections(stream, own)
+        stream = writer.add(
+            stream, writer.linear(writer.attend(q, k, v, bias), f"{own}.o", None), f"{block}.1.layer_norm"
+        )
+        (q,) = writer.projections(stream, cross_prefix, "q")
+        pooled = writer.attend_heads(writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask)
+        joined = writer.unheads(pooled)
+        stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
+        last = layer + 1 == weights.n_decoder_layers
+        stream = writer.add(
+            stream,
+            writer.feed_forward(stream, f"{block}.2.DenseReluDense"),
+            LAST_NORM if last else f"decoder.block.{layer + 1}.layer.0.layer_norm",
+        )
+    logits = writer.widen(writer.logits(stream.normed))  # (B, T, V)
+    log_softmax = graph.op("LogSoftmax", logits, axis=-1)
+    batch_index = graph.op("Range", np.int64(0), graph.op("Squeeze", batch_of(writer, ids)), np.int64(1))
+    rows = graph.op(
+        "Expand",
+        graph.op("Unsqueeze", batch_index, np.array([1], np.int64)),
+        graph.op("Shape", trie.edge_node),
+    )
+
+    lifted = [
+        graph.op("Unsqueeze", part, np.array([2], np.int64))
+        for part in (rows, trie.edge_node, trie.edge_token)
+    ]
+    picked = graph.op("GatherND", log_softmax, graph.op("Concat", *lifted, axis=2))  # (B, E)
+    log_p = graph.op("Unsqueeze", picked, np.array([2], np.int64))  # (B, E, 1)
+    # Summed edge after edge: how ReduceSum splits a sum depends on the batch, and MatMul's on the padding.
+    chosen = graph.op("Transpose", writer.widen(trie.label_edges), perm=[0, 2, 1])  # (B, E, K)
+    sums = graph.op("CumSum", graph.op("Mul", chosen, log_p), np.array(1, np.int64))
+    return str(graph.op("Gather", sums, np.array(-1, np.int64), axis=1))

@@ -1,0 +1,1 @@
+"""Smaller vocabularies: the tokens a student reads and writes."""

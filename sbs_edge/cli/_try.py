@@ -1,0 +1,99 @@
+"""``sbs-edge task try``: a few rows through the teacher before the whole set is paid for."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sbs_edge.cli._annotate import Connection, ask_teacher, connection_of, read_rows
+from sbs_edge.cli._common import JsonOption, print_json
+
+__all__ = ["register_try"]
+
+
+def register_try(group: typer.Typer) -> None:
+    """Add ``try`` to the group ``task``."""
+
+    @group.command("try")
+    def try_task(
+        data: Annotated[str, typer.Argument(metavar="INPUT", help="Rows, as for annotate.")],
+        task: Annotated[str, typer.Option(help="Task file or preset.")],
+        model: Annotated[str, typer.Option(help="The teacher's model, as the server knows it.")],
+        rows: Annotated[int, typer.Option(min=1, help="How many rows to ask for.")] = 5,
+        base_url: Annotated[str | None, typer.Option(help="As for annotate.")] = None,
+        server: Annotated[str | None, typer.Option(help="Preset of a server, as for annotate.")] = None,
+        api_key_env: Annotated[
+            str | None, typer.Option(help="Environment variable that holds the key.")
+        ] = None,
+        header: Annotated[list[str] | None, typer.Option(help="NAME=VALUE or NAME=env:VARIABLE.")] = None,
+        request: Annotated[
+            list[str] | None, typer.Option(help="NAME=VALUE sets a field of the request.")
+        ] = None,
+        omit: Annotated[list[str] | None, typer.Option(help="Field of the request that is not sent.")] = None,
+        extra_body: Annotated[str | None, typer.Option(help="JSON object of further fields.")] = None,
+        temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+        max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit of one answer in tokens.")] = None,
+        timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
+        column: Annotated[
+            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
+        ] = None,
+        skip_bad_rows: Annotated[
+            bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows.")
+        ] = False,
+        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
+        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        journal: Annotated[
+            Path | None,
+            typer.Option(
+                help="Keep the answers here: annotate with the same journal does not pay for them again."
+            ),
+        ] = None,
+        json_output: JsonOption = False,
+    ) -> None:
+        """Ask a teacher for a few rows; show prompt, raw answer, label and rationale, tokens and cost.
+
+        Example: sbs-edge task try rows.jsonl --task task.yaml --base-url http://localhost:8080/v1 --model any
+        """
+        from sbs_edge.errors import SbsEdgeError, UsageError
+        from sbs_edge.teacher.annotate import Settings
+        from sbs_edge.teacher.calls import Sampling
+        from sbs_edge.teacher.cost import Prices
+        from sbs_edge.teacher.task import load_task, refuse_placeholders
+        from sbs_edge.teacher.trial import trial_report, trial_text
+
+        console = Console(stderr=True)
+        spec = load_task(task)
+        refuse_placeholders(spec, task)
+        sampling, connection = connection_of(
+            spec,
+            Sampling(temperature, max_tokens or spec.max_tokens),
+            Connection(base_url=base_url, api_key_env=api_key_env, timeout=timeout),
+            server=server,
+            header=header or (),
+            request=request or (),
+            omit=omit or (),
+            extra_body=extra_body,
+        )
+        prices = Prices(price_in, price_out)
+        settings = Settings(
+            model, sampling, prices=prices, max_attempts=2, retry_failed=True, server=connection.identity()
+        )
+        examples = read_rows(data, None, "train", column or [], rows, skip_bad_rows, console)
+        if not examples:
+            raise UsageError(f"{data} holds no row to ask for.")
+        with tempfile.TemporaryDirectory() as folder:
+            place = journal or Path(folder) / "journal.jsonl"
+            annotation = ask_teacher(examples, spec, settings, connection, place, console)
+        report = trial_report(examples, spec, annotation, model, sampling, prices)
+        if json_output:
+            print_json(report)
+        else:
+            typer.echo(trial_text(report))
+        if report["usable"] == 0:
+            raise SbsEdgeError(
+                f"None of the {len(examples)} answers can be used. {' '.join(report['change'])}"
+            )

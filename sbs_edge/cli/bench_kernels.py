@@ -1,0 +1,132 @@
+"""``sbs-edge bench kernels``: the fused loss beside its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sbs_edge.cli._common import ConfigOption, JsonOption
+from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.resources import usable_cpus
+
+__all__ = ["register"]
+
+Finish = Callable[[dict[str, Any], Path | None, typer.Context, bool], None]
+_QUICK_SHAPE = (64, 16, 300)
+
+
+def _device(wanted: str) -> str:
+    if wanted not in ("cpu", "cuda", "auto"):
+        raise UsageError(f"--device takes cpu, cuda or auto; found {wanted!r}.")
+    if wanted == "cpu":
+        return wanted
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device here that torch can use. Use --device cpu.")
+    return wanted
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) / 100.0 for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"--padding takes percentages separated by commas; found {text!r}.") from error
+
+
+def register(app: typer.Typer, finish: Finish) -> None:
+    """Add ``kernels`` to the command group ``app``; ``finish`` shows and keeps a document."""
+
+    @app.command()
+    def kernels(
+        ctx: typer.Context,
+        shapes: Annotated[
+            str,
+            typer.Option(
+                help="N,D,V[,N,D,V...]: rows, width, classes; default: by device.", show_default=False
+            ),
+        ] = "",
+        dtype: Annotated[
+            str,
+            typer.Option(
+                help="float32, bfloat16, float16, by commas; amp-bfloat16 and amp-float16: under autocast, the "
+                "weight in float32. Default: float32 on a CPU, else bfloat16."
+            ),
+        ] = "",
+        padding: Annotated[
+            str, typer.Option(help="Ignored rows in percent; then each loss also gets the compacted batch.")
+        ] = "0",
+        data: Annotated[str, typer.Option(help="random, flat, peaked, student, by commas.")] = "random",
+        student: Annotated[
+            Path | None, typer.Option(help="Student directory behind --data student.", show_default=False)
+        ] = None,
+        peers: Annotated[
+            str, typer.Option(help="Losses to compare with, by commas; an absent one is a row that says why.")
+        ] = "all",
+        device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+        rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of every case at most.")] = 10,
+        minutes: Annotated[
+            float, typer.Option(min=0.01, help="Time; what it does not reach is a row that says so.")
+        ] = 30.0,
+        threads: Annotated[
+            int,
+            typer.Option(min=0, help="Compute threads; 0: as many as can run at once.", show_default=False),
+        ] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+        quick: Annotated[
+            bool, typer.Option("--quick", help="A smoke run: a tiny shape, two rounds; figures mean nothing.")
+        ] = False,
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                help="Keep JSON, Markdown, pictures and a page here; else only stdout has the result."
+            ),
+        ] = None,
+        json_only: JsonOption = False,
+        config: ConfigOption = None,
+    ) -> None:
+        """Time, extra memory and gradient error of the loss beside eager torch, compilers and fused peers.
+
+        Every loss gets the same batch in the same run; one whose loss or gradient is off by more than twice
+        plain torch's error gets no speed-up. The last line of stdout is one JSON document.
+
+        Example: sbs-edge bench kernels --shapes 2048,512,32128 --out runs/bench-kernels
+        """
+        if find_spec("torch") is None:
+            raise MissingExtra("torch", "train", "The kernel bench")
+        from sbs_edge.bench.kernels.bench import KernelOptions, measure_kernels
+        from sbs_edge.bench.kernels.cases import CPU_SHAPES, GPU_SHAPES, cases_of, parse_shapes
+        from sbs_edge.bench.kernels.peers import names_for
+
+        where = _device(device)
+        default = CPU_SHAPES if where == "cpu" else GPU_SHAPES
+        given = parse_shapes(shapes) if shapes else ((_QUICK_SHAPE,) if quick else default)
+        types = dtype or ("float32" if where == "cpu" else "bfloat16")
+        options = KernelOptions(
+            cases=cases_of(
+                given,
+                [part.strip() for part in types.split(",") if part.strip()],
+                _shares(padding),
+                [part.strip() for part in data.split(",") if part.strip()],
+                student,
+            ),
+            peers=names_for(peers, quick),
+            device=where,
+            rounds=min(rounds, 2) if quick else rounds,
+            calls=3 if where == "cuda" else 1,
+            minutes=minutes,
+            threads=threads or usable_cpus(),
+            seed=seed,
+            student=student,
+        )
+        console = Console(stderr=True)
+        document = measure_kernels(options, lambda text: console.print(text, highlight=False, style="dim"))
+        document["quick"] = quick
+        finish(document, out, ctx, json_only)

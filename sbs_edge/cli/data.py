@@ -1,0 +1,162 @@
+"""``sbs-edge data check``: what a source of examples holds, before anything is trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sbs_edge.cli._common import ConfigOption, JsonOption, print_json
+from sbs_edge.cli._data_options import (
+    ColumnOption,
+    Compare,
+    CompareOption,
+    DataArgument,
+    DatasetOption,
+    LabelKindOption,
+    Mode,
+    TestOption,
+    ValidationOption,
+)
+
+__all__ = ["register"]
+
+
+def _length(lengths: dict[str, float] | None) -> str:
+    return "-" if lengths is None else f"{lengths['mean']} / {lengths['p99']:.0f} / {lengths['max']:.0f}"
+
+
+def _labels(labels: dict[str, Any], rows: int) -> str:
+    if not rows:
+        return "-"
+    if labels["distinct"] > 8:
+        return f"{labels['distinct']} different"
+    return ", ".join(f"{label} {count}" for label, count in labels["most_common"].items())
+
+
+def _agreement(split: dict[str, Any]) -> str:
+    if not split["teacher_labels"] and not split["teacher_unparsed"]:
+        return "no teacher"
+    if not split["gold_labels"]:
+        return "no gold"
+    return f"{split['agreement']['equal']} of {split['agreement']['rows']}"
+
+
+def _show(report: dict[str, Any]) -> None:
+    console = Console()
+    task = report["task"]
+    title = (
+        f"{report['source']}: task {task['name']}, labels {task['label_kind']}, compared by {task['compare']}"
+    )
+    rows = Table(title=escape(title))
+    lengths = Table(
+        title=f"Lengths in tokens, mean / 99th percentile / longest, counted as {escape(report['tokenizer'])}"
+    )
+    rows.add_column("split", no_wrap=True)
+    lengths.add_column("split", no_wrap=True)
+    for name in ("rows", "rejected", "unparsed", "teacher = gold"):
+        rows.add_column(name, justify="right", no_wrap=True)
+    rows.add_column("labels")
+    for name in ("input", "label", "rationale"):
+        lengths.add_column(name, justify="right", no_wrap=True)
+    for split in report["splits"]:
+        rows.add_row(
+            split["name"],
+            str(split["rows"]),
+            str(sum(split["rejected"].values())),
+            str(split["teacher_unparsed"]),
+            _agreement(split),
+            escape(_labels(split["labels"], split["rows"])),
+        )
+        lengths.add_row(
+            split["name"], *(_length(split["tokens"][part]) for part in ("input", "label", "rationale"))
+        )
+    console.print(rows)
+    console.print(lengths)
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for split in report["splits"]:
+        for reason, count in split["rejected"].items():
+            line(f"{split['name']}: {count} rejected: {reason}")
+        for row in split["rejected_rows"]:
+            line(f"  {row}")
+        if split["teacher_outside_labels"]:
+            line(
+                f"{split['name']}: {split['teacher_outside_labels']} teacher labels are none of the row's possible labels"
+            )
+        if split["repeated_inputs"]:
+            line(f"{split['name']}: {split['repeated_inputs']} rows repeat another row's input")
+    overlaps = report["overlaps"]
+    line(f"Overlaps between splits: {overlaps['count']}")
+    for row in overlaps["rows"]:
+        line(f"  {row}")
+    for finding in report["findings"]:
+        line(f"{finding['level']}: {finding['message']} [{finding['code']}]")
+        for row in finding["rows"]:
+            line(f"  {row}")
+    line(f"Verdict: {report['verdict']}.")
+    if report["problems"]:
+        line("Correct the rows, or go on without them with --skip-bad-rows.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    data = typer.Typer(no_args_is_help=True, help="Look at examples before training on them.")
+    app.add_typer(data, name="data")
+
+    @data.callback()
+    def _group() -> None:
+        """Look at examples before training on them."""
+
+    @data.command()
+    def check(
+        ctx: typer.Context,
+        path: DataArgument = "builtin",
+        dataset: DatasetOption = None,
+        validation: ValidationOption = None,
+        test: TestOption = None,
+        column: ColumnOption = None,
+        label_kind: LabelKindOption = None,
+        compare: CompareOption = Compare.text,
+        mode: Annotated[
+            Mode | None, typer.Option(help="Judge the rows for this mode of training; none: for any.")
+        ] = None,
+        tokenizer: Annotated[
+            Path | None,
+            typer.Option(help="Directory with tokenizer.json to count tokens with; default: words."),
+        ] = None,
+        config: ConfigOption = None,
+        json_output: JsonOption = False,
+    ) -> None:
+        """Count rows, bad rows, teacher's agreement, labels, lengths and overlaps, a split a row.
+
+        The verdict is ok, warn or stop; stop exits with 2, as training would. Nothing is written.
+
+        Examples: sbs-edge data check rows.jsonl --column input=question; sbs-edge data check DIR --dataset svamp
+        """
+        from sbs_edge.data.check import check_dataset
+        from sbs_edge.data.readers import ColumnMap
+
+        report = check_dataset(
+            path,
+            dataset=dataset.value if dataset else None,
+            validation=validation,
+            test=test,
+            label_kind=label_kind.value if label_kind else None,
+            compare=compare.value,
+            columns=ColumnMap.parse(column or ()),
+            tokenizer=tokenizer,
+            mode=mode.value if mode else None,
+        )
+        if json_output:
+            print_json(report)
+        else:
+            _show(report)
+        if not report["ok"]:
+            raise typer.Exit(2)

@@ -1,0 +1,217 @@
+"""``sbs-edge export``: a student directory in, a sealed bundle out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sbs_edge.cli._common import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    print_json,
+    resolved,
+    save_resolved_beside,
+)
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
+from sbs_edge.errors import MissingExtra, UsageError
+
+__all__ = ["register"]
+
+
+class Layout(StrEnum):
+    """What the output directory is for."""
+
+    bundle = "bundle"
+    optimum = "optimum"
+    triton = "triton"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+
+    @app.command()
+    def export(
+        ctx: typer.Context,
+        student: Annotated[Path, typer.Argument(help="The student directory that training wrote.")],
+        out: Annotated[
+            Path, typer.Option(help="The bundle's directory; replaced only by a complete bundle.")
+        ],
+        target: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="cpu-fp32, cpu-int8, cpu-int4, cuda-fp16, cuda-bf16, tensorrt-fp16, tensorrt-int8; several "
+                "may be given, the first is the default."
+            ),
+        ] = None,
+        guard_data: Annotated[
+            Path | None,
+            typer.Option(
+                help="Labelled rows to judge lossy targets on; none: the student's validation rows."
+            ),
+        ] = None,
+        column: ColumnOption = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
+        max_drop: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=100,
+                help="Points of accuracy a lossy target may lose; over it exit 3, old bundle kept.",
+            ),
+        ] = 1.0,
+        min_rationale_agreement: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=1,
+                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
+            ),
+        ] = 0.9,
+        calibration_rows: Annotated[
+            int, typer.Option(min=1, help="Training rows that set the ranges of int8 activations.")
+        ] = 256,
+        abstain_below: Annotated[
+            float,
+            typer.Option(min=0, max=1, help="Probability under which predict marks an answer as doubtful."),
+        ] = 0.0,
+        beam: Annotated[
+            list[int] | None,
+            typer.Option(
+                min=2,
+                help="Width of a beam search to add on CPU targets; several may be given, each a graph.",
+            ),
+        ] = None,
+        name: Annotated[str | None, typer.Option(help="The bundle's name; none: the task's.")] = None,
+        label: Annotated[
+            list[str] | None,
+            typer.Option(help="A label of a checkpoint that was not trained here; give all, one a flag."),
+        ] = None,
+        label_prefix: Annotated[
+            str | None, typer.Option(help="Prefix of such a checkpoint's label task; none: no prefix.")
+        ] = None,
+        rationale_prefix: Annotated[
+            str | None, typer.Option(help="Prefix of such a checkpoint's rationale task; none: no prefix.")
+        ] = None,
+        max_source_tokens: Annotated[
+            int | None,
+            typer.Option(min=2, help="Most tokens of an input (ByT5: bytes); none: the student's own limit."),
+        ] = None,
+        keep_float: Annotated[
+            list[str] | None,
+            typer.Option(help="A layer to keep in float32, larger but more exact; the guard names them."),
+        ] = None,
+        prune_vocabulary: Annotated[
+            bool,
+            typer.Option(
+                "--prune-vocabulary",
+                help="Let the student write only tokens of its rows and a margin: faster rationales, gated.",
+            ),
+        ] = False,
+        prune_input_vocabulary: Annotated[
+            bool,
+            typer.Option(
+                "--prune-input-vocabulary",
+                help="Keep the tokens of the student's rows, what spells other texts, and a margin: smaller, gated.",
+            ),
+        ] = False,
+        label_only: Annotated[
+            bool,
+            typer.Option(
+                "--label-only", help="Write no graph for rationales: predict works, explain does not."
+            ),
+        ] = False,
+        layout: Annotated[
+            Layout,
+            typer.Option(
+                help="'optimum' and 'triton' write for other tools; predict and serve need 'bundle'."
+            ),
+        ] = Layout.bundle,
+        single_file: Annotated[
+            bool,
+            typer.Option(
+                "--single-file",
+                help="Add a graph that takes text, tokenizer inside; needs onnxruntime-extensions, rules out TensorRT.",
+            ),
+        ] = False,
+        unguarded: Annotated[
+            bool,
+            typer.Option(
+                "--unguarded",
+                help="Write targets that cannot run on this machine too; what they cost stays unmeasured.",
+            ),
+        ] = False,
+        version: Annotated[str, typer.Option(help="The bundle's version, as serving shows it.")] = "1",
+        config: ConfigOption = None,
+        json_output: JsonOption = False,
+        dry_run: DryRunOption = False,
+    ) -> None:
+        """Write graphs for every target, compare them with the float32 student, and seal the bundle.
+
+        Example: sbs-edge export runs/latest/students/step-by-step --out bundle --target cpu-int8
+        """
+        try:
+            import onnx  # noqa: F401
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise MissingExtra(error.name or "onnx", "export", "sbs-edge export") from error
+        from sbs_edge.export.checkpoint import open_student
+        from sbs_edge.export.targets import targets_named
+
+        console = Console(stderr=True)
+        targets = tuple(target or ("cpu-int8",))
+        targets_named(targets)
+        rows = None
+        if guard_data is not None:
+            rows = read_rows(guard_data, column, skip_bad_rows)
+            if not any(row.label or row.teacher_label for row in rows):
+                raise UsageError(f"{guard_data} has no labelled row, so it cannot guard anything.")
+        if dry_run:
+            opened = open_student(student, label, label_prefix, rationale_prefix, max_source_tokens)
+            plan = {**resolved(ctx), "task": opened.task.name, "mode": opened.mode, "targets": list(targets)}
+            print_json(plan) if json_output else console.print(plan)
+            return
+        from sbs_edge.export.api import export as export_student
+
+        result = export_student(
+            student, out, targets=targets, beams=tuple(beam or ()),
+            guard_data=rows, max_drop=max_drop, min_rationale_agreement=min_rationale_agreement,
+            calibration_rows=calibration_rows, abstain_below=abstain_below, name=name, labels=label,
+            label_prefix=label_prefix, rationale_prefix=rationale_prefix, max_source_tokens=max_source_tokens,
+            keep_float=tuple(keep_float or ()),
+            prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
+            layout=layout.value, single_file=single_file, unguarded=unguarded,
+            version=version,
+            say=lambda line: console.print(line, style="dim", markup=False),
+        )  # fmt: skip
+        # Beside the bundle: what is in it is listed, and nothing else may be.
+        save_resolved_beside(ctx, out)
+        if json_output:
+            print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
+            return
+        table = Table(title=f"{result.manifest['name']} in {result.path}")
+        headings = ("target", "MB", "accuracy", "drop, points (bound)", "same label", "same next token")
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "target" else "right")
+        for key, entry in result.manifest["targets"].items():
+            size = sum(f["bytes"] for n, f in result.manifest["files"].items() if n.startswith(f"{key}/"))
+            figures = entry["accuracy"]
+            shown = (
+                ("not measured",) * 4
+                if figures is None
+                else (
+                    f"{100 * figures['after']:.2f} %",
+                    f"{figures['drop_points']:.2f} ({figures['drop_bound']:.2f})",
+                    f"{100 * figures['label_agreement']:.2f} %",
+                    f"{100 * figures['rationale_next_token_agreement']:.2f} %"
+                    if "rationale_next_token_agreement" in figures
+                    else "no rationales",
+                )
+            )
+            table.add_row(key, f"{size / 1e6:.2f}", *shown)
+        Console().print(table)

@@ -1,0 +1,217 @@
+"""``sbs-edge predict``: texts in, JSON Lines out, a few hundred rows at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sbs_edge import files
+from sbs_edge.cli._common import ConfigOption, either, save_resolved, save_resolved_beside
+from sbs_edge.cli._data_options import ColumnOption
+from sbs_edge.cli._predict_rows import PredictRow, columns_of, is_table, table_rows, text_rows
+from sbs_edge.data.questions import answers_of
+from sbs_edge.data.rows import is_text
+from sbs_edge.errors import DataError, UsageError
+from sbs_edge.runtime.texts import over_limit
+from sbs_edge.tokens import most_characters
+
+__all__ = ["register"]
+
+ROWS_A_CALL = 256
+
+
+class Engine(StrEnum):
+    """What runs the students."""
+
+    local = "local"
+    ray = "ray"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+
+    @app.command()
+    def predict(
+        ctx: typer.Context,
+        bundle: Annotated[Path, typer.Argument(help="A bundle's directory.")],
+        source: Annotated[
+            str,
+            typer.Argument(
+                help="JSON Lines, JSON, CSV, TSV or Parquet by suffix; else texts, one a line; '-' is stdin. "
+                "--input SOURCE is the same."
+            ),
+        ] = "-",
+        out: Annotated[
+            str | None,
+            typer.Option(help="Write here instead of stdout; complete or not at all. --output is the same."),
+        ] = None,
+        target: Annotated[
+            str | None, typer.Option(help="Which target of the bundle; none: its default.")
+        ] = None,
+        field: Annotated[
+            str, typer.Option(help="Column that holds the text; short for --column input=FIELD.")
+        ] = "input",
+        column: ColumnOption = None,
+        jsonl: Annotated[
+            bool, typer.Option("--jsonl", help="Read stdin, or a file of any suffix, as JSON Lines.")
+        ] = False,
+        labels: Annotated[
+            list[str] | None,
+            typer.Option("--label", help="Choose among these labels; may be given several times."),
+        ] = None,
+        explain: Annotated[
+            bool, typer.Option("--explain", help="Add the student's rationale; slower.")
+        ] = False,
+        abstain_below: Annotated[
+            float | None,
+            typer.Option(
+                min=0, max=1, help="Mark answers under this probability; none: the bundle's threshold."
+            ),
+        ] = None,
+        truncate: Annotated[
+            bool,
+            typer.Option("--truncate", help="Cut inputs over the limit and say so, instead of stopping."),
+        ] = False,
+        threads: Annotated[
+            int | None,
+            typer.Option(
+                min=1, help="Threads a call may use; none: as many as the CPU quota and affinity allow."
+            ),
+        ] = None,
+        engine: Annotated[
+            Engine,
+            typer.Option(help="ray: Ray Data workers; SOURCE a pattern or URI, --out a folder of shards."),
+        ] = Engine.local,
+        workers: Annotated[int, typer.Option(min=1, help="Ray: students at work, one an actor.")] = 2,
+        worker_cpus: Annotated[
+            float | None,
+            typer.Option(min=0, help="Ray: CPUs an actor takes, fractions too; none: its --threads."),
+        ] = None,
+        worker_gpus: Annotated[
+            float, typer.Option(min=0, help="Ray: GPUs an actor takes, fractions too.")
+        ] = 0.0,
+        shard_mb: Annotated[
+            float, typer.Option(min=0.001, help="Ray: megabytes of input a shard; what a lost actor repeats.")
+        ] = 4.0,
+        shard_format: Annotated[str, typer.Option(help="Ray: jsonl or parquet.")] = "jsonl",
+        ray_address: Annotated[
+            str | None, typer.Option(help="Ray cluster; none: one is started in this machine.")
+        ] = None,
+        input: Annotated[str | None, typer.Option("--input", hidden=True, help="SOURCE.")] = None,
+        output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
+        config: ConfigOption = None,
+    ) -> None:
+        """Answer every row; one JSON object a row, in the order of the input.
+
+        Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle;
+        sbs-edge predict bundle --engine ray --input 'rows/*.jsonl' --output scored
+        """
+        from sbs_edge.runtime.student import Student
+
+        source = either(ctx, "source", "input", "SOURCE and --input")
+        out = either(ctx, "out", "output", "--out and --output")
+        columns = columns_of(column or (), field)
+        if not all(map(is_text, labels or ())):
+            raise UsageError("A --label is not valid UTF-8; give labels as text.")
+        if engine is Engine.ray:
+            from sbs_edge.scale.predict import predict_with_ray
+
+            if out is None or source == "-":
+                raise UsageError(
+                    "--engine ray reads files and writes a folder: give SOURCE (or --input) and --out (or --output)."
+                )
+            if columns.choices or columns.id:
+                raise UsageError("--engine ray reads 'choices' and 'id' from columns of these names.")
+            totals = predict_with_ray(
+                bundle, source, out, target=target, field=columns.input or field, labels=labels, explain=explain,
+                truncate=truncate, abstain_below=abstain_below, threads=threads or 1, workers=workers,
+                cpus_each=worker_cpus, gpus_each=worker_gpus, shard_bytes=int(shard_mb * 1e6),
+                form=shard_format, ray_address=ray_address,
+            )  # fmt: skip
+            save_resolved_beside(ctx, out)
+            sys.stdout.write(files.to_json(totals) + "\n")
+            return
+        messages = Console(stderr=True, markup=False)
+        try:
+            opened = nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"{source} cannot be read: {error.strerror}.") from error
+        with opened as lines, Student.load(bundle, target=target, threads=threads) as student:
+            entry = student.manifest["targets"][student.target]
+            if entry.get("accuracy") is None:
+                why = entry.get("unmeasured") or "it was exported without labelled rows"
+                messages.print(f"{bundle}: the accuracy of {student.target} was never measured: {why}.")
+            if source != "-" and not jsonl and is_table(source):
+                rows = table_rows(source, columns, own_choices=not labels)
+            elif jsonl:
+                rows = table_rows(source, columns, lines, own_choices=not labels)
+            else:
+                rows = text_rows(lines, source)
+            answers = _answers(student, rows, labels, explain, abstain_below, truncate)
+            if out is None:
+                _write(answers, sys.stdout)
+            else:
+                with files.atomic_writer(out) as handle:
+                    _write(answers, handle)
+                save_resolved(ctx, Path(out).with_suffix(".config.yaml"))
+
+
+def _answers(
+    student: Any,
+    rows: Iterator[PredictRow],
+    labels: list[str] | None,
+    explain: bool,
+    abstain_below: float | None,
+    truncate: bool,
+) -> Iterator[dict[str, Any]]:
+    while part := list(islice(rows, ROWS_A_CALL)):
+        texts = [row.text for row in part]
+        _refuse_long(student, part, truncate, explain)
+        predictions = answers_of(
+            student,
+            texts,
+            [row.labels for row in part],
+            labels,
+            truncate=truncate,
+            abstain_below=abstain_below,
+        )
+        for row, prediction in zip(part, predictions, strict=True):
+            if isinstance(prediction, UsageError):
+                raise DataError(f"{row.place}: {prediction}") from prediction
+        explanations = student.explain(texts, truncate=truncate) if explain else [None] * len(part)
+        for row, prediction, explanation in zip(part, predictions, explanations, strict=True):
+            answer = {
+                **row.rest,
+                "label": prediction.label,
+                "probability": prediction.probability,
+                "probabilities": prediction.probabilities,
+                "abstained": prediction.abstained,
+                "truncated": prediction.truncated,
+            }
+            if explanation is not None:
+                answer["rationale"] = explanation.rationale
+                answer["rationale_complete"] = explanation.complete
+            yield answer
+
+
+def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: bool) -> None:
+    """Name file and line of an input over the limit; the runtime only knows its place in the call."""
+    limit = student.limits["max_source_tokens"]
+    for task in () if truncate else ("label", "rationale") if explain else ("label",):
+        for row, ids in zip(part, student.tokenize([row.text for row in part], task), strict=True):
+            if len(ids) > limit or len(row.text) > most_characters(limit):
+                raise DataError(over_limit(row.place, row.text, len(ids), limit, "--truncate", task))
+
+
+def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> None:
+    for answer in answers:
+        handle.write(files.to_json(answer) + "\n")
+        handle.flush()

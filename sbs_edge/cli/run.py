@@ -1,0 +1,225 @@
+"""``sbs-edge run``: from examples to a bundle and a report, in one command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from sbs_edge import files
+from sbs_edge.cli._common import (
+    ConfigOption,
+    DryRunOption,
+    JsonOption,
+    print_json,
+    resolved,
+    save_resolved,
+)
+from sbs_edge.cli._data_options import (
+    ColumnOption,
+    Compare,
+    CompareOption,
+    DataArgument,
+    DatasetOption,
+    LabelKindOption,
+    Mode,
+    ModeOption,
+    SkipBadRowsOption,
+    TestOption,
+    ValidationOption,
+    judge,
+)
+from sbs_edge.errors import GuardError, UsageError
+
+if TYPE_CHECKING:
+    from sbs_edge.data.example import Splits
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+
+    @app.command()
+    def run(
+        ctx: typer.Context,
+        data: DataArgument = "builtin",
+        out: Annotated[
+            Path,
+            typer.Option(help="Where students, bundle and report go; an old bundle is replaced at the end."),
+        ] = Path("runs/latest"),
+        dataset: DatasetOption = None,
+        validation: ValidationOption = None,
+        test: TestOption = None,
+        task: Annotated[
+            Path | None,
+            typer.Option(help="The task file that annotated the data: its labels and how they compare."),
+        ] = None,
+        label_kind: LabelKindOption = None,
+        compare: CompareOption = Compare.text,
+        column: ColumnOption = None,
+        mode: ModeOption = Mode.stepwise,
+        steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every compared student.")] = 600,
+        rationale_weight: Annotated[
+            float | None,
+            typer.Option(
+                min=0,
+                help="lambda in L_label + lambda * L_rationale; none: 3 from scratch, 1 from a checkpoint.",
+            ),
+        ] = None,
+        model: Annotated[
+            str | None,
+            typer.Option(
+                help="T5-family checkpoint, by hub name or directory; none: a tiny one from scratch."
+            ),
+        ] = None,
+        controls: Annotated[
+            bool,
+            typer.Option(
+                "--controls", help="Also train on shuffled rationales, and label-only for twice the steps."
+            ),
+        ] = False,
+        teacher_error: Annotated[
+            float,
+            typer.Option(
+                min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
+            ),
+        ] = 0.0,
+        train_rows: Annotated[
+            int | None, typer.Option(min=1, help="Use at most this many training rows.")
+        ] = None,
+        training: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="FIELD=VALUE of the training configuration, such as d_model=128; may be repeated."
+            ),
+        ] = None,
+        target: Annotated[list[str] | None, typer.Option(help="Export target; several may be given.")] = None,
+        max_drop: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=100,
+                help="Points of accuracy a lossy target may cost before the guard stops (exit 3).",
+            ),
+        ] = 1.0,
+        min_rationale_agreement: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                max=1,
+                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
+            ),
+        ] = 0.9,
+        skip_bad_rows: SkipBadRowsOption = False,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
+        config: ConfigOption = None,
+        json_output: JsonOption = False,
+        dry_run: DryRunOption = False,
+    ) -> None:
+        """Train with rationales, compare with label-only, export, predict, and write a report.
+
+        Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000
+        """
+        from sbs_edge.pipelines.run import RunConfig, arms_for
+        from sbs_edge.pipelines.run import run as run_pipeline
+        from sbs_edge.training.config import make_config
+
+        console = Console(stderr=True)
+        settings = RunConfig(
+            mode=mode.value,
+            steps=steps,
+            controls=controls,
+            targets=tuple(target or ("cpu-int8", "cpu-fp32")),
+            seed=seed,
+            max_drop=max_drop,
+            min_rationale_agreement=min_rationale_agreement,
+            training={
+                **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
+                **({"model": model} if model else {}),
+                **_fields(training or ()),
+            },
+        )
+        trained = make_config(
+            None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
+        )
+        splits = _load(ctx.params, out, dry_run)
+        judge(splits, mode.value)
+        if dry_run:
+            plan = {
+                **resolved(ctx),
+                "rows": {n: len(getattr(splits, n)) for n in ("train", "validation", "test")},
+                "lambda": trained.lambda_,
+                "students": [f"{arm.name}: mode {arm.mode}, {arm.steps} steps" for arm in arms_for(settings)],
+            }
+            print_json(plan) if json_output else console.print(plan)
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        save_resolved(ctx, out / "config.yaml")
+        try:
+            report = run_pipeline(
+                splits, out, settings, say=lambda line: console.print(line, style="dim", markup=False)
+            )
+        except GuardError as error:
+            raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
+
+        from sbs_edge.report.run import run_page, run_table
+
+        files.write_json(out / "report.json", report)
+        files.write_text(out / "report.html", run_page(report))
+        if json_output:
+            print_json(report)
+        else:
+            Console().print(run_table(report))
+        console.print(
+            f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
+            markup=False,
+        )
+
+
+def _fields(items: Iterable[str]) -> dict[str, Any]:
+    """Turn FIELD=VALUE texts into values, read as YAML."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--training takes FIELD=VALUE, for example d_model=128; {item!r} is not that.")
+        found[name.replace("-", "_")] = yaml.safe_load(value)
+    return found
+
+
+def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+    import dataclasses
+
+    from sbs_edge.data.builtin import builtin_splits
+    from sbs_edge.data.labels import fit_labels
+    from sbs_edge.data.load import load_splits
+    from sbs_edge.data.readers import ColumnMap
+    from sbs_edge.teacher.task import load_task
+
+    train_rows = values["train_rows"]
+    if values["data"] == "builtin":
+        size = {"n_train": train_rows} if train_rows else {}
+        return builtin_splits(seed=values["seed"], teacher_error=values["teacher_error"], **size)
+    spec = load_task(values["task"]).spec if values["task"] else None
+    splits = load_splits(
+        values["data"],
+        dataset=values["dataset"],
+        validation=values["validation"],
+        test=values["test"],
+        label_kind=spec.label_kind if spec else values["label_kind"],
+        compare=spec.compare if spec else values["compare"],
+        columns=ColumnMap.parse(values["column"] or ()),
+        skip_bad_rows=values["skip_bad_rows"],
+        seed=values["seed"],
+        skipped_file=None if dry_run else out / "skipped.jsonl",
+    )
+    if spec:
+        names = ("train", "validation", "test")
+        parts: dict[str, Any] = {name: fit_labels(getattr(splits, name), spec)[0] for name in names}
+        splits = dataclasses.replace(splits, task=spec, **parts)
+    return dataclasses.replace(splits, train=splits.train[:train_rows]) if train_rows else splits

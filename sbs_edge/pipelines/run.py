@@ -1,0 +1,206 @@
+"""``run``: strings the stages together and compares the students they give.
+
+Data, training, export and prediction are called through their public functions; how any of them
+works is not known here. Every compared student sees the same label examples for the same number
+of optimiser steps; the test split is read once, after the last of them is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sbs_edge.data.example import Example, Splits
+
+__all__ = ["Arm", "RunConfig", "arms_for", "run"]
+
+Mode = Literal["finetune", "distill", "stepwise", "stepwise-teacher"]
+LABEL_ONLY: dict[str, Mode] = {"stepwise": "finetune", "stepwise-teacher": "distill"}
+LATENCY_CALLS = 200
+
+
+class RunConfig(BaseModel):
+    """What ``sbs-edge run`` needs to know.
+
+    Attributes:
+        mode: how the main student learns; with rationales, a label-only student is trained beside it.
+        steps: optimiser steps of every student (the "twice the steps" control takes twice as many).
+        controls: also train on shuffled rationales, and label-only for twice the steps.
+        targets: what to export the main student for.
+        training: further fields of the training configuration.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Mode = "stepwise"
+    steps: int = Field(600, ge=1)
+    controls: bool = False
+    targets: tuple[str, ...] = ("cpu-int8", "cpu-fp32")
+    seed: int = 0
+    max_drop: float = Field(1.0, ge=0)
+    min_rationale_agreement: float = Field(0.9, ge=0, le=1)
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arm:
+    """One student of the comparison."""
+
+    name: str
+    mode: Mode
+    steps: int
+    shuffled: bool = False
+
+
+def arms_for(config: RunConfig) -> list[Arm]:
+    """Return the students to train: the main one first, then what it is compared with."""
+    if config.mode not in LABEL_ONLY:
+        return [Arm("label-only", config.mode, config.steps)]
+    label_only = LABEL_ONLY[config.mode]
+    arms = [
+        Arm("step-by-step", config.mode, config.steps),
+        Arm("label-only", label_only, config.steps),
+    ]
+    if config.controls:
+        arms.append(Arm("step-by-step, rationales shuffled", config.mode, config.steps, shuffled=True))
+        arms.append(Arm("label-only, twice the steps", label_only, 2 * config.steps))
+    return arms
+
+
+def _train_arm(arm: Arm, splits: Splits, out: Path, config: RunConfig) -> dict[str, Any]:
+    from sbs_edge.data.splits import shuffle_rationales
+    from sbs_edge.training.train import train
+
+    if arm.shuffled:
+        splits = dataclasses.replace(splits, train=shuffle_rationales(splits.train, seed=config.seed))
+    result = train(splits, out=out, mode=arm.mode, max_steps=arm.steps, seed=config.seed, **config.training)
+    return {
+        "name": arm.name,
+        "mode": arm.mode,
+        "steps": arm.steps,
+        "train_seconds": round(result.seconds, 1),
+        "student_dir": str(result.student_dir),
+        "history": result.history,
+        "metrics": result.metrics,
+    }
+
+
+def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
+    """Time single label predictions after a warm-up; milliseconds a call, one text a call."""
+    for text in texts[:10]:
+        student.predict([text], truncate=True)
+    taken = []
+    for text in texts[:LATENCY_CALLS]:
+        start = time.perf_counter()
+        student.predict([text], truncate=True)
+        taken.append((time.perf_counter() - start) * 1e3)
+    cuts = statistics.quantiles(taken, n=100) if len(taken) > 1 else taken * 99
+    return {"p50": round(statistics.median(taken), 3), "p90": round(cuts[89], 3), "calls": len(taken)}
+
+
+def _answers(student: Any, rows: Sequence[Example]) -> list[str]:
+    choices = [list(row.distinct_choices) for row in rows]
+    labels = choices if any(choices) else None
+    # As training and the guard do: one long row must not cost the run its report.
+    found = student.predict([row.input for row in rows], labels=labels, truncate=True)
+    return [answer.label for answer in found]
+
+
+def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> list[dict[str, Any]]:
+    from sbs_edge.data.answers import same_answer
+    from sbs_edge.runtime.student import Student
+
+    rows: list[dict[str, Any]] = []
+    reference: list[str] | None = None
+    manifest = Student.load(bundle).manifest
+    for target, entry in manifest["targets"].items():
+        if "CPUExecutionProvider" not in entry.get("providers", ["CPUExecutionProvider"]):
+            continue
+        with Student.load(bundle, target=target, threads=1) as student:
+            got = _answers(student, test)
+            reference = reference or got
+            judged = [(a, row.label) for a, row in zip(got, test, strict=True) if row.label is not None]
+            right = sum(same_answer(answer, label, splits.task.compare) for answer, label in judged)
+            size = sum(
+                item["bytes"] for name, item in manifest["files"].items() if name.startswith(f"{target}/")
+            )
+            first = test[0].input if test else ""
+            rows.append(
+                {
+                    "target": target,
+                    "label_accuracy": right / len(judged) if judged else None,
+                    "agreement_with_first": sum(a == b for a, b in zip(got, reference, strict=True))
+                    / max(len(test), 1),
+                    "bytes": size,
+                    "label_ms": _latency_ms(student, [row.input for row in test])
+                    if splits.task.label_kind != "choices"
+                    else None,
+                    "example_rationale": student.explain([first], truncate=True)[0].rationale
+                    if first and "explainer" in entry
+                    else "",
+                    "guard": entry.get("accuracy"),
+                }
+            )
+    return rows
+
+
+def run(
+    splits: Splits,
+    out: Path,
+    config: RunConfig,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train, compare, export and predict; return the report as plain values.
+
+    Args:
+        splits: disjoint rows; ``splits.test`` is used once, at the end.
+        out: directory for ``students/``, ``bundle/``, ``report.json`` and ``report.html``.
+        config: see :class:`RunConfig`.
+        say: receives one line a stage.
+
+    """
+    from sbs_edge.data.targets import teacher_agreement
+    from sbs_edge.export.api import export
+    from sbs_edge.export.targets import check_runnable, targets_named
+    from sbs_edge.training.evaluate import evaluate
+
+    check_runnable(targets_named(config.targets))  # now, not after an hour of training
+    started = time.perf_counter()
+    students: list[dict[str, Any]] = []
+    for arm in arms_for(config):
+        say(f"training {arm.name}: {arm.steps} steps, mode {arm.mode}")
+        slug = arm.name.replace(", ", "-").replace(" ", "-")
+        students.append(_train_arm(arm, splits, out / "students" / slug, config))
+
+    main = students[0]
+    say(f"exporting for {', '.join(config.targets)}")
+    exported = export(
+        main["student_dir"], out / "bundle", targets=config.targets, max_drop=config.max_drop,
+        min_rationale_agreement=config.min_rationale_agreement,
+    )  # fmt: skip
+
+    say(f"reading the test split once: {len(splits.test)} rows")
+    for student in students:
+        student["test"] = evaluate(student["student_dir"], splits.test)
+    bundle = _measure_bundle(Path(exported.path), splits.test, splits)
+    return {
+        "task": dataclasses.asdict(splits.task),
+        "mode": config.mode,
+        "rows": {name: len(getattr(splits, name)) for name in ("train", "validation", "test")},
+        "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
+        "students": students,
+        "bundle": {
+            "path": str(exported.path),
+            "targets": bundle,
+            "calibration": exported.manifest.get("calibration"),
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+    }

@@ -1,0 +1,310 @@
+"""The judge in PyTorch: how often a student's labels are right, and how close its rationales come.
+
+Labels are chosen as the runtime chooses them. A closed set whose labels differ in their first token
+is decided in one decoder step; any other set, and the choices a row brings, by the sum of log
+p(token | prefix) over the whole label with its end token, normalised over the vocabulary; open labels
+are decoded greedily. Answers are compared by :func:`sbs_edge.data.answers.same_answer`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sbs_edge.data.answers import normalise, same_answer
+from sbs_edge.data.example import Example
+from sbs_edge.errors import DataError
+from sbs_edge.resources import limit_torch_threads
+from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
+from sbs_edge.training.student_dir import StudentDir
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["evaluate", "predict_labels", "predict_rationales"]
+
+
+def _chunks(texts: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str]]]:
+    for start in range(0, len(texts), size):
+        yield start, texts[start : start + size]
+
+
+def _inputs(
+    texts: Sequence[str], tokenizer: TextTokenizer, limit: int, config: Any, prefix: str
+) -> tuple[Tensor, Tensor]:
+    """Tokenise and pad; ids and mask (B, S). Longer inputs are cut before their end token."""
+    found = tokenizer.encode_beginnings(texts, limit, prefix)
+    return _padded([within_limit(row, limit, config.eos_token_id) for row in found], config)
+
+
+def _padded(rows: Sequence[Sequence[int]], config: Any) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[config.pad_token_id] * (width - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return ids, (torch.arange(width) < lengths).long()
+
+
+def _first_step(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    start = torch.full((len(ids), 1), start_token_id(model.config), device=ids.device)
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=False
+    ).logits
+    return logits[:, 0, tokens].float()
+
+
+def _sequence_scores(
+    model: Any, ids: Tensor, mask: Tensor, candidates: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    """Return for each row the log-probability of each of its candidates (token ids with end token)."""
+    config = model.config
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
+    owner = torch.tensor([row for row, own in enumerate(candidates) for _ in own], device=ids.device)
+    flat = [list(candidate) for own in candidates for candidate in own]
+    width = max(map(len, flat))
+    wanted = torch.tensor([[*c, *[-100] * (width - len(c))] for c in flat], device=ids.device)
+    decoder = torch.full_like(wanted, start_token_id(config))
+    decoder[:, 1:] = wanted[:, :-1].masked_fill(wanted[:, :-1] == -100, config.pad_token_id)
+    scores: list[float] = []
+    step = max(1, (1 << 24) // (width * config.vocab_size))  # at most 64 MiB of float32 logits
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        logits = model(
+            encoder_outputs=(states[owner[part]],),
+            attention_mask=mask[owner[part]],
+            decoder_input_ids=decoder[part],
+            use_cache=False,
+        ).logits
+        log_p = logits.float().log_softmax(-1).gather(-1, wanted[part].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        scores += log_p.masked_fill(wanted[part] == -100, 0.0).sum(1).tolist()
+    rows, position = [], 0
+    for own in candidates:
+        rows.append(scores[position : position + len(own)])
+        position += len(own)
+    return rows
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    texts: Sequence[str],
+    prefix: str,
+    tokenizer: TextTokenizer,
+    source_limit: int,
+    new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    answers: list[str] = []
+    config = model.config
+    for _, part in _chunks(texts, batch_size):
+        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config, prefix))
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
+            do_sample=False, num_beams=1,
+        )  # fmt: skip
+        for row in out[:, 1:].tolist():
+            end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
+            answers.append(tokenizer.decode(row[:end]))
+    return answers
+
+
+@torch.no_grad()
+def predict_labels(
+    model: Any,
+    student: StudentDir,
+    tokenizer: Tokenizer | TextTokenizer,
+    examples: Sequence[Example],
+    batch_size: int = 64,
+) -> tuple[list[str], str]:
+    """Return the label of every example and the method used: first-token, trie or decode."""
+    texts, prefix = [example.input for example in examples], student.prefixes["label"]
+    tokenizer = TextTokenizer.of(tokenizer)
+    limit = student.limits["max_source_tokens"]
+    kind, labels = student.task.label_kind, student.task.labels
+    if kind == "open":
+        new = student.limits["max_label_tokens"]
+        return _generate(model, texts, prefix, tokenizer, limit, new, batch_size), "decode"
+    eos = model.config.eos_token_id
+    encoded = {label: tokenizer.encode_target(label, eos) for label in labels}
+    heads = first_tokens(list(encoded.values())) if kind == "closed" else None
+    answers: list[str] = []
+    for start, part in _chunks(texts, batch_size):
+        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, limit, model.config, prefix))
+        if heads is not None:
+            best = _first_step(model, ids, mask, torch.tensor(heads, device=ids.device)).argmax(1).tolist()
+            answers += [labels[index] for index in best]
+            continue
+        own: list[Sequence[str]] = []
+        for example in examples[start : start + len(part)]:
+            choices = labels if kind == "closed" else example.choices
+            if not choices:
+                raise DataError(f"{example.source or example.id} brings no choices, which its task needs.")
+            own.append(choices)
+        candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
+        for row, values in zip(own, _sequence_scores(model, ids, mask, candidates), strict=True):
+            answers.append(row[max(range(len(values)), key=values.__getitem__)])
+    return answers, "trie" if heads is None else "first-token"
+
+
+def predict_rationales(
+    model: Any,
+    student: StudentDir,
+    tokenizer: Tokenizer | TextTokenizer,
+    examples: Sequence[Example],
+    batch_size: int = 64,
+) -> list[str]:
+    """Decode the rationale of every example greedily."""
+    texts, limits = [example.input for example in examples], student.limits
+    tokenizer = TextTokenizer.of(tokenizer)
+    return _generate(
+        model,
+        texts,
+        student.prefixes["rationale"],
+        tokenizer,
+        limits["max_source_tokens"],
+        limits["max_target_tokens"],
+        batch_size,
+    )
+
+
+@torch.no_grad()
+def _teacher_forced(
+    model: Any, student: StudentDir, tokenizer: TextTokenizer, examples: Sequence[Example], batch_size: int
+) -> tuple[int, int, float]:
+    """Return correct tokens, tokens, and the sum of their cross-entropies, of the rationales."""
+    limits, config = student.limits, model.config
+    correct = total = 0
+    loss = 0.0
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        texts, prefix = [example.input for example in part], student.prefixes["rationale"]
+        ids, mask = (
+            t.to(model.device) for t in _inputs(texts, tokenizer, limits["max_source_tokens"], config, prefix)
+        )
+        targets, keep = (
+            t.to(model.device)
+            for t in _padded(
+                [
+                    within_limit(
+                        tokenizer.encode_target(example.rationale or "", config.eos_token_id),
+                        limits["max_target_tokens"],
+                        config.eos_token_id,
+                    )
+                    for example in part
+                ],
+                config,
+            )
+        )
+        decoder = torch.full_like(targets, start_token_id(config))
+        decoder[:, 1:] = targets[:, :-1]
+        logits = model(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
+        ).logits.float()
+        real = keep.bool()
+        correct += int(((logits.argmax(-1) == targets) & real).sum())
+        total += int(real.sum())
+        loss += float(torch.nn.functional.cross_entropy(logits[real], targets[real], reduction="sum"))
+    return correct, total, loss
+
+
+def evaluate(
+    student: StudentDir | str | os.PathLike[str],
+    examples: Sequence[Example] | None = None,
+    *,
+    model: Any = None,
+    batch_size: int = 64,
+    rationales: int | None = None,
+    predictions: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Judge a student on ``examples``.
+
+    Args:
+        student: a student directory.
+        examples: rows; None: its own validation rows.
+        model: judge this transformers model in place of the directory's weights.
+        batch_size: rows a forward pass.
+        rationales: decode at most this many rationales; None: all, 0: none. Only modes with
+            rationales are asked for them.
+        predictions: add ``predictions``, one row an example.
+        device: where to run; None: a GPU if there is one.
+
+    Returns:
+        ``n``, ``method``, ``label_accuracy`` over the ``label_n`` rows with a gold label (None
+        without any), ``labels_respelled`` (gold labels of an open task that the tokenizer cannot
+        spell: they count as given when the student writes what the tokenizer makes of them),
+        ``teacher_agreement`` (share of rows with a teacher's label whose label the
+        student gives), and for rationales ``rationale_n``, ``rationale_token_accuracy`` and
+        ``rationale_loss`` (next token, given the reference so far) and ``rationale_exact`` (share
+        of decoded rationales equal to the reference up to case and white space).
+
+    """
+    opened = student if isinstance(student, StudentDir) else StudentDir.load(Path(student))
+    rows = list(opened.validation() if examples is None else examples)
+    if not rows:
+        raise DataError(f"There are no rows to evaluate {opened.path} on; give a file with examples.")
+    tokenizer = opened.text_tokenizer()
+    if model is None:
+        limit_torch_threads()
+    judged = opened.load_model() if model is None else model.eval()
+    judged.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    answers, method = predict_labels(judged, opened, tokenizer, rows, batch_size)
+    compare = opened.task.compare
+
+    def same(answer: str, wanted: str) -> bool:
+        # A decoded label is right when it is the wanted one as the tokenizer spells it: training counts its tokens.
+        return same_answer(answer, wanted, compare) or (method == "decode" and answer == spelled(wanted))
+
+    spelled = functools.cache(tokenizer.respelled)
+
+    def share(pairs: list[tuple[str, str]]) -> float | None:
+        return sum(same(a, b) for a, b in pairs) / len(pairs) if pairs else None
+
+    gold = [(answer, row.label) for answer, row in zip(answers, rows, strict=True) if row.label is not None]
+    taught = [
+        (answer, row.teacher_label)
+        for answer, row in zip(answers, rows, strict=True)
+        if row.teacher_label is not None
+    ]
+    report: dict[str, Any] = {
+        "n": len(rows),
+        "method": method,
+        "label_n": len(gold),
+        "label_accuracy": share(gold),
+        "labels_respelled": sum(not same_answer(spelled(wanted), wanted, compare) for _, wanted in gold)
+        if method == "decode"
+        else 0,
+        "teacher_agreement": share(taught),
+    }
+    explained: Mapping[str, str] = {}
+    known = [row for row in rows if row.rationale]
+    if known and opened.mode in ("stepwise", "stepwise-teacher"):
+        correct, total, loss = _teacher_forced(judged, opened, tokenizer, known, batch_size)
+        report.update(
+            rationale_n=len(known), rationale_token_accuracy=correct / total, rationale_loss=loss / total
+        )
+        asked = known if rationales is None else known[:rationales]
+        if asked:
+            texts = predict_rationales(judged, opened, tokenizer, asked, batch_size)
+            exact = [
+                normalise(t) == _canonical(tokenizer, r.rationale or "")
+                for t, r in zip(texts, asked, strict=True)
+            ]
+            report.update(rationale_exact=sum(exact) / len(exact), rationale_decoded=len(exact))
+            explained = {row.id: text for row, text in zip(asked, texts, strict=True)}
+    if predictions:
+        report["predictions"] = [
+            {"id": row.id, "label": answer, "gold": row.label, "rationale": explained.get(row.id)}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+    return report
+
+
+def _canonical(tokenizer: TextTokenizer, text: str) -> str:
+    """Return ``text`` as the tokenizer would spell it, so that spacing of signs is not an error."""
+    return normalise(tokenizer.respelled(text))

@@ -1,0 +1,201 @@
+"""One sequence-to-sequence student, two tasks: a single encoder pass, a decoder pass a task, one loss.
+
+Works around any T5-family checkpoint (T5, T5 v1.1, FLAN-T5, mT5, UMT5, ByT5) without knowing which.
+The factor between decoder output and LM head (``d_model ** -0.5`` in some tied models) is measured on
+the model itself, because transformers 4 and 5 keep it in different places.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
+from sbs_edge.training.config import TrainConfig
+
+__all__ = [
+    "TwoTaskModel",
+    "add_lora",
+    "build_student",
+    "measure_logit_scale",
+    "merge_lora",
+]
+
+LORA_LAYERS = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
+
+
+def measure_logit_scale(student: Any) -> float:
+    """Return the factor the model puts between its decoder's output and its LM head."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        student.get_decoder().register_forward_hook(lambda _m, _i, out: seen.__setitem__("out", out[0])),
+        student.lm_head.register_forward_pre_hook(lambda _m, args: seen.__setitem__("in", args[0])),
+    ]
+    was_training = student.training
+    try:
+        student.eval()
+        one = torch.ones((1, 1), dtype=torch.long, device=student.lm_head.weight.device)
+        with torch.no_grad():
+            student(input_ids=one, decoder_input_ids=one)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        student.train(was_training)
+    ratio = float(seen["in"].double().norm() / seen["out"].double().norm())
+    candidates = (1.0, float(student.config.d_model) ** -0.5)
+    return float(min(candidates, key=lambda value: abs(value - ratio)))
+
+
+class TwoTaskModel(nn.Module):
+    """The student and its loss ``L_label + lambda * L_rationale``.
+
+    Args:
+        student: ``T5ForConditionalGeneration`` or a relative, or a peft wrapper around one.
+        rationale_weight: lambda.
+        options: passed on to the fused loss (``label_smoothing``, ``z_loss``, ``engine``, ...).
+
+    """
+
+    def __init__(self, student: Any, rationale_weight: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        self.student = student
+        self.segment_weights = (1.0, float(rationale_weight))
+        self.options = options
+        self.logit_scale = measure_logit_scale(self.core)
+
+    @property
+    def core(self) -> Any:
+        """The transformers model itself, without a peft wrapper."""
+        return self.student.get_base_model() if hasattr(self.student, "peft_config") else self.student
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return encoder states (B, S, D) of token ids (B, S)."""
+        encoder = self.core.get_encoder()
+        out = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def decode(self, decoder_ids: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return decoder states (B, T, D), before the scale of the LM head."""
+        out = self.core.get_decoder()(
+            input_ids=decoder_ids,
+            encoder_hidden_states=states,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+            return_dict=True,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_ids: list[Tensor],
+        targets: Tensor,
+        segment_ids: Tensor,
+        row_weights: Tensor,
+        valid_indices: Tensor,
+        denominators: Tensor | None = None,
+        label_tokens: Tensor | None = None,
+        label_exact: bool = False,
+    ) -> dict[str, Tensor]:
+        """Run both tasks and return their losses.
+
+        Args:
+            input_ids: (B, S), the rows of task 0 first, then those of task 1.
+            attention_mask: (B, S).
+            decoder_ids: for each task (B_k, T_k) decoder inputs; the B_k add up to B.
+            targets: (N,) with N = sum B_k T_k, -100 where padded.
+            segment_ids: (N,) task of each position.
+            row_weights: (N,) float weight of each position.
+            valid_indices: (M,) positions whose target is real.
+            denominators: (K,) see :func:`fused_linear_cross_entropy`.
+            label_tokens: (C,) token ids; adds ``scores`` (B_0, C), float32 logits of the first step.
+            label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max,
+                which is when greedy decoding gives exactly the target.
+
+        Returns:
+            ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and what was asked for.
+
+        """
+        states = self.encode(input_ids, attention_mask)
+        hidden, start = [], 0
+        for ids in decoder_ids:
+            rows = slice(start, start + ids.shape[0])
+            hidden.append(self.decode(ids, states[rows], attention_mask[rows]))
+            start += ids.shape[0]
+        flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in hidden])
+        head = self.core.lm_head.weight
+        if torch.is_autocast_enabled(flat.device.type):
+            # The head's product in the low precision; the loss itself decides its own precisions.
+            flat = flat.to(torch.get_autocast_dtype(flat.device.type))
+        with torch.autocast(flat.device.type, enabled=False):
+            loss = fused_linear_cross_entropy(
+                flat,
+                head,
+                targets,
+                segment_ids=segment_ids,
+                n_segments=2,
+                segment_weights=self.segment_weights,
+                row_weights=row_weights,
+                valid_indices=valid_indices,
+                denominators=denominators,
+                logit_scale=self.logit_scale,
+                **self.options,
+            )
+        result = {"loss": loss.total, "losses": loss.losses, "counts": loss.counts, "correct": loss.correct}
+        if label_tokens is not None:
+            first = hidden[0][:, 0].float() * self.logit_scale
+            result["scores"] = first @ head[label_tokens].float().t()
+        if label_exact:
+            label = hidden[0].float() * self.logit_scale
+            wanted = targets[: label.shape[0] * label.shape[1]].view(label.shape[:2])
+            # A few label tokens a row: evaluation only, never in training.
+            guess = (label @ head.float().t()).argmax(-1)
+            result["exact"] = ((guess == wanted) | (wanted == -100)).all(1)
+        return result
+
+
+def build_student(config: TrainConfig, vocabulary: int) -> Any:
+    """Make a T5 with random weights of the configured size; the vocabulary is rounded up to 8."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=-(-vocabulary // 8) * 8,
+            d_model=config.d_model,
+            d_kv=config.d_model // config.n_heads,
+            d_ff=config.d_ff,
+            num_heads=config.n_heads,
+            num_layers=config.n_layers,
+            num_decoder_layers=config.n_decoder_layers,
+            dropout_rate=config.dropout or 0.0,
+            feed_forward_proj="gated-gelu" if config.gated else "relu",
+            tie_word_embeddings=config.tied,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def add_lora(student: Any, rank: int, alpha: float | None) -> Any:
+    """Freeze ``student`` and add LoRA adapters to its attention and feed-forward layers (peft)."""
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in student.named_modules()}
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=[layer for layer in LORA_LAYERS if layer in names],
+        task_type="SEQ_2_SEQ_LM",
+    )
+    return get_peft_model(student, settings)
+
+
+def merge_lora(student: Any) -> Any:
+    """Return a plain transformers model with any adapters folded into its weights."""
+    return student.merge_and_unload() if hasattr(student, "peft_config") else student

@@ -1,0 +1,145 @@
+"""The student directory: what training writes, and what export and evaluation read. Light: no torch.
+
+``config.json``, ``model.safetensors``, ``generation_config.json`` and ``tokenizer.json`` as transformers
+writes them, ``sbs_edge.json`` (task, prefixes, limits, how it was trained), ``validation.jsonl`` and
+``calibration.jsonl`` (examples for calibration and for the guard).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sbs_edge.data.example import Example, TaskSpec
+from sbs_edge.data.readers import RejectedRow, stream_examples
+from sbs_edge.data.tokenizer import load_tokenizer
+from sbs_edge.errors import DataError, UsageError
+from sbs_edge.tokens import TextTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["CALIBRATION", "CARD", "FORMAT", "VALIDATION", "StudentDir"]
+
+FORMAT = 1
+CARD = "sbs_edge.json"
+VALIDATION = "validation.jsonl"
+CALIBRATION = "calibration.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class StudentDir:
+    """An opened student directory.
+
+    Attributes:
+        path: the directory.
+        task: the task it was trained for.
+        prefixes: ``label`` and ``rationale``.
+        limits: ``max_source_tokens``, ``max_target_tokens``, ``max_label_tokens``.
+        mode: the training mode.
+        card: everything in ``sbs_edge.json``.
+    """
+
+    path: Path
+    task: TaskSpec
+    prefixes: Mapping[str, str]
+    limits: Mapping[str, int]
+    mode: str
+    card: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StudentDir:
+        """Open the directory ``path``.
+
+        Raises:
+            UsageError: it is no student directory.
+            DataError: its card is damaged or of a later format.
+        """
+        root = Path(path)
+        if not (root / "config.json").is_file():
+            raise UsageError(f"{root} is no student: it has no config.json. Train one with sbs-edge train.")
+        card_path = root / CARD
+        if not card_path.is_file():
+            raise UsageError(
+                f"{root} has no {CARD}, so its task and prefixes are unknown. Train with sbs-edge train, or "
+                "say what the labels are when you export it (--label)."
+            )
+        try:
+            card = json.loads(card_path.read_text(encoding="utf-8"))
+            if card["format"] > FORMAT:
+                raise DataError(
+                    f"{card_path} has format {card['format']}; this version reads up to {FORMAT}."
+                )
+            task = card["task"]
+            return cls(
+                root,
+                TaskSpec(task["name"], task["label_kind"], tuple(task["labels"]), task["compare"]),
+                card["prefixes"],
+                {
+                    name: int(card[name])
+                    for name in ("max_source_tokens", "max_target_tokens", "max_label_tokens")
+                },
+                card["mode"],
+                card,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{card_path} is damaged ({type(error).__name__}: {error}); train again."
+            ) from error
+
+    @staticmethod
+    def task_card(task: TaskSpec) -> dict[str, Any]:
+        """Return the task as the card keeps it."""
+        return {**asdict(task), "labels": list(task.labels)}
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the fast tokenizer."""
+        return load_tokenizer(self.path)
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """Load the tokenizer as training and the runtime use it: no text yields control tokens."""
+        return TextTokenizer(self.tokenizer())
+
+    def _rows(self, name: str) -> list[Example]:
+        path = self.path / name
+        if not path.is_file() or not path.stat().st_size:
+            return []
+        bad: list[RejectedRow] = []
+        rows = list(stream_examples(path, on_reject=bad.append))
+        if bad:
+            # Training wrote them all, so the file is damaged; fewer rows would judge more mildly.
+            raise DataError(
+                f"{bad[0]}. {len(bad)} row(s) of {path} cannot be read, though training wrote them. Mend them, or "
+                "copy the student again."
+            )
+        return rows
+
+    def validation(self) -> list[Example]:
+        """Return the validation rows the student was selected on; empty when there were none.
+
+        Raises:
+            DataError: a row is damaged.
+        """
+        return self._rows(VALIDATION)
+
+    def calibration(self) -> list[Example]:
+        """Return training rows kept for calibrating quantisation; empty when there are none.
+
+        Raises:
+            DataError: a row is damaged.
+        """
+        return self._rows(CALIBRATION)
+
+    def load_model(self) -> Any:
+        """Load the transformers model in float32, in evaluation mode (imports torch).
+
+        Raises:
+            UsageError: the weights are damaged or lack tensors.
+        """
+        from sbs_edge.training.pretrained import load_checkpoint
+
+        return load_checkpoint(str(self.path)).eval()

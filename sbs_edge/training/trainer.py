@@ -1,0 +1,374 @@
+"""transformers' Trainer, told about two tasks: global means, atomic checkpoints, exact positions.
+
+What is overridden and why:
+
+* ``get_batch_samples`` sums each task's target weights over all accumulated passes and all processes
+  before the first of them runs, so that a task's loss is the mean over every token of the step, not a
+  mean of means, whatever the last batch or one process's share looks like.
+* ``_save_checkpoint`` writes beside the final place and renames; a kill leaves whole checkpoints only.
+* ``create_optimizer`` shards the model first where that was asked for (:mod:`sbs_edge.training.sharding`).
+* ``evaluate`` reads validation rows once, both tasks in one pass, split over the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from sbs_edge import files
+from sbs_edge.errors import UsageError
+from sbs_edge.training.batches import Batches
+from sbs_edge.training.config import TrainConfig
+from sbs_edge.training.model import TwoTaskModel
+from sbs_edge.training.sharding import Sharded, shard, spread_optimizer_state, whole, whole_optimizer_state
+
+__all__ = ["TwoTaskTrainer", "find_checkpoint", "make_arguments"]
+
+POSITION = "position.json"
+WEIGHTS = "student.safetensors"
+BEST = "best.safetensors"
+
+
+def find_checkpoint(work: Path) -> Path | None:
+    """Return the newest complete checkpoint under ``work``, or None."""
+    found = [path for path in work.glob("checkpoint-*") if (path / POSITION).is_file()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def make_arguments(config: TrainConfig, work: Path, steps: int, *, evaluates: bool) -> TrainingArguments:
+    """Translate ``config`` for transformers' Trainer (4.57 and 5)."""
+    every = config.eval_steps or max(1, steps // 6)
+    save = every if config.save_steps is None else config.save_steps
+    # transformers leaves the precision of an earlier run of this process here, and reads it again.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.peak_learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip_norm,
+        optim="adamw_torch_fused",
+        bf16=config.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        logging_strategy="no",
+        save_strategy="steps" if save else "no",
+        save_steps=save or 500,
+        metric_for_best_model="eval_score" if evaluates else None,
+        greater_is_better=True if evaluates else None,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_nan_inf_filter=False,  # it would synchronise with the device in every step
+        ignore_data_skip=True,  # Batches starts at the recorded position itself
+        ddp_find_unused_parameters=False,
+    )
+    # One process drives one device; torchrun starts one a device (DataParallel cannot split our batch).
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+class TwoTaskTrainer(Trainer):  # type: ignore[misc]
+    """See the module's text.
+
+    Args:
+        model: the two-task model.
+        args: see :func:`make_arguments`.
+        config: the run's configuration.
+        batches: training passes of this process.
+        validation: collated validation batches, all of them, the same on every process.
+        label_tokens: first token of every closed label when those tell the labels apart, else None.
+        label_answers: for each validation batch, the index of the right closed label a label row.
+        callbacks: transformers callbacks.
+
+    """
+
+    def __init__(
+        self,
+        model: TwoTaskModel,
+        args: TrainingArguments,
+        *,
+        config: TrainConfig,
+        batches: Batches,
+        validation: list[dict[str, Any]],
+        label_tokens: Tensor | None,
+        label_answers: list[Tensor],
+        callbacks: list[Any],
+    ) -> None:
+        self.config = config
+        self.batches = batches
+        self.first_step = 0
+        self.validation = validation
+        self.label_tokens = label_tokens
+        self.label_answers = label_answers
+        # Taken before anything is wrapped or sharded: tied weights appear once.
+        self.trained_names = [name for name, value in model.named_parameters() if value.requires_grad]
+        self._sharded: Sharded | None = None
+        self._sums = torch.zeros(6)  # losses, correct tokens, tokens; of both tasks
+        self._passes = 0
+        super().__init__(
+            model=model, args=args, train_dataset=batches, eval_dataset=validation, callbacks=callbacks
+        )
+        self.model_accepts_loss_kwargs = True  # 4.57: the loss is already over all accumulated passes
+        self.loss_is_scaled_for_ga = True  # 5: the same
+
+    # ------------------------------------------------------------------ data and loss
+
+    lr_scheduler: Any
+    control: Any
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the passes of this process; they come collated and need no sharding."""
+        # A generator of its own: opening the loader must not draw from the state a checkpoint restored.
+        return DataLoader(
+            self.batches, batch_size=None, collate_fn=lambda batch: batch, generator=torch.Generator()
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """Fetch the passes of one step and set their common denominators."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return [], None
+        total = torch.stack([batch["denominators"] for batch in batches]).sum(0).to(device)
+        world = self.accelerator.num_processes
+        if world > 1:
+            # Gradients are averaged over processes, so each divides by its share of the global sum.
+            total = self.accelerator.reduce(total, "sum") / world
+        for batch in batches:
+            batch["denominators"] = total
+        return batches, total.sum()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the loss of one pass; keep its parts for the history, without synchronising."""
+        outputs = model(**inputs)
+        parts = torch.cat([outputs["losses"].float(), outputs["correct"].float(), outputs["counts"].float()])
+        self._sums = self._sums.to(parts.device) + parts.detach()
+        self._passes += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def create_optimizer(self, *args: Any, **named: Any) -> Any:
+        """Shard the model where that was asked for, then make the optimiser of what it has become."""
+        if self.config.fsdp and self._sharded is None:
+            shard(self.model, self.args.device, self.accelerator.num_processes)
+            self._sharded = Sharded(self.model)
+        return super().create_optimizer(*args, **named)
+
+    def _wrap_model(self, model: Any, *args: Any, **named: Any) -> Any:
+        return self._sharded or super()._wrap_model(model, *args, **named)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the warm-up, hold and fall of the configuration."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: self.config.factor_at(step, num_training_steps),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _training_part(self) -> dict[str, float]:
+        """Return mean losses and token accuracies since the last call, over all processes."""
+        steps = max(1, self._passes // max(1, self.config.gradient_accumulation))
+        sums = self.accelerator.reduce(self._sums, "sum")
+        world = self.accelerator.num_processes
+        self._sums, self._passes = torch.zeros(6), 0
+        losses, correct, counts = sums.tolist()[:2], sums.tolist()[2:4], sums.tolist()[4:]
+        row: dict[str, float] = {}
+        for task, name in enumerate(("label", "rationale")):
+            if counts[task]:
+                row[f"{name}_loss"] = losses[task] / steps / world
+                row[f"{name}_token_accuracy"] = correct[task] / counts[task]
+        return row
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return training and validation figures since the last evaluation; keep the best weights."""
+        metrics: dict[str, float] = self._training_part()
+        metrics["learning_rate"] = float(self.lr_scheduler.get_last_lr()[0])
+        metrics["tokens"] = float(self.batches.tokens)
+        if self.validation:
+            metrics.update(self._validate())
+            best = self.state.best_metric
+            if self.config.select == "best" and (best is None or metrics["eval_score"] > best):
+                self._write_best()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validate(self) -> dict[str, float]:
+        model, device = self.model_wrapped, self.args.device
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(8, device=device)  # losses, correct, tokens, right labels, label rows
+        # Sharded parameters need every process in every pass, so there each reads all batches.
+        shared = self.config.fsdp or world == 1
+        tokens = None if self.label_tokens is None else self.label_tokens.to(device)
+        for index, batch in enumerate(self.validation):
+            if not shared and index % world != rank:
+                continue
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                out = model(**inputs, label_tokens=tokens, label_exact=tokens is None)
+            answers = self.label_answers[index].to(device)
+            right = out["scores"].argmax(1) == answers if tokens is not None else out["exact"]
+            known = answers >= 0
+            sums[:2] += out["losses"].float() * inputs["denominators"]
+            sums[2:4] += out["correct"]
+            sums[4:6] += out["counts"]
+            sums[6] += (right[: len(answers)] & known).sum()
+            sums[7] += known.sum()
+        model.train(was_training)
+        if world > 1:  # sharded: equal sums, averaged so that all processes decide on the same bits
+            sums = self.accelerator.reduce(sums, "mean" if shared else "sum")
+        values = sums.tolist()
+        row: dict[str, float] = {}
+        for task, name in enumerate(("label", "rationale")):
+            if values[4 + task]:
+                row[f"eval_{name}_loss"] = values[task] / values[4 + task]
+                row[f"eval_{name}_token_accuracy"] = values[2 + task] / values[4 + task]
+        if values[7]:
+            row["eval_label_accuracy"] = values[6] / values[7]
+        # The loss decides between equal accuracies, and stands in where no label is known.
+        loss = row.get("eval_label_loss", row.get("eval_rationale_loss", 0.0))
+        row["eval_score"] = row.get("eval_label_accuracy", 0.0) - 1e-5 * min(loss, 100.0)
+        return row
+
+    # ------------------------------------------------------------------ files
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the trained parameters on the CPU, whole; every process must take part."""
+        return self.whole_state(self.trained_names)
+
+    def whole_state(self, names: list[str] | None = None) -> dict[str, Tensor]:
+        """Return parameters (None: all, tied ones once) on the CPU, whole; every process must take part."""
+        own = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        return {name: whole(own[name]).contiguous() for name in (own if names is None else names)}
+
+    def load_state(self, path: Path) -> None:
+        """Put weights saved by :meth:`trained_state` into the model."""
+        values = load_file(path)
+        own = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        missing = sorted(set(self.trained_names) ^ set(values))
+        if missing or any(own[name].shape != value.shape for name, value in values.items()):
+            raise UsageError(
+                f"{path} does not fit this student ({missing[0] if missing else 'other shapes'}): it was "
+                "made with another model or size. Train without resume, or into another directory."
+            )
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+
+    def _write_best(self) -> None:
+        state = self.trained_state()
+        if self.args.should_save:
+            target = Path(self.args.output_dir) / BEST
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(".tmp")
+            save_file(state, partial)
+            os.replace(partial, target)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained parameters of a checkpoint, whole, once."""
+        state = self.trained_state()
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_state(Path(resume_from_checkpoint) / WEIGHTS)  # nothing is sharded yet
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or (self.args.device.type != "cpu" and self._sharded is None):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # transformers maps to this process's "cpu:0", a place torch.load does not know.
+        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
+            state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            if self._sharded is not None and part is self.optimizer:
+                state = spread_optimizer_state(self.optimizer, state)
+            part.load_state_dict(state)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / ".partial")
+
+    def rows_used(self) -> int:
+        """Return how many rows all processes together have used."""
+        each = self.config.batch_size * self.config.gradient_accumulation * self.accelerator.num_processes
+        return int(self.batches.start_row + (self.state.global_step - self.first_step) * each)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        work = Path(self.args.output_dir)
+        partial = work / ".partial" / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(partial.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            files.write_json(
+                partial / POSITION,
+                {
+                    "rows": self.rows_used(),
+                    "step": self.state.global_step,
+                    "world": self.accelerator.num_processes,
+                },
+            )
+            for entry in partial.rglob("*"):
+                if entry.is_file():
+                    with entry.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            final = work / partial.name
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            files.fsync_directory(work)
+            shutil.rmtree(partial.parent, ignore_errors=True)
+            found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+            for old in found[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def start_at(self, checkpoint: Path | None, steps: int) -> None:
+        """Set the data position recorded in ``checkpoint``; ``steps`` is the length of the whole run."""
+        if checkpoint is None:
+            return
+        with contextlib.suppress(OSError):
+            position = json.loads((checkpoint / POSITION).read_text(encoding="utf-8"))
+            self.first_step = position["step"]
+            self.batches.start_row = position["rows"]
+            self.batches.steps = max(0, steps - self.first_step)
