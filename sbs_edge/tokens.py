@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ __all__ = [
     "most_characters",
     "read_tokenizer",
     "start_token_id",
+    "text_fault",
+    "unicode_fault",
     "within_limit",
     "without_limits",
 ]
@@ -295,3 +298,28 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
         return [part for item in content[name] for part in flat(item)]
 
     return list(flat(json.loads(component.__getstate__())))
+
+
+def text_fault(text: object) -> str | None:
+    """Return why no student can be asked about ``text``, as the end of a sentence about it, or None.
+
+    A text is a string of valid Unicode that holds something to read: a string of white space, control and
+    format characters alone would be answered from the prefix.
+    """
+    if not isinstance(text, str):
+        return f"is a {type(text).__name__}, not a string"
+    if not any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text):
+        return "is empty or blank"
+    return unicode_fault(text)
+
+
+def unicode_fault(text: str) -> str | None:
+    """Return why ``text`` cannot be encoded, as the end of a sentence about it, or None."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        return f"is not valid Unicode: character {error.start + 1} is {half}, half of a pair"
+    return None

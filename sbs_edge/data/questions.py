@@ -12,7 +12,7 @@ from typing import Any
 from sbs_edge.data.readers import choices_cell
 from sbs_edge.data.rows import printable
 from sbs_edge.errors import DataError, UsageError
-from sbs_edge.runtime.texts import text_fault, unicode_fault
+from sbs_edge.tokens import text_fault, unicode_fault
 
 __all__ = ["Unanswerable", "answers_of", "choices_of", "id_of", "text_of"]
 

@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sbs_edge.errors import UsageError
-from sbs_edge.tokens import TextTokenizer, most_characters, within_limit, without_limits
+from sbs_edge.tokens import TextTokenizer, most_characters, text_fault, within_limit, without_limits
 
-__all__ = ["Texts", "check_texts", "over_limit", "text_fault", "unicode_fault"]
-
-
-def text_fault(text: object) -> str | None:
-    """Return why no student can be asked about ``text``, as the end of a sentence about it, or None.
-
-    A text is a string of valid Unicode that holds something to read: a string of white space, control and
-    format characters alone would be answered from the prefix.
-    """
-    if not isinstance(text, str):
-        return f"is a {type(text).__name__}, not a string"
-    if not any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text):
-        return "is empty or blank"
-    return unicode_fault(text)
-
-
-def unicode_fault(text: str) -> str | None:
-    """Return why ``text`` cannot be encoded, as the end of a sentence about it, or None."""
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        return f"is not valid Unicode: character {error.start + 1} is {half}, half of a pair"
-    return None
+__all__ = ["Texts", "check_texts", "over_limit"]
 
 
 def check_texts(texts: Iterable[str]) -> list[str]:
