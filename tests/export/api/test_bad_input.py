@@ -241,7 +241,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the weights are cut off": (_cut, "cannot be loaded"),
     "the tokenizer is damaged": (
         lambda s: (s / "tokenizer.json").write_text("{}"),
-        "tokenizer.json is no tokenizer",
+        "tokenizer.json is not a tokenizer",
     ),
     "the tokenizer is another model's": (
         lambda s: _edit_tokenizer(s, lambda t: t["model"]["vocab"].update(elsewhere=9999)),
