@@ -1,9 +1,6 @@
 """Slices of the vocabulary or blocks of rows: the rule's memory, its monotony, and values on both sides of it."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from hypothesis import strategies as st
 from sbs_edge.kernels import chunks
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # T5's and mT5's vocabulary, ByT5's, one that is no multiple of anything.
 HEADS = [(32128, 512), (32128, 768), (32128, 1024), (250112, 768), (384, 1472), (32101, 640)]
 TYPES = [(2, 2), (2, 4), (4, 4)]
@@ -109,14 +105,15 @@ def _gradients(engine, n, d, v, dtype, seed, workspace_mb=None, **options):
     return [loss.total.detach().double(), *(g.double() for g in grads)], loss.correct.tolist()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_values_on_both_sides")
+@pytest.mark.interpreted
+@pytest.mark.long
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     d=st.integers(1, 20), v=st.integers(2, 70), offset=st.integers(-6, 6), seed=st.integers(0, 99),
     smoothing=st.sampled_from((0.0, 0.2)), z_loss=st.sampled_from((0.0, 0.01)),
     scale=st.sampled_from((1.0, 0.25)), half=st.booleans(),
 )  # fmt: skip
-def test_in_child_across_the_switch(d, v, offset, seed, smoothing, z_loss, scale, half):
+def test_across_the_switch(d, v, offset, seed, smoothing, z_loss, scale, half):
     dtype = torch.float16 if half else torch.float32
     workspace = 0.002  # MiB: with rows in steps of 16 the switch lies within a few dozen rows
     before, chunks.ROW_STEP = chunks.ROW_STEP, 16
@@ -137,9 +134,10 @@ def test_in_child_across_the_switch(d, v, offset, seed, smoothing, z_loss, scale
         chunks._switch.cache_clear()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_values_on_both_sides")
+@pytest.mark.interpreted
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["row_chunks", "vocab_chunks", None])
-def test_in_child_compiled_with_a_number_of_rows_that_changes(order):
+def test_compiled_with_a_number_of_rows_that_changes(order):
     torch.manual_seed(0)
     weight = torch.randn(101, 16, requires_grad=True)
 
@@ -162,15 +160,3 @@ def test_in_child_compiled_with_a_number_of_rows_that_changes(order):
                 grads = [torch.autograd.grad(x, (hidden, weight)) for x in results]
                 for a, b in zip(*grads, strict=True):
                     torch.testing.assert_close(a, b)
-
-
-@pytest.mark.long
-@pytest.mark.skipif(INTERPRETED, reason="this is the child")
-def test_values_on_both_sides():
-    pytest.importorskip("triton")
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "in_child"],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-3000:]
-    assert "4 passed" in child.stdout

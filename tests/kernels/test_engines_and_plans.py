@@ -9,6 +9,8 @@ from sbs_edge.kernels import engines, torch_engine
 from sbs_edge.kernels.cross_entropy import available_engines, fused_linear_cross_entropy, select_engine
 from sbs_edge.kernels.plan import Inputs, Need, Options, plan_rows
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "chosen"),

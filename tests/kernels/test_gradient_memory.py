@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 
+pytestmark = pytest.mark.compiled
+
 N, D, V = 64, 32, 20000
 
 

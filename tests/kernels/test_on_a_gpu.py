@@ -6,7 +6,9 @@ import torch
 from sbs_edge.kernels import chunks
 from sbs_edge.kernels.cross_entropy import available_engines, fused_linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+pytestmark = pytest.mark.compiled
 ENGINES = [s.name for s in available_engines() if s.available and s.name != "reference"]
 SHAPES = [
     (1, 64, 384),  # one row, ByT5

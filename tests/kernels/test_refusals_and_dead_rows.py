@@ -6,8 +6,6 @@ The engines for GPUs run in Triton's interpreter, in a process of their own, by 
 import contextlib
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 from sbs_edge.kernels.plan import plan_rows, segment_means
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-here_only = pytest.mark.skipif(INTERPRETED, reason="of the torch engine, or of none")
 ENGINES = ["cublas", "triton-vocab_chunks", "triton-row_chunks"] if INTERPRETED else ["torch"]
 
 
@@ -91,7 +88,7 @@ def test_forward_mode_and_function_transforms_raise(engine):
     assert loss(hidden).isfinite()
 
 
-@here_only
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_reference_has_the_derivatives_that_it_is_named_for():
     hidden, weight, targets = _case(grad=False)
@@ -290,7 +287,7 @@ def test_hits_need_not_be_counted(engine):
     assert torch.equal(spared.counts, counted.counts)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_triton_s_interpreter")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_interpreter_refuses_bfloat16(engine):
     hidden, weight, targets = _case(grad=False)
@@ -306,7 +303,7 @@ def test_the_interpreter_refuses_bfloat16(engine):
     torch.testing.assert_close(mixed.total, exact, check_dtype=False, rtol=2e-3, atol=0)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_triton_s_interpreter")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("group", [1, 2, 5, 1 << 20])
 @pytest.mark.parametrize("kind", chunks.CHUNKS)
 def test_groups_of_row_blocks_change_no_bit(kind, group):
@@ -320,7 +317,7 @@ def test_groups_of_row_blocks_change_no_bit(kind, group):
         assert torch.equal(a, b)
 
 
-@here_only
+@pytest.mark.compiled
 def test_meta_tensors_have_shapes_and_gradients():
     meta = {"device": "meta"}
     for kind in (torch.float32, torch.bfloat16):
@@ -345,7 +342,7 @@ def test_meta_tensors_have_shapes_and_gradients():
             )
 
 
-@here_only
+@pytest.mark.compiled
 @pytest.mark.parametrize("n_segments", [1, 8, 9, 300])
 def test_segments_are_summed_without_a_buffer_of_segments_times_rows(n_segments):
     n = 3000
@@ -376,20 +373,3 @@ def test_segments_are_summed_without_a_buffer_of_segments_times_rows(n_segments)
         torch.testing.assert_close(means[k], mean, check_dtype=False, rtol=1e-5, atol=1e-7)
         assert plan.counts[k] == mine.sum()
         assert correct[k] == hits[mine].sum()
-
-
-@here_only
-@pytest.mark.parametrize(
-    "chosen",
-    ["gradient_raises or bfloat16 or (row and nan and float32)", "forward_mode or planned or hook or infinite",
-     "(segment or denominator or inf or 1e or float16) and without_weight",
-     pytest.param("bias_gradient", marks=pytest.mark.long), "switch or counted or groups"],
-)  # fmt: skip
-def test_in_triton_s_interpreter(chosen):
-    pytest.importorskip("triton")
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-3000:]
-    assert "passed" in child.stdout

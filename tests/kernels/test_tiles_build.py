@@ -3,7 +3,6 @@
 No GPU is needed: Triton compiles for a named target and bundles NVIDIA's assembler.
 """
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,8 +12,7 @@ import pytest
 from sbs_edge.kernels import tile_table
 
 triton = pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+pytestmark = pytest.mark.compiled
 
 FLOATS = {"scale", "softcap", "on_target", "elsewhere", "smoothing", "z_loss"}
 KERNELS = (

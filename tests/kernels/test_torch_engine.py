@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 
+pytestmark = pytest.mark.compiled
+
 LAMBDAS = (1.0, 0.3)
 
 

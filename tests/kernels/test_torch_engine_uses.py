@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 
+pytestmark = pytest.mark.compiled
+
 
 def _inputs(n: int = 23, d: int = 16, v: int = 57, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(seed)

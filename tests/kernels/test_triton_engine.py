@@ -5,19 +5,12 @@ the type of loads and stores only. Its blocks are 16 x 32 x 16, so small shapes 
 test of values runs in both orders: slices of the vocabulary, and blocks of 16 rows.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from sbs_edge.kernels import chunks, tile_table
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_child = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_triton_s_interpreter")
 
 SHAPES = [
     (1, 8, 5),  # everything smaller than one block
@@ -80,7 +73,7 @@ def _assert_twice(exact, plain, mine, dtype):
         assert (ours - right).norm() <= 2 * torch.maximum((theirs - right).norm(), floor)
 
 
-@in_child
+@pytest.mark.interpreted
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
 @pytest.mark.parametrize("segments", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -97,7 +90,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(order, shape, dtype, segment
     assert shape[0] < 12 or 0 < sum(found[1]) < sum(found[0])
 
 
-@in_child
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 4.0])  # flat; two of three rows sure; losses near rounding
 def test_flat_and_confident_rows_are_as_exact(order, sharpness, dtype):
@@ -116,7 +109,7 @@ def test_flat_and_confident_rows_are_as_exact(order, sharpness, dtype):
         assert found[1] == [60]
 
 
-@in_child
+@pytest.mark.interpreted
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mixed_precision_casts_slices_of_the_weight_and_bears_any_loss_scale(order, shape, scale):
@@ -129,7 +122,7 @@ def test_mixed_precision_casts_slices_of_the_weight_and_bears_any_loss_scale(ord
     assert found == counted
 
 
-@in_child
+@pytest.mark.interpreted
 def test_small_factors_do_not_underflow_in_float16(order):
     """Rows a million times lighter than others keep the relative precision of their own gradient."""
     case = _case(19, 16, 101, torch.float16, {}, 1)
@@ -141,7 +134,7 @@ def test_small_factors_do_not_underflow_in_float16(order):
     assert error <= 2 * torch.finfo(torch.float16).eps
 
 
-@in_child
+@pytest.mark.interpreted
 @pytest.mark.parametrize("n", [0, 4])
 def test_without_a_valid_row_everything_is_zero(order, n):
     hidden, weight = torch.randn(n, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
@@ -155,7 +148,7 @@ def test_without_a_valid_row_everything_is_zero(order, n):
     assert not any(x.grad.any() for x in (hidden, weight, bias))
 
 
-@in_child
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "twin", [5, 40, 99]
 )  # of column 3: in its tile, in its strip's next, in another strip
@@ -175,7 +168,7 @@ def test_ties_go_to_the_first_column_as_argmax_has_it(order, twin):
     assert zero.correct.tolist() == [1]
 
 
-@in_child
+@pytest.mark.interpreted
 def test_classes_banned_by_an_infinite_bias_get_no_probability(order):
     hidden, weight, targets, given = _case(19, 16, 101, torch.float32, {}, 1)
     given["bias"] = torch.where(torch.arange(101) < 64, -torch.inf, 0.0)
@@ -187,7 +180,7 @@ def test_classes_banned_by_an_infinite_bias_get_no_probability(order):
     assert found == counted
 
 
-@in_child
+@pytest.mark.interpreted
 def test_repetition_strides_and_given_indices_change_no_bit(order):
     case = _case(34, 40, 96, torch.float16, {"label_smoothing": 0.1}, 2)
     hidden, weight, targets, given = case
@@ -203,7 +196,7 @@ def test_repetition_strides_and_given_indices_change_no_bit(order):
         assert all(torch.equal(a, b) for a, b in zip(first, again[0], strict=True))
 
 
-@in_child
+@pytest.mark.interpreted
 def test_offsets_reach_beyond_two_to_the_31_elements(order):
     """Rows that lie 2^31 elements apart, in memory that is reserved and not touched."""
     torch.manual_seed(0)
@@ -223,7 +216,7 @@ def test_offsets_reach_beyond_two_to_the_31_elements(order):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@in_child
+@pytest.mark.interpreted
 def test_frozen_compiled_checkpointed_repeated_and_bad(order):
     hidden, weight, targets, given = _case(19, 16, 101, torch.float32, {}, 2)
     hidden.requires_grad_()
@@ -260,24 +253,9 @@ def test_frozen_compiled_checkpointed_repeated_and_bad(order):
     assert loss(hidden, weight).isnan()
 
 
-@in_child
+@pytest.mark.interpreted
 def test_blocks_of_rows_refuse_a_soft_cap():
     hidden, weight, targets, _ = _case(19, 16, 101, torch.float32, {}, 1)
     hidden.requires_grad_()
     with chunks.use("row_chunks"), pytest.raises(RuntimeError, match="take chunks of the vocabulary"):
         fused_linear_cross_entropy(hidden, weight, targets, softcap=3.0, engine="triton")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the child")
-@pytest.mark.parametrize(
-    "chosen",
-    ["(19 and plain and 3) or ties or bad or flat or refuse", pytest.param("test_", marks=pytest.mark.long)],
-)
-def test_in_triton_s_interpreter(chosen):
-    pytest.importorskip("triton")
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=590,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-3000:]
-    assert "failed" not in child.stdout
