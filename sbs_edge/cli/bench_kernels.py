@@ -89,7 +89,7 @@ def register(app: typer.Typer, finish: Finish) -> None:
                 help="Keep JSON, Markdown, pictures and a page here; else only stdout has the result."
             ),
         ] = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Time, extra memory and gradient error of the loss beside eager torch, compilers and fused peers.
@@ -129,4 +129,4 @@ def register(app: typer.Typer, finish: Finish) -> None:
         console = Console(stderr=True)
         document = measure_kernels(options, lambda text: console.print(text, highlight=False, style="dim"))
         document["quick"] = quick
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)

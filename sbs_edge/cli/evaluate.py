@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Report label accuracy, rationale token accuracy and exact rationales.
 
@@ -65,7 +65,7 @@ def register(app: typer.Typer) -> None:
             lines = "".join(files.to_json(row) + "\n" for row in answers)
             files.write_text(predictions, lines)
             save_resolved(ctx, predictions.with_suffix(".config.yaml"))
-        if json_output:
+        if json:
             print_json(report)
             return
         table = Table("figure", "value", title=escape(str(student)))

@@ -148,7 +148,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         version: Annotated[str, typer.Option(help="The bundle's version, as serving shows it.")] = "1",
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
         """Write graphs for every target, compare them with the float32 student, and seal the bundle.
@@ -174,7 +174,7 @@ def register(app: typer.Typer) -> None:
         if dry_run:
             opened = open_student(student, label, label_prefix, rationale_prefix, max_source_tokens)
             plan = {**resolved(ctx), "task": opened.task.name, "mode": opened.mode, "targets": list(targets)}
-            print_json(plan) if json_output else console.print(plan)
+            print_json(plan) if json else console.print(plan)
             return
         from sbs_edge.export.api import export as export_student
 
@@ -191,7 +191,7 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         # Beside the bundle: what is in it is listed, and nothing else may be.
         save_resolved_beside(ctx, out)
-        if json_output:
+        if json:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return
         table = Table(title=f"{result.manifest['name']} in {result.path}")

@@ -63,9 +63,9 @@ def register(app: typer.Typer) -> None:
         jsonl: Annotated[
             bool, typer.Option("--jsonl", help="Read stdin, or a file of any suffix, as JSON Lines.")
         ] = False,
-        labels: Annotated[
+        label: Annotated[
             list[str] | None,
-            typer.Option("--label", help="Choose among these labels; may be given several times."),
+            typer.Option(help="Choose among these labels; may be given several times."),
         ] = None,
         explain: Annotated[
             bool, typer.Option("--explain", help="Add the student's rationale; slower.")
@@ -119,7 +119,7 @@ def register(app: typer.Typer) -> None:
         source = either(ctx, "source", "input", "SOURCE and --input")
         out = either(ctx, "out", "output", "--out and --output")
         columns = columns_of(column or (), field)
-        if not all(map(is_text, labels or ())):
+        if not all(map(is_text, label or ())):
             raise UsageError("A --label is not valid UTF-8; give labels as text.")
         if engine is Engine.ray:
             from sbs_edge.scale.predict import predict_with_ray
@@ -131,7 +131,7 @@ def register(app: typer.Typer) -> None:
             if columns.choices or columns.id:
                 raise UsageError("--engine ray reads 'choices' and 'id' from columns of these names.")
             totals = predict_with_ray(
-                bundle, source, out, target=target, field=columns.input or field, labels=labels, explain=explain,
+                bundle, source, out, target=target, field=columns.input or field, labels=label, explain=explain,
                 truncate=truncate, abstain_below=abstain_below, threads=threads or 1, workers=workers,
                 cpus_each=worker_cpus, gpus_each=worker_gpus, shard_bytes=int(shard_mb * 1e6),
                 form=shard_format, ray_address=ray_address,
@@ -150,12 +150,12 @@ def register(app: typer.Typer) -> None:
                 why = entry.get("unmeasured") or "it was exported without labelled rows"
                 messages.print(f"{bundle}: the accuracy of {student.target} was never measured: {why}.")
             if source != "-" and not jsonl and is_table(source):
-                rows = table_rows(source, columns, own_choices=not labels)
+                rows = table_rows(source, columns, own_choices=not label)
             elif jsonl:
-                rows = table_rows(source, columns, lines, own_choices=not labels)
+                rows = table_rows(source, columns, lines, own_choices=not label)
             else:
                 rows = text_rows(lines, source)
-            answers = _answers(student, rows, labels, explain, abstain_below, truncate)
+            answers = _answers(student, rows, label, explain, abstain_below, truncate)
             if out is None:
                 _write(answers, sys.stdout)
             else:
