@@ -18,7 +18,7 @@ _MOST_WIDTH = 100
 _LEFT = 28  # columns of an option's name and value
 
 _DATA = {"dataset": "Data"}
-_GENERAL = {"config": "General"}
+_COMMON = {"config", "dry_run", "help", "json"}
 # By command: the option that starts a panel, in the order of declaration.
 _PANELS: dict[str, dict[str, str]] = {
     "run": {"mode": "Students", "target": "Export", "skip_bad_rows": "Data", "seed": "Students"},
@@ -80,7 +80,7 @@ def show_help(command: Any, ctx: Any) -> None:
             console.print(Text("\n" + " ".join(paragraph.split())))
     hints = typing.get_type_hints(command.callback, include_extras=True) if command.callback else {}
     panels: dict[str, list[tuple[str, str]]] = {}
-    starts = {**_DATA, **_PANELS.get(command.name or "", {}), **_GENERAL}
+    starts = {**_DATA, **_PANELS.get(command.name or "", {})}
     current = "Options"
     for parameter in command.get_params(ctx):
         current = starts.get(parameter.name, current)
@@ -88,7 +88,7 @@ def show_help(command: Any, ctx: Any) -> None:
             continue
         kind, info = _declared(hints.get(parameter.name))
         argument = parameter.param_type_name == "argument"
-        panel = "Arguments" if argument else "General" if parameter.name == "help" else current
+        panel = "Arguments" if argument else "General" if parameter.name in _COMMON else current
         panels.setdefault(panel, []).append(_row(parameter, kind, info, argument, command.name or ""))
     if "General" in panels and not (set(panels) - {"Arguments", "Options", "General"}):
         panels.setdefault("Options", []).extend(panels.pop("General"))  # a short page needs one panel

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from sbs_edge import files
 from sbs_edge.cli._common import ConfigOption, JsonOption, print_json, save_resolved
 from sbs_edge.errors import MissingExtra, UsageError
 
@@ -70,6 +71,12 @@ def _finish(document: dict[str, Any], out: Path | None, ctx: typer.Context, json
             console.print(f"wrote {path}", highlight=False)
         save_resolved(ctx, out / "config.yaml")
     print_json(document)
+
+
+def check_out(out: Path | None) -> None:
+    """Raise if the results could not be kept in ``out``: before the measurement, not after it."""
+    if out is not None:
+        files.check_writable(out / "result.json")
 
 
 def _need(package: str, purpose: str) -> None:
@@ -160,6 +167,7 @@ def _latency(app: typer.Typer) -> None:
             schedule=schedule,
         )
         console = Console(stderr=True)
+        check_out(out)
         document = measure_latency(options, lambda text: console.print(text, highlight=False, style="dim"))
         document["quick"] = quick
         _finish(document, out, ctx, json)
@@ -213,6 +221,7 @@ def _train(app: typer.Typer) -> None:
             seed=seed,
         )
         console = Console(stderr=True)
+        check_out(out)
         document = measure_train(options, lambda text: console.print(text, highlight=False, style="dim"))
         _finish(document, out, ctx, json)
 

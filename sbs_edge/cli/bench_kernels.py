@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sbs_edge import files
 from sbs_edge.cli._common import ConfigOption, JsonOption
 from sbs_edge.errors import MissingExtra, UsageError
 from sbs_edge.resources import usable_cpus
@@ -127,6 +128,8 @@ def register(app: typer.Typer, finish: Finish) -> None:
             student=student,
         )
         console = Console(stderr=True)
+        if out is not None:
+            files.check_writable(out / "result.json")
         document = measure_kernels(options, lambda text: console.print(text, highlight=False, style="dim"))
         document["quick"] = quick
         finish(document, out, ctx, json)

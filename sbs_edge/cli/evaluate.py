@@ -1,4 +1,4 @@
-"""``sbs-edge evaluate``: how good a student is on rows it has not seen, judged in PyTorch."""
+"""``sbs-edge evaluate``: evaluate a student with PyTorch on rows it has not seen."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def register(app: typer.Typer) -> None:
 
         from sbs_edge.training.evaluate import evaluate as judge
 
+        if predictions is not None:
+            files.check_writable(predictions)
         rows = None if data is None else read_rows(data, column, skip_bad_rows)
         if rows is not None:
             from sbs_edge.data.labels import fit_labels
@@ -58,7 +60,12 @@ def register(app: typer.Typer) -> None:
 
             rows, _ = fit_labels(rows, StudentDir.load(student).task)
         report = judge(
-            student, rows, batch_size=batch_size, rationales=rationales, predictions=predictions is not None
+            student,
+            rows,
+            batch_size=batch_size,
+            rationales=rationales,
+            predictions=predictions is not None,
+            progress=True,
         )
         answers = report.pop("predictions", [])
         if predictions is not None:

@@ -20,6 +20,7 @@ from sbs_edge.cli._predict_rows import PredictRow, columns_of, is_table, table_r
 from sbs_edge.data.questions import answers_of
 from sbs_edge.data.rows import is_text
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.progress import ProgressLine
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.tokens import most_characters
 
@@ -155,13 +156,29 @@ def register(app: typer.Typer) -> None:
                 rows = table_rows(source, columns, lines, own_choices=not label)
             else:
                 rows = text_rows(lines, source)
-            answers = _answers(student, rows, label, explain, abstain_below, truncate)
+            counted = source != "-" and (jsonl or not is_table(source) or Path(source).suffix == ".jsonl")
+            line = ProgressLine("predicting", _lines_in(source) if counted else None)
+            answers = _reported(_answers(student, rows, label, explain, abstain_below, truncate), line)
             if out is None:
                 _write(answers, sys.stdout)
             else:
                 with files.atomic_writer(out) as handle:
                     _write(answers, handle)
                 save_resolved(ctx, Path(out).with_suffix(".config.yaml"))
+
+
+def _lines_in(source: str) -> int:
+    """Return how many lines a file has, at most one block of it in memory."""
+    with open(source, "rb") as handle:
+        return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 20), b"")) or 1
+
+
+def _reported(answers: Iterable[dict[str, Any]], line: ProgressLine) -> Iterator[dict[str, Any]]:
+    """Pass the answers on and write how far they are, unless stderr is a terminal."""
+    for done, answer in enumerate(answers, 1):
+        yield answer
+        if not sys.stderr.isatty():
+            line.update(done)
 
 
 def _answers(

@@ -167,7 +167,7 @@ def register(app: typer.Typer) -> None:
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
-        from sbs_edge.report.run import run_page, run_table
+        from sbs_edge.report.run import headline, run_page, run_table
 
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.html", run_page(report))
@@ -175,6 +175,8 @@ def register(app: typer.Typer) -> None:
             print_json(report)
         else:
             Console().print(run_table(report))
+            if sentence := headline(report):
+                Console().print(sentence, markup=False, highlight=False)
         console.print(
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
             markup=False,

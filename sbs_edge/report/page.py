@@ -18,9 +18,11 @@ __all__ = ["Page", "figure_svg", "table_html"]
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+*, *::before { box-sizing: border-box }
+body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
 p.banner { border: 2px solid #c60; border-radius: 6px; padding: .5rem .8rem; font-weight: 600 }
+p.headline { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #06c; padding: .2rem .8rem }
 p.note { opacity: .8; font-size: .92rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
@@ -28,9 +30,16 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align:
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 tr.best td { font-weight: 600 }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem }
-figure svg { max-width: 100%; height: auto }
+figure svg { display: block; max-width: 100%; height: auto }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; padding: 0 .7rem }
+  th, td { padding: .25rem .4rem; white-space: normal; overflow-wrap: normal }
+  table { font-size: .82rem }
+  figure { overflow-x: auto }
+  figure svg { max-width: none }
+}
 figcaption { font-size: .9rem; color: #333 }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
+pre { white-space: pre-wrap; background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
 """
 
 
@@ -92,6 +101,10 @@ class Page:
         """Add a paragraph; ``note`` sets it smaller."""
         opening = '<p class="note">' if note else "<p>"
         self.parts.append(f"{opening}{escape(paragraph)}</p>")
+
+    def headline(self, sentence: str) -> None:
+        """Add the main result, set large."""
+        self.parts.append(f'<p class="headline">{escape(sentence)}</p>')
 
     def banner(self, warning: str) -> None:
         """Add a framed warning."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.report.page import Page
 
-__all__ = ["run_page", "run_table"]
+__all__ = ["headline", "run_page", "run_table"]
 
 BUILTIN_CAVEAT = (
     "The built-in task was made so that labels alone fail: no single fact in a ticket says anything about "
@@ -20,6 +20,29 @@ BUILTIN_CAVEAT = (
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def headline(report: dict[str, Any]) -> str | None:
+    """Return the main result in one sentence: what rationales gained, and how sure that is.
+
+    None where a single student was trained, or no test row has a gold label.
+    """
+    gain = report.get("gain")
+    if not gain:
+        return None
+    main, other = (
+        f"{student['name']} {_percent(student['test']['label_accuracy'])}"
+        for student in report["students"][:2]
+    )
+    rows = f"on {gain['n']:,} test rows"
+    interval = f"95 % interval {gain['low']:+.1f} to {gain['high']:+.1f}"
+    if gain["low"] > 0:
+        result = f"Rationales gained {gain['points']:.1f} points of label accuracy {rows} ({interval})"
+    elif gain["high"] < 0:
+        result = f"Rationales cost {-gain['points']:.1f} points of label accuracy {rows} ({interval})"
+    else:
+        result = f"No clear effect of rationales: {gain['points']:+.1f} points of label accuracy {rows} ({interval})"
+    return f"{result}: {main}, {other}."
 
 
 def run_table(report: dict[str, Any]) -> Table:
@@ -89,6 +112,10 @@ def run_page(report: dict[str, Any]) -> str:
     """Return ``report.html``: opens without a network, holds every figure of the JSON report."""
     page = Page(f"sbs-edge run: {report['task']['name']}")
     rows = report["rows"]
+    if sentence := headline(report):
+        page.headline(sentence)
+    if report["task"]["name"] == BUILTIN:
+        page.text(BUILTIN_CAVEAT, note=True)
     page.text(
         f"Mode {report['mode']}. {rows['train']:,} training rows, {rows['validation']:,} for model selection, "
         f"{rows['test']:,} for the test, which was read once, at the end. All students saw the same label "
@@ -100,8 +127,6 @@ def run_page(report: dict[str, Any]) -> str:
             f"Teacher and gold label agree on {agreement['equal']:,} of {agreement['total']:,} training rows "
             f"({_percent(agreement['equal'] / agreement['total'])})."
         )
-    if report["task"]["name"] == BUILTIN:
-        page.text(BUILTIN_CAVEAT, note=True)
 
     page.section("Compared students")
     reached = [s["test"]["label_accuracy"] for s in report["students"]]
@@ -150,7 +175,7 @@ def run_page(report: dict[str, Any]) -> str:
     page.text("Latency: one text a call, one thread, on the machine that ran this.", note=True)
     guarded = [(t["target"], t["guard"]) for t in report["bundle"]["targets"] if t["guard"]]
     if guarded:
-        page.section("Guard: each target beside the float32 student, on validation rows")
+        page.section("Accuracy check: each target beside the float32 student, on validation rows")
         page.table(
             ["target", "rows", "float32", "target's", "drop, points", "95 % bound", "same label", "same next token"],
             [
