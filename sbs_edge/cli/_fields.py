@@ -60,7 +60,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         names = [flag]
     if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(default, str):
         default = kind(default)
-    annotation: Any = list[kind] if repeated else kind  # type: ignore[valid-type]
+    annotation: Any = list[kind] if repeated else kind
     if optional:
         annotation = annotation | None
     option = typer.Option(*names, help=field.description, **_bounds(field, kind))
@@ -83,7 +83,8 @@ def _kind(name: str, annotation: Any) -> tuple[Any, bool, bool]:
         repeated, annotation = True, get_args(annotation)[0]
     if get_origin(annotation) is Literal:
         values = [*get_args(annotation), *(["none"] if repeated else [])]
-        annotation = StrEnum(name, {value.replace("-", "_"): value for value in values})
+        make: Any = StrEnum  # the functional form, whose name mypy wants as a literal
+        annotation = make(name, {value.replace("-", "_"): value for value in values})
     return annotation, repeated, optional
 
 

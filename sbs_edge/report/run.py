@@ -76,12 +76,14 @@ def run_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> Any:
+def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> list[Any]:
+    """Return one figure for each ``(key of the history, title)`` that some student has."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(keys), squeeze=False)[0]
-    for axis, (key, title) in zip(axes, keys, strict=True):
+    figures = []
+    for key, title in keys:
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        axis = figure.subplots()
         for student in report["students"]:
             points = [(row["step"], row[key]) for row in student["history"] if row.get(key) is not None]
             if points:
@@ -89,10 +91,10 @@ def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> Any:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
-    handles, names = axes[0].get_legend_handles_labels()
-    if names:  # below the axes, where no curve is
-        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
-    return figure
+        if names := axis.get_legend_handles_labels()[1]:  # below the axes, where no curve is
+            figure.legend(loc="outside lower center", ncols=min(2, len(names)), fontsize=8)
+            figures.append(figure)
+    return figures
 
 
 def _coverage(calibration: dict[str, Any]) -> Any:
@@ -145,14 +147,14 @@ def run_page(report: dict[str, Any]) -> str:
         ],
         best=best,
     )  # fmt: skip
-    page.figure(
+    page.figures(
         _curves(
             report,
             (("label_loss", "label loss (training)"), ("rationale_loss", "rationale loss (training)")),
         ),
         "Learning curves of both tasks.",
     )
-    page.figure(
+    page.figures(
         _curves(
             report,
             (
