@@ -60,7 +60,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         names = [flag]
     if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(default, str):
         default = kind(default)
-    annotation: Any = list[kind] if repeated else kind
+    annotation: Any = list[kind] if repeated else kind  # type: ignore[valid-type]
     if optional:
         annotation = annotation | None
     option = typer.Option(*names, help=field.description, **_bounds(field, kind))

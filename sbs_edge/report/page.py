@@ -27,7 +27,7 @@ p.note { opacity: .8; font-size: .92rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left }
-th { vertical-align: bottom } td { white-space: nowrap }
+th { vertical-align: bottom; overflow-wrap: normal } td { white-space: nowrap }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 tr.best td { font-weight: 600 }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem }
