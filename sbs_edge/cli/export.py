@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
         guard_data: Annotated[
             Path | None,
             typer.Option(
-                help="Labelled rows to judge lossy targets on; none: the student's validation rows."
+                help="Labelled rows to check lossy targets on; none: the student's validation rows."
             ),
         ] = None,
         column: ColumnOption = None,

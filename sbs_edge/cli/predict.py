@@ -110,7 +110,7 @@ def register(app: typer.Typer) -> None:
         output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
         config: ConfigOption = None,
     ) -> None:
-        """Answer every row; one JSON object a row, in the order of the input.
+        """Answer every row with one JSON object, in the order of the input.
 
         Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle;
         sbs-edge predict bundle --engine ray --input 'rows/*.jsonl' --output scored

@@ -101,7 +101,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 min=0,
                 max=100,
-                help="Points of accuracy a lossy target may cost before the guard stops (exit 3).",
+                help="Points of accuracy a lossy target may cost before the accuracy check fails (exit 3).",
             ),
         ] = 1.0,
         min_rationale_agreement: Annotated[

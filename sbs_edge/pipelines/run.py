@@ -140,7 +140,7 @@ def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
 def _answers(student: Any, rows: Sequence[Example]) -> list[str]:
     choices = [list(row.distinct_choices) for row in rows]
     labels = choices if any(choices) else None
-    # As training and the guard do: one long row must not cost the run its report.
+    # As training and the accuracy check do: one long row must not cost the run its report.
     found = student.predict([row.input for row in rows], labels=labels, truncate=True)
     return [answer.label for answer in found]
 

@@ -106,7 +106,9 @@ def _generate(
 ) -> list[str]:
     answers: list[str] = []
     config = model.config
-    for _, part in _chunks(texts, batch_size):
+    for start, part in _chunks(texts, batch_size):
+        if on_progress is not None:
+            on_progress(start, len(texts))
         ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config, prefix))
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
@@ -115,8 +117,6 @@ def _generate(
         for row in out[:, 1:].tolist():
             end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
             answers.append(tokenizer.decode(row[:end]))
-        if on_progress is not None:
-            on_progress(len(answers), len(texts))
     return answers
 
 
