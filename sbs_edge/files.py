@@ -22,6 +22,7 @@ __all__ = [
     "atomic_directory",
     "atomic_writer",
     "check_replaceable",
+    "check_writable",
     "fsync_directory",
     "to_json",
     "write_bytes",
@@ -115,6 +116,26 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         SbsEdgeError: a number in it is not finite; the file stays as it was.
     """
     write_text(path, to_json(content, indent=2) + "\n")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise unless the file ``path`` can be written: before long work, not after it. Its folder is made.
+
+    Raises:
+        UsageError: it is a directory, or its folder cannot be made or written to.
+
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"{target} is a directory, and a file is to be written there. Name a file.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{target} cannot be written: {error.strerror or error}. Name another place."
+        ) from error
 
 
 def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str], kind: str) -> None:

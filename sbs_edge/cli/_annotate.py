@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from sbs_edge.cli._common import print_json
+from sbs_edge.progress import ProgressLine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -219,7 +221,7 @@ def ask_teacher(
     journal_path: Path,
     console: Console,
 ) -> Annotation:
-    """Ask with a progress bar, or ten lines where there is no terminal."""
+    """Ask with a progress bar, or a line every few seconds where there is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sbs_edge.teacher.annotate import Progress as Figures
@@ -229,7 +231,7 @@ def ask_teacher(
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task("", total=None)
-        step = [0]
+        line = ProgressLine("annotating", len(rows), stream=sys.stderr)
 
         def update(figures: Figures) -> None:
             speed = bar.tasks[0].speed
@@ -239,10 +241,9 @@ def ask_teacher(
             if figures.known:
                 text += f"  agrees with gold {figures.agree / figures.known:.1%}"
             bar.update(shown, completed=figures.done, total=figures.total, description=text)
-            tenth = 10 * figures.done // max(figures.total, 1)
-            if not console.is_terminal and tenth > step[0]:  # a log gets ten lines, not a bar
-                step[0] = tenth
-                console.print(f"{figures.done}/{figures.total}  {text}", highlight=False)
+            if not console.is_terminal:
+                line.total = figures.total
+                line.update(figures.done, text.replace("  ", ", "))
 
         def wait(seconds: float, reason: str) -> None:
             console.print(f"Waiting {seconds:,.0f} s: {reason}.", highlight=False, markup=False)

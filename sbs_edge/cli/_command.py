@@ -1,4 +1,4 @@
-"""What every command does around its own work: refuse numbers that are none, and say what Ctrl-C left behind."""
+"""The classes of all commands: help pages, near misses, NaN and infinity, and what Ctrl-C leaves behind."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.markup import escape
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
+from sbs_edge.cli._help import show_help
+from sbs_edge.cli._suggest import suggested
 from sbs_edge.errors import SbsEdgeError, UsageError
 
-__all__ = ["Command", "Interrupted", "install"]
+__all__ = ["Command", "Group", "Interrupted", "install"]
 
 # By command: what an interrupted run keeps and how to go on; {fields} are the command's parameters.
 _KEPT = {
     "run": "Students that were finished are under {out}/students, the others' checkpoints beside them; an old "
-    "bundle is unchanged. The same command starts anew.",
+    "bundle is unchanged. The same command starts again.",
     "train": "Checkpoints, if it came to one, are in {out}.training; go on with the same command and --resume.",
     "annotate": "Finished calls are in the journal. The same command goes on and asks only what is missing.",
-    "export": "{out} is as it was before. The same command starts anew.",
+    "export": "{out} is as it was before. The same command starts again.",
     "predict": "Finished shards of --engine ray stay, and the same command goes on with the others; a file is "
     "written whole or not at all.",
 }
-_NOTHING = "Nothing half-written was kept under its final name. The same command starts anew."
+_NOTHING = "Nothing half-written was kept under its final name. The same command starts again."
 
 
 class Interrupted(SbsEdgeError):
@@ -34,15 +35,26 @@ class Interrupted(SbsEdgeError):
 
 
 class Command(TyperCommand):
-    """A command of this program; every one is of this class (:func:`install`)."""
+    """A command of this program; :func:`install` makes every command one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make the command; its help is plain text, where ``[label]`` is not a tag of rich's."""
+        """Write the names of arguments in capitals, as the texts do."""
         super().__init__(*args, **kwargs)
-        items: list[Any] = [self, *self.params]
-        for item in items:
-            if text := getattr(item, "help", None):
-                item.help = escape(text)
+        for item in self.params:
+            if item.param_type_name == "argument" and item.metavar is None and item.name:
+                item.metavar = item.name.upper() + ("..." if item.nargs != 1 else "")
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help page."""
+        show_help(self, ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; an unknown option is answered with the options it may stand for."""
+        try:
+            return list(super().parse_args(ctx, args))
+        except Exception as error:
+            _name_near_options(self, ctx, error)
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -63,6 +75,54 @@ class Command(TyperCommand):
             raise Interrupted(kept.format(**ctx.params)) from stop
 
 
+class Group(TyperGroup):
+    """The program itself, or a group of its commands such as ``data``."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help page."""
+        show_help(self, ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments in front of the command's name."""
+        try:
+            return list(super().parse_args(ctx, args))
+        except Exception as error:
+            _name_near_options(self, ctx, error)
+            raise
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command; an unknown one is answered with the commands it may stand for."""
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            inner = {
+                f"{name} {each}": each
+                for name, group in self.commands.items()
+                for each in getattr(group, "commands", ())
+            }
+            near = suggested(args[0], self.commands) or [
+                path for path, each in inner.items() if each == args[0]
+            ]
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+def _name_near_options(command: Any, ctx: Any, error: Exception) -> None:
+    """Complete the message of an unknown option in place; other errors stay as they are."""
+    given = getattr(error, "option_name", None)
+    if given is None or not hasattr(error, "possibilities"):
+        return
+    known = [
+        name
+        for parameter in command.get_params(ctx)
+        if not getattr(parameter, "hidden", False)
+        for name in (*parameter.opts, *parameter.secondary_opts)
+        if name.startswith("--")
+    ]
+    near = suggested(given, known)
+    where = f" Did you mean {' or '.join(near)}?" if near else ""
+    vars(error).update(possibilities=None, message=f"No such option: {given}.{where}")
+
+
 def _expanded(value: Any) -> Any:
     """Return a value with ``~/`` expanded, which the shell leaves alone in ``--out=~/x`` and in files of flags."""
     if isinstance(value, list | tuple):
@@ -73,9 +133,11 @@ def _expanded(value: Any) -> Any:
 
 
 def install(group: typer.Typer) -> None:
-    """Make every command of ``group`` and its subgroups a :class:`Command`."""
+    """Make every command of ``group`` and its subgroups a :class:`Command`, and the groups a :class:`Group`."""
+    group.info.cls = Group
     for command in group.registered_commands:
         command.cls = Command
     for inner in group.registered_groups:
         if inner.typer_instance is not None:
             install(inner.typer_instance)
+            inner.cls = Group

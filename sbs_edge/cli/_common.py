@@ -1,4 +1,4 @@
-"""What every command shares: the ``--config`` file, the resolved configuration, output helpers.
+"""Parts that all commands share: the ``--config`` file, the resolved configuration, output helpers.
 
 Precedence is flag over environment (``SBS_EDGE_<COMMAND>_<FLAG>``) over ``--config`` file over
 default. The file is YAML or JSON: a mapping from flag names (dashes or underscores) to values.
@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from sbs_edge import files
+from sbs_edge.cli._suggest import suggested
 from sbs_edge.errors import UsageError
 
 __all__ = [
@@ -28,15 +29,17 @@ __all__ = [
     "save_resolved_beside",
 ]
 
-_NOT_CONFIGURATION = {"config", "dry_run", "json_output"}
+_NOT_CONFIGURATION = {"config", "dry_run", "json", "help"}
 
 
 def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     if value is None:
         return None
     value = value.expanduser()
+    from sbs_edge.teacher.task import TextLoader  # a label such as `no` stays text here too
+
     try:
-        content = yaml.safe_load(value.read_text(encoding="utf-8"))
+        content = yaml.load(value.read_text(encoding="utf-8"), TextLoader)  # noqa: S506 (a safe loader)
     except OSError as error:
         raise UsageError(f"The configuration file {value} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -45,15 +48,22 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
         content = {}
     if not isinstance(content, dict):
         raise UsageError(f"The configuration file {value} must hold a mapping of flags to values.")
-    known = {p.name for p in ctx.command.params if p.name} - _NOT_CONFIGURATION
+    options = {item.name: item for item in ctx.command.params if item.name}
+    known = set(options) - _NOT_CONFIGURATION
     defaults = {str(key).replace("-", "_"): item for key, item in content.items()}
     defaults.pop("command", None)
-    unknown = sorted(set(defaults) - known)
-    if unknown:
-        raise UsageError(
-            f"The configuration file {value} has the unknown key {unknown[0]!r}. "
-            f"'sbs-edge {ctx.command_path.split(' ', 1)[-1]}' knows: {', '.join(sorted(known))}."
-        )
+    for name, given in defaults.items():
+        if name not in known:
+            near = suggested(name, known)
+            hint = (
+                f"Did you mean {' or '.join(near)}?" if near else f"Its keys are: {', '.join(sorted(known))}."
+            )
+            raise UsageError(f"The configuration file {value} has the unknown key {name!r}. {hint}")
+        several = getattr(options[name], "multiple", False) or options[name].nargs != 1
+        if isinstance(given, dict) or (isinstance(given, list) and not several):
+            raise UsageError(f"The configuration file {value}: {name} takes a single value, not {given!r}.")
+        if several and isinstance(given, str):
+            defaults[name] = [given]
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return value
 
@@ -111,7 +121,7 @@ def either(ctx: typer.Context, name: str, other: str, flags: str) -> Any:
         source = ctx.get_parameter_source(each)
         ranks.append(_RANK.get(source.name, 0) if source else 0)
     if ranks[0] == ranks[1]:
-        raise UsageError(f"{flags} are two names of one thing, and both were given. Leave one out.")
+        raise UsageError(f"{flags} are two names of the same option, and both were given. Leave one out.")
     if ranks[1] > ranks[0]:
         ctx.params[name] = second
     return ctx.params[name]

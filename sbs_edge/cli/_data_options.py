@@ -1,4 +1,4 @@
-"""The flags that say which rows a command reads; one spelling for every command that reads examples."""
+"""Options that say which rows a command reads, shared by all commands that read examples."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ CompareOption = Annotated[
 ]
 ColumnOption = Annotated[
     list[str] | None,
-    typer.Option(help="FIELD=COLUMN, for example input=question; several may be given."),
+    typer.Option(help="For example input=question."),
 ]
 SkipBadRowsOption = Annotated[
     bool,
@@ -101,7 +101,7 @@ def judge(splits: Splits, mode: str) -> None:
     """Say on stderr what the checks of ``data check`` warn of, and refuse at their stops.
 
     Raises:
-        DataError: training would fail, or would give a student that means nothing.
+        DataError: training would fail, or the student would be useless.
 
     """
     from sbs_edge.data.findings import examine, refuse_stops

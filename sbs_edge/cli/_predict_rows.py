@@ -1,4 +1,4 @@
-"""The rows ``sbs-edge predict`` answers: lines of text, JSON Lines, or a table by its suffix."""
+"""Rows that ``sbs-edge predict`` answers: lines of text, JSON Lines, or a table by its suffix."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def text_rows(lines: Iterable[bytes], source: str) -> Iterator[PredictRow]:
                 f"{source}:{number} is not UTF-8 (byte {error.start}). Convert the file first."
             ) from error
         if not text.strip():
-            raise DataError(f"{source}:{number} is blank. Every line gets an answer: fill it or remove it.")
+            raise DataError(
+                f"{source}:{number} is blank. predict needs a text in every line: fill it or remove it."
+            )
         if "\r" in text or "\0" in text:
             what = (
                 "carriage return inside; convert the line ends to line feeds" if "\r" in text else "NUL byte"
@@ -94,7 +96,7 @@ def table_rows(
         own_choices: read each row's choices; without, they may be anything.
 
     Raises:
-        DataError: a row cannot be read or lacks its text; one row out a row in leaves none out.
+        DataError: a row cannot be read or lacks its text: no row is left out.
 
     """
     for raw in iterate_rows(Path(source)) if lines is None else json_line_rows(lines, source):
@@ -104,7 +106,9 @@ def table_rows(
 def _row(raw: RawRow, place: str, columns: ColumnMap, own_choices: bool) -> PredictRow:
     if raw.values is None:
         detail = f" ({raw.detail})" if raw.detail else ""
-        raise DataError(f"{place}: {raw.problem}{detail}. Every row gets an answer: mend it or take it out.")
+        raise DataError(
+            f"{place}: {raw.problem}{detail}. predict needs a valid input in every row: fix or remove it."
+        )
     for field in ("choices", "id"):
         wanted = getattr(columns, field)
         if wanted is not None and wanted not in raw.values:

@@ -52,7 +52,7 @@ def register_try(group: typer.Typer) -> None:
                 help="Keep the answers here: annotate with the same journal does not pay for them again."
             ),
         ] = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Ask a teacher for a few rows; show prompt, raw answer, label and rationale, tokens and cost.
 
@@ -89,7 +89,7 @@ def register_try(group: typer.Typer) -> None:
             place = journal or Path(folder) / "journal.jsonl"
             annotation = ask_teacher(examples, spec, settings, connection, place, console)
         report = trial_report(examples, spec, annotation, model, sampling, prices)
-        if json_output:
+        if json:
             print_json(report)
         else:
             typer.echo(trial_text(report))

@@ -217,7 +217,7 @@ def register(app: typer.Typer) -> None:
         input: Annotated[str | None, typer.Option("--input", hidden=True, help="INPUT.")] = None,
         output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
         """Ask a teacher for labels and rationales. Killed and started again, it repeats no finished call.
@@ -294,7 +294,7 @@ def register(app: typer.Typer) -> None:
                 columns=column or [], workers=workers, ray_address=ray_address, journal=journal,
             )  # fmt: skip
             save_resolved_beside(ctx, out)
-            print_json(report) if json_output else console.print(report)
+            print_json(report) if json else console.print(report)
             return
         place = Path(out)
         journal_path = journal or place.with_suffix(".journal.jsonl")
@@ -309,10 +309,10 @@ def register(app: typer.Typer) -> None:
             sys.stdout.write(show(render(spec, rows[row])) + "\n")
             return
         if emit_batch is not None:
-            emit(rows, spec, settings, journal_path, emit_batch, console, json_output)
+            emit(rows, spec, settings, journal_path, emit_batch, console, json)
             return
         if dry_run:
-            say_estimate(rows, spec, settings, journal_path, console, json_output)
+            say_estimate(rows, spec, settings, journal_path, console, json)
             return
         if place.exists() and not any(p.exists() for p in (journal_path, place.with_suffix(".report.json"))):
             raise UsageError(
@@ -326,7 +326,7 @@ def register(app: typer.Typer) -> None:
         else:
             annotation = ask_teacher(rows, spec, settings, connection, journal_path, console)
         report = write_annotation(annotation, spec, place, model=model, keep_failed=keep_failed)
-        if json_output:
+        if json:
             print_json({name: value for name, value in report.items() if name != "samples"})
         summary(report, place, console, settings.prices.known)
         if annotation.skipped_lines:

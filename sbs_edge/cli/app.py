@@ -11,6 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from sbs_edge import __version__
 from sbs_edge.cli._command import Interrupted, install
 from sbs_edge.errors import SbsEdgeError
 from sbs_edge.resources import lacks_memory, memory_advice
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Examples and a teacher's rationales in, a small file that answers in milliseconds out.",
 )
 
-# Each module under sbs_edge/commands/ registers its commands with `register(app)`; light imports
+# Each module under sbs_edge/cli/ registers its commands with `register(app)`; light imports
 # only, so that `--help` is fast. Order here is the order of `--help`.
 _MODULES: tuple[str, ...] = (
     "run",
@@ -48,9 +49,18 @@ for _name in _MODULES:
 install(app)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sbs-edge {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an expected error too."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_version, help="Show the version and exit."
+    ),
 ) -> None:
     if debug:
         os.environ["SBS_EDGE_DEBUG"] = "1"

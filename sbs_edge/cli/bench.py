@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from sbs_edge import files
 from sbs_edge.cli._common import ConfigOption, JsonOption, print_json, save_resolved
 from sbs_edge.errors import MissingExtra, UsageError
 
@@ -58,10 +59,10 @@ def _show(document: dict[str, Any], console: Console) -> None:
         console.print(drawn)
 
 
-def _finish(document: dict[str, Any], out: Path | None, ctx: typer.Context, json_only: bool) -> None:
+def _finish(document: dict[str, Any], out: Path | None, ctx: typer.Context, json: bool) -> None:
     """Tables and files to people, the last line of stdout to programs."""
     console = Console(stderr=True)
-    if not json_only:
+    if not json:
         _show(document, console)
     if out is not None:
         from sbs_edge.bench.core.report import write_report
@@ -70,6 +71,12 @@ def _finish(document: dict[str, Any], out: Path | None, ctx: typer.Context, json
             console.print(f"wrote {path}", highlight=False)
         save_resolved(ctx, out / "config.yaml")
     print_json(document)
+
+
+def check_out(out: Path | None) -> None:
+    """Raise if the results could not be kept in ``out``: before the measurement, not after it."""
+    if out is not None:
+        files.check_writable(out / "result.json")
 
 
 def _need(package: str, purpose: str) -> None:
@@ -118,7 +125,7 @@ def _latency(app: typer.Typer) -> None:
             bool, typer.Option("--prepare-only", help="Convert, load and check the answers; time nothing.")
         ] = False,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Measure bundles and peers on the same weights, inputs, threads and minutes.
@@ -160,9 +167,10 @@ def _latency(app: typer.Typer) -> None:
             schedule=schedule,
         )
         console = Console(stderr=True)
+        check_out(out)
         document = measure_latency(options, lambda text: console.print(text, highlight=False, style="dim"))
         document["quick"] = quick
-        _finish(document, out, ctx, json_only)
+        _finish(document, out, ctx, json)
 
 
 def _train(app: typer.Typer) -> None:
@@ -185,7 +193,7 @@ def _train(app: typer.Typer) -> None:
         threads: Annotated[int, typer.Option(min=1, help="Compute threads of every step.")] = 1,
         seed: Annotated[int, typer.Option(min=0, help="Of weights and of the order of the data.")] = 0,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Measure one optimiser step and one epoch against the two-forward step with full logits.
@@ -213,8 +221,9 @@ def _train(app: typer.Typer) -> None:
             seed=seed,
         )
         console = Console(stderr=True)
+        check_out(out)
         document = measure_train(options, lambda text: console.print(text, highlight=False, style="dim"))
-        _finish(document, out, ctx, json_only)
+        _finish(document, out, ctx, json)
 
 
 def _compare(app: typer.Typer) -> None:
@@ -228,7 +237,7 @@ def _compare(app: typer.Typer) -> None:
         system: Annotated[
             str, typer.Option(help="Judge systems whose name starts with this; '' judges the peers too.")
         ] = "sbs-edge",
-        json_only: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Say what became slower or larger from FIRST to SECOND, with the noise bound; exit 1 if any did.
 
@@ -245,7 +254,7 @@ def _compare(app: typer.Typer) -> None:
         console = Console(stderr=True)
         for note in notes:
             console.print(f"differs: {note}", highlight=False, markup=False)
-        if json_only:
+        if json:
             print_json(
                 {"worse": len(worse), "conditions": notes, "changes": [item.as_dict() for item in changes]}
             )

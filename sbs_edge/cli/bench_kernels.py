@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sbs_edge import files
 from sbs_edge.cli._common import ConfigOption, JsonOption
 from sbs_edge.errors import MissingExtra, UsageError
 from sbs_edge.resources import usable_cpus
@@ -89,7 +90,7 @@ def register(app: typer.Typer, finish: Finish) -> None:
                 help="Keep JSON, Markdown, pictures and a page here; else only stdout has the result."
             ),
         ] = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Time, extra memory and gradient error of the loss beside eager torch, compilers and fused peers.
@@ -127,6 +128,8 @@ def register(app: typer.Typer, finish: Finish) -> None:
             student=student,
         )
         console = Console(stderr=True)
+        if out is not None:
+            files.check_writable(out / "result.json")
         document = measure_kernels(options, lambda text: console.print(text, highlight=False, style="dim"))
         document["quick"] = quick
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)

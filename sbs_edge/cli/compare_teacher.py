@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from json import loads
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
             int, typer.Option(min=0, help="Seed of initial weights, row order and the split.")
         ] = 0,
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Train a student on the teacher's labels and one on gold, and put all three side by side.
 
@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
             rows, validation_share, seed, stratify=spec.label_kind == "closed"
         )
         report_path = annotated.with_suffix(".report.json")
-        annotation = json.loads(report_path.read_text(encoding="utf-8")) if report_path.is_file() else None
+        annotation = loads(report_path.read_text(encoding="utf-8")) if report_path.is_file() else None
         console = Console(stderr=True)
         out.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out / "config.yaml")
@@ -93,7 +93,7 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.html", comparison_page(report))
-        if json_output:
+        if json:
             print_json(report)
             return
         table = Table(*COLUMNS)

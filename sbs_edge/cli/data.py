@@ -132,7 +132,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Directory with tokenizer.json to count tokens with; default: words."),
         ] = None,
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Count rows, bad rows, teacher's agreement, labels, lengths and overlaps, a split a row.
 
@@ -154,7 +154,7 @@ def register(app: typer.Typer) -> None:
             tokenizer=tokenizer,
             mode=mode.value if mode else None,
         )
-        if json_output:
+        if json:
             print_json(report)
         else:
             _show(report)

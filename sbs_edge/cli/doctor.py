@@ -219,13 +219,13 @@ def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
 
     @app.command()
-    def doctor(json_output: JsonOption = False) -> None:
+    def doctor(json: JsonOption = False) -> None:
         """Say what is installed, which engines and providers work, and what would add the rest.
 
         Example: sbs-edge doctor --json
         """
         report = diagnose()
-        if json_output:
+        if json:
             print_json(report)
         else:
             _show(report)

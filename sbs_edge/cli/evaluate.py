@@ -1,4 +1,4 @@
-"""``sbs-edge evaluate``: how good a student is on rows it has not seen, judged in PyTorch."""
+"""``sbs-edge evaluate``: evaluate a student with PyTorch on rows it has not seen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Report label accuracy, rationale token accuracy and exact rationales.
 
@@ -51,6 +51,8 @@ def register(app: typer.Typer) -> None:
 
         from sbs_edge.training.evaluate import evaluate as judge
 
+        if predictions is not None:
+            files.check_writable(predictions)
         rows = None if data is None else read_rows(data, column, skip_bad_rows)
         if rows is not None:
             from sbs_edge.data.labels import fit_labels
@@ -58,14 +60,19 @@ def register(app: typer.Typer) -> None:
 
             rows, _ = fit_labels(rows, StudentDir.load(student).task)
         report = judge(
-            student, rows, batch_size=batch_size, rationales=rationales, predictions=predictions is not None
+            student,
+            rows,
+            batch_size=batch_size,
+            rationales=rationales,
+            predictions=predictions is not None,
+            progress=True,
         )
         answers = report.pop("predictions", [])
         if predictions is not None:
             lines = "".join(files.to_json(row) + "\n" for row in answers)
             files.write_text(predictions, lines)
             save_resolved(ctx, predictions.with_suffix(".config.yaml"))
-        if json_output:
+        if json:
             print_json(report)
             return
         table = Table("figure", "value", title=escape(str(student)))

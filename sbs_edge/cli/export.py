@@ -20,6 +20,7 @@ from sbs_edge.cli._common import (
 )
 from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
 from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.progress import heartbeat
 
 __all__ = ["register"]
 
@@ -52,7 +53,7 @@ def register(app: typer.Typer) -> None:
         guard_data: Annotated[
             Path | None,
             typer.Option(
-                help="Labelled rows to judge lossy targets on; none: the student's validation rows."
+                help="Labelled rows to check lossy targets on; none: the student's validation rows."
             ),
         ] = None,
         column: ColumnOption = None,
@@ -148,7 +149,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         version: Annotated[str, typer.Option(help="The bundle's version, as serving shows it.")] = "1",
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
         """Write graphs for every target, compare them with the float32 student, and seal the bundle.
@@ -174,24 +175,33 @@ def register(app: typer.Typer) -> None:
         if dry_run:
             opened = open_student(student, label, label_prefix, rationale_prefix, max_source_tokens)
             plan = {**resolved(ctx), "task": opened.task.name, "mode": opened.mode, "targets": list(targets)}
-            print_json(plan) if json_output else console.print(plan)
+            print_json(plan) if json else console.print(plan)
             return
         from sbs_edge.export.api import export as export_student
 
-        result = export_student(
-            student, out, targets=targets, beams=tuple(beam or ()),
-            guard_data=rows, max_drop=max_drop, min_rationale_agreement=min_rationale_agreement,
-            calibration_rows=calibration_rows, abstain_below=abstain_below, name=name, labels=label,
-            label_prefix=label_prefix, rationale_prefix=rationale_prefix, max_source_tokens=max_source_tokens,
-            keep_float=tuple(keep_float or ()),
-            prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
-            layout=layout.value, single_file=single_file, unguarded=unguarded,
-            version=version,
-            say=lambda line: console.print(line, style="dim", markup=False),
-        )  # fmt: skip
+        stage = [f"0 of {len(targets)} targets begun"]
+        begun: set[str] = set()
+
+        def say(line: str) -> None:
+            begun.update(each for each in targets if line == f"writing graphs for {each}")
+            stage[0] = f"{line} (target {max(len(begun), 1)} of {len(targets)})"
+            console.print(line, style="dim", markup=False)
+
+        with heartbeat("exporting", lambda: stage[0]):
+            result = export_student(
+                student, out, targets=targets, beams=tuple(beam or ()),
+                guard_data=rows, max_drop=max_drop, min_rationale_agreement=min_rationale_agreement,
+                calibration_rows=calibration_rows, abstain_below=abstain_below, name=name, labels=label,
+                label_prefix=label_prefix, rationale_prefix=rationale_prefix, max_source_tokens=max_source_tokens,
+                keep_float=tuple(keep_float or ()),
+                prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
+                layout=layout.value, single_file=single_file, unguarded=unguarded,
+                version=version,
+                say=say,
+            )  # fmt: skip
         # Beside the bundle: what is in it is listed, and nothing else may be.
         save_resolved_beside(ctx, out)
-        if json_output:
+        if json:
             print_json({"path": str(result.path), "manifest": result.manifest, "report": result.report})
             return
         table = Table(title=f"{result.manifest['name']} in {result.path}")

@@ -20,6 +20,7 @@ from sbs_edge.cli._predict_rows import PredictRow, columns_of, is_table, table_r
 from sbs_edge.data.questions import answers_of
 from sbs_edge.data.rows import is_text
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.progress import ProgressLine
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.tokens import most_characters
 
@@ -63,9 +64,9 @@ def register(app: typer.Typer) -> None:
         jsonl: Annotated[
             bool, typer.Option("--jsonl", help="Read stdin, or a file of any suffix, as JSON Lines.")
         ] = False,
-        labels: Annotated[
+        label: Annotated[
             list[str] | None,
-            typer.Option("--label", help="Choose among these labels; may be given several times."),
+            typer.Option(help="Choose among these labels; may be given several times."),
         ] = None,
         explain: Annotated[
             bool, typer.Option("--explain", help="Add the student's rationale; slower.")
@@ -109,7 +110,7 @@ def register(app: typer.Typer) -> None:
         output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
         config: ConfigOption = None,
     ) -> None:
-        """Answer every row; one JSON object a row, in the order of the input.
+        """Answer every row with one JSON object, in the order of the input.
 
         Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle;
         sbs-edge predict bundle --engine ray --input 'rows/*.jsonl' --output scored
@@ -119,7 +120,7 @@ def register(app: typer.Typer) -> None:
         source = either(ctx, "source", "input", "SOURCE and --input")
         out = either(ctx, "out", "output", "--out and --output")
         columns = columns_of(column or (), field)
-        if not all(map(is_text, labels or ())):
+        if not all(map(is_text, label or ())):
             raise UsageError("A --label is not valid UTF-8; give labels as text.")
         if engine is Engine.ray:
             from sbs_edge.scale.predict import predict_with_ray
@@ -131,7 +132,7 @@ def register(app: typer.Typer) -> None:
             if columns.choices or columns.id:
                 raise UsageError("--engine ray reads 'choices' and 'id' from columns of these names.")
             totals = predict_with_ray(
-                bundle, source, out, target=target, field=columns.input or field, labels=labels, explain=explain,
+                bundle, source, out, target=target, field=columns.input or field, labels=label, explain=explain,
                 truncate=truncate, abstain_below=abstain_below, threads=threads or 1, workers=workers,
                 cpus_each=worker_cpus, gpus_each=worker_gpus, shard_bytes=int(shard_mb * 1e6),
                 form=shard_format, ray_address=ray_address,
@@ -150,18 +151,34 @@ def register(app: typer.Typer) -> None:
                 why = entry.get("unmeasured") or "it was exported without labelled rows"
                 messages.print(f"{bundle}: the accuracy of {student.target} was never measured: {why}.")
             if source != "-" and not jsonl and is_table(source):
-                rows = table_rows(source, columns, own_choices=not labels)
+                rows = table_rows(source, columns, own_choices=not label)
             elif jsonl:
-                rows = table_rows(source, columns, lines, own_choices=not labels)
+                rows = table_rows(source, columns, lines, own_choices=not label)
             else:
                 rows = text_rows(lines, source)
-            answers = _answers(student, rows, labels, explain, abstain_below, truncate)
+            counted = source != "-" and (jsonl or not is_table(source) or Path(source).suffix == ".jsonl")
+            line = ProgressLine("predicting", _lines_in(source) if counted else None)
+            answers = _reported(_answers(student, rows, label, explain, abstain_below, truncate), line)
             if out is None:
                 _write(answers, sys.stdout)
             else:
                 with files.atomic_writer(out) as handle:
                     _write(answers, handle)
                 save_resolved(ctx, Path(out).with_suffix(".config.yaml"))
+
+
+def _lines_in(source: str) -> int:
+    """Return how many lines a file has, at most one block of it in memory."""
+    with open(source, "rb") as handle:
+        return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 20), b"")) or 1
+
+
+def _reported(answers: Iterable[dict[str, Any]], line: ProgressLine) -> Iterator[dict[str, Any]]:
+    """Pass the answers on and write how far they are, unless stderr is a terminal."""
+    for done, answer in enumerate(answers, 1):
+        yield answer
+        if not sys.stderr.isatty():
+            line.update(done)
 
 
 def _answers(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
 from sbs_edge import files
@@ -33,7 +31,8 @@ from sbs_edge.cli._data_options import (
     ValidationOption,
     judge,
 )
-from sbs_edge.errors import GuardError, UsageError
+from sbs_edge.cli._fields import parse_fields
+from sbs_edge.errors import GuardError
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
@@ -94,9 +93,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         training: Annotated[
             list[str] | None,
-            typer.Option(
-                help="FIELD=VALUE of the training configuration, such as d_model=128; may be repeated."
-            ),
+            typer.Option(help="FIELD=VALUE for any option of train, for example d_model=128."),
         ] = None,
         target: Annotated[list[str] | None, typer.Option(help="Export target; several may be given.")] = None,
         max_drop: Annotated[
@@ -104,7 +101,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 min=0,
                 max=100,
-                help="Points of accuracy a lossy target may cost before the guard stops (exit 3).",
+                help="Points of accuracy a lossy target may cost before the accuracy check fails (exit 3).",
             ),
         ] = 1.0,
         min_rationale_agreement: Annotated[
@@ -118,7 +115,7 @@ def register(app: typer.Typer) -> None:
         skip_bad_rows: SkipBadRowsOption = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
         """Train with rationales, compare with label-only, export, predict, and write a report.
@@ -127,9 +124,12 @@ def register(app: typer.Typer) -> None:
         """
         from sbs_edge.pipelines.run import RunConfig, arms_for
         from sbs_edge.pipelines.run import run as run_pipeline
-        from sbs_edge.training.config import make_config
+        from sbs_edge.training.config import TrainConfig, make_config
 
         console = Console(stderr=True)
+        flags = {"mode": "--mode", "max_steps": "--steps", "epochs": "--steps", "seed": "--seed"}
+        flags |= {"rationale_weight": "--rationale-weight"} if rationale_weight is not None else {}
+        flags |= {"model": "--model"} if model else {}
         settings = RunConfig(
             mode=mode.value,
             steps=steps,
@@ -141,7 +141,7 @@ def register(app: typer.Typer) -> None:
             training={
                 **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
                 **({"model": model} if model else {}),
-                **_fields(training or ()),
+                **parse_fields(training or (), TrainConfig, flags),
             },
         )
         trained = make_config(
@@ -156,7 +156,7 @@ def register(app: typer.Typer) -> None:
                 "lambda": trained.lambda_,
                 "students": [f"{arm.name}: mode {arm.mode}, {arm.steps} steps" for arm in arms_for(settings)],
             }
-            print_json(plan) if json_output else console.print(plan)
+            print_json(plan) if json else console.print(plan)
             return
         out.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, out / "config.yaml")
@@ -167,29 +167,20 @@ def register(app: typer.Typer) -> None:
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
-        from sbs_edge.report.run import run_page, run_table
+        from sbs_edge.report.run import headline, run_page, run_table
 
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.html", run_page(report))
-        if json_output:
+        if json:
             print_json(report)
         else:
             Console().print(run_table(report))
+            if sentence := headline(report):
+                Console().print(sentence, markup=False, highlight=False)
         console.print(
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
             markup=False,
         )
-
-
-def _fields(items: Iterable[str]) -> dict[str, Any]:
-    """Turn FIELD=VALUE texts into values, read as YAML."""
-    found = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise UsageError(f"--training takes FIELD=VALUE, for example d_model=128; {item!r} is not that.")
-        found[name.replace("-", "_")] = yaml.safe_load(value)
-    return found
 
 
 def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:

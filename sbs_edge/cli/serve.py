@@ -213,7 +213,7 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="Send OpenTelemetry traces to this OTLP/HTTP URL (extra 'otel').")
         ] = None,
         dry_run: DryRunOption = False,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Serve bundles over HTTP: Open Inference Protocol v2 and POST /v1/predict.

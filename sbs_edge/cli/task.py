@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Write a task file from a data file or a preset, to be edited by hand.
 
@@ -77,7 +77,7 @@ def register(app: typer.Typer) -> None:
             for note in notes:
                 Console(stderr=True).print(f"{note}.", highlight=False, markup=False, soft_wrap=True)
         save_task(task, out)
-        if json_output:
+        if json:
             print_json(task.model_dump(mode="json"))
         Console(stderr=True).print(
             f"Wrote {out}: {task.label_kind} labels, {len(task.shots)} worked examples."
@@ -90,14 +90,14 @@ def register(app: typer.Typer) -> None:
     @group.command()
     def check(
         path: Annotated[str, typer.Argument(help="A task file or a preset's name.")],
-        json_output: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Check a task file; every problem, unfinished texts too, is named with its field, exit code 2."""
         from sbs_edge.teacher.task import load_task, refuse_placeholders
 
         task = load_task(path)
         refuse_placeholders(task, path)
-        if json_output:
+        if json:
             print_json(task.model_dump(mode="json"))
         Console(stderr=True).print(
             f"{path} is valid: {task.label_kind} labels, {len(task.shots)} worked examples.",

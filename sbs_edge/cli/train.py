@@ -28,47 +28,19 @@ from sbs_edge.cli._data_options import (
     DataArgument,
     DatasetOption,
     LabelKindOption,
-    Mode,
-    ModeOption,
     SkipBadRowsOption,
     TestOption,
     ValidationOption,
     judge,
 )
+from sbs_edge.cli._fields import field_options
 from sbs_edge.errors import MissingExtra
+from sbs_edge.training.config import TrainConfig, make_config
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
 __all__ = ["register"]
-
-
-class Prefixes(StrEnum):
-    """Presets of the two task prefixes."""
-
-    seed = "seed"
-    authors = "authors"
-
-
-class RowWeight(StrEnum):
-    """What weights a row's tokens."""
-
-    none = "none"
-    confidence = "confidence"
-
-
-# flags that are not fields of the training configuration
-_SOURCE = (
-    "data",
-    "dataset",
-    "validation",
-    "test",
-    "label_kind",
-    "compare",
-    "column",
-    "skip_bad_rows",
-    "stream",
-)
 
 
 def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
@@ -97,6 +69,12 @@ def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
         )
     table.add_row("seconds", f"{seconds:.1f}")
     Console().print(table)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, StrEnum) else value
 
 
 def _load(values: dict[str, Any], out: Path, seed: int) -> tuple[Splits, Any]:
@@ -136,6 +114,7 @@ def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
 
     @app.command()
+    @field_options(TrainConfig, before="config")
     def train(
         ctx: typer.Context,
         data: DataArgument = "builtin",
@@ -155,94 +134,10 @@ def register(app: typer.Typer) -> None:
                 "--stream", help="Never hold the training rows; needs --validation and --max-steps."
             ),
         ] = False,
-        mode: ModeOption = Mode.stepwise,
-        rationale_weight: Annotated[
-            float | None,
-            typer.Option(
-                min=0,
-                help="lambda in L_label + lambda * L_rationale; none: 3 from scratch, 1 from a checkpoint.",
-            ),
-        ] = None,
-        alpha: Annotated[
-            float | None,
-            typer.Option(
-                min=0,
-                max=1,
-                help="alpha in alpha * L_label + (1 - alpha) * L_rationale; lambda = (1 - alpha) / alpha.",
-            ),
-        ] = None,
-        prefixes: Annotated[
-            Prefixes,
-            typer.Option(help="'[label] ' and '[rationale] ', or the authors' 'predict: ' and 'explain: '."),
-        ] = Prefixes.seed,
-        label_prefix: Annotated[str | None, typer.Option(help="Instead of the preset's.")] = None,
-        rationale_prefix: Annotated[str | None, typer.Option(help="Instead of the preset's.")] = None,
-        model: Annotated[
-            str | None,
-            typer.Option(
-                help="T5-family checkpoint, by hub name or directory; none: a small one from scratch."
-            ),
-        ] = None,
-        d_model: Annotated[int, typer.Option(min=8, help="Width of a student from scratch.")] = 64,
-        d_ff: Annotated[int, typer.Option(min=8, help="Feed-forward width from scratch.")] = 512,
-        n_heads: Annotated[int, typer.Option(min=1, help="Attention heads from scratch.")] = 4,
-        n_layers: Annotated[int, typer.Option(min=1, help="Encoder layers from scratch.")] = 2,
-        n_decoder_layers: Annotated[int, typer.Option(min=1, help="Decoder layers from scratch.")] = 2,
-        learning_rate: Annotated[
-            float | None, typer.Option(min=0, help="Peak; none: 3e-3 from scratch, 1e-4 from a checkpoint.")
-        ] = None,
-        batch_size: Annotated[
-            int, typer.Option(min=1, help="Examples a process sees in one forward pass.")
-        ] = 32,
-        gradient_accumulation: Annotated[
-            int, typer.Option(min=1, help="Forward passes a step; means are taken over all of them.")
-        ] = 1,
-        gradient_checkpointing: Annotated[
-            bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third slower.")
-        ] = False,
-        max_steps: Annotated[
-            int | None, typer.Option(min=1, help="Optimiser steps; none and no --epochs: 600.")
-        ] = None,
-        epochs: Annotated[
-            float | None, typer.Option(min=0, help="Passes over the rows, instead of --max-steps.")
-        ] = None,
-        max_source_tokens: Annotated[
-            int, typer.Option(min=2, help="Longer inputs are cut, and counted.")
-        ] = 512,
-        max_target_tokens: Annotated[
-            int, typer.Option(min=2, help="Longer targets are cut, and counted.")
-        ] = 256,
-        row_weight: Annotated[
-            RowWeight, typer.Option(help="Weight rows by their confidence, or all alike.")
-        ] = RowWeight.none,
-        eval_steps: Annotated[
-            int | None, typer.Option(min=1, help="Steps between evaluations; none: six a run.")
-        ] = None,
-        save_steps: Annotated[
-            int | None,
-            typer.Option(min=0, help="Steps between checkpoints; none: at evaluations; 0: no checkpoints."),
-        ] = None,
-        early_stopping_patience: Annotated[
-            int | None,
-            typer.Option(min=1, help="Stop after so many evaluations without a better validation score."),
-        ] = None,
-        lora_rank: Annotated[
-            int, typer.Option(min=0, help="Train LoRA adapters of this rank; merged at the end.")
-        ] = 0,
-        bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-        fsdp: Annotated[
-            bool, typer.Option("--fsdp", help="Shard parameters over torchrun's processes.")
-        ] = False,
-        resume: Annotated[
-            bool,
-            typer.Option(
-                "--resume", help="Continue from the newest checkpoint; without it a run starts anew."
-            ),
-        ] = False,
-        seed: Annotated[int, typer.Option(min=0, help="Seed of splits, initial weights and row order.")] = 0,
         config: ConfigOption = None,
-        json_output: JsonOption = False,
+        json: JsonOption = False,
         dry_run: DryRunOption = False,
+        **fields: Any,
     ) -> None:
         """Train a student on labels and rationales; validation rows choose its weights.
 
@@ -253,17 +148,12 @@ def register(app: typer.Typer) -> None:
             import transformers  # noqa: F401
         except ImportError as error:
             raise MissingExtra(error.name or "torch", "train", "Training") from error
-        from sbs_edge.training.config import make_config
 
-        values = dict(ctx.params)
-        overrides = {
-            name: value.value if isinstance(value, StrEnum) else value
-            for name, value in values.items()
-            if name not in (*_SOURCE, "out", "config", "json_output", "dry_run") and value is not None
-        }
-        settings = make_config(None, overrides)
-        splits, rows = _load(values, out, seed)
-        judge(splits, mode.value)
+        settings = make_config(
+            None, {name: _plain(value) for name, value in fields.items() if value is not None}
+        )
+        splits, rows = _load(ctx.params, out, settings.seed)
+        judge(splits, settings.mode)
         if dry_run:
             counts = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
             plan = {
@@ -272,7 +162,7 @@ def register(app: typer.Typer) -> None:
                 "lambda": settings.lambda_,
                 "task": splits.task.label_kind,
             }
-            print_json(plan) if json_output else Console(stderr=True).print(plan)
+            print_json(plan) if json else Console(stderr=True).print(plan)
             return
         from sbs_edge.training.train import train as run_training
 
@@ -288,9 +178,9 @@ def register(app: typer.Typer) -> None:
         if rows is not None and rows.left_out:
             report["malformed_rows_left_out"] = rows.left_out
             Console(stderr=True).print(
-                f"{values['data']}: {rows.left_out} malformed row(s) left out of a pass; the first: {rows.first}",
+                f"{data}: {rows.left_out} malformed row(s) left out of a pass; the first: {rows.first}",
                 highlight=False,
                 markup=False,
             )
         files.write_json(out / "metrics.json", report)
-        print_json(report) if json_output else _show(result.metrics, result.seconds, out)
+        print_json(report) if json else _show(result.metrics, result.seconds, out)

@@ -18,19 +18,33 @@ __all__ = ["Page", "figure_svg", "table_html"]
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+*, *::before { box-sizing: border-box }
+body { overflow-wrap: anywhere; font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
 p.banner { border: 2px solid #c60; border-radius: 6px; padding: .5rem .8rem; font-weight: 600 }
+p.headline { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #06c; padding: .2rem .8rem }
 p.note { opacity: .8; font-size: .92rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left }
+th { vertical-align: bottom; overflow-wrap: normal } td { white-space: nowrap }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 tr.best td { font-weight: 600 }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem }
-figure svg { max-width: 100%; height: auto }
+figure svg { display: block; max-width: 100%; height: auto }
+figure .pictures { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
 figcaption { font-size: .9rem; color: #333 }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
+pre { white-space: pre-wrap; background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; padding: 0 .8rem }
+  thead { display: none }
+  table, tbody { display: block }
+  tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line) }
+  td, td.number { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0; border: 0;
+    text-align: right; white-space: normal }
+  td:first-child { font-weight: 600; text-align: left }
+  td[data-label]::before { content: attr(data-label); text-align: left; font-weight: 400; opacity: .75 }
+}
 """
 
 
@@ -67,10 +81,12 @@ def table_html(columns: Sequence[str], rows: Sequence[Sequence[Any]], best: int 
         bool(rows) and all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))
     ]
     mark = [' class="number"' if number else "" for number in numeric]
+    # Narrow pages show a row as a list, where each cell but the first needs its column's name.
+    label = ["", *(f' data-label="{escape(name)}"' for name in columns[1:])]
     head = "".join(f"<th{mark[i]}>{escape(name)}</th>" for i, name in enumerate(columns))
     body = "".join(
         ('<tr class="best">' if index == best else "<tr>")
-        + "".join(f"<td{mark[i]}>{escape(_shown(cell))}</td>" for i, cell in enumerate(row))
+        + "".join(f"<td{mark[i]}{label[i]}>{escape(_shown(cell))}</td>" for i, cell in enumerate(row))
         + "</tr>"
         for index, row in enumerate(rows)
     )
@@ -93,6 +109,10 @@ class Page:
         opening = '<p class="note">' if note else "<p>"
         self.parts.append(f"{opening}{escape(paragraph)}</p>")
 
+    def headline(self, sentence: str) -> None:
+        """Add the main result, set large."""
+        self.parts.append(f'<p class="headline">{escape(sentence)}</p>')
+
     def banner(self, warning: str) -> None:
         """Add a framed warning."""
         self.parts.append(f'<p class="banner">{escape(warning)}</p>')
@@ -103,7 +123,14 @@ class Page:
 
     def figure(self, figure: Figure, caption: str) -> None:
         """Add a picture with its caption."""
-        self.parts.append(f"<figure>{figure_svg(figure)}<figcaption>{escape(caption)}</figcaption></figure>")
+        self.figures([figure], caption)
+
+    def figures(self, figures: Sequence[Figure], caption: str) -> None:
+        """Add pictures with one caption: side by side where they fit, otherwise below each other."""
+        drawn = "".join(f"<div>{figure_svg(figure)}</div>" for figure in figures)
+        if len(figures) > 1:
+            drawn = f'<div class="pictures">{drawn}</div>'
+        self.parts.append(f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>")
 
     def preformatted(self, text: str) -> None:
         """Add text in a fixed-width face, as it stands."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.report.page import Page
 
-__all__ = ["run_page", "run_table"]
+__all__ = ["headline", "run_page", "run_table"]
 
 BUILTIN_CAVEAT = (
     "The built-in task was made so that labels alone fail: no single fact in a ticket says anything about "
@@ -20,6 +20,29 @@ BUILTIN_CAVEAT = (
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def headline(report: dict[str, Any]) -> str | None:
+    """Return the main result in one sentence: what rationales gained, and how sure that is.
+
+    None where a single student was trained, or no test row has a gold label.
+    """
+    gain = report.get("gain")
+    if not gain:
+        return None
+    main, other = (
+        f"{student['name']} {_percent(student['test']['label_accuracy'])}"
+        for student in report["students"][:2]
+    )
+    rows = f"on {gain['n']:,} test rows"
+    interval = f"95 % interval {gain['low']:+.1f} to {gain['high']:+.1f}"
+    if gain["low"] > 0:
+        result = f"Rationales gained {gain['points']:.1f} points of label accuracy {rows} ({interval})"
+    elif gain["high"] < 0:
+        result = f"Rationales cost {-gain['points']:.1f} points of label accuracy {rows} ({interval})"
+    else:
+        result = f"No clear effect of rationales: {gain['points']:+.1f} points of label accuracy {rows} ({interval})"
+    return f"{result}: {main}, {other}."
 
 
 def run_table(report: dict[str, Any]) -> Table:
@@ -53,12 +76,14 @@ def run_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> Any:
+def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> list[Any]:
+    """Return one figure for each ``(key of the history, title)`` that some student has."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(keys), squeeze=False)[0]
-    for axis, (key, title) in zip(axes, keys, strict=True):
+    figures = []
+    for key, title in keys:
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        axis = figure.subplots()
         for student in report["students"]:
             points = [(row["step"], row[key]) for row in student["history"] if row.get(key) is not None]
             if points:
@@ -66,10 +91,10 @@ def _curves(report: dict[str, Any], keys: tuple[tuple[str, str], ...]) -> Any:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)
-    handles, names = axes[0].get_legend_handles_labels()
-    if names:  # below the axes, where no curve is
-        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
-    return figure
+        if names := axis.get_legend_handles_labels()[1]:  # below the axes, where no curve is
+            figure.legend(loc="outside lower center", ncols=min(2, len(names)), fontsize=8)
+            figures.append(figure)
+    return figures
 
 
 def _coverage(calibration: dict[str, Any]) -> Any:
@@ -89,6 +114,10 @@ def run_page(report: dict[str, Any]) -> str:
     """Return ``report.html``: opens without a network, holds every figure of the JSON report."""
     page = Page(f"sbs-edge run: {report['task']['name']}")
     rows = report["rows"]
+    if sentence := headline(report):
+        page.headline(sentence)
+    if report["task"]["name"] == BUILTIN:
+        page.text(BUILTIN_CAVEAT, note=True)
     page.text(
         f"Mode {report['mode']}. {rows['train']:,} training rows, {rows['validation']:,} for model selection, "
         f"{rows['test']:,} for the test, which was read once, at the end. All students saw the same label "
@@ -100,8 +129,6 @@ def run_page(report: dict[str, Any]) -> str:
             f"Teacher and gold label agree on {agreement['equal']:,} of {agreement['total']:,} training rows "
             f"({_percent(agreement['equal'] / agreement['total'])})."
         )
-    if report["task"]["name"] == BUILTIN:
-        page.text(BUILTIN_CAVEAT, note=True)
 
     page.section("Compared students")
     reached = [s["test"]["label_accuracy"] for s in report["students"]]
@@ -120,14 +147,14 @@ def run_page(report: dict[str, Any]) -> str:
         ],
         best=best,
     )  # fmt: skip
-    page.figure(
+    page.figures(
         _curves(
             report,
             (("label_loss", "label loss (training)"), ("rationale_loss", "rationale loss (training)")),
         ),
         "Learning curves of both tasks.",
     )
-    page.figure(
+    page.figures(
         _curves(
             report,
             (
@@ -150,7 +177,7 @@ def run_page(report: dict[str, Any]) -> str:
     page.text("Latency: one text a call, one thread, on the machine that ran this.", note=True)
     guarded = [(t["target"], t["guard"]) for t in report["bundle"]["targets"] if t["guard"]]
     if guarded:
-        page.section("Guard: each target beside the float32 student, on validation rows")
+        page.section("Accuracy check: each target beside the float32 student, on validation rows")
         page.table(
             ["target", "rows", "float32", "target's", "drop, points", "95 % bound", "same label", "same next token"],
             [

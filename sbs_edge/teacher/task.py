@@ -211,7 +211,7 @@ def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
+class TextLoader(yaml.SafeLoader):
     """Scalars are text as written: YAML 1.1 would read the label ``no`` as False; fields have types of their own."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (the library's own form)
@@ -228,7 +228,7 @@ def load_task(source: str | Path) -> TaskFile:
     if str(source) in PRESETS and not path.exists():
         return PRESETS[str(source)]
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a safe loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), TextLoader)  # noqa: S506 (a safe loader)
     except OSError as error:
         raise UsageError(
             f"The task file {path} cannot be read: {error.strerror}. Give a file written by "

@@ -1,10 +1,11 @@
-"""What a training run needs to know, checked before anything is read or built. Imports no torch."""
+"""Configuration of a training run, validated before anything is read or built. Imports no torch."""
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sbs_edge.errors import UsageError
 
@@ -30,105 +31,138 @@ class TrainConfig(BaseModel):
     for the alpha form is to be multiplied by ``alpha`` here; AdamW divides it out (up to its epsilon
     and up to gradient clipping, which here acts on gradients ``1 / alpha`` times as large).
 
-    None in a field means: decided from the rest (see :meth:`resolve`).
+    A field that is None is decided from the others. Each field's description is also its help text in
+    ``sbs-edge train``, which has one option for each field.
 
-    Attributes:
-        mode: see :data:`Mode`.
-        rationale_weight: lambda, at least 0; None: 3 from scratch (rationale templates dilute the
-            informative tokens there), 1 from a checkpoint.
-        alpha: in (0, 1]; excludes ``rationale_weight``.
-        prefixes: a preset of :data:`PREFIXES`; ``label_prefix`` and ``rationale_prefix`` win over it.
-        model: T5-family checkpoint, by hub name or directory; None: a small one from scratch.
-        d_model, d_ff, n_heads, n_layers, n_decoder_layers, gated, tied, dropout: size of the model
-            from scratch; ``dropout`` also overrides a checkpoint's when given.
-        tokenizer: kind of tokenizer to build from scratch; None: words for the built-in task and
-            pieces (unigram) otherwise. ``vocabulary`` bounds the pieces.
-        learning_rate: peak; None: 3e-3 from scratch, 1e-4 from a checkpoint.
-        batch_size: examples a process sees in one forward pass. One example gives up to two rows.
-        gradient_accumulation: forward passes an optimiser step; token means are taken over all of them.
-        max_steps, epochs: length, one of them; neither: 600 steps. With ``epochs`` the last batch may
-            be smaller; with ``max_steps`` batches run across the ends of epochs.
-        warmup: steps of linear warm-up; None: 50, or a tenth of a run shorter than 500 steps.
-        schedule: ``hold`` keeps the peak for ``hold`` of the steps, then falls linearly to
-            ``final`` of the peak; ``linear`` falls from the start; ``constant`` does not fall.
-        eval_steps: steps between evaluations on validation rows; None: six evaluations a run.
-        save_steps: steps between checkpoints; None: as ``eval_steps``; 0: none.
-        keep_checkpoints: how many checkpoints stay on disk.
-        early_stopping_patience: evaluations without a better validation score before the run stops.
-        select: keep the weights of the best validation score, or the last ones.
-        validation_rows: at most this many validation rows are used while training.
-        row_weight: ``confidence`` weights a row's tokens with its ``confidence``.
-        lora_rank: rank of LoRA adapters (peft) on the attention projections and feed-forward
-            layers, merged before the student is written; 0: train everything.
-        fsdp: shard parameters over the processes of ``torchrun`` (see docs/training.md).
-        resume: continue from the newest checkpoint of ``out`` if there is one.
-        workspace_mb: scratch memory of the fused loss; None: its own choice.
-        loss_engine: engine of the fused loss.
-        shuffle_buffer: rows held for shuffling when the training rows are a stream.
-        trackers: ``tensorboard`` and ``wandb``; None: TensorBoard if it is installed.
+    Example:
+        >>> TrainConfig(mode="distill", max_steps=2000, batch_size=16).lambda_
+        0.0
 
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    mode: Mode = "stepwise"
-    rationale_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
-    alpha: float | None = Field(None, gt=0, le=1)
-    prefixes: Literal["seed", "authors"] = "seed"
-    label_prefix: str | None = None
-    rationale_prefix: str | None = None
+    mode: Mode = Field("stepwise", description="Gold or teacher's labels, with or without rationales.")
+    rationale_weight: float | None = Field(
+        None,
+        ge=0,
+        description="lambda in L_label + lambda * L_rationale. Default: 3 from scratch (templates dilute the "
+        "informative tokens there), 1 from a checkpoint.",
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The same weight as alpha * L_label + (1 - alpha) * L_rationale: lambda = (1 - alpha) / alpha.",
+    )
+    prefixes: Literal["seed", "authors"] = Field(
+        "seed", description="'[label] ' and '[rationale] ' (seed), or 'predict: ' and 'explain: ' (authors)."
+    )
+    label_prefix: str | None = Field(None, description="Label prefix, in place of the preset's.")
+    rationale_prefix: str | None = Field(None, description="Rationale prefix, in place of the preset's.")
+    row_weight: Literal["none", "confidence"] = Field(
+        "none", description="Weight each row's tokens by its confidence, or all rows equally."
+    )
 
-    model: str | None = None
-    d_model: int = Field(64, ge=8, multiple_of=8)
-    d_ff: int = Field(512, ge=8)
-    n_heads: int = Field(4, ge=1)
-    n_layers: int = Field(2, ge=1)
-    n_decoder_layers: int = Field(2, ge=1)
-    gated: bool = False
-    tied: bool = True
-    dropout: float | None = Field(None, ge=0, lt=1)
-    tokenizer: Literal["word", "unigram"] | None = None
-    vocabulary: int = Field(4000, ge=64)
+    model: str | None = Field(
+        None,
+        description="T5-family checkpoint: a hub name or a directory. Default: a small one from scratch.",
+    )
+    d_model: int = Field(64, ge=8, multiple_of=8, description="Model width from scratch, a multiple of 8.")
+    d_ff: int = Field(512, ge=8, description="Feed-forward width from scratch.")
+    n_heads: int = Field(4, ge=1, description="Attention heads from scratch.")
+    n_layers: int = Field(2, ge=1, description="Encoder layers from scratch.")
+    n_decoder_layers: int = Field(2, ge=1, description="Decoder layers from scratch.")
+    gated: bool = Field(False, description="Gated feed-forward layers from scratch, as in T5 v1.1.")
+    tied: bool = Field(True, description="Share embedding and output weights from scratch.")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout from scratch; overrides a checkpoint's when given."
+    )
+    tokenizer: Literal["word", "unigram"] | None = Field(
+        None, description="Tokenizer from scratch. Default: word for the built-in task, otherwise unigram."
+    )
+    vocabulary: int = Field(4000, ge=64, description="Most pieces of a unigram tokenizer from scratch.")
+    lora_rank: int = Field(
+        0, ge=0, description="Train LoRA adapters of this rank, merged at the end; 0 trains all weights."
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="Scale of the LoRA adapters.")
 
-    learning_rate: float | None = Field(None, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    z_loss: float = Field(0.0, ge=0)
-    batch_size: int = Field(32, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    gradient_checkpointing: bool = False
-    max_steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    warmup: int | None = Field(None, ge=0)
-    schedule: Literal["hold", "linear", "constant"] = "hold"
-    hold: float = Field(0.6, ge=0, lt=1)
-    final: float = Field(0.05, ge=0, le=1)
-    bf16: bool = False
-    seed: int = Field(0, ge=0)
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate. Default: 3e-3 from scratch, 1e-4 from a checkpoint."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of both losses.")
+    z_loss: float = Field(0.0, ge=0, description="Weight of the squared log-normaliser.")
+    batch_size: int = Field(
+        32, ge=1, description="Examples per forward pass and process; each gives up to two rows."
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Forward passes per step; token means are taken over all of them."
+    )
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps. Default: 600, or as epochs say.")
+    epochs: float | None = Field(
+        None, gt=0, description="Passes over the rows, in place of max_steps; the last batch may be smaller."
+    )
+    warmup: int | None = Field(
+        None, ge=0, description="Steps of linear warm-up. Default: 50, or a tenth of a run under 500 steps."
+    )
+    schedule: Literal["hold", "linear", "constant"] = Field(
+        "hold", description="Keep the peak, then fall linearly (hold); fall from the start; or never fall."
+    )
+    hold: float = Field(0.6, ge=0, lt=1, description="Share of the steps at the peak, for the hold schedule.")
+    final: float = Field(0.05, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    max_source_tokens: int = Field(512, ge=2, description="Longer inputs are cut, and counted.")
+    max_target_tokens: int = Field(256, ge=2, description="Longer targets are cut, and counted.")
+    shuffle_buffer: int = Field(1000, ge=1, description="Rows held for shuffling when the rows are a stream.")
+    seed: int = Field(0, ge=0, description="Seed of splits, initial weights and row order.")
 
-    max_source_tokens: int = Field(512, ge=2)
-    max_target_tokens: int = Field(256, ge=2)
-    row_weight: Literal["none", "confidence"] = "none"
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations. Default: six evaluations per run."
+    )
+    eval_batch_size: int = Field(100, ge=1, description="Validation rows per forward pass.")
+    validation_rows: int = Field(1000, ge=0, description="Most validation rows used while training.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations without a better validation score."
+    )
+    select: Literal["best", "last"] = Field(
+        "best", description="Keep the weights of the best validation score, or the last ones."
+    )
+    save_steps: int | None = Field(
+        None, ge=0, description="Steps between checkpoints; 0 saves none. Default: as eval_steps."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept on disk.")
+    resume: bool = Field(
+        False, description="Continue from the newest checkpoint, if there is one, in place of a new start."
+    )
 
-    eval_steps: int | None = Field(None, ge=1)
-    eval_batch_size: int = Field(100, ge=1)
-    validation_rows: int = Field(1000, ge=0)
-    early_stopping_patience: int | None = Field(None, ge=1)
-    select: Literal["best", "last"] = "best"
-    save_steps: int | None = Field(None, ge=0)
-    keep_checkpoints: int = Field(2, ge=1)
-    resume: bool = False
+    bf16: bool = Field(False, description="Compute in bfloat16.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, about a third slower.")
+    fsdp: bool = Field(False, description="Shard parameters over torchrun's processes.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads. Default: as many as the CPU quota and affinity allow."
+    )
+    workspace_mb: float | None = Field(
+        None, gt=0, description="Scratch memory of the fused loss in MB. Default: its own choice."
+    )
+    loss_engine: Literal["auto", "triton", "cublas", "torch", "reference"] = Field(
+        "auto", description="Engine of the fused loss."
+    )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = Field(
+        None, description="Where figures are logged; none logs nowhere. Default: TensorBoard if installed."
+    )
+    progress: bool | None = Field(
+        None, description="Report progress on stderr. Default: a bar on a terminal, otherwise plain lines."
+    )
 
-    lora_rank: int = Field(0, ge=0)
-    lora_alpha: float | None = Field(None, gt=0)
-    fsdp: bool = False
-    workspace_mb: float | None = Field(None, gt=0)
-    loss_engine: str = "auto"
-    shuffle_buffer: int = Field(1000, ge=1)
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = None
-    progress: bool | None = None
-    threads: int | None = Field(None, ge=1)
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Accept ``"none"`` for no tracker, and names separated by commas."""
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            return names
+        return tuple(name.strip() for name in names if name.strip() != "none")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -237,8 +271,10 @@ def make_config(config: TrainConfig | None, overrides: dict[str, Any]) -> TrainC
         for item in error.errors():
             where = ".".join(map(str, item["loc"]))
             if item["type"] == "extra_forbidden":
+                near = get_close_matches(where, TrainConfig.model_fields, n=3, cutoff=0.5)
+                known = near or sorted(TrainConfig.model_fields)
                 parts.append(
-                    f"{where} is not a field; known are {', '.join(sorted(TrainConfig.model_fields))}"
+                    f"{where} is not a field; {'similar fields are' if near else 'the fields are'} {', '.join(known)}"
                 )
             elif where:
                 parts.append(f"{where} = {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")

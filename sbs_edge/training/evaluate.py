@@ -1,4 +1,4 @@
-"""The judge in PyTorch: how often a student's labels are right, and how close its rationales come.
+"""Evaluate a student with PyTorch: how often a student's labels are right, and how close its rationales come.
 
 Labels are chosen as the runtime chooses them. A closed set whose labels differ in their first token
 is decided in one decoder step; any other set, and the choices a row brings, by the sum of log
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,16 @@ from torch import Tensor
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
+from sbs_edge.progress import ProgressLine
 from sbs_edge.resources import limit_torch_threads
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
 from sbs_edge.training.student_dir import StudentDir
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+OnProgress = Callable[[int, int], None]
+"""Called with the rows done and the rows in all."""
 
 __all__ = ["evaluate", "predict_labels", "predict_rationales"]
 
@@ -98,10 +102,13 @@ def _generate(
     source_limit: int,
     new_tokens: int,
     batch_size: int,
+    on_progress: OnProgress | None = None,
 ) -> list[str]:
     answers: list[str] = []
     config = model.config
-    for _, part in _chunks(texts, batch_size):
+    for start, part in _chunks(texts, batch_size):
+        if on_progress is not None:
+            on_progress(start, len(texts))
         ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config, prefix))
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
@@ -120,6 +127,7 @@ def predict_labels(
     tokenizer: Tokenizer | TextTokenizer,
     examples: Sequence[Example],
     batch_size: int = 64,
+    on_progress: OnProgress | None = None,
 ) -> tuple[list[str], str]:
     """Return the label of every example and the method used: first-token, trie or decode."""
     texts, prefix = [example.input for example in examples], student.prefixes["label"]
@@ -128,12 +136,14 @@ def predict_labels(
     kind, labels = student.task.label_kind, student.task.labels
     if kind == "open":
         new = student.limits["max_label_tokens"]
-        return _generate(model, texts, prefix, tokenizer, limit, new, batch_size), "decode"
+        return _generate(model, texts, prefix, tokenizer, limit, new, batch_size, on_progress), "decode"
     eos = model.config.eos_token_id
     encoded = {label: tokenizer.encode_target(label, eos) for label in labels}
     heads = first_tokens(list(encoded.values())) if kind == "closed" else None
     answers: list[str] = []
     for start, part in _chunks(texts, batch_size):
+        if on_progress is not None:
+            on_progress(start, len(texts))
         ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, limit, model.config, prefix))
         if heads is not None:
             best = _first_step(model, ids, mask, torch.tensor(heads, device=ids.device)).argmax(1).tolist()
@@ -157,6 +167,7 @@ def predict_rationales(
     tokenizer: Tokenizer | TextTokenizer,
     examples: Sequence[Example],
     batch_size: int = 64,
+    on_progress: OnProgress | None = None,
 ) -> list[str]:
     """Decode the rationale of every example greedily."""
     texts, limits = [example.input for example in examples], student.limits
@@ -169,6 +180,7 @@ def predict_rationales(
         limits["max_source_tokens"],
         limits["max_target_tokens"],
         batch_size,
+        on_progress,
     )
 
 
@@ -221,8 +233,9 @@ def evaluate(
     rationales: int | None = None,
     predictions: bool = False,
     device: str | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Judge a student on ``examples``.
+    """Evaluate a student on ``examples`` with PyTorch.
 
     Args:
         student: a student directory.
@@ -231,8 +244,10 @@ def evaluate(
         batch_size: rows a forward pass.
         rationales: decode at most this many rationales; None: all, 0: none. Only modes with
             rationales are asked for them.
-        predictions: add ``predictions``, one row an example.
+        predictions: add ``predictions``: for each example its answer, whether it is ``right`` (None
+            without a gold label) and its rationale.
         device: where to run; None: a GPU if there is one.
+        progress: write a line on stderr every few seconds.
 
     Returns:
         ``n``, ``method``, ``label_accuracy`` over the ``label_n`` rows with a gold label (None
@@ -253,7 +268,18 @@ def evaluate(
         limit_torch_threads()
     judged = opened.load_model() if model is None else model.eval()
     judged.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    answers, method = predict_labels(judged, opened, tokenizer, rows, batch_size)
+
+    def lines(what: str) -> OnProgress | None:
+        line: ProgressLine | None = None
+
+        def update(done: int, total: int) -> None:
+            nonlocal line
+            line = line or ProgressLine(f"evaluating {what}", total)
+            line.update(done)
+
+        return update if progress else None
+
+    answers, method = predict_labels(judged, opened, tokenizer, rows, batch_size, lines("labels"))
     compare = opened.task.compare
 
     def same(answer: str, wanted: str) -> bool:
@@ -290,7 +316,7 @@ def evaluate(
         )
         asked = known if rationales is None else known[:rationales]
         if asked:
-            texts = predict_rationales(judged, opened, tokenizer, asked, batch_size)
+            texts = predict_rationales(judged, opened, tokenizer, asked, batch_size, lines("rationales"))
             exact = [
                 normalise(t) == _canonical(tokenizer, r.rationale or "")
                 for t, r in zip(texts, asked, strict=True)
@@ -299,7 +325,13 @@ def evaluate(
             explained = {row.id: text for row, text in zip(asked, texts, strict=True)}
     if predictions:
         report["predictions"] = [
-            {"id": row.id, "label": answer, "gold": row.label, "rationale": explained.get(row.id)}
+            {
+                "id": row.id,
+                "label": answer,
+                "gold": row.label,
+                "right": None if row.label is None else same(answer, row.label),
+                "rationale": explained.get(row.id),
+            }
             for row, answer in zip(rows, answers, strict=True)
         ]
     return report

@@ -1,4 +1,4 @@
-"""A progress bar with both losses, tokens a second and the time left; nothing off a terminal."""
+"""Progress of a training run with both losses, tokens per second and the time left."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from sbs_edge.progress import ProgressLine
+
 __all__ = ["ProgressBar", "TensorBoard"]
 
 REFRESH_S = 0.5
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """Shows the run on stderr.
+    """Shows the run on stderr: a bar on a terminal, a line every few seconds elsewhere.
 
     Args:
         trainer: where losses and tokens are summed; set after construction.
@@ -26,6 +28,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.trainer: Any = None
         self._bar: Progress | None = None
+        self._line: ProgressLine | None = None
         self._last = 0.0
         self._started = 0.0
         self._tokens_before = 0
@@ -33,12 +36,17 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     @staticmethod
     def wanted(setting: bool | None) -> bool:
-        """Whether a bar is to be shown: as set, else only on a terminal."""
-        return sys.stderr.isatty() if setting is None else setting
+        """Whether to show progress: yes, unless it is switched off."""
+        return setting is not False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar."""
+        """Start the bar or the lines."""
         if not state.is_world_process_zero:
+            return
+        self._started = time.monotonic()
+        self._tokens_before = self.trainer.batches.tokens
+        if not sys.stderr.isatty():
+            self._line = ProgressLine("training", state.max_steps, "steps", start=state.global_step)
             return
         self._bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
@@ -46,13 +54,13 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         )  # fmt: skip
         self._bar.start()
         self._bar.add_task("training", total=state.max_steps, completed=state.global_step, text="")
-        self._started = time.monotonic()
-        self._tokens_before = self.trainer.batches.tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar, at most twice a second (reading a loss waits for the device)."""
         now = time.monotonic()
-        if self._bar is None or now - self._last < REFRESH_S:
+        if self._line is None and self._bar is None:
+            return
+        if not self._line.due if self._line is not None else now - self._last < REFRESH_S:
             return
         self._last = now
         passes = max(1, self.trainer._passes // self.trainer.config.gradient_accumulation)
@@ -61,7 +69,10 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         rate = tokens / max(now - self._started, 1e-9)
         second = f"  rationale {losses[1]:.3f}" if self.trainer.config.uses_rationales else ""
         text = f"label {losses[0]:.3f}{second}  {rate:,.0f} tokens/s{self._evaluated}"
-        self._bar.update(self._bar.task_ids[0], completed=state.global_step, text=text)
+        if self._line is not None:
+            self._line.update(state.global_step, text.replace("  ", ", "))
+        elif self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, text=text)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Remember the validation accuracy for the text beside the bar."""
