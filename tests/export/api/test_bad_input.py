@@ -232,13 +232,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor has another shape": (
         lambda s: _edit_tensors(s, lambda t: t.update({WO: t[WO][:, :-1].contiguous()})),
-        r"cannot be loaded: .*(size mismatch|mismatched|shape)",
+        r"in the shape \(32, 63\), and its config.json describes \(32, 64\)",
     ),
     "a tensor is not finite": (
         lambda s: _edit_tensors(s, lambda t: t[WO][0].fill_(float("nan"))),
         rf"{WO} holds numbers that are not finite",
     ),
-    "the weights are cut off": (_cut, "cannot be loaded"),
+    "the weights are cut off": (_cut, "cannot be read .* damaged or cut"),
     "the tokenizer is damaged": (
         lambda s: (s / "tokenizer.json").write_text("{}"),
         "tokenizer.json is not a tokenizer",

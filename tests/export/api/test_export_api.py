@@ -172,7 +172,7 @@ def test_bad_students_are_refused(make_student, trained, tmp_path: Path) -> None
 
     task = {"name": "t", "label_kind": "closed", "compare": "text"}
     cases = {
-        "bert": (edit("config.json", model_type="bert"), "only the T5 family"),
+        "bert": (edit("config.json", model_type="bert"), "students are of the T5 family"),
         "no-tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
         "no-config": (lambda f: (f / "config.json").unlink(), "no config.json"),
         "broken-config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
