@@ -231,8 +231,9 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
         from sbs_edge.teacher.calls import Sampling
         from sbs_edge.teacher.cost import Prices
+        from sbs_edge.teacher.presets import load_task
         from sbs_edge.teacher.prompt import render, show
-        from sbs_edge.teacher.task import load_task, refuse_placeholders
+        from sbs_edge.teacher.task import refuse_placeholders
 
         data = either(ctx, "data", "input", "INPUT and --input")
         out = either(ctx, "out", "output", "--out and --output")

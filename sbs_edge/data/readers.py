@@ -18,7 +18,7 @@ from typing import Any
 
 from sbs_edge.data.answers import match_label
 from sbs_edge.data.example import Example
-from sbs_edge.data.rows import RawRow, is_text, iterate_rows, printable
+from sbs_edge.data.rows import FORMATS, RawRow, is_text, iterate_rows, printable
 from sbs_edge.errors import DataError, UsageError
 
 __all__ = ["ColumnMap", "ReadResult", "RejectedRow", "choices_cell", "read_examples", "stream_examples"]
@@ -206,8 +206,6 @@ def examples_of(
 
 def _files(path: str | Path) -> list[Path]:
     """Return the files behind a path: itself, a directory's data files, or a pattern's matches, by name."""
-    from sbs_edge.data.rows import FORMATS
-
     given = Path(path)
     if given.is_file():
         return [given]

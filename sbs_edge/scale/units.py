@@ -23,9 +23,19 @@ from sbs_edge.data.raw import BOM, refuse_foreign_bytes
 from sbs_edge.data.rows import json_row, parquet_rows, printable, starts_as_array
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 
-__all__ = ["Folder", "Unit", "plan_units", "read_unit", "shard_name", "unit_of", "write_shard"]
+__all__ = [
+    "SHARD_FORMATS",
+    "Folder",
+    "Unit",
+    "plan_units",
+    "read_unit",
+    "shard_name",
+    "unit_of",
+    "write_shard",
+]
 
-FORMATS = ("jsonl", "parquet")
+SHARD_FORMATS = ("jsonl", "parquet")
+"""Formats in which shards are written."""
 
 
 @dataclass(frozen=True, slots=True)

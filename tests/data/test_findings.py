@@ -21,7 +21,7 @@ from sbs_edge.data.readers import read_examples
 from sbs_edge.data.splits import hold_out
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.new_task import PLACEHOLDER, task_from_examples
-from sbs_edge.teacher.task import load_task
+from sbs_edge.teacher.presets import load_task
 
 LABELS = ("cannot", "follow-up", "refund")
 

@@ -15,9 +15,9 @@ from sbs_edge.teacher.calls import Sampling
 from sbs_edge.teacher.collect import row_keys
 from sbs_edge.teacher.new_task import PLACEHOLDER, task_from_examples
 from sbs_edge.teacher.parse import check_quality, parse_answer
-from sbs_edge.teacher.presets import PRESETS
+from sbs_edge.teacher.presets import PRESETS, load_task
 from sbs_edge.teacher.prompt import render, show
-from sbs_edge.teacher.task import load_task, save_task
+from sbs_edge.teacher.task import save_task
 
 
 @pytest.mark.parametrize("name", PRESETS)
