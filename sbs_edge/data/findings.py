@@ -271,6 +271,22 @@ def conflicting_labels(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
         )
 
 
+def quoted_cells(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
+    """Warn of columns of a ``.tsv`` file whose cells all stand in quotation marks, as CSV writes them."""
+    for name, rows in _parts(splits):
+        plain = [row for row in rows if row.source.rpartition(":")[0].lower().endswith(".tsv")]
+        for field in ("input", "label", "teacher_label", "rationale"):
+            cells = [value.strip() for row in plain if (value := getattr(row, field)) is not None]
+            if len(cells) > 1 and all(len(c) > 1 and c[0] == c[-1] == '"' for c in cells):
+                yield Finding(
+                    "warn",
+                    "quoted-cells",
+                    f"{name}: all {len(cells)} values of {field!r} stand in quotation marks. A .tsv has no quoting, so "
+                    "the marks are part of the text: write the file without them, or as .csv with commas.",
+                    _places(plain),
+                )
+
+
 CHECKS: tuple[Check, ...] = (
     one_label,
     rare_labels,
@@ -279,5 +295,6 @@ CHECKS: tuple[Check, ...] = (
     unparsed_outputs,
     agreement,
     conflicting_labels,
+    quoted_cells,
 )
 """Every check; a new one is a function in this list."""

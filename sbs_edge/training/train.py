@@ -262,7 +262,7 @@ def _run(
             "--nproc-per-node 2 -m sbs_edge train ... --fsdp, or leave --fsdp out."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
-    refuse_stops(examine(splits, config.mode))
+    refuse_stops(examine(dataclasses.replace(splits, test=[]), config.mode))
     work = out.with_name(out.name + ".training")
 
     tokenizer = (

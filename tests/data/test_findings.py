@@ -198,3 +198,18 @@ def test_a_home_is_expanded_and_help_is_literal(tmp_path, sbs_edge_cli):
     done = sbs_edge_cli("task", "new", "~/rows.jsonl", "--out=~/t.yaml", HOME=str(tmp_path))
     assert (done.returncode, (tmp_path / "t.yaml").is_file()) == (0, True), done.stderr
     assert "[label]" in sbs_edge_cli("train", "--help").stdout
+
+
+def test_a_tsv_written_with_csv_quoting_is_warned_of(tmp_path):
+    from sbs_edge.data.load import load_splits
+
+    path = tmp_path / "rows.tsv"
+    lines = [f'"text {i}"\t{"yes" if i % 2 else "no"}' for i in range(40)]
+    path.write_text("\n".join(["input\tlabel", *lines]) + "\n")
+    found = [f for f in examine(load_splits(path)) if f.code == "quoted-cells"]
+    assert [f.level for f in found] == ["warn"] * 3
+    assert "values of 'input'" in found[0].message
+    path.write_text(
+        "\n".join(["input\tlabel", '"Yes," he said\tyes', *lines[1:30]]).replace('"text', "text") + "\n"
+    )
+    assert not [f for f in examine(load_splits(path)) if f.code == "quoted-cells"]

@@ -145,3 +145,14 @@ def test_task_new_then_show_prompt_on_the_command_line(tmp_path):
     assert "cost unknown without --price-in" in " ".join(estimate.stderr.split())
     checked = subprocess.run([*base, "task", "check", str(out), "--json"], check=True, capture_output=True)
     assert json.loads(checked.stdout)["name"] == "rows"
+
+
+def test_only_parameters_that_change_answers_count_for_a_ray_folder():
+    plain = Sampling(max_tokens=9, extra={"top_k": 4})
+    served = Sampling(
+        max_tokens=9, limit_name="max_completion_tokens", extra={"top_k": 4, "user": "x", "api_key": "k"}
+    )
+    assert plain.answer_parameters() == served.answer_parameters() == {
+        "temperature": 0.0, "max_tokens": 9, "top_k": 4,
+    }  # fmt: skip
+    assert Sampling(max_tokens=9, extra={"top_k": 5}).answer_parameters() != plain.answer_parameters()
