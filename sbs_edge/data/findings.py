@@ -7,6 +7,7 @@ A finding of level ``stop`` means that training would fail or give a student tha
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.targets import Mode, label_for
 from sbs_edge.errors import DataError
 
-__all__ = ["CHECKS", "Finding", "examine", "refuse_stops", "verdict"]
+__all__ = ["CHECKS", "Finding", "examine", "refuse_stops", "seen_by", "verdict"]
 
 SHOWN = 5
 MAX_SHIFT = 8
@@ -60,6 +61,16 @@ def examine(splits: Splits, mode: Mode | None = None) -> list[Finding]:
 
     """
     return [finding for check in CHECKS for finding in check(splits, mode)]
+
+
+def seen_by(splits: Splits, mode: Mode) -> Splits:
+    """Return training and validation rows as ``mode`` sees them: no test rows, and no gold labels in a teacher's mode."""
+    if mode in ("finetune", "stepwise"):
+        return dataclasses.replace(splits, test=[])
+    train, validation = (
+        [dataclasses.replace(row, label=None) for row in rows] for rows in (splits.train, splits.validation)
+    )
+    return dataclasses.replace(splits, train=train, validation=validation, test=[])
 
 
 def verdict(findings: Iterable[Finding]) -> Literal["ok", "warn", "stop"]:

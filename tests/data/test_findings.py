@@ -200,6 +200,16 @@ def test_a_home_is_expanded_and_help_is_literal(tmp_path, sbs_edge_cli):
     assert "[label]" in sbs_edge_cli("train", "--help").stdout
 
 
+def test_python_train_refuses_what_data_check_stops_at(tmp_path):
+    from sbs_edge.training.train import train
+
+    rows = [Example(str(i), f"text {i}", "same") for i in range(30)]
+    splits = _splits(rows)
+    with pytest.raises(DataError, match="have the label 'same', so there is nothing to learn"):
+        train(splits, tmp_path / "student", mode="finetune", max_steps=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tsv_written_with_csv_quoting_is_warned_of(tmp_path):
     from sbs_edge.data.load import load_splits
 
