@@ -1,4 +1,4 @@
-"""What a source holds, before anything is trained on it: the report behind ``sbs-edge data check``."""
+"""Describe a source before training on it: the report behind ``sbs-edge data check``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From rows to examples: which column is which field, and what makes a row unusable.
+"""Turn rows into examples: map columns to fields, and reject unusable rows.
 
 Formats are :mod:`sbs_edge.data.rows`'s, Hugging Face data sets :mod:`sbs_edge.data.hub`'s. Every
 unusable row is kept as a :class:`RejectedRow` with file, line and reason; whether the work goes on
@@ -258,7 +258,7 @@ def stream_examples(
         if isinstance(item, Example):
             yield item
         elif on_reject is None:
-            raise DataError(f"{item}. Mend the row, or go on without such rows with --skip-bad-rows.")
+            raise DataError(f"{item}. Correct the row, or go on without such rows with --skip-bad-rows.")
         else:
             on_reject(item)
 
@@ -313,6 +313,6 @@ def refuse(rejected: Sequence[RejectedRow]) -> None:
         f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     )
     raise DataError(
-        f"{len(rejected)} row(s) cannot be used: {shown}. Mend them, or go on without them "
+        f"{len(rejected)} row(s) cannot be used: {shown}. Correct them, or go on without them "
         "with --skip-bad-rows, which says what was left out."
     )

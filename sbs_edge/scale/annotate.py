@@ -34,7 +34,7 @@ __all__ = ["AnnotateWorker", "annotate_with_ray"]
 
 
 def _example(place: str, row: Any, columns: ColumnMap) -> Example | dict[str, Any]:
-    """Return a row as an example, or the output row that says why it is none."""
+    """Return a row as an example, or the output row that says why it cannot be used."""
     if isinstance(row, str):
         return {"id": printable(place), "input": None, "error": row}
     item = next(iter(examples_of([RawRow(0, row, "")], place, columns, place)))

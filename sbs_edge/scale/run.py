@@ -82,7 +82,7 @@ def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]
     if changed:
         raise UsageError(
             f"{out.where} holds shards of another run: {', '.join(changed)} changed since. Give another output "
-            "folder, or remove this one to start anew."
+            "folder, or remove this one to start again."
         )
 
 

@@ -196,7 +196,7 @@ def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int]]:
 
 
 def read_unit(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of a unit, in order; a line that is no JSON object is yielded as a message.
+    """Yield (place, row) of a unit, in order; a line that is not a JSON object is yielded as a message.
 
     ``place`` is unique in the input and the same on every run: it names rows without an id.
     """

@@ -1,4 +1,4 @@
-"""What every teacher offers: an answer to a prompt, or a failure that says what to do about it."""
+"""The interface of a teacher, and the request it is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From flags, task file and server preset to a teacher and the parameters of its requests."""
+"""Build a teacher and its request parameters from options, task file and server preset."""
 
 from __future__ import annotations
 
