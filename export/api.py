@@ -19,6 +19,7 @@ import numpy as np
 
 from sbs_edge import __version__, files
 from sbs_edge.data.example import Example
+from sbs_edge.data.labels import fit_labels
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import UsageError
 from sbs_edge.export import card
@@ -208,7 +209,7 @@ def export(
     tokenizer = opened.tokenizer()
     check_covered(tokenizer, len(weights.embedding), opened.path)
     plan = plan_labels(opened.task, tokenizer, weights.eos_id)
-    rows = list(guard_data) if guard_data is not None else opened.validation()
+    rows = opened.validation() if guard_data is None else fit_labels(guard_data, opened.task)[0]
     if guard_data is not None:
         check_labels_known(rows, plan, "the guard's data")
     for file, own in ((VALIDATION, opened.validation()), (CALIBRATION, opened.calibration())):

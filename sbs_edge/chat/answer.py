@@ -1,4 +1,4 @@
-"""What one call to a model brings: an answer, or a failure that says what to do about it."""
+"""The result of one call to a model: an answer, or a failure that says how to proceed."""
 
 from __future__ import annotations
 

@@ -12,12 +12,21 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from sbs_edge.errors import UsageError
 
-__all__ = ["HIDDEN", "Endpoint", "one_line", "redacted_headers", "redacted_url"]
+__all__ = [
+    "HIDDEN",
+    "Endpoint",
+    "one_line",
+    "redacted_fields",
+    "redacted_headers",
+    "redacted_url",
+    "secret_values",
+]
 
 HIDDEN = "***"
 """What stands where a secret was."""
@@ -57,6 +66,66 @@ def redacted_headers(headers: list[str]) -> list[str]:
         name, equals, value = header.partition("=")
         shown.append(header if not equals or value.startswith("env:") else f"{name}={HIDDEN}")
     return shown
+
+
+_SECRET_FIELD = re.compile(
+    r"(?:^|_)(?:auth|authorization|secret|password|passwd|credentials?|cookie|signature)(?:$|_)"
+    r"|(?:^|_)(?:api|access|private|secret|subscription|account|auth|session|refresh|bearer|id|hub|hf)_?(?:key|token)s?$"
+    r"|^(?:key|token)$"
+)
+_SECRET_VALUE = re.compile(r"\A(?:Bearer\s+\S+|(?:sk|hf|ghp|xox[a-z])[-_][\w-]{8,})\Z")
+
+
+def _is_secret(name: str, value: str) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name).casefold()
+    return bool(value) and (_SECRET_FIELD.search(words) or _SECRET_VALUE.match(value)) is not None
+
+
+def redacted_fields(value: object, name: str = "") -> Any:
+    """Return the fields of a request with every text hidden that its name or its form marks as a secret.
+
+    Lists and objects are searched to any depth; a secret name covers every text below it. Numbers are never hidden.
+
+    Example:
+        >>> redacted_fields({"api_key": "abc", "max_tokens": 5})
+        {'api_key': '***', 'max_tokens': 5}
+
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: redacted_fields(item, name if _is_secret(name, "x") else str(key))
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redacted_fields(item, name) for item in value]
+    return HIDDEN if isinstance(value, str) and _is_secret(name, value) else value
+
+
+def secret_values(value: object) -> tuple[str, ...]:
+    """Return the texts that :func:`redacted_fields` hides, longest first."""
+    found: set[str] = set()
+
+    def search(item: object, name: str) -> None:
+        if isinstance(item, Mapping):
+            for key, inner in item.items():
+                search(inner, name if _is_secret(name, "x") else str(key))
+        elif isinstance(item, list | tuple):
+            for inner in item:
+                search(inner, name)
+        elif isinstance(item, str) and _is_secret(name, item):
+            found.update((item, item.removeprefix("Bearer ")))
+
+    search(value, "")
+    return tuple(sorted((text for text in found if len(text) > 3), key=len, reverse=True))
+
+
+def holds_hidden(value: object) -> bool:
+    """Whether a value read back from a saved configuration holds the mark that stands for a secret."""
+    if isinstance(value, Mapping):
+        return any(map(holds_hidden, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_hidden, value))
+    return value == HIDDEN
 
 
 def header_value(value: str, origin: str) -> str:
@@ -159,6 +228,10 @@ class Endpoint:
     def url(self, route: str) -> str:
         """Return the address of ``route``, such as ``/chat/completions``, with the query behind it."""
         return f"{self.base}{route}" + (f"?{self.query}" if self.query else "")
+
+    def hiding(self, secrets: tuple[str, ...]) -> Endpoint:
+        """Return the endpoint with further texts that must never be shown."""
+        return replace(self, secrets=(*secrets, *self.secrets)) if secrets else self
 
     def hide(self, text: str) -> str:
         """Return ``text`` without this endpoint's secrets."""

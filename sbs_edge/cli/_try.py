@@ -62,7 +62,8 @@ def register_try(group: typer.Typer) -> None:
         from sbs_edge.teacher.annotate import Settings
         from sbs_edge.teacher.calls import Sampling
         from sbs_edge.teacher.cost import Prices
-        from sbs_edge.teacher.task import load_task, refuse_placeholders
+        from sbs_edge.teacher.presets import load_task
+        from sbs_edge.teacher.task import refuse_placeholders
         from sbs_edge.teacher.trial import trial_report, trial_text
 
         console = Console(stderr=True)

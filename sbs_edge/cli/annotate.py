@@ -230,9 +230,11 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.errors import UsageError
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
         from sbs_edge.teacher.calls import Sampling
+        from sbs_edge.teacher.connect import shown_extra_body, shown_request
         from sbs_edge.teacher.cost import Prices
+        from sbs_edge.teacher.presets import load_task
         from sbs_edge.teacher.prompt import render, show
-        from sbs_edge.teacher.task import load_task, refuse_placeholders
+        from sbs_edge.teacher.task import refuse_placeholders
 
         data = either(ctx, "data", "input", "INPUT and --input")
         out = either(ctx, "out", "output", "--out and --output")
@@ -269,6 +271,8 @@ def register(app: typer.Typer) -> None:
         asks = not (show_prompt or outputs or emit_batch or dry_run)
         ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # what is saved holds no secret
         ctx.params["header"] = redacted_headers(header or []) or None
+        ctx.params["request"] = shown_request(request or []) or None
+        ctx.params["extra_body"] = shown_extra_body(extra_body) if extra_body else None
         settings = Settings(
             model=model,
             sampling=sampling,

@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.data.labels import fit_labels
         from sbs_edge.data.splits import hold_out
         from sbs_edge.pipelines.compare_teacher import COLUMNS, compare_with_teacher, comparison_page
-        from sbs_edge.teacher.task import load_task
+        from sbs_edge.teacher.presets import load_task
 
         spec = load_task(task).spec
         rows = read_rows(annotated, None, skip_bad_rows)

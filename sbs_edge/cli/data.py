@@ -92,6 +92,13 @@ def _show(report: dict[str, Any]) -> None:
             )
         if split["repeated_inputs"]:
             line(f"{split['name']}: {split['repeated_inputs']} rows repeat another row's input")
+    if (drawn := report["drawn"]) is not None and "splits" in drawn:
+        line(f"Training would draw these splits (--seed {drawn['seed']}):")
+        for name, part in drawn["splits"].items():
+            labels = ", ".join(f"{label} {count}" for label, count in part["labels"].items())
+            line(f"  {name}: {part['rows']} rows; {labels}")
+    elif drawn is not None:
+        line(f"Training could not draw its splits: {drawn['problem']}")
     overlaps = report["overlaps"]
     line(f"Overlaps between splits: {overlaps['count']}")
     for row in overlaps["rows"]:
@@ -131,6 +138,7 @@ def register(app: typer.Typer) -> None:
             Path | None,
             typer.Option(help="Directory with tokenizer.json to count tokens with; default: words."),
         ] = None,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of the splits that training would draw.")] = 0,
         config: ConfigOption = None,
         json: JsonOption = False,
     ) -> None:
@@ -153,6 +161,7 @@ def register(app: typer.Typer) -> None:
             columns=ColumnMap.parse(column or ()),
             tokenizer=tokenizer,
             mode=mode.value if mode else None,
+            seed=seed,
         )
         if json:
             print_json(report)

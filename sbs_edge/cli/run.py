@@ -190,7 +190,7 @@ def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     from sbs_edge.data.labels import fit_labels
     from sbs_edge.data.load import load_splits
     from sbs_edge.data.readers import ColumnMap
-    from sbs_edge.teacher.task import load_task
+    from sbs_edge.teacher.presets import load_task
 
     train_rows = values["train_rows"]
     if values["data"] == "builtin":

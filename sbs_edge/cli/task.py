@@ -93,7 +93,8 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = False,
     ) -> None:
         """Check a task file; every problem, unfinished texts too, is named with its field, exit code 2."""
-        from sbs_edge.teacher.task import load_task, refuse_placeholders
+        from sbs_edge.teacher.presets import load_task
+        from sbs_edge.teacher.task import refuse_placeholders
 
         task = load_task(path)
         refuse_placeholders(task, path)

@@ -1,4 +1,4 @@
-"""The one definition of when two labels are the same answer, and of how a label is spelled."""
+"""Compare labels: when two are the same answer, and how a label is spelled."""
 
 from __future__ import annotations
 

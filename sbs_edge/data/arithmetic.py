@@ -30,7 +30,7 @@ _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
 
 
 class _NoValue(Exception):
-    """The text is no arithmetic expression of a bounded size."""
+    """The text is not an arithmetic expression of a bounded size."""
 
 
 def _value(node: ast.AST, source: str) -> Fraction:
@@ -76,7 +76,7 @@ def _bounded(number: Fraction) -> Fraction:
 
 
 def evaluate_expression(text: str) -> Fraction | None:
-    """Return the exact value of ``text``, or None when it is no arithmetic expression.
+    """Return the exact value of ``text``, or None when it is not an arithmetic expression.
 
     Bounded in length, exponent and size of numbers, so that hostile text costs nothing.
     """

@@ -1,7 +1,8 @@
-"""What a source holds, before anything is trained on it: the report behind ``sbs-edge data check``."""
+"""Describe a source before training on it: the report behind ``sbs-edge data check``."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,12 +14,12 @@ from sbs_edge.data.answers import normalise
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, LabelKind, Splits
 from sbs_edge.data.findings import Finding, examine, verdict
-from sbs_edge.data.load import Source, open_source
+from sbs_edge.data.load import Source, hold_out_missing, open_source
 from sbs_edge.data.readers import ColumnMap, ReadResult
 from sbs_edge.data.splits import find_overlaps
 from sbs_edge.data.targets import Mode, teacher_agreement
 from sbs_edge.data.tokenizer import EOS_ID, load_tokenizer
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import DataError, UsageError
 from sbs_edge.label_tokens import check_choices, label_ids, spelling_of_rows, spelling_sentences
 from sbs_edge.tokens import TextTokenizer
 
@@ -92,6 +93,24 @@ def _split_report(
     }
 
 
+def _drawn(splits: Splits, source: Source, where: str, seed: int) -> dict[str, Any] | None:
+    """Return the rows per split and label that training would draw, or None where the source brings every split."""
+    if {"train", "validation", "test"} <= set(source.found):
+        return None
+    drawn = dataclasses.replace(splits)
+    try:
+        hold_out_missing(drawn, source, where, seed)
+    except DataError as error:
+        return {"seed": seed, "problem": str(error)}
+    parts = {}
+    for name in ("train", "validation", "test"):
+        rows = getattr(drawn, name)
+        known = (row.label if row.label is not None else row.teacher_label for row in rows)
+        counts = Counter(label.strip() for label in known if label is not None)
+        parts[name] = {"rows": len(rows), "labels": dict(counts.most_common(SHOWN_LABELS))}
+    return {"seed": seed, "splits": parts}
+
+
 def check_dataset(
     source: str | Path | None = None,
     *,
@@ -103,6 +122,7 @@ def check_dataset(
     columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
     tokenizer: str | Path | None = None,
     mode: Mode | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Describe a source split by split, as its files are: nothing is held out, dropped or written.
 
@@ -117,6 +137,7 @@ def check_dataset(
         tokenizer: directory with a ``tokenizer.json`` that counts the tokens; by default words,
             numbers and signs are counted, as the tokenizer of the built-in task sees them.
         mode: how a student would learn; None leaves it open.
+        seed: decides which rows training would hold out.
 
     Returns:
         ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``,
@@ -186,6 +207,7 @@ def check_dataset(
         "tokenizer": counted_in,
         "spelling": spelling,
         "splits": reports,
+        "drawn": _drawn(splits, opened, str(source), seed) if not problems else None,
         "overlaps": {
             "count": len(overlaps),
             "rows": [

@@ -7,6 +7,7 @@ A finding of level ``stop`` means that training would fail or give a student tha
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.targets import Mode, label_for
 from sbs_edge.errors import DataError
 
-__all__ = ["CHECKS", "Finding", "examine", "refuse_stops", "verdict"]
+__all__ = ["CHECKS", "Finding", "examine", "refuse_stops", "seen_by", "verdict"]
 
 SHOWN = 5
 MAX_SHIFT = 8
@@ -60,6 +61,16 @@ def examine(splits: Splits, mode: Mode | None = None) -> list[Finding]:
 
     """
     return [finding for check in CHECKS for finding in check(splits, mode)]
+
+
+def seen_by(splits: Splits, mode: Mode) -> Splits:
+    """Return training and validation rows as ``mode`` sees them: no test rows, and no gold labels in a teacher's mode."""
+    if mode in ("finetune", "stepwise"):
+        return dataclasses.replace(splits, test=[])
+    train, validation = (
+        [dataclasses.replace(row, label=None) for row in rows] for rows in (splits.train, splits.validation)
+    )
+    return dataclasses.replace(splits, train=train, validation=validation, test=[])
 
 
 def verdict(findings: Iterable[Finding]) -> Literal["ok", "warn", "stop"]:
@@ -271,6 +282,22 @@ def conflicting_labels(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
         )
 
 
+def quoted_cells(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
+    """Warn of columns of a ``.tsv`` file whose cells all stand in quotation marks, as CSV writes them."""
+    for name, rows in _parts(splits):
+        plain = [row for row in rows if row.source.rpartition(":")[0].lower().endswith(".tsv")]
+        for field in ("input", "label", "teacher_label", "rationale"):
+            cells = [value.strip() for row in plain if (value := getattr(row, field)) is not None]
+            if len(cells) > 1 and all(len(c) > 1 and c[0] == c[-1] == '"' for c in cells):
+                yield Finding(
+                    "warn",
+                    "quoted-cells",
+                    f"{name}: all {len(cells)} values of {field!r} stand in quotation marks. A .tsv has no quoting, so "
+                    "the marks are part of the text: write the file without them, or as .csv with commas.",
+                    _places(plain),
+                )
+
+
 CHECKS: tuple[Check, ...] = (
     one_label,
     rare_labels,
@@ -279,5 +306,6 @@ CHECKS: tuple[Check, ...] = (
     unparsed_outputs,
     agreement,
     conflicting_labels,
+    quoted_cells,
 )
 """Every check; a new one is a function in this list."""

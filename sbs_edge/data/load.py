@@ -1,4 +1,4 @@
-"""One door to every source of examples: the built-in task, files, data sets, the paper's layout."""
+"""Load examples from any source: the built-in task, files, data sets, the paper's layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sbs_edge.data.rows import FORMATS, iterate_rows
 from sbs_edge.data.splits import VALIDATION_SHARE, check_disjoint, drop_overlaps, hold_out
 from sbs_edge.errors import DataError
 
-__all__ = ["Source", "infer_task", "load_splits", "open_source"]
+__all__ = ["Source", "hold_out_missing", "infer_task", "load_splits", "open_source"]
 
 # What people call the three splits, in files and in Hugging Face data sets.
 _ALIASES = {
@@ -211,14 +211,15 @@ def load_splits(
     if skip_bad_rows:
         rejected += drop_overlaps(splits)
     check_disjoint(splits)
-    _hold_out_missing(splits, opened, str(source), seed)
+    hold_out_missing(splits, opened, str(source), seed)
     _tell_respelled([item for items in opened.respelled.values() for item in items])
     if rejected:
         _tell(rejected, skipped_file)
     return splits
 
 
-def _hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> None:
+def hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> None:
+    """Hold out of the training rows, by ``seed``, the splits that the source lacks; ``splits`` is changed."""
     for name in ("test", "validation"):
         if name not in opened.found:
             splits.train, held = hold_out(

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.data.example import Example, Splits, TaskSpec
-from sbs_edge.data.readers import RejectedRow, refuse
+from sbs_edge.data.example import Example, TaskSpec
+from sbs_edge.data.readers import RejectedRow
 from sbs_edge.data.rows import RawRow, iterate_rows, read_json
-from sbs_edge.data.splits import VALIDATION_SHARE, check_disjoint, hold_out
 from sbs_edge.errors import DataError, UsageError
 
-__all__ = ["PAPER_DATASETS", "PaperFiles", "parse_teacher", "read_paper_dataset", "read_paper_files"]
+__all__ = ["PAPER_DATASETS", "PaperFiles", "parse_teacher", "read_paper_files"]
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 
@@ -29,7 +28,7 @@ class _BadRow(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Format:
+class _Layout:
     """How one data set is read."""
 
     task: TaskSpec
@@ -93,8 +92,8 @@ def _nli_label(text: str) -> str | None:
     return label if label in NLI_LABELS else None
 
 
-def _nli(name: str, answer: str) -> _Format:
-    return _Format(
+def _nli(name: str, answer: str) -> _Layout:
+    return _Layout(
         TaskSpec(name, "closed", NLI_LABELS),
         ("train", "valid", "test"),
         "Premise:",
@@ -104,11 +103,11 @@ def _nli(name: str, answer: str) -> _Format:
     )
 
 
-_FORMATS: dict[str, _Format] = {
-    "cqa": _Format(
+_LAYOUTS: dict[str, _Layout] = {
+    "cqa": _Layout(
         TaskSpec("cqa", "choices"), ("train", "test"), "Q:", "So the answer is", _lettered_label, _question
     ),
-    "svamp": _Format(
+    "svamp": _Layout(
         TaskSpec("svamp", "open", compare="value"),
         ("train", "test"),
         "Q:",
@@ -119,7 +118,7 @@ _FORMATS: dict[str, _Format] = {
     "anli1": _nli("anli1", "So the answer is"),
     "esnli": _nli("esnli", "Answer:"),
 }
-PAPER_DATASETS = tuple(_FORMATS)
+PAPER_DATASETS = tuple(_LAYOUTS)
 
 
 @dataclass(slots=True)
@@ -145,7 +144,7 @@ def parse_teacher(text: str, name: str) -> tuple[str | None, str | None]:
 
     The mark before the answer must occur exactly once in the first answer, as in the authors' rules.
     """
-    rules = _FORMATS[name]
+    rules = _LAYOUTS[name]
     parts = text.split(rules.cut)[0].rstrip().split(rules.answer)
     if len(parts) != 2:
         return None, None
@@ -197,7 +196,7 @@ def _find(root: Path, name: str) -> Path:
     )
 
 
-def _read_row(rules: _Format, row: RawRow, identity: str, source: str, output: str | None) -> Example:
+def _read_row(rules: _Layout, row: RawRow, identity: str, source: str, output: str | None) -> Example:
     if row.values is None:
         raise _BadRow(row.problem)
     text, label, choices = rules.row(row.values)
@@ -220,9 +219,9 @@ def read_paper_files(root: str | Path, name: str) -> PaperFiles:
         DataError: a file is absent or broken, or the outputs cannot be matched to the rows.
 
     """
-    if name not in _FORMATS:
-        raise UsageError(f"There is no data set {name!r} of the paper; there are {', '.join(_FORMATS)}.")
-    rules, folder = _FORMATS[name], _find(Path(root), name)
+    if name not in _LAYOUTS:
+        raise UsageError(f"There is no data set {name!r} of the paper; there are {', '.join(_LAYOUTS)}.")
+    rules, folder = _LAYOUTS[name], _find(Path(root), name)
     result = PaperFiles(rules.task)
     for split in rules.splits:
         file = folder / f"{name}_{split}.json"
@@ -241,23 +240,3 @@ def read_paper_files(root: str | Path, name: str) -> PaperFiles:
             examples.append(example)
             result.unparsed[ours] += output is not None and example.teacher_label is None
     return result
-
-
-def read_paper_dataset(root: str | Path, name: str, *, seed: int = 0) -> Splits:
-    """Read a data set of the paper as disjoint splits.
-
-    ``cqa`` and ``svamp`` come without a validation split: a tenth of the training inputs is held out by
-    ``seed``, which is this package's own split and not the authors'.
-
-    Raises:
-        DataError: as :func:`read_paper_files`, a row is unusable, or two splits share an input.
-
-    """
-    found = read_paper_files(root, name)
-    refuse([row for rows in found.rejected.values() for row in rows])
-    parts: dict[str, Any] = dict(found.splits)
-    splits = Splits(found.task, **parts, unparsed=found.unparsed)
-    check_disjoint(splits)
-    if "validation" not in found.splits:
-        splits.train, splits.validation = hold_out(splits.train, VALIDATION_SHARE, seed)
-    return splits

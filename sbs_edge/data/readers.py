@@ -1,4 +1,4 @@
-"""From rows to examples: which column is which field, and what makes a row unusable.
+"""Turn rows into examples: map columns to fields, and reject unusable rows.
 
 Formats are :mod:`sbs_edge.data.rows`'s, Hugging Face data sets :mod:`sbs_edge.data.hub`'s. Every
 unusable row is kept as a :class:`RejectedRow` with file, line and reason; whether the work goes on
@@ -18,7 +18,7 @@ from typing import Any
 
 from sbs_edge.data.answers import match_label
 from sbs_edge.data.example import Example
-from sbs_edge.data.rows import RawRow, is_text, iterate_rows, printable
+from sbs_edge.data.rows import FORMATS, RawRow, is_text, iterate_rows, printable
 from sbs_edge.errors import DataError, UsageError
 
 __all__ = ["ColumnMap", "ReadResult", "RejectedRow", "choices_cell", "read_examples", "stream_examples"]
@@ -206,8 +206,6 @@ def examples_of(
 
 def _files(path: str | Path) -> list[Path]:
     """Return the files behind a path: itself, a directory's data files, or a pattern's matches, by name."""
-    from sbs_edge.data.rows import FORMATS
-
     given = Path(path)
     if given.is_file():
         return [given]
@@ -260,7 +258,7 @@ def stream_examples(
         if isinstance(item, Example):
             yield item
         elif on_reject is None:
-            raise DataError(f"{item}. Mend the row, or go on without such rows with --skip-bad-rows.")
+            raise DataError(f"{item}. Correct the row, or go on without such rows with --skip-bad-rows.")
         else:
             on_reject(item)
 
@@ -315,6 +313,6 @@ def refuse(rejected: Sequence[RejectedRow]) -> None:
         f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     )
     raise DataError(
-        f"{len(rejected)} row(s) cannot be used: {shown}. Mend them, or go on without them "
+        f"{len(rejected)} row(s) cannot be used: {shown}. Correct them, or go on without them "
         "with --skip-bad-rows, which says what was left out."
     )

@@ -1,4 +1,4 @@
-"""Raw rows out of files, one at a time: what a format holds, before anybody asks what it means.
+"""Raw rows out of files, one at a time: what a format holds, before the values are interpreted.
 
 Knows files and encodings, nothing of examples. A row that cannot be decoded is yielded with its
 problem instead of being raised, so that one broken line costs one line.
@@ -101,7 +101,7 @@ def json_line_rows(lines: Iterable[bytes], where: object = "stdin") -> Iterator[
 
 
 def json_row(number: int, line: bytes) -> RawRow:
-    """Return the row that one line of JSON Lines holds, or why it holds none."""
+    """Return the row that one line of JSON Lines holds, or the reason why it cannot be read."""
     try:
         text = line.removeprefix(BOM).decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What each training mode learns from a row.
+"""Choose the label and the rationale that each training mode learns from a row.
 
 ========================  ===============  ==========
 mode                      label            rationale

@@ -12,15 +12,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sbs_edge.data.example import Example, Splits
+from sbs_edge.data.targets import Mode
 
 __all__ = ["Arm", "RunConfig", "arms_for", "gain_of", "run"]
 
-Mode = Literal["finetune", "distill", "stepwise", "stepwise-teacher"]
 LABEL_ONLY: dict[str, Mode] = {"stepwise": "finetune", "stepwise-teacher": "distill"}
 LATENCY_CALLS = 200
 RESAMPLES = 10_000

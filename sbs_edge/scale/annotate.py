@@ -34,7 +34,7 @@ __all__ = ["AnnotateWorker", "annotate_with_ray"]
 
 
 def _example(place: str, row: Any, columns: ColumnMap) -> Example | dict[str, Any]:
-    """Return a row as an example, or the output row that says why it is none."""
+    """Return a row as an example, or the output row that says why it cannot be used."""
     if isinstance(row, str):
         return {"id": printable(place), "input": None, "error": row}
     item = next(iter(examples_of([RawRow(0, row, "")], place, columns, place)))
@@ -212,7 +212,10 @@ def annotate_with_ray(
     ):
         shown.pop(name)  # may change between a run and its continuation
     plain = task.model_dump(mode="json", exclude_none=True)
-    asked = {name: value for name, value in plain.items() if name != "headers"}  # they may hold a secret
+    # The request's fields are judged as they are sent; headers may hold a secret.
+    of_request = ("headers", "request", "omit", "extra_body", "max_tokens")
+    asked = {name: value for name, value in plain.items() if name not in of_request}
+    shown["sampling"] = settings.sampling.answer_parameters()
 
     def ledger(ray: Any, units: list[Unit]) -> dict[str, Any]:
         if settings.max_cost is None and settings.max_total_tokens is None:

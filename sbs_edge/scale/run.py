@@ -21,7 +21,7 @@ from typing import Any
 from sbs_edge import files
 from sbs_edge.errors import DataError, GuardError, IntegrityError, MissingExtra, SbsEdgeError, UsageError
 from sbs_edge.resources import usable_cpus
-from sbs_edge.scale.units import Folder, Unit, plan_units, shard_name, unit_of
+from sbs_edge.scale.units import SHARD_FORMATS, Folder, Unit, plan_units, shard_name, unit_of
 
 __all__ = ["run_units", "session"]
 
@@ -82,7 +82,7 @@ def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]
     if changed:
         raise UsageError(
             f"{out.where} holds shards of another run: {', '.join(changed)} changed since. Give another output "
-            "folder, or remove this one to start anew."
+            "folder, or remove this one to start again."
         )
 
 
@@ -197,8 +197,8 @@ def run_units(
         with_ray: given Ray and all units of the plan, returns further constructor arguments (handles of actors).
 
     """
-    if form not in ("jsonl", "parquet"):
-        raise UsageError(f"Shards are written as jsonl or parquet, not {form!r}.")
+    if form not in SHARD_FORMATS:
+        raise UsageError(f"Shards are written as {' or '.join(SHARD_FORMATS)}, not {form!r}.")
     out = out if "://" in out else os.path.abspath(out)
     folder = Folder(out)
     units = plan_units(pattern, shard_bytes)

@@ -23,9 +23,19 @@ from sbs_edge.data.raw import BOM, refuse_foreign_bytes
 from sbs_edge.data.rows import json_row, parquet_rows, printable, starts_as_array
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 
-__all__ = ["Folder", "Unit", "plan_units", "read_unit", "shard_name", "unit_of", "write_shard"]
+__all__ = [
+    "SHARD_FORMATS",
+    "Folder",
+    "Unit",
+    "plan_units",
+    "read_unit",
+    "shard_name",
+    "unit_of",
+    "write_shard",
+]
 
-FORMATS = ("jsonl", "parquet")
+SHARD_FORMATS = ("jsonl", "parquet")
+"""Formats in which shards are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +196,7 @@ def _row_groups(uri: str, shard_bytes: int) -> list[tuple[str, int, int]]:
 
 
 def read_unit(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of a unit, in order; a line that is no JSON object is yielded as a message.
+    """Yield (place, row) of a unit, in order; a line that is not a JSON object is yielded as a message.
 
     ``place`` is unique in the input and the same on every run: it names rows without an id.
     """

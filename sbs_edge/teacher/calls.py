@@ -1,4 +1,4 @@
-"""What every teacher offers: an answer to a prompt, or a failure that says what to do about it."""
+"""The interface of a teacher, and the request it is sent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sbs_edge.chat.answer import Answer, CallFailed
+from sbs_edge.chat.endpoint import HIDDEN, redacted_fields
 from sbs_edge.teacher.prompt import Prompt
 
 __all__ = ["Answer", "CallFailed", "Sampling", "Teacher", "request_body"]
@@ -33,7 +34,7 @@ class Sampling:
     seed: int | None = None
     limit_name: str = "max_tokens"
     omit: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)  # it may hold a secret
 
     def parameters(self, sample: int = 0) -> dict[str, Any]:
         """Return the request fields for sample number ``sample``."""
@@ -44,6 +45,22 @@ class Sampling:
             values["seed"] = self.seed + sample
         values |= self.extra
         return {name: value for name, value in values.items() if name not in self.omit}
+
+    def answer_parameters(self) -> dict[str, Any]:
+        """Return the fields that change answers, the limit under one name, without secrets."""
+        sent = self.parameters()
+        if self.limit_name in sent:
+            sent["max_tokens"] = sent.pop(self.limit_name)
+        kept = {name: value for name, value in sent.items() if name not in UNRELATED_TO_ANSWERS}
+        shown: dict[str, Any] = redacted_fields(kept)
+        return {name: value for name, value in shown.items() if value != HIDDEN}
+
+
+UNRELATED_TO_ANSWERS = frozenset({
+    "user", "metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "stream", "stream_options", "priority", "request_id", "keep_alive", "cache_prompt",
+})  # fmt: skip
+"""Fields of a request that say how it is served or billed, not what is answered."""
 
 
 def request_body(prompt: Prompt, model: str, sampling: Sampling, sample: int) -> tuple[str, dict[str, Any]]:

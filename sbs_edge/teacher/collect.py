@@ -1,4 +1,4 @@
-"""From rows and finished calls to annotated examples: parse, vote, filter, count.
+"""Turn rows and finished calls into annotated examples: parse, vote, filter, count.
 
 A pure function of its inputs, so that parsing can be repeated without asking again.
 """

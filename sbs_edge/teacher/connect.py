@@ -1,4 +1,4 @@
-"""From flags, task file and server preset to a teacher and the parameters of its requests."""
+"""Build a teacher and its request parameters from options, task file and server preset."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from sbs_edge.chat.endpoint import HIDDEN, holds_hidden, redacted_fields
 from sbs_edge.errors import UsageError
 from sbs_edge.teacher.calls import Sampling, Teacher
 from sbs_edge.teacher.task import RESERVED_FIELDS, TaskFile
@@ -19,7 +20,16 @@ from sbs_edge.teacher.task import RESERVED_FIELDS, TaskFile
 if TYPE_CHECKING:
     from sbs_edge.teacher.annotate import Settings
 
-__all__ = ["Server", "connect", "headers_of", "server_preset", "servers", "with_request"]
+__all__ = [
+    "Server",
+    "connect",
+    "headers_of",
+    "server_preset",
+    "servers",
+    "shown_extra_body",
+    "shown_request",
+    "with_request",
+]
 
 LIMIT_NAMES = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
 
@@ -102,7 +112,7 @@ def with_request(
         name, equals, value = item.partition("=")
         if not name.strip() or not (equals or name in LIMIT_NAMES):
             raise UsageError(
-                f"--request {item!r} is not NAME=VALUE. Only a limit may stand without a value, such as "
+                "One of the values of --request is not NAME=VALUE. Only a limit may stand without a value, such as "
                 "--request max_completion_tokens."
             )
         flags[name.strip()] = _value(value) if equals else None
@@ -112,6 +122,11 @@ def with_request(
             raise UsageError('--extra-body must be one JSON object, such as \'{"reasoning_effort": "low"}\'.')
         flags = {**found, **flags}
     for name, value in flags.items():
+        if holds_hidden(value):
+            raise UsageError(
+                f"The request's field {name!r} holds {HIDDEN}: a saved configuration leaves secrets out. Give the value "
+                "again."
+            )
         if name in RESERVED_FIELDS or (name == "stream" and value):
             raise UsageError(
                 f"The request's field {name!r} cannot be set: it is made from the rows, --model and --samples, "
@@ -132,6 +147,22 @@ def with_request(
         omit=tuple(name for name in left_out if name not in flags),
         extra=extra,
     )
+
+
+def shown_request(request: Sequence[str]) -> list[str]:
+    """Return ``NAME=VALUE`` texts as they may be saved: without secrets."""
+    shown = []
+    for item in request:
+        name, equals, value = item.partition("=")
+        found = _value(value)
+        hidden = redacted_fields({name.strip(): found})[name.strip()]
+        shown.append(item if hidden == found else f"{name}{equals}{json.dumps(hidden).strip(chr(34))}")
+    return shown
+
+
+def shown_extra_body(extra_body: str) -> str:
+    """Return the JSON object as it may be saved: without secrets."""
+    return json.dumps(redacted_fields(_value(extra_body)), ensure_ascii=False)
 
 
 def headers_of(task: TaskFile, header: Sequence[str] = ()) -> dict[str, str]:

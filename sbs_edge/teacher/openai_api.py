@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-from sbs_edge.chat.endpoint import Endpoint
+from sbs_edge.chat.endpoint import Endpoint, secret_values
 from sbs_edge.chat.protocol import failure, parse_body, read_answer
 from sbs_edge.errors import MissingExtra, UsageError
 from sbs_edge.teacher.calls import Answer, CallFailed, Sampling, request_body
@@ -97,7 +97,8 @@ class OpenAITeacher:
 
     async def answer(self, prompt: Prompt, sampling: Sampling, sample: int) -> Answer:
         """Ask once; the caller retries."""
-        httpx, clean = self._httpx, self.endpoint.clean
+        endpoint = self.endpoint.hiding(secret_values(sampling.extra))
+        httpx, clean = self._httpx, endpoint.clean
         route, body = request_body(prompt, self.model, sampling, sample)
         try:
             async with asyncio.timeout(self.timeout_seconds):
@@ -119,6 +120,6 @@ class OpenAITeacher:
             if response.status_code != 200:
                 raise failure(response.status_code, parse_body(response.content), headers, raw)
             answer = read_answer(parse_body(response.content), headers, raw)
-            return dataclasses.replace(answer, text=self.endpoint.hide(answer.text))
+            return dataclasses.replace(answer, text=endpoint.hide(answer.text))
         except CallFailed as failed:
             raise failed.reworded(clean(failed.detail, 500)) from None

@@ -1,4 +1,4 @@
-"""From a teacher's text to label and rationale, or to the reason why there is none."""
+"""Read label and rationale from a teacher's text, or say why they cannot be read."""
 
 from __future__ import annotations
 

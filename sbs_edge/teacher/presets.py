@@ -6,9 +6,12 @@ the label); instruction and worked examples were written for this project.
 
 from __future__ import annotations
 
-from sbs_edge.teacher.task import Shot, TaskFile
+from pathlib import Path
 
-__all__ = ["PRESETS"]
+from sbs_edge.errors import UsageError
+from sbs_edge.teacher.task import Shot, TaskFile, read_task
+
+__all__ = ["PRESETS", "load_task"]
 
 
 def _shot(text: str, rationale: str, label: str, choices: tuple[str, ...] | None = None) -> Shot:
@@ -146,3 +149,23 @@ PRESETS: dict[str, TaskFile] = {
     "esnli": _ESNLI,
     "hvac": _HVAC,
 }
+
+
+def load_task(source: str | Path) -> TaskFile:
+    """Return the task file at ``source``, or the preset of that name (``cqa``, ``svamp``, ...) where there is no such file.
+
+    Raises:
+        UsageError: the file cannot be read.
+        DataError: the file is not a valid task file; the message names the field.
+
+    """
+    path = Path(source)
+    if str(source) in PRESETS and not path.exists():
+        return PRESETS[str(source)]
+    try:
+        return read_task(path)
+    except OSError as error:
+        raise UsageError(
+            f"The task file {path} cannot be read: {error.strerror}. Give a file written by "
+            f"'sbs-edge task new', or one of the presets: {', '.join(PRESETS)}."
+        ) from error

@@ -1,4 +1,4 @@
-"""From a task file and a row to the prompt: one text, or a list of chat messages."""
+"""Render a task file and a row as a prompt: one text, or a list of chat messages."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sbs_edge import files
 from sbs_edge.data.example import LabelKind, TaskSpec
-from sbs_edge.errors import DataError, UsageError
+from sbs_edge.errors import DataError
 
 __all__ = [
     "RESERVED_FIELDS",
@@ -23,9 +23,9 @@ __all__ = [
     "Filters",
     "Shot",
     "TaskFile",
-    "load_task",
     "parse_task",
     "placeholders",
+    "read_task",
     "refuse_placeholders",
     "save_task",
 ]
@@ -220,20 +220,16 @@ class TextLoader(yaml.SafeLoader):
     }
 
 
-def load_task(source: str | Path) -> TaskFile:
-    """Read a task file, or a preset given by its name (``cqa``, ``svamp``, ``anli1``, ``esnli``, ``hvac``)."""
-    from sbs_edge.teacher.presets import PRESETS
+def read_task(path: Path) -> TaskFile:
+    """Read a task file.
 
-    path = Path(source)
-    if str(source) in PRESETS and not path.exists():
-        return PRESETS[str(source)]
+    Raises:
+        OSError: the file cannot be read.
+        DataError: the file is not YAML, or a field is wrong; the message names it.
+
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), TextLoader)  # noqa: S506 (a safe loader)
-    except OSError as error:
-        raise UsageError(
-            f"The task file {path} cannot be read: {error.strerror}. Give a file written by "
-            f"'sbs-edge task new', or one of the presets: {', '.join(PRESETS)}."
-        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"The task file {path} is not valid YAML: {error}.") from error
     return parse_task(content, str(path))
@@ -258,7 +254,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def save_task(task: TaskFile, path: Path) -> None:
-    """Write ``task`` as YAML that :func:`load_task` reads back to an equal value."""
+    """Write ``task`` as YAML that :func:`read_task` reads back to an equal value."""
     content = task.model_dump(mode="json", exclude_none=True)
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     files.write_text(path, _HEADER + text)

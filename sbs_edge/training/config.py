@@ -7,13 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sbs_edge.data.targets import Mode
 from sbs_edge.errors import UsageError
 
 __all__ = ["PREFIXES", "Mode", "TrainConfig", "make_config"]
-
-Mode = Literal["finetune", "distill", "stepwise", "stepwise-teacher"]
-"""``finetune``: gold labels. ``distill``: the teacher's labels. ``stepwise``: gold labels and
-rationales. ``stepwise-teacher``: the teacher's labels and rationales, no gold label at all."""
 
 PREFIXES: dict[str, tuple[str, str]] = {
     "seed": ("[label] ", "[rationale] "),

@@ -102,3 +102,19 @@ def test_empty_file(tmp_path):
     report = check_dataset(tmp_path / "rows.jsonl")
     assert report["problems"] == ["train: no usable row"]
     assert report["ok"] is False
+
+
+def test_one_file_shows_the_splits_that_training_draws(tmp_path, sbs_edge_cli):
+    from sbs_edge.data.load import load_splits
+
+    path = tmp_path / "rows.jsonl"
+    write_examples(path, [Example(str(i), f"text {i}", "yes" if i % 4 else "no") for i in range(80)])
+    done = sbs_edge_cli("data", "check", path, "--seed", "3", "--json")
+    drawn = json.loads(done.stdout)["drawn"]
+    splits = load_splits(path, seed=3)
+    for name in ("train", "validation", "test"):
+        rows = getattr(splits, name)
+        labels = {label: sum(row.label == label for row in rows) for label in ("yes", "no")}
+        assert drawn["splits"][name] == {"rows": len(rows), "labels": labels}
+    assert check_dataset()["drawn"] is None
+    assert "  test: 8 rows; yes 6, no 2" in sbs_edge_cli("data", "check", path).stdout

@@ -21,7 +21,7 @@ from sbs_edge.data.readers import read_examples
 from sbs_edge.data.splits import hold_out
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.new_task import PLACEHOLDER, task_from_examples
-from sbs_edge.teacher.task import load_task
+from sbs_edge.teacher.presets import load_task
 
 LABELS = ("cannot", "follow-up", "refund")
 
@@ -198,3 +198,28 @@ def test_a_home_is_expanded_and_help_is_literal(tmp_path, sbs_edge_cli):
     done = sbs_edge_cli("task", "new", "~/rows.jsonl", "--out=~/t.yaml", HOME=str(tmp_path))
     assert (done.returncode, (tmp_path / "t.yaml").is_file()) == (0, True), done.stderr
     assert "[label]" in sbs_edge_cli("train", "--help").stdout
+
+
+def test_python_train_refuses_what_data_check_stops_at(tmp_path):
+    from sbs_edge.training.train import train
+
+    rows = [Example(str(i), f"text {i}", "same") for i in range(30)]
+    splits = _splits(rows)
+    with pytest.raises(DataError, match="have the label 'same', so there is nothing to learn"):
+        train(splits, tmp_path / "student", mode="finetune", max_steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tsv_written_with_csv_quoting_is_warned_of(tmp_path):
+    from sbs_edge.data.load import load_splits
+
+    path = tmp_path / "rows.tsv"
+    lines = [f'"text {i}"\t{"yes" if i % 2 else "no"}' for i in range(40)]
+    path.write_text("\n".join(["input\tlabel", *lines]) + "\n")
+    found = [f for f in examine(load_splits(path)) if f.code == "quoted-cells"]
+    assert [f.level for f in found] == ["warn"] * 3
+    assert "values of 'input'" in found[0].message
+    path.write_text(
+        "\n".join(["input\tlabel", '"Yes," he said\tyes', *lines[1:30]]).replace('"text', "text") + "\n"
+    )
+    assert not [f for f in examine(load_splits(path)) if f.code == "quoted-cells"]

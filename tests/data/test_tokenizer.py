@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sbs_edge.data.builtin import builtin_splits
-from sbs_edge.data.paper import read_paper_dataset
+from sbs_edge.data.load import load_splits
 from sbs_edge.data.tokenizer import EOS_ID, PAD_ID, UNK_ID, build_tokenizer, load_tokenizer
 from sbs_edge.errors import DataError
 
@@ -57,7 +57,7 @@ def test_words_outside_the_vocabulary_are_unknown_not_an_error():
 
 @pytest.mark.parametrize("name", ["svamp", "cqa"])
 def test_unigram_tokenizer_on_real_texts(paper_data, name):
-    splits = read_paper_dataset(paper_data, name)
+    splits = load_splits(paper_data, dataset=name)
     texts = _texts(splits.train)
     tokenizer = build_tokenizer(texts, ("predict: ", "explain: "), kind="unigram", vocab_size=2000)
     assert [tokenizer.token_to_id(t) for t in ("<pad>", "</s>", "<unk>")] == [PAD_ID, EOS_ID, UNK_ID]
@@ -74,7 +74,7 @@ def test_unigram_tokenizer_on_real_texts(paper_data, name):
 
 
 def test_unigram_tokenizer_is_the_same_every_time(paper_data):
-    texts = _texts(read_paper_dataset(paper_data, "svamp").train)
+    texts = _texts(load_splits(paper_data, dataset="svamp").train)
     first, second = (build_tokenizer(texts, PREFIXES, kind="unigram", vocab_size=1000) for _ in range(2))
     assert first.get_vocab() == second.get_vocab()
 

@@ -495,3 +495,25 @@ def test_task_try_says_what_to_change(scripted, annotate, tmp_path, capsys):
     )
     assert main(["task", "try", *files, *where]) == 1
     assert "--omit temperature" in json.loads(capsys.readouterr().out)["change"][0]
+
+
+def test_secrets_among_request_fields_are_hidden_everywhere_but_in_the_request(scripted, tmp_path, capsys):
+    secret = "s3cr3t-value-41"
+    rows, task, out = tmp_path / "rows.jsonl", tmp_path / "task.yaml", tmp_path / "out.jsonl"
+    rows.write_text('{"id": "1", "input": "Money back please"}\n')
+    task.write_text(yaml.safe_dump(TASK))
+    scripted.reply = lambda request, hit: (400, {"error": {"message": f"no {secret} here"}}, {})
+    code = main(
+        ["annotate", str(rows), "--task", str(task), "--out", str(out), "--base-url", scripted.url, "--request",
+         f"api_key={secret}", "--extra-body", json.dumps({"provider": {"auth": {"value": secret}}, "top_k": 4})]
+    )  # fmt: skip
+    assert code == 1
+    sent = scripted.requests[0]
+    assert (sent["api_key"], sent["provider"]["auth"]["value"], sent["top_k"]) == (secret, secret, 4)
+    captured = capsys.readouterr()
+    assert secret not in captured.out + captured.err
+    written = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert [path.name for path in written if secret in path.read_text()] == []
+    config = yaml.safe_load((tmp_path / "out.config.yaml").read_text())
+    assert config["request"] == ["api_key=***"]
+    assert json.loads(config["extra_body"]) == {"provider": {"auth": {"value": "***"}}, "top_k": 4}

@@ -15,9 +15,9 @@ from sbs_edge.teacher.calls import Sampling
 from sbs_edge.teacher.collect import row_keys
 from sbs_edge.teacher.new_task import PLACEHOLDER, task_from_examples
 from sbs_edge.teacher.parse import check_quality, parse_answer
-from sbs_edge.teacher.presets import PRESETS
+from sbs_edge.teacher.presets import PRESETS, load_task
 from sbs_edge.teacher.prompt import render, show
-from sbs_edge.teacher.task import load_task, save_task
+from sbs_edge.teacher.task import save_task
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -145,3 +145,14 @@ def test_task_new_then_show_prompt_on_the_command_line(tmp_path):
     assert "cost unknown without --price-in" in " ".join(estimate.stderr.split())
     checked = subprocess.run([*base, "task", "check", str(out), "--json"], check=True, capture_output=True)
     assert json.loads(checked.stdout)["name"] == "rows"
+
+
+def test_only_parameters_that_change_answers_count_for_a_ray_folder():
+    plain = Sampling(max_tokens=9, extra={"top_k": 4})
+    served = Sampling(
+        max_tokens=9, limit_name="max_completion_tokens", extra={"top_k": 4, "user": "x", "api_key": "k"}
+    )
+    assert plain.answer_parameters() == served.answer_parameters() == {
+        "temperature": 0.0, "max_tokens": 9, "top_k": 4,
+    }  # fmt: skip
+    assert Sampling(max_tokens=9, extra={"top_k": 5}).answer_parameters() != plain.answer_parameters()
