@@ -1,6 +1,6 @@
 """One queue in front of one graph: texts of like length go together, up to a budget of tokens.
 
-A *lane* runs one kind of work (labels or rationales) of one model version on its own threads, so a
+A *batcher* runs one kind of work (labels or rationales) of one model version on its own threads, so a
 long rationale never holds up a label. A batch costs ``len(batch) * longest text`` tokens; about 256
 to 512 tokens a call measured best on CPUs (larger batches add latency, not throughput).
 
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class QueuedRequest(Generic[Payload, Result]):
-    """One request's share of a lane: its texts, and a future of all their results in order."""
+    """One request's share of a batcher: its texts, and a future of all their results in order."""
 
     __slots__ = (
         "_left",
@@ -80,13 +80,13 @@ class QueuedRequest(Generic[Payload, Result]):
             self.future.exception()  # its reader may have left; then nobody else will look at it
 
 
-Share = tuple[QueuedRequest[Any, Any], int]  # a ticket and the place of one of its texts
+QueuedText = tuple[QueuedRequest[Any, Any], int]  # a request and the place of one of its texts
 
 
-class _Ran(NamedTuple):
+class _FinishedBatch(NamedTuple):
     """What a worker did: the texts still wanted, their results, when (``perf_counter`` seconds), and how full it was."""
 
-    wanted: list[Share]
+    wanted: list[QueuedText]
     results: Sequence[Any]
     started_s: float
     finished_s: float
@@ -115,7 +115,7 @@ class Batcher(Generic[Payload, Result]):
         max_wait_s: float = 0.002,
         workers: int = 1,
         ahead: int = 0,
-        name: str = "lane",
+        name: str = "batcher",
         nice: int = 0,
         on_batch: Callable[[int, float, list[float]], None] | None = None,
     ) -> None:
@@ -130,12 +130,12 @@ class Batcher(Generic[Payload, Result]):
         self._idle = workers  # below zero: batches that stand ready
         self._ahead = ahead
         # Waiting texts by (group, token count): a batch holds one group, and like lengths.
-        self._waiting: dict[Hashable, dict[int, deque[Share]]] = {}
+        self._waiting: dict[Hashable, dict[int, deque[QueuedText]]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._pump_due = False
+        self._dispatch_due = False
         self._closed = False
         self.queued = 0  # texts waiting for a worker
-        self.expected = 0  # requests admitted for this lane that are still being tokenised
+        self.expected = 0  # requests admitted for this batcher that are still being tokenised
         self.seconds_per_text = 0.0  # worker time of a text in a full batch, 0 until the first batch
         self._lone_s = 0.0  # time of the last texts that ran alone: see _learn
         self._n_full = 0
@@ -153,25 +153,25 @@ class Batcher(Generic[Payload, Result]):
     ) -> QueuedRequest[Payload, Result]:
         """Queue one request's texts; ``n_tokens[i]`` is the length of ``payloads[i]``."""
         if self._closed:
-            raise RuntimeError("The lane is closed.")
+            raise RuntimeError("The batcher is closed.")
         loop = asyncio.get_running_loop()
-        ticket: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop)
+        request: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop)
         lengths = self._waiting.setdefault(group, {})
         for index, length in enumerate(n_tokens):
             row = lengths.get(length)
             if row is None:
                 row = lengths[length] = deque()
-            row.append((ticket, index))
+            row.append((request, index))
         self.queued += len(payloads)
-        self._pump_soon(loop)
-        return ticket
+        self._dispatch_soon(loop)
+        return request
 
-    def abandon(self, ticket: QueuedRequest[Payload, Result]) -> None:
-        """Give up a ticket: its waiting texts will never run, and stop counting now."""
-        if not ticket.abandoned:
-            ticket.abandoned = True
-            self.queued -= ticket.waiting
-            ticket.future.cancel()
+    def abandon(self, request: QueuedRequest[Payload, Result]) -> None:
+        """Give up a request: its waiting texts will never run, and stop counting now."""
+        if not request.abandoned:
+            request.abandoned = True
+            self.queued -= request.waiting
+            request.future.cancel()
 
     def close(self) -> None:
         """Stop the threads once running work is done; fail whatever still waits."""
@@ -180,20 +180,20 @@ class Batcher(Generic[Payload, Result]):
             self._timer.cancel()
         for lengths in self._waiting.values():
             for row in lengths.values():
-                for ticket, _ in row:
-                    ticket._fail(RuntimeError("The server stopped before this work began."))
+                for request, _ in row:
+                    request._fail(RuntimeError("The server stopped before this work began."))
         self._waiting.clear()
         self.queued = 0
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pump_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         # Deferred by one turn of the loop, so that requests parsed in the same turn share a batch.
-        if not self._pump_due:
-            self._pump_due = True
-            loop.call_soon(self._pump)
+        if not self._dispatch_due:
+            self._dispatch_due = True
+            loop.call_soon(self._dispatch)
 
-    def _pump(self) -> None:
-        self._pump_due = False
+    def _dispatch(self) -> None:
+        self._dispatch_due = False
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -207,7 +207,7 @@ class Batcher(Generic[Payload, Result]):
             if not full and self.expected:
                 remaining = oldest[0].enqueued_s + self._max_wait_s - time.perf_counter()
                 if remaining > 0:
-                    self._timer = asyncio.get_running_loop().call_later(remaining, self._pump)
+                    self._timer = asyncio.get_running_loop().call_later(remaining, self._dispatch)
                     return
             batch, n_tokens = self._take(group, len_of_oldest=oldest[1])
             if batch and self._is_quick(batch, oldest[1]):
@@ -216,7 +216,7 @@ class Batcher(Generic[Payload, Result]):
                 self._start(batch, n_tokens)
 
     def _oldest(self) -> tuple[Hashable, tuple[QueuedRequest[Payload, Result], int] | None]:
-        """Return the group and (ticket, token count) that wait longest; drop abandoned heads."""
+        """Return the group and (request, token count) that wait longest; drop abandoned heads."""
         best: tuple[QueuedRequest[Payload, Result], int] | None = None
         best_group: Hashable = None
         for group in list(self._waiting):
@@ -236,24 +236,24 @@ class Batcher(Generic[Payload, Result]):
     def _shortest(self, group: Hashable) -> int:
         return min(self._waiting[group])
 
-    def _take(self, group: Hashable, len_of_oldest: int) -> tuple[list[Share], int]:
+    def _take(self, group: Hashable, len_of_oldest: int) -> tuple[list[QueuedText], int]:
         """Remove one batch: the oldest text, then those nearest to it in length, within the budget.
 
         Returns the batch and its tokens, padding counted.
         """
         lengths = self._waiting[group]
-        batch: list[Share] = []
+        batch: list[QueuedText] = []
         longest = 0
         for length in sorted(lengths, key=lambda n: abs(n - len_of_oldest)):
             row = lengths[length]
             widest = max(longest, length)
             while row and (not batch or (len(batch) + 1) * widest <= self._max_batch_tokens):
-                ticket, index = row.popleft()
-                if ticket.abandoned:
+                request, index = row.popleft()
+                if request.abandoned:
                     continue
                 longest = widest
-                batch.append((ticket, index))
-                ticket.waiting -= 1
+                batch.append((request, index))
+                request.waiting -= 1
                 self.queued -= 1
             if not row:
                 del lengths[length]
@@ -263,53 +263,53 @@ class Batcher(Generic[Payload, Result]):
             del self._waiting[group]
         return batch, len(batch) * longest
 
-    def _is_quick(self, batch: list[Share], length: int) -> bool:
-        """Whether ``batch`` is one short text, alone in the lane, and such texts have been quick."""
+    def _is_quick(self, batch: list[QueuedText], length: int) -> bool:
+        """Whether ``batch`` is one short text, alone in the batcher, and such texts have been quick."""
         alone = len(batch) == 1 and not self.queued and not self.expected
         free = self._workers == 1 and self._idle == 1  # several workers are there to work side by side
         return alone and free and length <= _AT_ONCE_TOKENS and 0 < self._lone_s <= _AT_ONCE_S
 
-    def _run_here(self, batch: list[Share], n_tokens: int) -> None:
+    def _run_here(self, batch: list[QueuedText], n_tokens: int) -> None:
         self._idle -= 1
-        done: asyncio.Future[_Ran] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[_FinishedBatch] = asyncio.get_running_loop().create_future()
         try:
             done.set_result(self._run(batch, n_tokens))
         except Exception as error:
             done.set_exception(error)
         self._finish(batch, done)
 
-    def _start(self, batch: list[Share], n_tokens: int) -> None:
+    def _start(self, batch: list[QueuedText], n_tokens: int) -> None:
         self._idle -= 1
         done = asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch, n_tokens)
         done.add_done_callback(lambda future: self._finish(batch, future))
 
-    def _run(self, batch: list[Share], n_tokens: int) -> _Ran:
+    def _run(self, batch: list[QueuedText], n_tokens: int) -> _FinishedBatch:
         """On a worker: answer what is still wanted, and say when."""
         started_s = time.perf_counter()
-        wanted = [(ticket, index) for ticket, index in batch if not ticket.abandoned]
-        results = self._work([ticket.payloads[index] for ticket, index in wanted]) if wanted else ()
+        wanted = [(request, index) for request, index in batch if not request.abandoned]
+        results = self._work([request.payloads[index] for request, index in wanted]) if wanted else ()
         fill = min(1.0, n_tokens * len(wanted) / (len(batch) * self._max_batch_tokens))
-        return _Ran(wanted, results, started_s, time.perf_counter(), fill)
+        return _FinishedBatch(wanted, results, started_s, time.perf_counter(), fill)
 
-    def _finish(self, batch: list[Share], done: asyncio.Future[_Ran]) -> None:
+    def _finish(self, batch: list[QueuedText], done: asyncio.Future[_FinishedBatch]) -> None:
         self._idle += 1
         error = RuntimeError("The server stopped.") if done.cancelled() else done.exception()
         if error is not None:
-            for ticket, _ in batch:
-                ticket._fail(error)
+            for request, _ in batch:
+                request._fail(error)
         elif done.result().wanted:
             self._answer(done.result())
         if self.queued and not self._closed:
-            self._pump()
+            self._dispatch()
 
-    def _answer(self, ran: _Ran) -> None:
-        for (ticket, index), result in zip(ran.wanted, ran.results, strict=True):
-            ticket.started_s = min(ticket.started_s or ran.started_s, ran.started_s)
-            ticket._put(index, result)
+    def _answer(self, ran: _FinishedBatch) -> None:
+        for (request, index), result in zip(ran.wanted, ran.results, strict=True):
+            request.started_s = min(request.started_s or ran.started_s, ran.started_s)
+            request._put(index, result)
         elapsed = ran.finished_s - ran.started_s
         self._learn(elapsed, len(ran.wanted), ran.fill)
         if self._on_batch:
-            waited = [ran.started_s - ticket.enqueued_s for ticket, _ in ran.wanted]
+            waited = [ran.started_s - request.enqueued_s for request, _ in ran.wanted]
             self._on_batch(len(ran.wanted), elapsed, waited)
 
     def _learn(self, elapsed_s: float, n_texts: int, fill: float) -> None:

@@ -29,8 +29,8 @@ from sbs_edge.serve.escalate import Escalation
 from sbs_edge.serve.listening import address_of, bind, unbind
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
-from sbs_edge.serve.models import Registry
 from sbs_edge.serve.protocol import connections
+from sbs_edge.serve.registry import Registry
 from sbs_edge.serve.service import Service
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.telemetry import tracing_to
@@ -229,7 +229,10 @@ def serve_on(
         server_header=False,
         lifespan="on",
         http=connections(
-            app.state.door, settings.head_timeout_s, settings.max_head_bytes, settings.max_connections
+            app.state.admission_filter,
+            settings.head_timeout_s,
+            settings.max_head_bytes,
+            settings.max_connections,
         ),
         ws="none",
         proxy_headers=False,  # the log names the peer; a header could name anybody

@@ -132,7 +132,7 @@ class _Supervisor:
             if self._stop_at_s and not alive:
                 break
             connection.wait([process.sentinel for process in alive], timeout=_LOOK_S)
-            self._bury()
+            self._reap()
             if self._stop_at_s and not told:
                 told = True
                 logger.info("draining", workers=len(alive))
@@ -174,7 +174,7 @@ class _Supervisor:
         worker.started_s = time.monotonic()
         logger.info("worker_started", worker=index, pid=worker.process.pid)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Take note of workers that ended; while serving, see to their successors."""
         for index, worker in enumerate(self._workers):
             if worker.process is None or worker.process.is_alive():

@@ -153,13 +153,13 @@ class Running:
         self.service = create_service([(None, path)], ServeSettings(**options), lambda _: self.engine)
         if escalation:
             self.service.escalation = escalation
-        self.app = create_app(self.service)
+        self.asgi = create_app(self.service)
 
     async def __aenter__(self):
-        self._life = self.app.router.lifespan_context(self.app)
+        self._life = self.asgi.router.lifespan_context(self.asgi)
         await self._life.__aenter__()
-        await self.app.state.loading
-        transport = httpx.ASGITransport(self.app)
+        await self.asgi.state.loading
+        transport = httpx.ASGITransport(self.asgi)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://edge")
         return self
 

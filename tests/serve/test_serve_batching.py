@@ -35,16 +35,16 @@ class Worker:
 def test_every_text_is_answered_once_in_order_and_within_the_budget(requests, budget, workers):
     async def go():
         worker = Worker()
-        lane = Batcher(worker, max_batch_tokens=budget, max_wait_s=0, workers=workers)
-        tickets = []
+        batcher = Batcher(worker, max_batch_tokens=budget, max_wait_s=0, workers=workers)
+        submitted = []
         for i, lengths in enumerate(requests):
-            tickets.append(lane.submit([(f"{i}.{j}", n) for j, n in enumerate(lengths)], lengths))
+            submitted.append(batcher.submit([(f"{i}.{j}", n) for j, n in enumerate(lengths)], lengths))
         worker.go.set()
-        for i, (ticket, lengths) in enumerate(zip(tickets, requests, strict=True)):
-            got = await asyncio.wait_for(ticket.future, 5)
+        for i, (request, lengths) in enumerate(zip(submitted, requests, strict=True)):
+            got = await asyncio.wait_for(request.future, 5)
             assert got == [(f"{i}.{j}", 2 * n) for j, n in enumerate(lengths)]
-        assert lane.queued == 0
-        lane.close()
+        assert batcher.queued == 0
+        batcher.close()
         sent = [name for batch in worker.batches for name, _ in batch]
         assert sorted(sent) == sorted(f"{i}.{j}" for i, row in enumerate(requests) for j in range(len(row)))
         for batch in worker.batches:
@@ -56,13 +56,13 @@ def test_every_text_is_answered_once_in_order_and_within_the_budget(requests, bu
 def test_like_lengths_go_together_and_the_oldest_goes_first():
     async def go():
         worker = Worker()
-        lane = Batcher(worker, max_batch_tokens=40, max_wait_s=0)
-        first = lane.submit([("first", 5)], [5])
+        batcher = Batcher(worker, max_batch_tokens=40, max_wait_s=0)
+        first = batcher.submit([("first", 5)], [5])
         await asyncio.sleep(0.02)
-        rest = [lane.submit([(f"t{n}", n)], [n]) for n in (10, 40, 9, 39, 11, 10)]
+        rest = [batcher.submit([(f"t{n}", n)], [n]) for n in (10, 40, 9, 39, 11, 10)]
         worker.go.set()
         await asyncio.gather(first.future, *(t.future for t in rest))
-        lane.close()
+        batcher.close()
         names = [[name for name, _ in batch] for batch in worker.batches]
         assert names[0] == ["first"]
         assert sorted(names[1]) == ["t10", "t10", "t9"]  # nearest to the oldest, 4 * 11 would not fit
@@ -75,22 +75,22 @@ def test_a_lone_text_does_not_wait_but_company_on_its_way_is_waited_for():
     async def go():
         worker = Worker()
         worker.go.set()
-        lane = Batcher(worker, max_wait_s=0.2)
+        batcher = Batcher(worker, max_wait_s=0.2)
         started = time.perf_counter()
-        await lane.submit([("alone", 3)], [3]).future
+        await batcher.submit([("alone", 3)], [3]).future
         assert time.perf_counter() - started < 0.1
-        lane.expected = 1
-        early = lane.submit([("early", 3)], [3])
+        batcher.expected = 1
+        early = batcher.submit([("early", 3)], [3])
         await asyncio.sleep(0.02)
-        lane.expected = 0
-        late = lane.submit([("late", 3)], [3])
+        batcher.expected = 0
+        late = batcher.submit([("late", 3)], [3])
         await asyncio.gather(early.future, late.future)
         assert [name for name, _ in worker.batches[1]] == ["early", "late"]
-        lane.expected = 1  # somebody is announced and never comes: the wait is bounded
+        batcher.expected = 1  # somebody is announced and never comes: the wait is bounded
         started = time.perf_counter()
-        await lane.submit([("bounded", 3)], [3]).future
+        await batcher.submit([("bounded", 3)], [3]).future
         assert 0.15 < time.perf_counter() - started < 1
-        lane.close()
+        batcher.close()
 
     asyncio.run(go())
 
@@ -98,19 +98,19 @@ def test_a_lone_text_does_not_wait_but_company_on_its_way_is_waited_for():
 def test_groups_never_mix_and_abandoned_work_never_runs():
     async def go():
         worker = Worker()
-        lane = Batcher(worker, max_wait_s=0)
-        hold = lane.submit([("hold", 1)], [1])
+        batcher = Batcher(worker, max_wait_s=0)
+        hold = batcher.submit([("hold", 1)], [1])
         await asyncio.sleep(0.02)
-        a = lane.submit([("a1", 4), ("a2", 4)], [4, 4], "a")
-        b = lane.submit([("b1", 4)], [4], "b")
-        gone = lane.submit([("gone", 4)], [4], "a")
-        assert lane.queued == 4
-        lane.abandon(gone)
-        lane.abandon(gone)
-        assert lane.queued == 3
+        a = batcher.submit([("a1", 4), ("a2", 4)], [4, 4], "a")
+        b = batcher.submit([("b1", 4)], [4], "b")
+        gone = batcher.submit([("gone", 4)], [4], "a")
+        assert batcher.queued == 4
+        batcher.abandon(gone)
+        batcher.abandon(gone)
+        assert batcher.queued == 3
         worker.go.set()
         await asyncio.gather(hold.future, a.future, b.future)
-        lane.close()
+        batcher.close()
         assert [[name for name, _ in batch] for batch in worker.batches] == [["hold"], ["a1", "a2"], ["b1"]]
 
     asyncio.run(go())
@@ -123,14 +123,14 @@ def test_a_failing_batch_fails_its_requests_and_the_lane_goes_on():
                 raise ValueError("bad batch")
             return batch
 
-        lane = Batcher(work, max_wait_s=0)
-        bad = lane.submit(["bad"], [1])
+        batcher = Batcher(work, max_wait_s=0)
+        bad = batcher.submit(["bad"], [1])
         with pytest.raises(ValueError, match="bad batch"):
             await bad.future
-        assert await lane.submit(["good"], [1]).future == ["good"]
-        lane.close()
+        assert await batcher.submit(["good"], [1]).future == ["good"]
+        batcher.close()
         with pytest.raises(RuntimeError, match="closed"):
-            lane.submit(["after"], [1])
+            batcher.submit(["after"], [1])
 
     asyncio.run(go())
 
@@ -138,11 +138,11 @@ def test_a_failing_batch_fails_its_requests_and_the_lane_goes_on():
 def test_closing_fails_what_still_waits():
     async def go():
         worker = Worker()
-        lane = Batcher(worker, max_wait_s=0)
-        running = lane.submit([("running", 1)], [1])
+        batcher = Batcher(worker, max_wait_s=0)
+        running = batcher.submit([("running", 1)], [1])
         await asyncio.sleep(0.02)
-        waiting = lane.submit([("waiting", 1)], [1])
-        lane.close()
+        waiting = batcher.submit([("waiting", 1)], [1])
+        batcher.close()
         with pytest.raises(RuntimeError, match="before this work began"):
             await waiting.future
         worker.go.set()
@@ -165,15 +165,15 @@ def test_a_worker_begins_the_next_whole_batch_without_the_event_loop():
             go_on.wait(10)
             return batch
 
-        lane = Batcher(work, max_batch_tokens=8, max_wait_s=0, ahead=ahead)
-        tickets = [lane.submit([f"{i}a", f"{i}b"], [4, 4]) for i in range(4)]
+        batcher = Batcher(work, max_batch_tokens=8, max_wait_s=0, ahead=ahead)
+        submitted = [batcher.submit([f"{i}a", f"{i}b"], [4, 4]) for i in range(4)]
         while not begun[0].is_set():
             await asyncio.sleep(0)
         go_on.set()
         without_loop = begun[1].wait(1 if ahead == 0 else 10)  # blocks this thread, and so the loop
-        for ticket in tickets:
-            assert await asyncio.wait_for(ticket.future, 10) == list(ticket.payloads)
-        lane.close()
+        for request in submitted:
+            assert await asyncio.wait_for(request.future, 10) == list(request.payloads)
+        batcher.close()
         assert sorted(map(len, batches)) == [2, 2, 2, 2]
         return without_loop
 
@@ -184,21 +184,21 @@ def test_a_worker_begins_the_next_whole_batch_without_the_event_loop():
 def test_what_stands_ready_is_whole_and_still_drops_what_is_given_up():
     async def go():
         worker = Worker()
-        lane = Batcher(worker, max_batch_tokens=8, max_wait_s=0, ahead=1)
-        hold = lane.submit([("hold", 8)], [8])
+        batcher = Batcher(worker, max_batch_tokens=8, max_wait_s=0, ahead=1)
+        hold = batcher.submit([("hold", 8)], [8])
         while not worker.batches:
             await asyncio.sleep(0)
-        gone = lane.submit([("gone", 4)], [4])
+        gone = batcher.submit([("gone", 4)], [4])
         await asyncio.sleep(0.01)
-        assert lane.queued == 1  # half a batch does not stand ready: others may still join it
-        kept = lane.submit([("kept", 4)], [4])
-        late = lane.submit([("late", 4)], [4])
-        while lane.queued != 1:
+        assert batcher.queued == 1  # half a batch does not stand ready: others may still join it
+        kept = batcher.submit([("kept", 4)], [4])
+        late = batcher.submit([("late", 4)], [4])
+        while batcher.queued != 1:
             await asyncio.sleep(0)
-        lane.abandon(gone)  # from the batch that stands ready
+        batcher.abandon(gone)  # from the batch that stands ready
         worker.go.set()
         await asyncio.gather(hold.future, kept.future, late.future)
-        lane.close()
+        batcher.close()
         assert [[name for name, _ in batch] for batch in worker.batches] == [["hold"], ["kept"], ["late"]]
         assert 0 < kept.enqueued_s <= kept.started_s <= kept.finished_s
 
@@ -217,12 +217,12 @@ def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
         return [f"{text}!" for text in batch]
 
     async def go():
-        lane = Batcher(work, max_wait_s=0)
+        batcher = Batcher(work, max_wait_s=0)
 
         async def run(*texts, length=8):
             threads.clear()
-            tickets = [lane.submit([text], [length]) for text in texts]
-            found = [(await asyncio.wait_for(ticket.future, 5))[0] for ticket in tickets]
+            submitted = [batcher.submit([text], [length]) for text in texts]
+            found = [(await asyncio.wait_for(request.future, 5))[0] for request in submitted]
             assert found == [f"{text}!" for text in texts]
             return {thread == loops for thread in threads}
 
@@ -232,15 +232,15 @@ def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
         assert await run("lone") == {True}
         assert await run("a", "b") == {False}
         assert await run("long", length=400) == {False}
-        lane.expected = 1
+        batcher.expected = 1
         assert await run("company comes") == {False}
-        lane.expected = 0
+        batcher.expected = 0
         with pytest.raises(ValueError, match="no"):
             await run("bad")
         assert await run("after an error") == {True}
         await run("slow")
         assert await run("after a slow one") == {False}
-        lane.close()
+        batcher.close()
 
         several = Batcher(work, max_wait_s=0, workers=2)
         threads.clear()
@@ -254,20 +254,20 @@ def test_a_lone_quick_text_runs_at_once_and_every_other_on_a_worker():
 
 def test_the_estimate_learns_from_full_batches_and_one_slow_start_does_not_shut_the_queue():
     """A queue is worked off in full batches; what a lone text takes after a start says nothing about it."""
-    lane = Batcher(lambda batch: batch, max_batch_tokens=512)
+    batcher = Batcher(lambda batch: batch, max_batch_tokens=512)
     try:
-        lane._learn(0.020, 1, 8 / 512)  # the first text of a cold process: 20 ms
-        assert lane.wait_estimate_s(1024) < 0.5
+        batcher._learn(0.020, 1, 8 / 512)  # the first text of a cold process: 20 ms
+        assert batcher.wait_estimate_s(1024) < 0.5
         for _ in range(20):
-            lane._learn(0.0006, 1, 8 / 512)
-        assert lane.wait_estimate_s(1024) < 0.05
-        lane._learn(0.060, 32, 1.0)  # the first full batch is slow too
+            batcher._learn(0.0006, 1, 8 / 512)
+        assert batcher.wait_estimate_s(1024) < 0.05
+        batcher._learn(0.060, 32, 1.0)  # the first full batch is slow too
         for _ in range(9):
-            lane._learn(0.006, 32, 1.0)
-        assert lane.wait_estimate_s(1) == pytest.approx((0.060 + 9 * 0.006) / 320)
-        before = lane.wait_estimate_s(1)
+            batcher._learn(0.006, 32, 1.0)
+        assert batcher.wait_estimate_s(1) == pytest.approx((0.060 + 9 * 0.006) / 320)
+        before = batcher.wait_estimate_s(1)
         for _ in range(50):
-            lane._learn(0.0006, 1, 8 / 512)  # lone texts between bursts leave it alone
-        assert lane.wait_estimate_s(1) == before
+            batcher._learn(0.0006, 1, 8 / 512)  # lone texts between bursts leave it alone
+        assert batcher.wait_estimate_s(1) == before
     finally:
-        lane.close()
+        batcher.close()

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from sbs_edge.serve.admission import AdmissionSlot
-from sbs_edge.serve.admission_filter import Refused, request_id
+from sbs_edge.serve.admission_filter import Rejection, request_id
 
 
 def scope(path="/v1/predict", method="POST", **headers):
@@ -20,7 +20,7 @@ def scope(path="/v1/predict", method="POST", **headers):
     }  # fmt: skip
 
 
-async def call(edge, given):
+async def call(app, given):
     """Call the application with a body that must not be asked for."""
     sent = []
 
@@ -30,7 +30,7 @@ async def call(edge, given):
     async def send(message):
         sent.append(message)
 
-    await edge.app(given, receive, send)
+    await app.asgi(given, receive, send)
     start, body = sent
     assert int(dict(start["headers"])[b"content-length"]) == len(body["body"])
     return start["status"], dict(start["headers"]), json.loads(body["body"])
@@ -42,40 +42,40 @@ def run(work):
 
 def test_a_full_server_refuses_before_it_reads(hand_bundle, running):
     async def go():
-        async with running(hand_bundle, max_concurrent=1) as edge:
-            edge.service.gate.enter(1)
+        async with running(hand_bundle, max_concurrent=1) as app:
+            app.service.gate.enter(1)
             for path in ("/v1/predict", "/v2/models/hand/infer", "/v2/models/hand/versions/1/infer"):
-                status, headers, answer = await call(edge, scope(path, x_request_id="mine-1"))
+                status, headers, answer = await call(app, scope(path, x_request_id="mine-1"))
                 assert (status, headers[b"x-request-id"]) == (429, b"mine-1")
                 assert int(headers[b"retry-after"]) >= 1
                 assert "try again" in answer["error"]
-            assert edge.rejected("concurrency") == 3
-            value = edge.service.metrics.registry.get_sample_value
+            assert app.rejected("concurrency") == 3
+            value = app.service.metrics.registry.get_sample_value
             assert value("sbs_edge_requests_total", {"model": "", "code": "429"}) == 3
-            assert (await edge.client.get("/v2/health/live")).status_code == 200  # not work: never refused
-            assert (await edge.client.post("/v1/other")).status_code == 404
-            edge.service.gate.leave(1)
-            assert (await edge.predict(["a"])).status_code == 200
+            assert (await app.client.get("/v2/health/live")).status_code == 200  # not work: never refused
+            assert (await app.client.post("/v1/other")).status_code == 404
+            app.service.gate.leave(1)
+            assert (await app.predict(["a"])).status_code == 200
 
     run(go())
 
 
 def test_a_full_label_queue_refuses_labels_at_the_door_and_lets_rationales_in(hand_bundle, running):
     async def go():
-        async with running(hand_bundle, max_queue_texts=32) as edge:
-            version = edge.service.registry.find("hand")
+        async with running(hand_bundle, max_queue_texts=32) as app:
+            version = app.service.registry.find("hand")
             version.label_gate.enter(32)
-            status, _, _ = await call(edge, scope())
-            assert (status, edge.rejected("label_queue")) == (429, 1)
+            status, _, _ = await call(app, scope())
+            assert (status, app.rejected("label_queue")) == (429, 1)
             body = {
                 "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}],
                 "outputs": [{"name": "rationale"}],
             }
-            rationale = await edge.client.post("/v2/models/hand/infer", json=body)
+            rationale = await app.client.post("/v2/models/hand/infer", json=body)
             assert rationale.status_code == 200
             body.pop("outputs")
-            label = await edge.client.post("/v2/models/hand/infer", json=body)
-            assert (label.status_code, edge.rejected("label_queue")) == (429, 2)
+            label = await app.client.post("/v2/models/hand/infer", json=body)
+            assert (label.status_code, app.rejected("label_queue")) == (429, 2)
             version.label_gate.leave(32)
 
     run(go())
@@ -85,22 +85,22 @@ def test_a_burst_is_counted_before_its_bodies_are_read(hand_bundle, running):
     """Room for 32 texts, requests of 16 lately: the third of a burst is refused at the door, not later."""
 
     async def go():
-        async with running(hand_bundle, max_queue_texts=32) as edge:
+        async with running(hand_bundle, max_queue_texts=32) as app:
             for i in range(80):
-                assert (await edge.predict([f"{i} {j}" for j in range(16)])).status_code == 200
-            asked = [edge.app.state.door.ask("POST", "/v1/predict", []) for _ in range(3)]
-            assert [type(each) for each in asked] == [AdmissionSlot, AdmissionSlot, Refused]
-            assert (edge.service.gate.inside, edge.service.coming.texts) == (2, 32)
-            asked[0].unexpect()  # its body is still on its way
-            assert edge.service.coming.texts == 16
-            last = edge.app.state.door.ask("POST", "/v1/predict", [])
+                assert (await app.predict([f"{i} {j}" for j in range(16)])).status_code == 200
+            asked = [app.asgi.state.admission_filter.admit("POST", "/v1/predict", []) for _ in range(3)]
+            assert [type(each) for each in asked] == [AdmissionSlot, AdmissionSlot, Rejection]
+            assert (app.service.gate.inside, app.service.pending.texts) == (2, 32)
+            asked[0].withdraw_estimate()  # its body is still on its way
+            assert app.service.pending.texts == 16
+            last = app.asgi.state.admission_filter.admit("POST", "/v1/predict", [])
             assert isinstance(last, AdmissionSlot)
-            for passage in (asked[0], asked[1], last, last):
-                passage.leave()
-            assert (edge.service.gate.inside, edge.service.coming.texts) == (0, 0)
-            full = await asyncio.gather(*(edge.predict([f"{i}"] * 16) for i in range(8)))
+            for slot in (asked[0], asked[1], last, last):
+                slot.leave()
+            assert (app.service.gate.inside, app.service.pending.texts) == (0, 0)
+            full = await asyncio.gather(*(app.predict([f"{i}"] * 16) for i in range(8)))
             assert {answer.status_code for answer in full} == {200, 429}
-            assert (edge.service.gate.inside, edge.service.coming.texts) == (0, 0)
+            assert (app.service.gate.inside, app.service.pending.texts) == (0, 0)
 
     run(go())
 
@@ -114,12 +114,12 @@ def test_ids_differ_and_need_nothing_of_the_system():
 
 def test_draining_and_loading_close_or_keep_the_connection_as_they_say(hand_bundle, running):
     async def go():
-        async with running(hand_bundle) as edge:
-            edge.service.draining = True
-            status, headers, _ = await call(edge, scope())
+        async with running(hand_bundle) as app:
+            app.service.draining = True
+            status, headers, _ = await call(app, scope())
             assert (status, headers[b"connection"]) == (503, b"close")
-            edge.service.draining, edge.service.started = False, False
-            status, headers, _ = await call(edge, scope())
+            app.service.draining, app.service.started = False, False
+            status, headers, _ = await call(app, scope())
             assert (status, b"connection" in headers) == (503, False)
 
     run(go())
@@ -127,15 +127,15 @@ def test_draining_and_loading_close_or_keep_the_connection_as_they_say(hand_bund
 
 def test_strangers_are_told_401_whether_or_not_there_is_room(hand_bundle, running):
     async def go():
-        async with running(hand_bundle, max_concurrent=1, token="s3cret") as edge:
-            edge.service.gate.enter(1)
+        async with running(hand_bundle, max_concurrent=1, token="s3cret") as app:
+            app.service.gate.enter(1)
             for given in ({}, {"authorization": "Bearer s3cre"}):
-                status, headers, _ = await call(edge, scope(**given))
+                status, headers, _ = await call(app, scope(**given))
                 assert (status, headers[b"www-authenticate"]) == (401, b"Bearer")
-            assert edge.rejected("concurrency") == 0
-            status, _, _ = await call(edge, scope(authorization="Bearer s3cret"))
+            assert app.rejected("concurrency") == 0
+            status, _, _ = await call(app, scope(authorization="Bearer s3cret"))
             assert status == 429
-            edge.service.gate.leave(1)
+            app.service.gate.leave(1)
 
     run(go())
 
@@ -143,11 +143,11 @@ def test_strangers_are_told_401_whether_or_not_there_is_room(hand_bundle, runnin
 @pytest.mark.parametrize("access_log", [True, False])
 def test_refusals_are_one_line_a_second_not_one_each(hand_bundle, running, json_logs, access_log):
     async def go():
-        async with running(hand_bundle, max_concurrent=1, access_log=access_log) as edge:
-            edge.service.gate.enter(1)
+        async with running(hand_bundle, max_concurrent=1, access_log=access_log) as app:
+            app.service.gate.enter(1)
             for _ in range(500):
-                await call(edge, scope())
-            edge.service.gate.leave(1)
+                await call(app, scope())
+            app.service.gate.leave(1)
 
     run(go())
     lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
@@ -162,16 +162,16 @@ def test_unknown_names_make_no_new_series(hand_bundle, running):
     """Labels come from what is served and from fixed sets, never from a request."""
 
     async def go():
-        async with running(hand_bundle) as edge:
+        async with running(hand_bundle) as app:
 
             async def ask(i):
-                assert (await edge.predict([f"text {i}"], model=f"m{i}")).status_code == 404
-                assert (await edge.predict([f"text {i}"], version=f"9{i}")).status_code == 404
-                assert (await edge.client.post(f"/v2/models/m{i}/infer", json={})).status_code == 404
-                assert (await edge.client.get(f"/v2/models/m{i}/versions/{i}")).status_code == 404
-                assert (await edge.client.request(f"M{i}", f"/x{i}")).status_code in (404, 405)
-                assert (await edge.predict([f"text {i}"])).status_code == 200
-                return len((await edge.client.get("/metrics")).text.splitlines())
+                assert (await app.predict([f"text {i}"], model=f"m{i}")).status_code == 404
+                assert (await app.predict([f"text {i}"], version=f"9{i}")).status_code == 404
+                assert (await app.client.post(f"/v2/models/m{i}/infer", json={})).status_code == 404
+                assert (await app.client.get(f"/v2/models/m{i}/versions/{i}")).status_code == 404
+                assert (await app.client.request(f"M{i}", f"/x{i}")).status_code in (404, 405)
+                assert (await app.predict([f"text {i}"])).status_code == 200
+                return len((await app.client.get("/metrics")).text.splitlines())
 
             await ask(0)  # the first of each status makes its series
             assert await ask(1) == await ask(2) == await ask(3)
@@ -181,23 +181,23 @@ def test_unknown_names_make_no_new_series(hand_bundle, running):
 
 def test_a_model_of_labels_alone_promises_no_rationales(hand_bundle, running):
     async def go():
-        edge = running(hand_bundle)
-        kind = type(edge.engine)
+        app = running(hand_bundle)
+        kind = type(app.engine)
         targets = {"by-hand": {"label_scorer": "a.onnx"}}
-        edge.engine.__class__ = type(
+        app.engine.__class__ = type(
             "LabelsOnly",
             (kind,),
             {"manifest": property(lambda self: {**kind.manifest.fget(self), "targets": targets})},
         )
-        async with edge:
-            metadata = (await edge.client.get("/v2/models/hand")).json()
+        async with app:
+            metadata = (await app.client.get("/v2/models/hand")).json()
             names = {output["name"] for output in metadata["outputs"]}
             assert "label" in names
             assert not names & {"rationale", "rationale_complete"}
-            answer = await edge.predict(["a"], explain=True)
-            assert (answer.status_code, "--label-only" in answer.json()["error"]) == (400, True)
-            assert (await edge.predict(["a"])).status_code == 200
-            missing = await edge.client.get("/v2/models/nobody")
+            answer = await app.predict(["a"], explain=True)
+            assert (answer.status_code, "label_only" in answer.json()["error"]) == (400, True)
+            assert (await app.predict(["a"])).status_code == 200
+            missing = await app.client.get("/v2/models/nobody")
             assert (missing.status_code, "there are: hand" in missing.json()["error"]) == (404, True)
 
     run(go())

@@ -21,12 +21,12 @@ def run(work):
 
 def test_plain_route_answers_what_the_engine_answers(hand_bundle, running):
     async def go():
-        async with running(hand_bundle) as edge:
+        async with running(hand_bundle) as app:
             texts = ["no heat at all", "filter is due", "a b c"]
-            answer = (await edge.predict(texts, explain=True)).json()
+            answer = (await app.predict(texts, explain=True)).json()
             assert answer["model"] == "hand"
             for text, got in zip(texts, answer["predictions"], strict=True):
-                want = edge.engine.answer(text)
+                want = app.engine.answer(text)
                 assert got["label"] == want.label
                 assert got["probabilities"] == want.probabilities
                 assert got["rationale"] == "because " + text[::-1]
@@ -37,17 +37,17 @@ def test_plain_route_answers_what_the_engine_answers(hand_bundle, running):
 
 def test_every_limit_names_itself(hand_bundle, running):
     async def go():
-        async with running(hand_bundle, max_body_bytes=4000, max_texts=4) as edge:
-            many = await edge.predict(["a"] * 5)
+        async with running(hand_bundle, max_body_bytes=4000, max_texts=4) as app:
+            many = await app.predict(["a"] * 5)
             assert (many.status_code, "limit is 4" in many.json()["error"]) == (400, True)
-            long = await edge.predict(["ok", "word " * 50])
+            long = await app.predict(["ok", "word " * 50])
             assert long.status_code == 400
             assert "texts[1] has 51 tokens" in long.json()["error"]
             assert "limit is 40" in long.json()["error"]
-            cut = await edge.predict(["word " * 50], truncate=True)
+            cut = await app.predict(["word " * 50], truncate=True)
             assert cut.json()["predictions"][0]["truncated"] is True
-            assert (await edge.predict(["x" * 5000])).status_code == 413
-            assert edge.rejected("body") == 1
+            assert (await app.predict(["x" * 5000])).status_code == 413
+            assert app.rejected("body") == 1
 
     run(go())
 
@@ -63,11 +63,11 @@ def test_compressed_bodies_are_counted_after_decompression(hand_bundle, running,
         return deflate.compress(raw) + deflate.flush()
 
     async def go():
-        async with running(hand_bundle, max_body_bytes=100_000) as edge:
+        async with running(hand_bundle, max_body_bytes=100_000) as app:
             headers = {"Content-Encoding": "gzip" if encoding == "gzip" else "deflate"}
 
             async def post(raw):
-                return await edge.client.post("/v1/predict", content=raw, headers=headers)
+                return await app.client.post("/v1/predict", content=raw, headers=headers)
 
             body = json.dumps({"texts": ["a b"]}).encode()
             assert (await post(packed(body))).status_code == 200
@@ -76,7 +76,7 @@ def test_compressed_bodies_are_counted_after_decompression(hand_bundle, running,
             assert (await post(bomb)).status_code == 413
             assert (await post(packed(body)[:-3])).status_code == 400
             assert (await post(b"\x08garbage")).status_code == 400
-            other = await edge.client.post("/v1/predict", content=body, headers={"Content-Encoding": "br"})
+            other = await app.client.post("/v1/predict", content=body, headers={"Content-Encoding": "br"})
             assert other.status_code == 415
 
     run(go())
@@ -107,8 +107,8 @@ def test_compressed_bodies_are_counted_after_decompression(hand_bundle, running,
 )
 def test_malformed_bodies_are_400_with_a_reason(hand_bundle, running, body):
     async def go():
-        async with running(hand_bundle) as edge:
-            answer = await edge.client.post("/v1/predict", content=body)
+        async with running(hand_bundle) as app:
+            answer = await app.client.post("/v1/predict", content=body)
             assert answer.status_code == 400
             assert list(answer.json()) == ["error"]
 
@@ -118,19 +118,19 @@ def test_malformed_bodies_are_400_with_a_reason(hand_bundle, running, body):
 def test_a_burst_over_the_limit_is_429_before_any_tokenising(hand_bundle, running):
     async def go():
         engine = running.new_engine(label_s=0.05)
-        async with running(hand_bundle, engine, max_concurrent=4) as edge:
+        async with running(hand_bundle, engine, max_concurrent=4) as app:
             counted = []
             real = engine.tokenize
             engine.tokenize = lambda texts, task="label": counted.append(texts) or real(texts, task)
-            answers = await asyncio.gather(*(edge.predict([f"text {i}"]) for i in range(20)))
+            answers = await asyncio.gather(*(app.predict([f"text {i}"]) for i in range(20)))
             codes = sorted(a.status_code for a in answers)
             assert codes == [200] * 4 + [429] * 16
             assert len(counted) == 4
             refused = [a for a in answers if a.status_code == 429]
             assert all(int(a.headers["Retry-After"]) >= 1 for a in refused)
-            assert edge.rejected("concurrency") == 16
-            assert edge.service.gate.inside == 0
-            assert (await edge.predict(["again"])).status_code == 200
+            assert app.rejected("concurrency") == 16
+            assert app.service.gate.inside == 0
+            assert (await app.predict(["again"])).status_code == 200
 
     run(go())
 
@@ -138,12 +138,12 @@ def test_a_burst_over_the_limit_is_429_before_any_tokenising(hand_bundle, runnin
 def test_a_full_queue_of_texts_is_429_and_labels_do_not_wait_for_rationales(hand_bundle, running):
     async def go():
         engine = running.new_engine(rationale_s=0.4)
-        async with running(hand_bundle, engine, max_queue_texts=32, max_queue_ms=60_000) as edge:
-            slow = asyncio.create_task(edge.predict(["x"] * 32, explain=True))
+        async with running(hand_bundle, engine, max_queue_texts=32, max_queue_ms=60_000) as app:
+            slow = asyncio.create_task(app.predict(["x"] * 32, explain=True))
             await asyncio.sleep(0.1)
-            full = await edge.predict(["y"], explain=True)
-            assert (full.status_code, edge.rejected("rationale_queue")) == (429, 1)
-            quick = await asyncio.wait_for(edge.predict(["z"]), 0.2)
+            full = await app.predict(["y"], explain=True)
+            assert (full.status_code, app.rejected("rationale_queue")) == (429, 1)
+            quick = await asyncio.wait_for(app.predict(["z"]), 0.2)
             assert quick.status_code == 200
             assert not slow.done()
             assert (await slow).status_code == 200
@@ -154,12 +154,12 @@ def test_a_full_queue_of_texts_is_429_and_labels_do_not_wait_for_rationales(hand
 def test_estimated_wait_refuses_before_the_count_does(hand_bundle, running):
     async def go():
         engine = running.new_engine(label_s=0.05)
-        async with running(hand_bundle, engine, max_queue_ms=100, max_batch_tokens=3) as edge:
-            assert (await edge.predict(["learn the pace"])).status_code == 200
-            answers = await asyncio.gather(*(edge.predict([f"text {i}"]) for i in range(10)))
+        async with running(hand_bundle, engine, max_queue_ms=100, max_batch_tokens=3) as app:
+            assert (await app.predict(["learn the pace"])).status_code == 200
+            answers = await asyncio.gather(*(app.predict([f"text {i}"]) for i in range(10)))
             codes = [a.status_code for a in answers]
             assert 2 <= codes.count(200) <= 4  # 100 ms of work at 50 ms each, and the one inside
-            assert edge.rejected("queue_time") == codes.count(429) > 0
+            assert app.rejected("queue_time") == codes.count(429) > 0
 
     run(go())
 
@@ -167,14 +167,14 @@ def test_estimated_wait_refuses_before_the_count_does(hand_bundle, running):
 def test_deadline_is_504_and_frees_its_place(hand_bundle, running):
     async def go():
         engine = running.new_engine(label_s=0.3)
-        async with running(hand_bundle, engine) as edge:
+        async with running(hand_bundle, engine) as app:
             for headers in ({"X-Request-Timeout-Ms": "50"}, {"Request-Timeout": "0.05"}):
-                late = await edge.predict(["a"], headers=headers)
+                late = await app.predict(["a"], headers=headers)
                 assert late.status_code == 504
-                assert edge.service.gate.inside == 0
-                assert edge.service.registry.find("hand").label_gate.inside == 0
-            assert (await edge.predict(["a"], headers={"Request-Timeout": "soon"})).status_code == 400
-            assert (await edge.predict(["a"])).status_code == 200
+                assert app.service.gate.inside == 0
+                assert app.service.registry.find("hand").label_gate.inside == 0
+            assert (await app.predict(["a"], headers={"Request-Timeout": "soon"})).status_code == 400
+            assert (await app.predict(["a"])).status_code == 200
 
     run(go())
 
@@ -182,8 +182,8 @@ def test_deadline_is_504_and_frees_its_place(hand_bundle, running):
 def test_a_client_that_leaves_frees_its_place_and_its_queued_work(hand_bundle, running):
     async def go():
         engine = running.new_engine(label_s=0.2)
-        async with running(hand_bundle, engine) as edge:
-            first = asyncio.create_task(edge.predict(["running"]))
+        async with running(hand_bundle, engine) as app:
+            first = asyncio.create_task(app.predict(["running"]))
             await asyncio.sleep(0.05)
             left = asyncio.Event()
             sent = []
@@ -213,17 +213,17 @@ def test_a_client_that_leaves_frees_its_place_and_its_queued_work(hand_bundle, r
                 "raw_path": b"/v1/predict",
                 "asgi": {"version": "3.0"},
             }
-            second = asyncio.create_task(edge.app(scope, receive, send))
+            second = asyncio.create_task(app.asgi(scope, receive, send))
             await asyncio.sleep(0.05)
-            version = edge.service.registry.find("hand")
-            assert (version.labels.queued, edge.service.gate.inside) == (2, 2)
+            version = app.service.registry.find("hand")
+            assert (version.labels.queued, app.service.gate.inside) == (2, 2)
             left.set()
             await second
-            assert (version.labels.queued, edge.service.gate.inside) == (0, 1)
+            assert (version.labels.queued, app.service.gate.inside) == (0, 1)
             await first
-            assert (await edge.predict(["after"])).status_code == 200
+            assert (await app.predict(["after"])).status_code == 200
             assert ["never", "runs"] not in engine.batches
-            assert edge.rejected("client_left") == 1
+            assert app.rejected("client_left") == 1
             assert version.leases == 0
 
     run(go())
@@ -232,11 +232,11 @@ def test_a_client_that_leaves_frees_its_place_and_its_queued_work(hand_bundle, r
 def test_one_bad_text_does_not_fail_its_neighbours(hand_bundle, running):
     async def go():
         engine = running.new_engine(label_s=0.03, poison="poison")
-        async with running(hand_bundle, engine) as edge:
-            first = asyncio.create_task(edge.predict(["hold the worker"]))
+        async with running(hand_bundle, engine) as app:
+            first = asyncio.create_task(app.predict(["hold the worker"]))
             await asyncio.sleep(0.01)
             texts = ["good one", "poison one", "good two"]
-            answers = await asyncio.gather(*(edge.predict([t]) for t in texts))
+            answers = await asyncio.gather(*(app.predict([t]) for t in texts))
             assert [a.status_code for a in answers] == [200, 400, 200]
             assert "poison" in answers[1].json()["error"]
             await first
@@ -246,36 +246,36 @@ def test_one_bad_text_does_not_fail_its_neighbours(hand_bundle, running):
 
 def test_not_ready_draining_and_unknown_names(hand_bundle, running):
     async def go():
-        async with running(hand_bundle) as edge:
-            get = edge.client.get
+        async with running(hand_bundle) as app:
+            get = app.client.get
             assert (await get("/v2/health/ready")).status_code == 200
             assert (await get("/v2/models/other")).status_code == 404
             assert (await get("/v2/models/hand/versions/9/ready")).status_code == 404
             assert (await get("/v2/models/hand/versions/1/ready")).status_code == 200
             assert (await get("/nowhere")).json() == {"error": "There is no such route."}
             assert (await get("/v1/predict")).status_code == 405
-            edge.service.draining = True
+            app.service.draining = True
             assert (await get("/v2/health/ready")).status_code == 503
             assert (await get("/v2/health/live")).status_code == 200
-            assert (await edge.predict(["a"])).status_code == 503
-            edge.service.draining, edge.service.started = False, False
-            assert (await edge.predict(["a"])).status_code == 503
+            assert (await app.predict(["a"])).status_code == 503
+            app.service.draining, app.service.started = False, False
+            assert (await app.predict(["a"])).status_code == 503
 
     run(go())
 
 
 def test_bearer_token_guards_all_but_probes_and_page(hand_bundle, running):
     async def go():
-        async with running(hand_bundle, token="s3cret") as edge:
+        async with running(hand_bundle, token="s3cret") as app:
             for path in ("/", "/openapi.json", "/v2/health/live", "/v2/health/ready"):
-                assert (await edge.client.get(path)).status_code == 200
+                assert (await app.client.get(path)).status_code == 200
             for path in ("/metrics", "/v2", "/v2/models/hand"):
-                assert (await edge.client.get(path)).status_code == 401
+                assert (await app.client.get(path)).status_code == 401
             for given in (None, "Bearer wrong", "s3cret", "Basic s3cret", "Bearer s3cret2", "Bearer \xff"):
                 headers = {} if given is None else {"Authorization": given.encode("latin-1")}
-                assert (await edge.predict(["a"], headers=headers)).status_code == 401
+                assert (await app.predict(["a"], headers=headers)).status_code == 401
             for given in ("Bearer s3cret", "bearer s3cret", "BEARER  s3cret"):  # RFC 9110: in any case
-                good = await edge.predict(["a"], headers={"Authorization": given})
+                good = await app.predict(["a"], headers={"Authorization": given})
                 assert good.status_code == 200
 
     run(go())
@@ -283,10 +283,10 @@ def test_bearer_token_guards_all_but_probes_and_page(hand_bundle, running):
 
 def test_request_ids_are_echoed_and_texts_stay_out_of_the_log(hand_bundle, running, json_logs):
     async def go(**options):
-        async with running(hand_bundle, **options) as edge:
-            answer = await edge.predict(["a very private text"], headers={"X-Request-Id": "abc-1"})
+        async with running(hand_bundle, **options) as app:
+            answer = await app.predict(["a very private text"], headers={"X-Request-Id": "abc-1"})
             assert answer.headers["X-Request-Id"] == "abc-1"
-            forged = await edge.predict(["b"], headers={"X-Request-Id": 'x" injected'})
+            forged = await app.predict(["b"], headers={"X-Request-Id": 'x" injected'})
             assert forged.headers["X-Request-Id"] != 'x" injected'
 
     run(go())
@@ -311,21 +311,21 @@ def teacher(reply, calls):
 def test_cascade_replaces_only_unsure_answers_and_says_so(hand_bundle, running):
     async def go():
         calls: list = []
-        async with running(hand_bundle, escalation=teacher(" Wait. ", calls), abstain_below=0.9) as edge:
-            got = (await edge.predict(["some text"])).json()["predictions"][0]
+        async with running(hand_bundle, escalation=teacher(" Wait. ", calls), abstain_below=0.9) as app:
+            got = (await app.predict(["some text"])).json()["predictions"][0]
             assert (got["label"], got["escalated"], got["abstained"]) == ("wait", True, False)
             assert calls[0]["messages"][1]["content"] == "some text"
             assert calls[0]["model"] == "big"
         calls.clear()
-        async with running(hand_bundle, escalation=teacher("wait", calls), abstain_below=0.5) as edge:
-            got = (await edge.predict(["some text"])).json()["predictions"][0]
+        async with running(hand_bundle, escalation=teacher("wait", calls), abstain_below=0.5) as app:
+            got = (await app.predict(["some text"])).json()["predictions"][0]
             assert (got["escalated"], calls) == (False, [])
         for reply, result in (("I think so", "unusable"), (500, "failed")):
-            async with running(hand_bundle, escalation=teacher(reply, []), abstain_below=0.9) as edge:
-                got = (await edge.predict(["some text"])).json()["predictions"][0]
-                assert got["label"] == edge.engine.answer("some text").label
+            async with running(hand_bundle, escalation=teacher(reply, []), abstain_below=0.9) as app:
+                got = (await app.predict(["some text"])).json()["predictions"][0]
+                assert got["label"] == app.engine.answer("some text").label
                 assert (got["escalated"], got["abstained"]) == (False, True)
-                count = edge.service.metrics.registry.get_sample_value(
+                count = app.service.metrics.registry.get_sample_value(
                     "sbs_edge_escalations_total", {"model": "hand", "result": result}
                 )
                 assert count == 1
@@ -346,11 +346,11 @@ def test_the_cascade_goes_where_the_flag_says_and_nowhere_else(hand_bundle, runn
     async def go():
         escalation = Escalation("http://teacher/v1", "big", transport=httpx.MockTransport(handle))
         assert escalation._client.trust_env is False
-        async with running(hand_bundle, escalation=escalation, abstain_below=0.9) as edge:
+        async with running(hand_bundle, escalation=escalation, abstain_below=0.9) as app:
             for name in ("escalate_url", "url", "teacher", "base_url"):
-                assert (await edge.predict(["a"], **{name: elsewhere})).status_code == 400
+                assert (await app.predict(["a"], **{name: elsewhere})).status_code == 400
             headers = {"Host": "elsewhere", "X-Forwarded-Host": "elsewhere", "X-Escalate-Url": elsewhere}
-            got = (await edge.predict([elsewhere], headers=headers)).json()["predictions"][0]
+            got = (await app.predict([elsewhere], headers=headers)).json()["predictions"][0]
             assert (got["escalated"], got["abstained"]) == (False, True)
 
     run(go())
@@ -359,16 +359,16 @@ def test_the_cascade_goes_where_the_flag_says_and_nowhere_else(hand_bundle, runn
 
 def test_the_larger_models_label_carries_none_of_the_students_figures(hand_bundle, running):
     async def go():
-        async with running(hand_bundle, escalation=teacher("wait", []), abstain_below=0.9) as edge:
-            own = edge.engine.answer("some text")
-            got = (await edge.predict(["some text"], explain=True)).json()["predictions"][0]
+        async with running(hand_bundle, escalation=teacher("wait", []), abstain_below=0.9) as app:
+            own = app.engine.answer("some text")
+            got = (await app.predict(["some text"], explain=True)).json()["predictions"][0]
             assert (got["label"], got["probability"], got["probabilities"]) == ("wait", None, {})
             assert got["student"]["label"] == own.label
             assert got["student"]["probability"] == pytest.approx(own.probability)
             assert got["student"]["probabilities"] == pytest.approx(dict(own.probabilities))
             assert isinstance(got["rationale"], str)
             tensors = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["some text"]}]}
-            answer = (await edge.client.post("/v2/models/hand/infer", json=tensors)).json()["outputs"]
+            answer = (await app.client.post("/v2/models/hand/infer", json=tensors)).json()["outputs"]
             values = {tensor["name"]: tensor["data"] for tensor in answer}
             assert (values["label"], values["escalated"], values["probability"]) == (["wait"], [True], [0.0])
             assert set(values["probabilities"]) == {0.0}
@@ -386,8 +386,8 @@ def test_the_larger_models_label_carries_none_of_the_students_figures(hand_bundl
 )
 def test_the_cascade_reads_an_answer_as_annotate_does(hand_bundle, running, content):
     async def go():
-        async with running(hand_bundle, escalation=teacher(content, []), abstain_below=0.9) as edge:
-            got = (await edge.predict(["some text"])).json()["predictions"][0]
+        async with running(hand_bundle, escalation=teacher(content, []), abstain_below=0.9) as app:
+            got = (await app.predict(["some text"])).json()["predictions"][0]
             assert (got["label"], got["escalated"]) == ("wait", True)
 
     run(go())
@@ -421,9 +421,9 @@ def test_label_of_takes_a_whole_label_and_nothing_else():
 
 def test_metrics_carry_the_agreed_names(hand_bundle, running):
     async def go():
-        async with running(hand_bundle) as edge:
-            await edge.predict(["one two", "three"], explain=True)
-            text = (await edge.client.get("/metrics")).text
+        async with running(hand_bundle) as app:
+            await app.predict(["one two", "three"], explain=True)
+            text = (await app.client.get("/metrics")).text
             for line in (
                 'sbs_edge_requests_total{code="200",model="hand"} 1.0',
                 'sbs_edge_input_tokens_total{model="hand"} 10.0',  # (3 + 2) for labels and rationales each

@@ -289,16 +289,16 @@ def test_an_answer_that_is_not_finite_is_a_500_and_turns_readiness_off(running, 
             return super().predict(texts, labels, **options)
 
     async def go():
-        async with running(hand_bundle, Unsound()) as edge:
-            assert (await edge.client.get("/v2/health/ready")).json() == {"ready": True}
-            good, bad = await asyncio.gather(edge.predict(["fine"]), edge.predict(["nan"]))
+        async with running(hand_bundle, Unsound()) as app:
+            assert (await app.client.get("/v2/health/ready")).json() == {"ready": True}
+            good, bad = await asyncio.gather(app.predict(["fine"]), app.predict(["nan"]))
             assert (good.status_code, bad.status_code) == (200, 500)
-            ready = await edge.client.get("/v2/health/ready")
+            ready = await app.client.get("/v2/health/ready")
             assert ready.status_code == 503
             assert ready.json()["ready"] is False
             assert "not finite" in ready.json()["problems"][0]
-            assert (await edge.client.get("/v2/health/live")).status_code == 200
-            await edge.service.registry.refresh(retry_refused=True)  # SIGHUP: loaded again
-            assert (await edge.client.get("/v2/health/ready")).json() == {"ready": True}
+            assert (await app.client.get("/v2/health/live")).status_code == 200
+            await app.service.registry.refresh(retry_refused=True)  # SIGHUP: loaded again
+            assert (await app.client.get("/v2/health/ready")).json() == {"ready": True}
 
     asyncio.run(asyncio.wait_for(go(), 30))
