@@ -1,19 +1,17 @@
-"""One queue in front of one graph: texts of like length go together, up to a budget of tokens.
+"""A queue in front of a graph: texts of similar length form a batch, up to a budget of tokens.
 
-A *batcher* runs one kind of work (labels or rationales) of one model version on its own threads, so a
-long rationale never holds up a label. A batch costs ``len(batch) * longest text`` tokens; about 256
-to 512 tokens a call measured best on CPUs (larger batches add latency, not throughput).
+A :class:`Batcher` runs one task (labels or rationales) of a model version on its own threads, so that a long
+rationale never delays a label. A batch costs ``len(batch) * longest text`` tokens; about 256 to 512 tokens per call
+measured best on CPUs (larger batches add latency, not throughput).
 
-A free worker takes work at once. It waits for company, at most ``max_wait_s``, only while requests
-that were already admitted are still being tokenised: a lone request at low load never waits. With a
-backlog the next whole batch is handed over while the last one runs, so that a worker does not stand
-still until a busy event loop comes round to it.
+A free worker starts at once. Only while admitted requests are still being tokenised does it wait for them, at most
+``max_wait_s``; a lone request at low load never waits. With a backlog the next full batch is handed over while the
+previous one runs, so that a worker is not idle until a busy event loop can serve it.
 
-A lone text whose work takes less than two changes of thread cost is worked on at once, on the event
-loop's own thread; whatever waits, is long or turned out slow goes to a worker.
+A lone short text runs on the event loop's own thread if it takes less time than two thread switches; texts that
+wait, are long or were slow run on a worker.
 
-Runs on the event loop's thread except for ``work``; so nothing here needs a lock. Knows nothing of
-HTTP or of what the work is.
+Everything except ``work`` runs on the event loop's thread, so nothing here needs a lock.
 """
 
 from __future__ import annotations
@@ -29,20 +27,19 @@ from sbs_edge.serve.process_settings import lower_thread_priority
 
 __all__ = ["Batcher", "QueuedRequest"]
 
-# Work of at most so many seconds and tokens may hold up the event loop: a new connection waits for it,
-# and a worker would have held the interpreter for part of it too. A worker's start and its return cost
-# 0.1 to 0.3 ms each, which a lone request would wait for on top of the work.
-_AT_ONCE_S = 0.0015
-_AT_ONCE_TOKENS = 64
+# The longest work, in seconds and tokens, that may run on the event loop. New connections wait for it, but a worker
+# would hold the interpreter lock for part of that time too. Switching to a worker and back costs 0.1 to 0.3 ms each.
+_INLINE_S = 0.0015
+_INLINE_TOKENS = 64
 
-_FULL = 0.5  # share of the token budget from which a batch costs about as much for each text as a full one
+_FULL = 0.5  # part of the token budget from which a text costs about as much as in a full batch
 
 Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
 
 class QueuedRequest(Generic[Payload, Result]):
-    """One request's share of a batcher: its texts, and a future of all their results in order."""
+    """The texts of a request in a queue, and a future of their results in order."""
 
     __slots__ = (
         "_left",
@@ -77,14 +74,14 @@ class QueuedRequest(Generic[Payload, Result]):
     def _fail(self, error: BaseException) -> None:
         if not self.future.done():
             self.future.set_exception(error)
-            self.future.exception()  # its reader may have left; then nobody else will look at it
+            self.future.exception()  # marks it as retrieved: its client may have left
 
 
-QueuedText = tuple[QueuedRequest[Any, Any], int]  # a request and the place of one of its texts
+QueuedText = tuple[QueuedRequest[Any, Any], int]  # a request and the index of one of its texts
 
 
 class _FinishedBatch(NamedTuple):
-    """What a worker did: the texts still wanted, their results, when (``perf_counter`` seconds), and how full it was."""
+    """A finished batch: texts still wanted, results, start, end, and used part of the budget; times in seconds."""
 
     wanted: list[QueuedText]
     results: Sequence[Any]
@@ -94,17 +91,16 @@ class _FinishedBatch(NamedTuple):
 
 
 class Batcher(Generic[Payload, Result]):
-    """Queue, batcher and threads of one kind of work.
+    """The queue and the threads of a task.
 
     Args:
-        work: called on a worker thread with the payloads of one batch; returns a result for each.
-        max_batch_tokens: bound on ``len(batch) * longest`` (a single longer text runs alone).
-        max_wait_s: longest time a text is held back for company.
-        workers: threads; each runs one batch at a time.
-        ahead: whole batches that may stand ready behind those that run. Texts given up meanwhile are
-            still left out.
-        nice: steps of priority that the threads stand below the event loop.
-        on_batch: called after each batch with (texts, seconds, waited seconds of each text).
+        work: called on a worker thread with the payloads of a batch; returns a result for each.
+        max_batch_tokens: bound on ``len(batch) * longest`` (a longer text runs alone).
+        max_wait_s: longest time a text waits for others to join its batch.
+        workers: number of threads; each runs one batch at a time.
+        ahead: full batches that may be handed over while others run. Texts abandoned meanwhile are skipped.
+        nice: niceness of the threads above that of the event loop.
+        on_batch: called after each batch with its number of texts, its seconds, and the waiting time of each text.
     """
 
     def __init__(
@@ -127,9 +123,9 @@ class Batcher(Generic[Payload, Result]):
             workers, thread_name_prefix=name, initializer=lower_thread_priority, initargs=(nice,)
         )
         self._workers = workers
-        self._idle = workers  # below zero: batches that stand ready
+        self._idle = workers  # below zero: batches handed over ahead
         self._ahead = ahead
-        # Waiting texts by (group, token count): a batch holds one group, and like lengths.
+        # Waiting texts by (group, token count): a batch holds a single group and similar lengths.
         self._waiting: dict[Hashable, dict[int, deque[QueuedText]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._dispatch_due = False
@@ -137,23 +133,23 @@ class Batcher(Generic[Payload, Result]):
         self.queued = 0  # texts waiting for a worker
         self.expected = 0  # requests admitted for this batcher that are still being tokenised
         self.seconds_per_text = 0.0  # worker time of a text in a full batch, 0 until the first batch
-        self._lone_s = 0.0  # time of the last texts that ran alone: see _learn
+        self._lone_s = 0.0  # time of recent texts that ran alone; see _learn
         self._n_full = 0
 
     def wait_estimate_s(self, n_texts: int) -> float:
-        """Estimated seconds until ``n_texts`` texts now in the system are done; 0 before any batch.
+        """Estimate the seconds until ``n_texts`` texts are done; 0 before the first batch.
 
-        A queue is worked off in full batches, so full batches are what the estimate learns from. Lone texts
-        cost several times as much each, and the first ones after a start more than that.
+        The estimate learns from full batches, because a queue is processed in full batches. A lone text costs
+        several times as much, and the first texts after a start even more.
         """
         return n_texts * self.seconds_per_text / self._workers
 
     def submit(
         self, payloads: Sequence[Payload], n_tokens: Sequence[int], group: Hashable = None
     ) -> QueuedRequest[Payload, Result]:
-        """Queue one request's texts; ``n_tokens[i]`` is the length of ``payloads[i]``."""
+        """Queue the texts of a request; ``n_tokens[i]`` is the length of ``payloads[i]`` in tokens."""
         if self._closed:
-            raise RuntimeError("The batcher is closed.")
+            raise RuntimeError("The queue is closed.")
         loop = asyncio.get_running_loop()
         request: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop)
         lengths = self._waiting.setdefault(group, {})
@@ -167,14 +163,14 @@ class Batcher(Generic[Payload, Result]):
         return request
 
     def abandon(self, request: QueuedRequest[Payload, Result]) -> None:
-        """Give up a request: its waiting texts will never run, and stop counting now."""
+        """Abandon a request: its waiting texts will not run, and leave the queue now."""
         if not request.abandoned:
             request.abandoned = True
             self.queued -= request.waiting
             request.future.cancel()
 
     def close(self) -> None:
-        """Stop the threads once running work is done; fail whatever still waits."""
+        """Stop the threads once running work is done; waiting texts fail."""
         self._closed = True
         if self._timer:
             self._timer.cancel()
@@ -187,7 +183,7 @@ class Batcher(Generic[Payload, Result]):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        # Deferred by one turn of the loop, so that requests parsed in the same turn share a batch.
+        # Deferred by one iteration of the loop, so that requests parsed in the same iteration share a batch.
         if not self._dispatch_due:
             self._dispatch_due = True
             loop.call_soon(self._dispatch)
@@ -216,7 +212,7 @@ class Batcher(Generic[Payload, Result]):
                 self._start(batch, n_tokens)
 
     def _oldest(self) -> tuple[Hashable, tuple[QueuedRequest[Payload, Result], int] | None]:
-        """Return the group and (request, token count) that wait longest; drop abandoned heads."""
+        """Return the group and (request, token count) that has waited longest; drop abandoned texts."""
         best: tuple[QueuedRequest[Payload, Result], int] | None = None
         best_group: Hashable = None
         for group in list(self._waiting):
@@ -237,9 +233,9 @@ class Batcher(Generic[Payload, Result]):
         return min(self._waiting[group])
 
     def _take(self, group: Hashable, len_of_oldest: int) -> tuple[list[QueuedText], int]:
-        """Remove one batch: the oldest text, then those nearest to it in length, within the budget.
+        """Remove a batch from the queue: the oldest text, then those nearest to it in length, within the budget.
 
-        Returns the batch and its tokens, padding counted.
+        Returns the batch and its number of tokens, padding included.
         """
         lengths = self._waiting[group]
         batch: list[QueuedText] = []
@@ -264,10 +260,10 @@ class Batcher(Generic[Payload, Result]):
         return batch, len(batch) * longest
 
     def _is_quick(self, batch: list[QueuedText], length: int) -> bool:
-        """Whether ``batch`` is one short text, alone in the batcher, and such texts have been quick."""
+        """Whether ``batch`` is a lone short text, and such texts have been quick."""
         alone = len(batch) == 1 and not self.queued and not self.expected
-        free = self._workers == 1 and self._idle == 1  # several workers are there to work side by side
-        return alone and free and length <= _AT_ONCE_TOKENS and 0 < self._lone_s <= _AT_ONCE_S
+        free = self._workers == 1 and self._idle == 1  # several workers are meant to run in parallel
+        return alone and free and length <= _INLINE_TOKENS and 0 < self._lone_s <= _INLINE_S
 
     def _run_here(self, batch: list[QueuedText], n_tokens: int) -> None:
         self._idle -= 1
@@ -284,7 +280,7 @@ class Batcher(Generic[Payload, Result]):
         done.add_done_callback(lambda future: self._finish(batch, future))
 
     def _run(self, batch: list[QueuedText], n_tokens: int) -> _FinishedBatch:
-        """On a worker: answer what is still wanted, and say when."""
+        """Run the texts of ``batch`` that are still wanted; called on a worker."""
         started_s = time.perf_counter()
         wanted = [(request, index) for request, index in batch if not request.abandoned]
         results = self._work([request.payloads[index] for request, index in wanted]) if wanted else ()
@@ -313,15 +309,15 @@ class Batcher(Generic[Payload, Result]):
             self._on_batch(len(ran.wanted), elapsed, waited)
 
     def _learn(self, elapsed_s: float, n_texts: int, fill: float) -> None:
-        """Take the time of one batch, ``fill`` of the token budget, into the estimates."""
+        """Update the estimates with the time of a batch that used the part ``fill`` of the token budget."""
         each = elapsed_s / n_texts
         if n_texts == 1:
-            # One slow text sends the next to a worker. There the least counts: beside busy neighbours most take
-            # longer on a worker, and a mean would never let them turn out quick again.
-            slowed = each > _AT_ONCE_S >= self._lone_s
+            # After a slow text the next ones run on a worker. Their minimum counts: on a busy machine most take longer
+            # there, and by a mean they would never be quick again.
+            slowed = each > _INLINE_S >= self._lone_s
             self._lone_s = each if slowed or not self._lone_s else min(each, 1.05 * self._lone_s)
         if fill >= _FULL:
-            self._n_full += 1  # the mean of the first ten, so that one slow start weighs a tenth
+            self._n_full += 1  # the mean of the first ten, so that a slow start weighs a tenth
             self.seconds_per_text += max(0.1, 1 / self._n_full) * (each - self.seconds_per_text)
         elif not self._n_full:
-            self.seconds_per_text = each * fill  # at least: a full batch takes no less time than this one
+            self.seconds_per_text = each * fill  # a lower bound: a full batch takes at least as long

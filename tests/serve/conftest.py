@@ -3,7 +3,7 @@
 A small engine with the runtime's interface, whose answers can be computed by hand.
 
 It exists for what a real bundle cannot do on command: be slow, fail, be watched. Every test of
-answers over the network uses a real bundle (``test_serve_bundle.py``).
+answers over the network uses a real bundle (``test_bundle.py``).
 """
 
 from __future__ import annotations
@@ -129,6 +129,12 @@ def hand_loader(path: Path) -> HandEngine:
     if options.pop("broken", False):
         raise IntegrityError(f"The bundle {path} does not match its manifest.")
     return HandEngine(**options)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Run async tests on asyncio, as the server does."""
+    return "asyncio"
 
 
 @pytest.fixture

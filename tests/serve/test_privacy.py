@@ -90,7 +90,7 @@ def test_a_failure_says_what_failed_and_where(hand_bundle, running, json_logs):
     lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
     (failed,) = [line for line in lines if line["event"] == "request_failed"]
     assert (failed["error"], failed["request_id"]) == ("ValueError", "r1")
-    assert any("test_serve_privacy.py" in frame and frame.endswith(" fail") for frame in failed["at"])
+    assert any("test_privacy.py" in frame and frame.endswith(" fail") for frame in failed["at"])
     assert "message" not in failed
     asyncio.run(go(log_inputs=True))
     assert "cannot take" in json_logs.getvalue()
