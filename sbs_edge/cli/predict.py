@@ -21,6 +21,7 @@ from sbs_edge.data.questions import answers_of
 from sbs_edge.data.rows import is_text
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.progress import ProgressLine
+from sbs_edge.runtime.answers import answer_document
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.tokens import most_characters
 
@@ -205,18 +206,7 @@ def _answers(
                 raise DataError(f"{row.place}: {prediction}") from prediction
         explanations = student.explain(texts, truncate=truncate) if explain else [None] * len(part)
         for row, prediction, explanation in zip(part, predictions, explanations, strict=True):
-            answer = {
-                **row.rest,
-                "label": prediction.label,
-                "probability": prediction.probability,
-                "probabilities": prediction.probabilities,
-                "abstained": prediction.abstained,
-                "truncated": prediction.truncated,
-            }
-            if explanation is not None:
-                answer["rationale"] = explanation.rationale
-                answer["rationale_complete"] = explanation.complete
-            yield answer
+            yield {**row.rest, **answer_document(prediction, explanation)}
 
 
 def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: bool) -> None:

@@ -1,10 +1,11 @@
-"""What a student answers."""
+"""Answers of a student, and their JSON form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Explanation", "Prediction"]
+__all__ = ["Explanation", "Prediction", "answer_document"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +47,29 @@ class Explanation:
     truncated: bool
     complete: bool
     n_input_tokens: int
+
+
+def answer_document(prediction: Any, explanation: Any = None) -> dict[str, Any]:
+    """Return the JSON document of an answer: a prediction, and an explanation if there is one.
+
+    Args:
+        prediction: a :class:`Prediction`, or ``None`` where only the rationale was asked for.
+        explanation: an :class:`Explanation`, or ``None``.
+
+    Example:
+        >>> answer_document(None, Explanation("it is cold", 4, False, True, 9))
+        {'rationale': 'it is cold', 'rationale_complete': True}
+    """
+    document: dict[str, Any] = {}
+    if prediction is not None:
+        document = {
+            "label": prediction.label,
+            "probability": prediction.probability,
+            "probabilities": prediction.probabilities,
+            "abstained": prediction.abstained,
+            "truncated": prediction.truncated,
+        }
+    if explanation is not None:
+        document["rationale"] = explanation.rationale
+        document["rationale_complete"] = explanation.complete
+    return document

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sbs_edge.data.questions import Unanswerable, answers_of, choices_of, id_of, text_of
 from sbs_edge.data.rows import printable
 from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.runtime.answers import answer_document
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.scale.run import run_units
 from sbs_edge.scale.units import read_unit, shard_name, unit_of, write_shard
@@ -76,7 +77,7 @@ def answer_rows(
         if isinstance(prediction, UsageError):
             answers[question.place]["error"] = printable(str(prediction))
         else:
-            answers[question.place] |= _as_json(prediction, rationales.get(i))
+            answers[question.place] |= answer_document(prediction, rationales.get(i))
     return answers
 
 
@@ -96,19 +97,6 @@ def _short_enough(
         else:
             answers[question.place]["error"] = over_limit("It", question.text, count, limit, "--truncate")
     return [good[i] for i in kept], {task: [rows[i] for i in kept] for task, rows in tokens.items()}
-
-
-def _as_json(prediction: Any, rationale: Any) -> dict[str, Any]:
-    found = {
-        "label": prediction.label,
-        "probability": prediction.probability,
-        "probabilities": prediction.probabilities,
-        "abstained": prediction.abstained,
-        "truncated": prediction.truncated,
-    }
-    if rationale is not None:
-        found |= {"rationale": rationale.rationale, "rationale_complete": rationale.complete}
-    return found
 
 
 def digests_of(manifest: Mapping[str, Any]) -> list[str]:

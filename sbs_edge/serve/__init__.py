@@ -1,1 +1,1 @@
-"""HTTP service over bundles: admission, batching, metrics, drain."""
+"""HTTP server for bundles: admission, batching, metrics, drain."""

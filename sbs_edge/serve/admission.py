@@ -1,11 +1,11 @@
-"""Who gets in: a check and a count in one step, before any work is spent on a request.
+"""Admission limits: check a request against a limit and count it, before any work is spent on it.
 
-The event loop runs one callback at a time and nothing here awaits, so a check and its count cannot
-be torn apart by another request. A burst beyond the limits is answered 429 without tokenising.
+The event loop runs one callback at a time and nothing here awaits, so no other request can come between a
+check and its count. A burst beyond the limits is answered 429 without tokenising.
 
-A request is judged from its head, before anybody knows how many texts its body holds. Until they are
-counted it stands for as many as requests brought lately; otherwise every request of a burst would be let
-in on the strength of the same free places, and most be refused after they were parsed.
+A request is admitted on its head, before the number of texts in its body is known. Until they are counted,
+it counts as many texts as recent requests had on average. Otherwise every request of a burst would claim the
+same free places, and most would be rejected only after they were parsed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["AdmissionSlot", "Budget", "Gate", "PendingEstimate"]
 
 
 class Gate:
-    """Counts what is inside; refuses what does not fit.
+    """Counts admitted units; rejects those over the limit.
 
     Args:
-        limit: most units (requests or texts) inside at once.
-        reason: label for the metrics when it refuses.
-        max_wait_s: most seconds of estimated queue; ``None`` for no such bound.
+        limit: most units (requests, texts or bytes) admitted at once.
+        reason: label of ``sbs_edge_rejected_total`` for rejections.
+        max_wait_s: longest estimated wait in seconds; ``None`` for no bound.
     """
 
     def __init__(self, limit: int, reason: str, max_wait_s: float | None = None) -> None:
@@ -35,11 +35,11 @@ class Gate:
     def refusal(
         self, units: int = 1, seconds_per_unit: float = 0.0, ahead: int = 0, before_s: float = 0.0
     ) -> errors.HttpError | None:
-        """Return the 429 ``units`` would be answered with, or ``None`` where they fit.
+        """Return the 429 for ``units`` that do not fit, or ``None`` if they do.
 
-        ``seconds_per_unit`` is the measured service time, ``ahead`` the units let in that are not
-        counted yet, ``before_s`` an estimated wait before this queue. An empty gate always lets a request
-        in, whatever the estimate says, so that one slow measurement cannot shut the server.
+        ``seconds_per_unit`` is the measured service time, ``ahead`` the admitted units that are not
+        counted yet, ``before_s`` an estimated wait before this queue. An empty gate always admits a request,
+        whatever the estimate says, so that one slow measurement cannot shut the server.
         """
         taken = self.inside + ahead
         wait_s = taken * seconds_per_unit + before_s
@@ -50,24 +50,24 @@ class Gate:
         return None
 
     def enter(self, units: int = 1, seconds_per_unit: float = 0.0, before_s: float = 0.0) -> None:
-        """Check and count ``units`` in, in one step; raise the 429 where they do not fit."""
+        """Check and count ``units`` in one step; raise the 429 if they do not fit."""
         refusal = self.refusal(units, seconds_per_unit, before_s=before_s)
         if refusal is not None:
             raise refusal
         self.inside += units
 
     def leave(self, units: int = 1) -> None:
-        """Count ``units`` out again."""
+        """Take ``units`` off the count."""
         self.inside -= units
 
 
 class Budget(Gate):
-    """Bytes of the bodies inside. When most of what stood inside has left, ``on_low`` is called.
+    """Counts the bytes of admitted bodies; calls ``on_low`` when most of them have left.
 
-    The C library keeps freed memory for later; ``on_low`` is the time to give it back to the system.
+    The C library keeps freed memory for later use; ``on_low`` can return it to the system.
     """
 
-    _WORTH = 1 << 20  # bytes
+    _MIN_RELEASED = 1 << 20  # bytes; less is not worth a call
 
     def __init__(self, limit: int, on_low: Callable[[], None]) -> None:
         super().__init__(limit, "body_bytes")
@@ -75,71 +75,71 @@ class Budget(Gate):
         self._peak = 0
 
     def enter(self, units: int = 1, seconds_per_unit: float = 0.0, before_s: float = 0.0) -> None:
-        """Count ``units`` bytes in, or raise the 429."""
+        """Add ``units`` bytes to the count, or raise the 429."""
         super().enter(units)
         self._peak = max(self._peak, self.inside)
 
     def leave(self, units: int = 1) -> None:
-        """Count ``units`` bytes out again."""
+        """Take ``units`` bytes off the count."""
         super().leave(units)
-        if self._peak > 4 * self.inside + self._WORTH:
+        if self._peak > 4 * self.inside + self._MIN_RELEASED:
             self._peak = self.inside
             self._on_low()
 
 
 class PendingEstimate:
-    """Texts of requests that were let in and not read yet: an estimate, by what requests held lately."""
+    """Estimates the texts of admitted requests whose bodies are not parsed yet, from recent requests."""
 
     def __init__(self) -> None:
         self.texts = 0
         self._mean = 1.0
 
     def expect(self) -> int:
-        """Add one more request; return how many texts it stands for."""
-        share = max(1, round(self._mean))
-        self.texts += share
-        return share
+        """Add a request; return the number of texts it counts as."""
+        n_texts = max(1, round(self._mean))
+        self.texts += n_texts
+        return n_texts
 
     def learn(self, n_texts: int) -> None:
-        """Take a request's real number of texts into the mean."""
+        """Update the mean with a request's real number of texts."""
         self._mean += 0.1 * (n_texts - self._mean)
 
 
 class AdmissionSlot:
-    """One admitted request: its place, and until they are counted the texts it may bring.
+    """The place of an admitted request, and an estimate of its texts until they are counted.
 
-    Every method may be called again without effect.
+    ``withdraw_estimate`` and ``leave`` may be called again without effect.
     """
 
-    __slots__ = ("_budget", "_bytes", "_coming", "_gate", "_share")
+    __slots__ = ("_budget", "_bytes", "_estimate", "_gate", "_pending")
 
-    def __init__(self, gate: Gate, coming: PendingEstimate, budget: Gate) -> None:
-        """Take the place; the caller has checked that there is one."""
+    def __init__(self, gate: Gate, pending: PendingEstimate, budget: Gate) -> None:
+        """Take a place; the caller has checked that one is free."""
         gate.inside += 1
         self._budget = budget
         self._bytes = 0
         self._gate: Gate | None = gate
-        self._coming = coming
-        self._share = coming.expect()
+        self._pending = pending
+        self._estimate = pending.expect()
 
     def hold(self, n_bytes: int) -> None:
-        """Count more bytes of its body in; raise 429 where all bodies together are over the budget."""
+        """Count more bytes of the body; raise 429 if all bodies together exceed the budget."""
         self._budget.enter(n_bytes)
         self._bytes += n_bytes
 
-    def counted(self, n_texts: int) -> None:
-        """Its texts stand in a queue now (or were refused there)."""
-        self.unexpect()
-        self._coming.learn(n_texts)
+    def count_texts(self, n_texts: int) -> None:
+        """Replace the estimate: the body has been parsed and holds ``n_texts``."""
+        self.withdraw_estimate()
+        self._pending.learn(n_texts)
 
-    def unexpect(self) -> None:
-        """Stop standing for texts: a body that is still on its way must not keep others out."""
-        self._coming.texts -= self._share
-        self._share = 0
+    def withdraw_estimate(self) -> None:
+        """Drop the estimate: a body that is still arriving must not keep other requests out."""
+        self._pending.texts -= self._estimate
+        self._estimate = 0
 
     def leave(self) -> None:
-        """Give the place back."""
-        self.unexpect()
+        """Free the place."""
+        self.withdraw_estimate()
         if self._bytes:
             self._budget.leave(self._bytes)
             self._bytes = 0

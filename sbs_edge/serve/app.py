@@ -1,9 +1,9 @@
-"""The routes. Everything a request can be answered with is decided in the modules beside this one.
+"""The ASGI application: routes, lifespan, and the deadline of each request.
 
-GET  /                                   one page to try a model in a browser
-GET  /openapi.json                       this interface, for machines
+GET  /                                   a page to try a model in a browser
+GET  /openapi.json                       description of the routes
 GET  /metrics                            Prometheus
-POST /v1/predict                         the plain route
+POST /v1/predict                         texts in, answers out, as JSON
 GET  /v2, /v2/health/{live,ready}        Open Inference Protocol v2
 GET  /v2/models/{m}[/versions/{v}][/ready]
 POST /v2/models/{m}[/versions/{v}]/infer
@@ -31,7 +31,7 @@ import sbs_edge
 from sbs_edge.serve import errors, oip, plain
 from sbs_edge.serve.admission_filter import PREDICT_PATH, AdmissionFilter
 from sbs_edge.serve.body import deadline_s, read_body
-from sbs_edge.serve.inference_request import Answer, InferenceRequest
+from sbs_edge.serve.inference_request import InferenceRequest
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.middleware import RequestMiddleware
 from sbs_edge.serve.models import ModelVersion
@@ -41,13 +41,13 @@ from sbs_edge.serve.service import Service
 
 __all__ = ["create_app"]
 
-_CLIENT_LEFT = 499  # never reaches anybody; it marks the request in logs and metrics
+_CLIENT_LEFT = 499  # is never sent; it marks the request in logs and metrics
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(service: Service) -> Starlette:
-    """Return the ASGI application; its lifespan loads the models beside the first requests."""
+    """Return the ASGI application; its lifespan loads the models while it already answers probes."""
     settings, registry, metrics = service.settings, service.registry, service.metrics
 
     def refused(request: Request, error: errors.HttpError) -> Response:
@@ -57,8 +57,8 @@ def create_app(service: Service) -> Starlette:
         return error_response(error)
 
     async def read_whole_body(request: Request) -> bytes:
-        """Read the body in a time of its own, so that trickled bodies cannot hold every place."""
-        limit, hold = settings.max_body_bytes, request.state.passage.hold
+        """Read the body within its own time limit, so that slow clients cannot occupy every slot."""
+        limit, hold = settings.max_body_bytes, request.state.slot.hold
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 return await read_body(request.receive, request.headers, limit, hold)
@@ -66,7 +66,7 @@ def create_app(service: Service) -> Starlette:
             raise errors.slow_body(settings.body_timeout_s) from None
 
     async def work(request: Request, answer: Callable[[bytes], Awaitable[Response]]) -> Response:
-        """Read and answer one admitted request within its deadline, or give it up with its client."""
+        """Read and answer an admitted request within its deadline; cancel it if its client leaves."""
         state = request.state
         try:
             limit_s = deadline_s(request.headers, settings.timeout_s)
@@ -80,28 +80,31 @@ def create_app(service: Service) -> Starlette:
                     504, f"The answer was not ready within {limit_s:g} s.", reason="deadline"
                 ) from None
         except errors.HttpError as error:
-            # Its traceback leads back to the task that holds it, and to the texts: a ring that only the
-            # garbage collector would break, much later.
+            # The traceback refers to the task that holds the error, and to the texts. Only the garbage collector
+            # would free such a cycle, much later.
             error.__traceback__ = None
             return refused(request, error)
         except errors.ClientLeft:
             service.refusals.count("client_left")
             return Response(status_code=_CLIENT_LEFT)
 
-    async def answer(request: Request, version: ModelVersion, asking: InferenceRequest) -> list[Answer]:
+    async def answer(
+        request: Request, version: ModelVersion, parsed: InferenceRequest
+    ) -> list[dict[str, Any]]:
         state = request.state
-        state.model, state.version, state.n_texts = version.card.name, version.card.version, len(asking.texts)
+        state.model, state.version, state.n_texts = version.card.name, version.card.version, len(parsed.texts)
         if settings.log_inputs:
-            state.inputs = asking.texts
-        return await service.answer(version, asking, state.timing, state.passage)
+            state.inputs = parsed.texts
+        return await service.answer(version, parsed, state.timing, state.slot)
 
     async def predict(request: Request) -> Response:
         async def run(body: bytes) -> Response:
-            asked, asking = plain.parse_predict(body)
+            parsed = plain.parse_predict(body)
             del body  # it may be large, and the answer may take a while
-            version = registry.find(asked.model, asked.version)
-            answers = await answer(request, version, asking)
-            return json_response(plain.encode_answers(version.card.name, version.card.version, answers))
+            version = registry.find(parsed.model, parsed.version)
+            predictions = await answer(request, version, parsed)
+            card = version.card
+            return json_response({"model": card.name, "version": card.version, "predictions": predictions})
 
         return await work(request, run)
 
@@ -109,11 +112,11 @@ def create_app(service: Service) -> Starlette:
         async def run(body: bytes) -> Response:
             params = request.path_params
             version = registry.find(params["model"], params.get("version"))
-            asked = oip.parse_request(body, request.headers.get("inference-header-content-length"))
+            parsed = oip.parse_request(body, request.headers.get("inference-header-content-length"))
             del body
-            request.state.client_id = asked.id
-            answers = await answer(request, version, asked.asking)
-            content, headers = oip.encode_response(asked, answers, version.card)
+            request.state.client_id = parsed.id
+            answers = await answer(request, version, parsed.inference)
+            content, headers = oip.encode_response(parsed, answers, version.card)
             return Response(content, 200, headers)
 
         return await work(request, run)
@@ -214,13 +217,13 @@ def create_app(service: Service) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.service = service
-    app.state.door = AdmissionFilter(service)
-    app.add_middleware(RequestMiddleware, service=service, door=app.state.door)
+    app.state.admission_filter = AdmissionFilter(service)
+    app.add_middleware(RequestMiddleware, service=service, admission_filter=app.state.admission_filter)
     return app
 
 
 def _policy(page: bytes) -> str:
-    """Return a Content-Security-Policy that lets the page run its own script and style and nothing else."""
+    """Return a Content-Security-Policy that allows only the page's own script and style."""
 
     def own(tag: bytes) -> str:
         inside = page.split(b"<%b>" % tag, 1)[1].split(b"</%b>" % tag, 1)[0]
@@ -255,7 +258,7 @@ async def _watch(service: Service) -> None:
 
 
 async def _unless_client_leaves(work: Awaitable[Response], receive: Receive) -> Response:
-    """Await ``work``, but cancel it when the connection closes."""
+    """Await ``work``; cancel it when the connection closes."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,19 +1,17 @@
-"""One queue in front of one graph: texts of like length go together, up to a budget of tokens.
+"""A queue in front of a graph: texts of similar length form a batch, up to a budget of tokens.
 
-A *lane* runs one kind of work (labels or rationales) of one model version on its own threads, so a
-long rationale never holds up a label. A batch costs ``len(batch) * longest text`` tokens; about 256
-to 512 tokens a call measured best on CPUs (larger batches add latency, not throughput).
+A :class:`Batcher` runs one task (labels or rationales) of a model version on its own threads, so that a long
+rationale never delays a label. A batch costs ``len(batch) * longest text`` tokens; about 256 to 512 tokens per call
+measured best on CPUs (larger batches add latency, not throughput).
 
-A free worker takes work at once. It waits for company, at most ``max_wait_s``, only while requests
-that were already admitted are still being tokenised: a lone request at low load never waits. With a
-backlog the next whole batch is handed over while the last one runs, so that a worker does not stand
-still until a busy event loop comes round to it.
+A free worker starts at once. Only while admitted requests are still being tokenised does it wait for them, at most
+``max_wait_s``; a lone request at low load never waits. With a backlog the next full batch is handed over while the
+previous one runs, so that a worker is not idle until a busy event loop can serve it.
 
-A lone text whose work takes less than two changes of thread cost is worked on at once, on the event
-loop's own thread; whatever waits, is long or turned out slow goes to a worker.
+A lone short text runs on the event loop's own thread if it takes less time than two thread switches; texts that
+wait, are long or were slow run on a worker.
 
-Runs on the event loop's thread except for ``work``; so nothing here needs a lock. Knows nothing of
-HTTP or of what the work is.
+Everything except ``work`` runs on the event loop's thread, so nothing here needs a lock.
 """
 
 from __future__ import annotations
@@ -29,20 +27,19 @@ from sbs_edge.serve.process_settings import lower_thread_priority
 
 __all__ = ["Batcher", "QueuedRequest"]
 
-# Work of at most so many seconds and tokens may hold up the event loop: a new connection waits for it,
-# and a worker would have held the interpreter for part of it too. A worker's start and its return cost
-# 0.1 to 0.3 ms each, which a lone request would wait for on top of the work.
-_AT_ONCE_S = 0.0015
-_AT_ONCE_TOKENS = 64
+# The longest work, in seconds and tokens, that may run on the event loop. New connections wait for it, but a worker
+# would hold the interpreter lock for part of that time too. Switching to a worker and back costs 0.1 to 0.3 ms each.
+_INLINE_S = 0.0015
+_INLINE_TOKENS = 64
 
-_FULL = 0.5  # share of the token budget from which a batch costs about as much for each text as a full one
+_FULL = 0.5  # part of the token budget from which a text costs about as much as in a full batch
 
 Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
 
 class QueuedRequest(Generic[Payload, Result]):
-    """One request's share of a lane: its texts, and a future of all their results in order."""
+    """The texts of a request in a queue, and a future of their results in order."""
 
     __slots__ = (
         "_left",
@@ -77,16 +74,16 @@ class QueuedRequest(Generic[Payload, Result]):
     def _fail(self, error: BaseException) -> None:
         if not self.future.done():
             self.future.set_exception(error)
-            self.future.exception()  # its reader may have left; then nobody else will look at it
+            self.future.exception()  # marks it as retrieved: its client may have left
 
 
-Share = tuple[QueuedRequest[Any, Any], int]  # a ticket and the place of one of its texts
+QueuedText = tuple[QueuedRequest[Any, Any], int]  # a request and the index of one of its texts
 
 
-class _Ran(NamedTuple):
-    """What a worker did: the texts still wanted, their results, when (``perf_counter`` seconds), and how full it was."""
+class _FinishedBatch(NamedTuple):
+    """A finished batch: texts still wanted, results, start, end, and used part of the budget; times in seconds."""
 
-    wanted: list[Share]
+    wanted: list[QueuedText]
     results: Sequence[Any]
     started_s: float
     finished_s: float
@@ -94,17 +91,16 @@ class _Ran(NamedTuple):
 
 
 class Batcher(Generic[Payload, Result]):
-    """Queue, batcher and threads of one kind of work.
+    """The queue and the threads of a task.
 
     Args:
-        work: called on a worker thread with the payloads of one batch; returns a result for each.
-        max_batch_tokens: bound on ``len(batch) * longest`` (a single longer text runs alone).
-        max_wait_s: longest time a text is held back for company.
-        workers: threads; each runs one batch at a time.
-        ahead: whole batches that may stand ready behind those that run. Texts given up meanwhile are
-            still left out.
-        nice: steps of priority that the threads stand below the event loop.
-        on_batch: called after each batch with (texts, seconds, waited seconds of each text).
+        work: called on a worker thread with the payloads of a batch; returns a result for each.
+        max_batch_tokens: bound on ``len(batch) * longest`` (a longer text runs alone).
+        max_wait_s: longest time a text waits for others to join its batch.
+        workers: number of threads; each runs one batch at a time.
+        ahead: full batches that may be handed over while others run. Texts abandoned meanwhile are skipped.
+        nice: niceness of the threads above that of the event loop.
+        on_batch: called after each batch with its number of texts, its seconds, and the waiting time of each text.
     """
 
     def __init__(
@@ -115,7 +111,7 @@ class Batcher(Generic[Payload, Result]):
         max_wait_s: float = 0.002,
         workers: int = 1,
         ahead: int = 0,
-        name: str = "lane",
+        name: str = "batcher",
         nice: int = 0,
         on_batch: Callable[[int, float, list[float]], None] | None = None,
     ) -> None:
@@ -127,73 +123,73 @@ class Batcher(Generic[Payload, Result]):
             workers, thread_name_prefix=name, initializer=lower_thread_priority, initargs=(nice,)
         )
         self._workers = workers
-        self._idle = workers  # below zero: batches that stand ready
+        self._idle = workers  # below zero: batches handed over ahead
         self._ahead = ahead
-        # Waiting texts by (group, token count): a batch holds one group, and like lengths.
-        self._waiting: dict[Hashable, dict[int, deque[Share]]] = {}
+        # Waiting texts by (group, token count): a batch holds a single group and similar lengths.
+        self._waiting: dict[Hashable, dict[int, deque[QueuedText]]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._pump_due = False
+        self._dispatch_due = False
         self._closed = False
         self.queued = 0  # texts waiting for a worker
-        self.expected = 0  # requests admitted for this lane that are still being tokenised
+        self.expected = 0  # requests admitted for this batcher that are still being tokenised
         self.seconds_per_text = 0.0  # worker time of a text in a full batch, 0 until the first batch
-        self._lone_s = 0.0  # time of the last texts that ran alone: see _learn
+        self._lone_s = 0.0  # time of recent texts that ran alone; see _learn
         self._n_full = 0
 
     def wait_estimate_s(self, n_texts: int) -> float:
-        """Estimated seconds until ``n_texts`` texts now in the system are done; 0 before any batch.
+        """Estimate the seconds until ``n_texts`` texts are done; 0 before the first batch.
 
-        A queue is worked off in full batches, so full batches are what the estimate learns from. Lone texts
-        cost several times as much each, and the first ones after a start more than that.
+        The estimate learns from full batches, because a queue is processed in full batches. A lone text costs
+        several times as much, and the first texts after a start even more.
         """
         return n_texts * self.seconds_per_text / self._workers
 
     def submit(
         self, payloads: Sequence[Payload], n_tokens: Sequence[int], group: Hashable = None
     ) -> QueuedRequest[Payload, Result]:
-        """Queue one request's texts; ``n_tokens[i]`` is the length of ``payloads[i]``."""
+        """Queue the texts of a request; ``n_tokens[i]`` is the length of ``payloads[i]`` in tokens."""
         if self._closed:
-            raise RuntimeError("The lane is closed.")
+            raise RuntimeError("The queue is closed.")
         loop = asyncio.get_running_loop()
-        ticket: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop)
+        request: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop)
         lengths = self._waiting.setdefault(group, {})
         for index, length in enumerate(n_tokens):
             row = lengths.get(length)
             if row is None:
                 row = lengths[length] = deque()
-            row.append((ticket, index))
+            row.append((request, index))
         self.queued += len(payloads)
-        self._pump_soon(loop)
-        return ticket
+        self._dispatch_soon(loop)
+        return request
 
-    def abandon(self, ticket: QueuedRequest[Payload, Result]) -> None:
-        """Give up a ticket: its waiting texts will never run, and stop counting now."""
-        if not ticket.abandoned:
-            ticket.abandoned = True
-            self.queued -= ticket.waiting
-            ticket.future.cancel()
+    def abandon(self, request: QueuedRequest[Payload, Result]) -> None:
+        """Abandon a request: its waiting texts will not run, and leave the queue now."""
+        if not request.abandoned:
+            request.abandoned = True
+            self.queued -= request.waiting
+            request.future.cancel()
 
     def close(self) -> None:
-        """Stop the threads once running work is done; fail whatever still waits."""
+        """Stop the threads once running work is done; waiting texts fail."""
         self._closed = True
         if self._timer:
             self._timer.cancel()
         for lengths in self._waiting.values():
             for row in lengths.values():
-                for ticket, _ in row:
-                    ticket._fail(RuntimeError("The server stopped before this work began."))
+                for request, _ in row:
+                    request._fail(RuntimeError("The server stopped before this work began."))
         self._waiting.clear()
         self.queued = 0
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _pump_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        # Deferred by one turn of the loop, so that requests parsed in the same turn share a batch.
-        if not self._pump_due:
-            self._pump_due = True
-            loop.call_soon(self._pump)
+    def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Deferred by one iteration of the loop, so that requests parsed in the same iteration share a batch.
+        if not self._dispatch_due:
+            self._dispatch_due = True
+            loop.call_soon(self._dispatch)
 
-    def _pump(self) -> None:
-        self._pump_due = False
+    def _dispatch(self) -> None:
+        self._dispatch_due = False
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -207,7 +203,7 @@ class Batcher(Generic[Payload, Result]):
             if not full and self.expected:
                 remaining = oldest[0].enqueued_s + self._max_wait_s - time.perf_counter()
                 if remaining > 0:
-                    self._timer = asyncio.get_running_loop().call_later(remaining, self._pump)
+                    self._timer = asyncio.get_running_loop().call_later(remaining, self._dispatch)
                     return
             batch, n_tokens = self._take(group, len_of_oldest=oldest[1])
             if batch and self._is_quick(batch, oldest[1]):
@@ -216,7 +212,7 @@ class Batcher(Generic[Payload, Result]):
                 self._start(batch, n_tokens)
 
     def _oldest(self) -> tuple[Hashable, tuple[QueuedRequest[Payload, Result], int] | None]:
-        """Return the group and (ticket, token count) that wait longest; drop abandoned heads."""
+        """Return the group and (request, token count) that has waited longest; drop abandoned texts."""
         best: tuple[QueuedRequest[Payload, Result], int] | None = None
         best_group: Hashable = None
         for group in list(self._waiting):
@@ -236,24 +232,24 @@ class Batcher(Generic[Payload, Result]):
     def _shortest(self, group: Hashable) -> int:
         return min(self._waiting[group])
 
-    def _take(self, group: Hashable, len_of_oldest: int) -> tuple[list[Share], int]:
-        """Remove one batch: the oldest text, then those nearest to it in length, within the budget.
+    def _take(self, group: Hashable, len_of_oldest: int) -> tuple[list[QueuedText], int]:
+        """Remove a batch from the queue: the oldest text, then those nearest to it in length, within the budget.
 
-        Returns the batch and its tokens, padding counted.
+        Returns the batch and its number of tokens, padding included.
         """
         lengths = self._waiting[group]
-        batch: list[Share] = []
+        batch: list[QueuedText] = []
         longest = 0
         for length in sorted(lengths, key=lambda n: abs(n - len_of_oldest)):
             row = lengths[length]
             widest = max(longest, length)
             while row and (not batch or (len(batch) + 1) * widest <= self._max_batch_tokens):
-                ticket, index = row.popleft()
-                if ticket.abandoned:
+                request, index = row.popleft()
+                if request.abandoned:
                     continue
                 longest = widest
-                batch.append((ticket, index))
-                ticket.waiting -= 1
+                batch.append((request, index))
+                request.waiting -= 1
                 self.queued -= 1
             if not row:
                 del lengths[length]
@@ -263,65 +259,65 @@ class Batcher(Generic[Payload, Result]):
             del self._waiting[group]
         return batch, len(batch) * longest
 
-    def _is_quick(self, batch: list[Share], length: int) -> bool:
-        """Whether ``batch`` is one short text, alone in the lane, and such texts have been quick."""
+    def _is_quick(self, batch: list[QueuedText], length: int) -> bool:
+        """Whether ``batch`` is a lone short text, and such texts have been quick."""
         alone = len(batch) == 1 and not self.queued and not self.expected
-        free = self._workers == 1 and self._idle == 1  # several workers are there to work side by side
-        return alone and free and length <= _AT_ONCE_TOKENS and 0 < self._lone_s <= _AT_ONCE_S
+        free = self._workers == 1 and self._idle == 1  # several workers are meant to run in parallel
+        return alone and free and length <= _INLINE_TOKENS and 0 < self._lone_s <= _INLINE_S
 
-    def _run_here(self, batch: list[Share], n_tokens: int) -> None:
+    def _run_here(self, batch: list[QueuedText], n_tokens: int) -> None:
         self._idle -= 1
-        done: asyncio.Future[_Ran] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[_FinishedBatch] = asyncio.get_running_loop().create_future()
         try:
             done.set_result(self._run(batch, n_tokens))
         except Exception as error:
             done.set_exception(error)
         self._finish(batch, done)
 
-    def _start(self, batch: list[Share], n_tokens: int) -> None:
+    def _start(self, batch: list[QueuedText], n_tokens: int) -> None:
         self._idle -= 1
         done = asyncio.get_running_loop().run_in_executor(self._pool, self._run, batch, n_tokens)
         done.add_done_callback(lambda future: self._finish(batch, future))
 
-    def _run(self, batch: list[Share], n_tokens: int) -> _Ran:
-        """On a worker: answer what is still wanted, and say when."""
+    def _run(self, batch: list[QueuedText], n_tokens: int) -> _FinishedBatch:
+        """Run the texts of ``batch`` that are still wanted; called on a worker."""
         started_s = time.perf_counter()
-        wanted = [(ticket, index) for ticket, index in batch if not ticket.abandoned]
-        results = self._work([ticket.payloads[index] for ticket, index in wanted]) if wanted else ()
+        wanted = [(request, index) for request, index in batch if not request.abandoned]
+        results = self._work([request.payloads[index] for request, index in wanted]) if wanted else ()
         fill = min(1.0, n_tokens * len(wanted) / (len(batch) * self._max_batch_tokens))
-        return _Ran(wanted, results, started_s, time.perf_counter(), fill)
+        return _FinishedBatch(wanted, results, started_s, time.perf_counter(), fill)
 
-    def _finish(self, batch: list[Share], done: asyncio.Future[_Ran]) -> None:
+    def _finish(self, batch: list[QueuedText], done: asyncio.Future[_FinishedBatch]) -> None:
         self._idle += 1
         error = RuntimeError("The server stopped.") if done.cancelled() else done.exception()
         if error is not None:
-            for ticket, _ in batch:
-                ticket._fail(error)
+            for request, _ in batch:
+                request._fail(error)
         elif done.result().wanted:
             self._answer(done.result())
         if self.queued and not self._closed:
-            self._pump()
+            self._dispatch()
 
-    def _answer(self, ran: _Ran) -> None:
-        for (ticket, index), result in zip(ran.wanted, ran.results, strict=True):
-            ticket.started_s = min(ticket.started_s or ran.started_s, ran.started_s)
-            ticket._put(index, result)
+    def _answer(self, ran: _FinishedBatch) -> None:
+        for (request, index), result in zip(ran.wanted, ran.results, strict=True):
+            request.started_s = min(request.started_s or ran.started_s, ran.started_s)
+            request._put(index, result)
         elapsed = ran.finished_s - ran.started_s
         self._learn(elapsed, len(ran.wanted), ran.fill)
         if self._on_batch:
-            waited = [ran.started_s - ticket.enqueued_s for ticket, _ in ran.wanted]
+            waited = [ran.started_s - request.enqueued_s for request, _ in ran.wanted]
             self._on_batch(len(ran.wanted), elapsed, waited)
 
     def _learn(self, elapsed_s: float, n_texts: int, fill: float) -> None:
-        """Take the time of one batch, ``fill`` of the token budget, into the estimates."""
+        """Update the estimates with the time of a batch that used the part ``fill`` of the token budget."""
         each = elapsed_s / n_texts
         if n_texts == 1:
-            # One slow text sends the next to a worker. There the least counts: beside busy neighbours most take
-            # longer on a worker, and a mean would never let them turn out quick again.
-            slowed = each > _AT_ONCE_S >= self._lone_s
+            # After a slow text the next ones run on a worker. Their minimum counts: on a busy machine most take longer
+            # there, and by a mean they would never be quick again.
+            slowed = each > _INLINE_S >= self._lone_s
             self._lone_s = each if slowed or not self._lone_s else min(each, 1.05 * self._lone_s)
         if fill >= _FULL:
-            self._n_full += 1  # the mean of the first ten, so that one slow start weighs a tenth
+            self._n_full += 1  # the mean of the first ten, so that a slow start weighs a tenth
             self.seconds_per_text += max(0.1, 1 / self._n_full) * (each - self.seconds_per_text)
         elif not self._n_full:
-            self.seconds_per_text = each * fill  # at least: a full batch takes no less time than this one
+            self.seconds_per_text = each * fill  # a lower bound: a full batch takes at least as long

@@ -1,7 +1,4 @@
-"""Reading a request: the body within its limit (after decompression), and the deadline header.
-
-Knows nothing of what the body means.
-"""
+"""Read a request's body within its size limit (after decompression), its JSON, and its deadline header."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ __all__ = ["deadline_s", "parse_json", "read_body"]
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
-# Shorter deadlines than this are below the time of a request and would only ever time out.
+# A shorter deadline would always expire: it is below the time of any request.
 _SHORTEST_S = 0.01
 
 # zlib's window argument: gzip framing, zlib framing, and raw deflate, which some clients send for
@@ -26,7 +23,7 @@ _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
 class _Inflater:
-    """Decompresses piece by piece, never holding more than ``limit`` bytes of output."""
+    """Decompresses piece by piece; holds at most ``limit`` bytes of output."""
 
     def __init__(self, encoding: str, limit: int) -> None:
         self._encoding = encoding
@@ -64,7 +61,7 @@ async def read_body(
 ) -> bytes:
     """Return the decompressed body; stop reading as soon as it is over ``limit`` bytes.
 
-    ``hold`` is told of every byte that is kept, and may raise.
+    ``hold`` is called with the number of bytes kept of each piece, and may raise.
 
     Raises:
         HttpError: 413 over the limit, 415 for an unknown ``Content-Encoding``, 400 for broken data.
@@ -114,10 +111,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(body: bytes) -> Any:
-    r"""Parse strict UTF-8 JSON; every failure, nesting bombs included, is a 400.
+    r"""Parse strict UTF-8 JSON; every failure, deep nesting included, is a 400.
 
-    A key that is given twice is refused: readers disagree about which one counts.
-    Lone surrogate escapes (``"\ud800"``) are refused: no tokenizer and no UTF-8 answer can hold them.
+    Duplicate keys are rejected, because parsers disagree about which one counts.
+    Lone surrogate escapes (``"\ud800"``) are rejected, because they cannot be encoded in UTF-8.
     """
     try:
         content = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_object)
@@ -133,10 +130,10 @@ def parse_json(body: bytes) -> Any:
 
 
 def deadline_s(headers: Mapping[str, str], default_s: float) -> float:
-    """Return the time this request may take, in seconds.
+    """Return the time that a request may take, in seconds.
 
-    ``X-Request-Timeout-Ms`` (milliseconds) or ``Request-Timeout`` (seconds) may shorten or lengthen
-    the server's default, up to 10 times of it.
+    ``X-Request-Timeout-Ms`` (milliseconds) or ``Request-Timeout`` (seconds) shorten or lengthen the server's
+    default, up to 10 times of it.
     """
     for name, scale in (("x-request-timeout-ms", 1e-3), ("request-timeout", 1.0)):
         text = headers.get(name)
@@ -147,6 +144,8 @@ def deadline_s(headers: Mapping[str, str], default_s: float) -> float:
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < _SHORTEST_S:
-            raise errors.bad_request(f"The header {name} must be a number, {_SHORTEST_S / scale:g} at least.")
+            raise errors.bad_request(
+                f"The header {name} must be a number of at least {_SHORTEST_S / scale:g}."
+            )
         return min(value, 10 * default_s)
     return default_s

@@ -1,7 +1,6 @@
-"""The seam to the runtime: what the server needs of a loaded bundle, and how one is loaded.
+"""The interface between server and runtime: a loaded bundle, its description, and its loader.
 
-:class:`sbs_edge.runtime.student.Student` fits this protocol; the HTTP layer, the queues and their
-tests know nothing else of it.
+:class:`sbs_edge.runtime.student.Student` implements :class:`Engine`; the rest of the server uses nothing else of it.
 """
 
 # ruff: noqa: D102 (the members are documented where they are implemented)
@@ -17,7 +16,7 @@ __all__ = ["Engine", "ExplanationLike", "Loader", "ModelCard", "PredictionLike",
 
 
 class PredictionLike(Protocol):
-    """One answered text; see :class:`sbs_edge.runtime.student.Prediction`."""
+    """The answer to a text; see :class:`sbs_edge.runtime.student.Prediction`."""
 
     @property
     def label(self) -> str: ...
@@ -32,7 +31,7 @@ class PredictionLike(Protocol):
 
 
 class ExplanationLike(Protocol):
-    """One rationale; see :class:`sbs_edge.runtime.student.Explanation`."""
+    """A rationale; see :class:`sbs_edge.runtime.student.Explanation`."""
 
     @property
     def rationale(self) -> str: ...
@@ -48,7 +47,7 @@ class Engine(Protocol):
     """A loaded, thread-safe model."""
 
     @property
-    def manifest(self) -> Any: ...
+    def manifest(self) -> Mapping[str, Any]: ...
     @property
     def target(self) -> str: ...
 
@@ -82,7 +81,7 @@ Loader = Callable[[Path], Engine]
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What the server must know of a bundle, read once from its manifest."""
+    """Properties of a bundle that the server needs, read once from its manifest."""
 
     name: str
     version: str
@@ -96,8 +95,8 @@ class ModelCard:
 
 
 def card_of(engine: Engine) -> ModelCard:
-    """Read the card from ``engine.manifest`` (a mapping, or an object that holds one in ``.raw``)."""
-    manifest = engine.manifest if isinstance(engine.manifest, Mapping) else engine.manifest.raw
+    """Return the description of the bundle that ``engine`` has loaded."""
+    manifest = engine.manifest
     limits, labels = manifest["limits"], manifest["labels"]
     return ModelCard(
         name=str(manifest["name"]),
@@ -115,7 +114,7 @@ def card_of(engine: Engine) -> ModelCard:
 
 
 def student_loader(target: str | None, threads: int | None, max_batch_tokens: int) -> Loader:
-    """Return a loader of real bundles: every digest is checked before a graph is opened."""
+    """Return a function that loads a bundle; every digest is checked before a graph is opened."""
 
     def load(path: Path) -> Engine:
         from sbs_edge.runtime.student import Student

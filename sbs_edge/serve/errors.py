@@ -1,6 +1,6 @@
-"""What the HTTP layer raises: a status, one sentence for the client, and a reason for the metrics.
+"""Errors of the HTTP layer: a status, a message for the client, and a reason for the metrics.
 
-Knows nothing of models, queues or frameworks; every module of this folder may import it.
+This module depends on nothing else of the package, so every other module may import it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _LONGEST_MESSAGE = 1000  # characters
 
 
 class HttpError(Exception):
-    """An answer other than 200, on purpose.
+    """A deliberate response other than 200.
 
-    ``reason`` is set when the request was turned away by a limit (it becomes the label of
-    ``sbs_edge_rejected_total``), and empty when the request itself was wrong.
+    ``reason`` is the label of ``sbs_edge_rejected_total`` if a limit rejected the request, and empty if the request
+    itself was wrong.
     """
 
     def __init__(
         self, status: int, message: str, *, reason: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        # A message may quote a name of the request, and a name may be as long as a body.
+        # A message may quote a name from the request, and a name may be as long as the body.
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[:_LONGEST_MESSAGE]} [...]"
         super().__init__(message)
@@ -51,7 +51,7 @@ class ClientLeft(Exception):
 
 
 def bad_request(message: str) -> HttpError:
-    """400: the request is not what the interface asks for."""
+    """400: the request does not follow the interface."""
     return HttpError(400, message)
 
 
@@ -59,8 +59,8 @@ def too_large(limit_bytes: int) -> HttpError:
     """413: the body, counted after decompression, is over ``limit_bytes``."""
     return HttpError(
         413,
-        f"The request body is over the limit of {limit_bytes} bytes (--max-body-bytes, counted after decompression). "
-        "Send fewer or shorter texts in each request.",
+        f"The request body is over the limit of {limit_bytes} bytes (max_body_bytes, counted after decompression). "
+        "Send fewer or shorter texts per request.",
         reason="body",
         headers={"Connection": "close"},
     )
@@ -70,22 +70,22 @@ def slow_body(limit_s: float) -> HttpError:
     """408: the body did not arrive within ``limit_s`` seconds of its head."""
     return HttpError(
         408,
-        f"The request body did not arrive within {limit_s:g} s (--body-timeout-s).",
+        f"The request body did not arrive within {limit_s:g} s (body_timeout_s).",
         reason="slow_body",
         headers={"Connection": "close"},
     )
 
 
 def malformed(message: str, status: int = 400) -> HttpError:
-    """400 or 405: the request is not HTTP as this server speaks it."""
+    """400 or 405: the request is not valid HTTP/1.1."""
     return HttpError(status, message, reason="malformed")
 
 
 def long_head(limit_bytes: int) -> HttpError:
-    """431: the request line and headers, or what frames a body, are over ``limit_bytes``."""
+    """431: the request line and headers, or the framing of a body, are over ``limit_bytes``."""
     return HttpError(
         431,
-        f"The request line and headers are over {limit_bytes} bytes (--max-head-bytes).",
+        f"The request line and headers are over {limit_bytes} bytes (max_head_bytes).",
         reason="malformed",
     )
 
@@ -96,17 +96,17 @@ def many_headers(limit: int) -> HttpError:
 
 
 def too_many_connections(limit: int) -> HttpError:
-    """503: no more than ``limit`` connections at once."""
+    """503: the server has ``limit`` connections already."""
     return HttpError(
         503,
-        f"The server holds its limit of {limit} connections (--max-connections); close idle ones.",
+        f"The server holds its limit of {limit} connections (max_connections); close idle ones.",
         reason="connections",
         headers={"Retry-After": "1"},
     )
 
 
 def overloaded(reason: str, wait_s: float) -> HttpError:
-    """429: full; ``wait_s`` (estimated seconds of queue) becomes ``Retry-After``, at least 1."""
+    """429: a limit is reached; ``wait_s`` (estimated seconds of queue) becomes ``Retry-After``, at least 1."""
     seconds = max(1, math.ceil(min(wait_s, 60.0)))
     return HttpError(
         429,
@@ -122,10 +122,10 @@ def not_ready() -> HttpError:
 
 
 def draining() -> HttpError:
-    """503: the server was told to stop and finishes what it has."""
+    """503: the server is stopping and finishes its admitted requests."""
     return HttpError(
         503,
-        "The server is stopping and takes no new work.",
+        "The server is stopping and accepts no new requests.",
         reason="draining",
         headers={"Connection": "close"},
     )

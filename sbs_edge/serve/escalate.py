@@ -1,9 +1,9 @@
-"""The confidence cascade: answers the student is unsure of are asked of a larger model.
+"""Escalation: ask a larger model about the texts on which the student abstains.
 
-The larger model stands behind any OpenAI-compatible ``/chat/completions``. Its answer is read as ``annotate`` reads
-one, and taken only if it is one of the labels (or, for open tasks, a whole and not empty one); in every other
-case, and on any failure or timeout, the student's own answer stays, marked as abstained. Escalation is bounded:
-what does not find a free slot at once is not escalated, so a slow teacher cannot stop the server.
+The larger model is any OpenAI-compatible ``/chat/completions``. Its answer is parsed as ``annotate`` parses it, and
+accepted only if it is one of the labels (for open tasks: if it is complete and not empty). In every other case, and
+on any failure or timeout, the student's answer stays, marked as abstained. The number of calls is bounded: a text
+that finds no free call at once is not escalated, so a slow model cannot stop the server.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Escalation:
         url: base URL, with or without ``/chat/completions``; a query is kept.
         model: model name sent with each call.
         key: bearer token, or ``None``.
-        timeout_s: longest time of one call.
+        timeout_s: longest time of a call.
         concurrency: most calls at once.
         transport: replaces the network in tests.
 
     Raises:
-        UsageError: the address or the key cannot be used; the message names its flag or variable.
+        UsageError: the address or the key is not usable.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Escalation:
         self._timeout_s = timeout_s
 
     async def ask(self, text: str, labels: Sequence[str]) -> tuple[str | None, str]:
-        """Return (label or ``None``, result) with result in accepted, unusable, failed, busy."""
+        """Return a label or ``None``, and the result: accepted, unusable, failed or busy."""
         if self._free <= 0:
             return None, "busy"
         self._free -= 1
@@ -72,7 +72,7 @@ class Escalation:
             if response.status_code != 200:
                 raise failure(response.status_code, body)
             answer = read_answer(body)
-        except CallFailed as failed:  # its words may quote the text that was asked
+        except CallFailed as failed:  # the message may quote the text
             logger.warning("escalation_failed", error=failed.reason)
             return None, "failed"
         except (httpx.HTTPError, TimeoutError) as error:
@@ -100,10 +100,10 @@ class Escalation:
 
 
 def label_of(answer: Answer, labels: Sequence[str]) -> str | None:
-    """Return the label that a whole answer spells, or None.
+    """Return the label in a complete answer, or ``None``.
 
     Args:
-        answer: as it came.
+        answer: the answer of the larger model.
         labels: the labels to choose from; empty for an open task, whose answer may be any text.
 
     """

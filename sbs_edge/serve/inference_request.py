@@ -1,19 +1,18 @@
-"""What every route turns a request into, and what every route builds its answer from."""
+"""The parsed form of a request, shared by every route, and the times measured while it is answered."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sbs_edge.serve import errors
 
-__all__ = ["Answer", "InferenceRequest", "Timing", "check_labels"]
+__all__ = ["InferenceRequest", "Timing", "check_labels"]
 
 
 @dataclass(slots=True)
 class InferenceRequest:
-    """One request, checked for form but not yet against a model.
+    """A request whose form has been checked, but not against a model yet.
 
     ``labels`` is ``None`` or, for each text, the answers to choose from (tasks with choices).
     """
@@ -24,40 +23,13 @@ class InferenceRequest:
     want_label: bool = True
     truncate: bool | None = None
     max_new_tokens: int | None = None
-
-
-@dataclass(slots=True)
-class Answer:
-    """One answered text; fields of the task that was not asked for stay empty.
-
-    ``probability`` and ``probabilities`` are the student's. Where the label is the larger model's (``escalated``)
-    there are none, and ``student`` holds the student's own label and figures. The rationale is always the student's.
-    """
-
-    label: str | None = None
-    probability: float | None = 0.0
-    probabilities: Mapping[str, float] = field(default_factory=dict)
-    abstained: bool = False
-    escalated: bool = False
-    truncated: bool = False
-    rationale: str | None = None
-    rationale_complete: bool = False
-    student: Mapping[str, Any] | None = None
-
-    def take_over(self, label: str) -> None:
-        """Take the larger model's ``label``; the student's figures say nothing about it and move to ``student``."""
-        self.student = {
-            "label": self.label,
-            "probability": self.probability,
-            "probabilities": dict(self.probabilities),
-        }
-        self.label, self.probability, self.probabilities = label, None, {}
-        self.escalated, self.abstained = True, False
+    model: str | None = None
+    version: str | None = None
 
 
 @dataclass(slots=True)
 class Timing:
-    """Seconds spent on one request, stage by stage."""
+    """Seconds spent on each stage of a request."""
 
     tokenize_s: float = 0.0
     queue_s: float = 0.0

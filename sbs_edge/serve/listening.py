@@ -1,4 +1,4 @@
-"""The socket a server listens on: TCP or a Unix socket, bound before anything is loaded."""
+"""The listening socket, TCP or Unix; it is bound before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bind(settings: ServeSettings) -> socket.socket:
     """Return a listening socket.
 
     Raises:
-        UsageError: the address is taken, or cannot be listened on.
+        UsageError: the address is in use or not available.
     """
     if settings.uds is not None:
         return _bind_unix(settings.uds)
@@ -38,8 +38,8 @@ def bind(settings: ServeSettings) -> socket.socket:
             raise
     except OSError as error:
         raise UsageError(
-            f"Nothing can listen on {settings.host} port {settings.port}: {error.strerror or error}. Choose another "
-            "with --host and --port."
+            f"The server cannot listen on {settings.host} port {settings.port}: {error.strerror or error}. Choose "
+            "another host or port."
         ) from error
     return listener
 
@@ -49,12 +49,12 @@ def _bind_unix(path: Path) -> socket.socket:
     try:
         _remove_stale(path)
         listener.bind(str(path))
-        os.chmod(path, 0o660)  # this user and group; anyone else needs leave for the file, as for any other
+        os.chmod(path, 0o660)  # for this user and group; change the mode of the file to let others connect
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise UsageError(
-            f"Nothing can listen on the Unix socket {path}: {error.strerror or error}. Choose another with --uds."
+            f"The server cannot listen on the Unix socket {path}: {error.strerror or error}. Choose another uds path."
         ) from error
     except UsageError:
         listener.close()
@@ -63,20 +63,20 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a server that is gone; refuse anything else at ``path``."""
+    """Remove the socket of a server that has ended; raise for anything else at ``path``."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise UsageError(f"{path} exists and is not a socket. Choose another path with --uds.")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asked:
+        raise UsageError(f"{path} exists and is not a socket. Choose another uds path.")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            asked.connect(str(path))
+            probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise UsageError(f"Another server listens on the Unix socket {path}. Choose another with --uds.")
+    raise UsageError(f"Another server listens on the Unix socket {path}. Choose another uds path.")
 
 
 def unbind(listener: socket.socket, settings: ServeSettings) -> None:
@@ -88,6 +88,6 @@ def unbind(listener: socket.socket, settings: ServeSettings) -> None:
 
 
 def address_of(listener: socket.socket) -> dict[str, object]:
-    """Return what the log says of the address: ``host`` and ``port``, or ``uds``."""
+    """Return the address as fields for the log: ``host`` and ``port``, or ``uds``."""
     name = listener.getsockname()
     return {"uds": name} if isinstance(name, str) else {"host": name[0], "port": name[1]}

@@ -1,4 +1,4 @@
-"""JSON logs on stderr, one object a line. Input text appears only where ``--log-inputs`` asked for it."""
+"""JSON logs on stderr, one object per line. They hold input texts only with ``log_inputs``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import structlog
 
 __all__ = ["configure", "logger"]
 
-level = "info"  # the last one that was configured
+level = "info"  # as last configured
 
 logger: Any = structlog.get_logger("sbs_edge.serve")
 
@@ -25,8 +25,8 @@ def configure(threshold_name: str = "info", stream: TextIO | None = None, **fiel
 
     Args:
         threshold_name: debug, info, warning or error.
-        stream: where to; stderr when left out.
-        fields: added to every line of this process.
+        stream: destination; stderr by default.
+        fields: values added to every line.
     """
     global level
     level = threshold_name
@@ -58,4 +58,4 @@ def configure(threshold_name: str = "info", stream: TextIO | None = None, **fiel
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(max(threshold, logging.WARNING))  # libraries speak only when something is wrong
+    root.setLevel(max(threshold, logging.WARNING))  # libraries log warnings and errors only

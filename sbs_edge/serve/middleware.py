@@ -1,4 +1,4 @@
-"""Outermost layer: the door, the bearer token, request ids, metrics, log line and trace of every request."""
+"""ASGI middleware: admission, bearer token, request id, metrics, log line and trace of every request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import AdmissionSlot
-from sbs_edge.serve.admission_filter import AdmissionFilter, RawHeaders, Refused, header, request_id
+from sbs_edge.serve.admission_filter import AdmissionFilter, RawHeaders, Rejection, header, request_id
 from sbs_edge.serve.inference_request import Timing
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.responses import error_response, json_response
@@ -19,62 +19,65 @@ from sbs_edge.serve.service import Service
 
 __all__ = ["RequestMiddleware"]
 
-_OVERLOAD = (429, 503)  # logged as sums
-_LONGEST_FIELD = 256  # characters of what a client chose, in the log and in traces
-_KEEP_ALIVE = (b"connection", b"keep-alive")  # a client of HTTP/1.0 has to be told
+_OVERLOAD = (429, 503)  # logged as totals
+_LONGEST_FIELD = 256  # characters of a value the client chose, in logs and traces
+_KEEP_ALIVE = (b"connection", b"keep-alive")  # needed by HTTP/1.0 clients
 
 
 def _frames(error: BaseException) -> list[str]:
-    """Where an error came from, without its message: that may quote a text."""
+    """Return where an error came from, without its message, which may quote a text."""
     return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
 
 
-async def _refuse(refused: Refused, scope: Scope, send: Send) -> None:
-    """Answer without reading the body; the connection stays usable unless the refusal closes it."""
+async def _refuse(rejection: Rejection, scope: Scope, send: Send) -> None:
+    """Answer without reading the body; the connection stays open unless the rejection closes it."""
     headers: RawHeaders = scope["headers"]
-    lines = [*refused.headers, (b"x-request-id", request_id(headers))]
-    if not refused.closes:
+    lines = [*rejection.headers, (b"x-request-id", request_id(headers))]
+    if not rejection.closes:
         if header(headers, b"expect"):
-            lines.append((b"connection", b"close"))  # whether the body will be sent is not known
+            lines.append((b"connection", b"close"))  # it is not known whether the body will be sent
         elif scope["state"].get("keep_alive"):
             lines.append(_KEEP_ALIVE)
-    await send({"type": "http.response.start", "status": refused.status, "headers": lines})
-    await send({"type": "http.response.body", "body": refused.body})
+    await send({"type": "http.response.start", "status": rejection.status, "headers": lines})
+    await send({"type": "http.response.body", "body": rejection.body})
 
 
 class RequestMiddleware:
     """ASGI middleware around the routes.
 
-    The connection asks the door itself where it can (:mod:`sbs_edge.serve.protocol`); what comes here
-    unasked, under another server or in HTTP/1.0, is asked here.
+    Most requests have passed the admission filter on their connection (:mod:`sbs_edge.serve.protocol`). Requests
+    over HTTP/1.0, or under another server, have not and pass it here.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, door: AdmissionFilter) -> None:
+    def __init__(self, app: ASGIApp, service: Service, admission_filter: AdmissionFilter) -> None:
         self._app = app
         self._service = service
-        self._door = door
+        self._admission_filter = admission_filter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on and account for, one request."""
+        """Reject a request, or pass it on and account for it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers: RawHeaders = scope["headers"]
         state: dict[str, Any] = scope.setdefault("state", {})
-        passage: AdmissionSlot | None = state.get("passage")  # given on the connection
-        if passage is None:
-            asked = self._door.ask(scope["method"], scope["path"], headers)
-            if isinstance(asked, Refused):
-                await _refuse(asked, scope, send)
+        slot: AdmissionSlot | None = state.get("slot")  # set by the connection
+        if slot is None:
+            admitted = self._admission_filter.admit(scope["method"], scope["path"], headers)
+            if isinstance(admitted, Rejection):
+                await _refuse(admitted, scope, send)
                 return
-            passage = state["passage"] = asked
+            slot = state["slot"] = admitted
         try:
             await self._serve(
-                scope, receive, send, allowed=passage is not None or self._door.knows(scope["path"], headers)
+                scope,
+                receive,
+                send,
+                allowed=slot is not None or self._admission_filter.authorizes(scope["path"], headers),
             )
         finally:
-            if passage is not None:
-                passage.leave()
+            if slot is not None:
+                slot.leave()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, *, allowed: bool) -> None:
         started = time.perf_counter()
@@ -86,7 +89,7 @@ class RequestMiddleware:
         code = 500
         begun = False
 
-        async def tagged(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal code, begun
             if message["type"] == "http.response.start":
                 begun = True
@@ -98,12 +101,12 @@ class RequestMiddleware:
 
         try:
             if allowed:
-                await self._app(scope, receive, tagged)
+                await self._app(scope, receive, send_with_id)
             else:
                 refusal = errors.HttpError(
                     401, "A valid bearer token is needed.", headers={"WWW-Authenticate": "Bearer"}
                 )
-                await error_response(refusal)(scope, receive, tagged)
+                await error_response(refusal)(scope, receive, send_with_id)
         except Exception as error:
             code = 500
             fields: dict[str, Any] = {"error": type(error).__name__, "at": _frames(error)}
@@ -113,7 +116,7 @@ class RequestMiddleware:
             logger.error("request_failed", request_id=state["request_id"], path=path, **fields)
             if not begun:
                 failed = json_response({"error": "The server failed on this request."}, 500)
-                await failed(scope, receive, tagged)
+                await failed(scope, receive, send_with_id)
         finally:
             self._account(scope, state, code, time.perf_counter() - started)
 
@@ -121,14 +124,14 @@ class RequestMiddleware:
         service, model = self._service, state["model"]
         service.metrics.answered(model, code).inc()
         if not model and scope["method"] == "GET":
-            return  # probes and scrapes: counted, neither timed nor logged
+            return  # probes and scrapes are counted, but neither timed nor logged
         if model:
             service.metrics.request_seconds.labels(model).observe(elapsed_s)
         if code in _OVERLOAD:
             service.refusals.note(state["reason"], code)
         elif service.settings.access_log:
-            # On the loop's next turn: the connection writes at the end of this one, and a log line first
-            # would keep the answer from the client.
+            # Logged in the loop's next iteration: the connection writes at the end of this one, and the answer
+            # should not wait for a log line.
             asyncio.get_running_loop().call_soon(self._log, scope, state, code, elapsed_s)
         if service.tracing:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

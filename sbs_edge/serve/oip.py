@@ -1,12 +1,11 @@
-"""The Open Inference Protocol v2: its JSON, and the binary tensor extension its clients use.
+"""The Open Inference Protocol v2: JSON tensors and the binary tensor extension.
 
 A model takes ``text`` (BYTES, shape ``[n]`` or ``[n, 1]``) and, for tasks with choices, ``labels``
-(BYTES, shape ``[n, k]``; pad shorter lists with empty strings). It gives for each text ``label``,
+(BYTES, shape ``[n, k]``; pad shorter lists with empty strings). It returns for each text ``label``,
 ``probability``, ``abstained``, ``escalated``, ``truncated``, for closed label sets
 ``probabilities`` (in the order of the model metadata's ``labels``), and on request ``rationale``
-and ``rationale_complete``: by naming them in ``outputs`` or with ``"parameters": {"explain": true}``.
-Rationales cost many times a label, so they are not among the outputs a request without
-``outputs`` gets.
+and ``rationale_complete``: name them in ``outputs`` or send ``"parameters": {"explain": true}``.
+A rationale costs many times a label, so a request without ``outputs`` does not get one.
 
 With the binary extension a body is JSON followed by the tensors' bytes in the order of the JSON;
 the header ``Inference-Header-Content-Length`` says where the JSON ends.
@@ -24,7 +23,7 @@ from typing import Any
 from sbs_edge.serve import errors
 from sbs_edge.serve.body import parse_json
 from sbs_edge.serve.engine import ModelCard
-from sbs_edge.serve.inference_request import Answer, InferenceRequest, check_labels
+from sbs_edge.serve.inference_request import InferenceRequest, check_labels
 
 __all__ = ["InferRequest", "encode_response", "model_metadata", "parse_request"]
 
@@ -47,9 +46,9 @@ _REQUEST_PARAMETERS = ("explain", "truncate", "max_new_tokens", "binary_data_out
 
 @dataclass(slots=True)
 class InferRequest:
-    """A parsed request: what is asked, and how its answer is to be written."""
+    """A parsed request, and the form in which to write its answer."""
 
-    asking: InferenceRequest
+    inference: InferenceRequest
     text_shape: list[int]
     id: str | None = None
     outputs: list[tuple[str, bool]] = field(default_factory=list)  # (name, as binary)
@@ -118,7 +117,7 @@ def _flatten(data: Any, name: str) -> list[str]:
 
 
 def _parameters(holder: dict[str, Any], where: str, *known: str) -> dict[str, Any]:
-    """Return the parameters of ``holder``; 400 for one that would be passed over in silence."""
+    """Return the parameters of ``holder``; 400 for a parameter that would be ignored."""
     parameters = holder.get("parameters")
     if parameters is None:
         return {}
@@ -128,7 +127,7 @@ def _parameters(holder: dict[str, Any], where: str, *known: str) -> dict[str, An
         if key.startswith("shared_memory"):
             raise errors.bad_request("Shared memory is not supported; send the data in the request.")
         if key.startswith("sequence"):
-            raise errors.bad_request("Sequences are not supported; every request stands for itself.")
+            raise errors.bad_request("Sequences are not supported; requests are independent of each other.")
         if key == "classification" and parameters[key]:
             raise errors.bad_request("The classification extension is not supported; read probabilities.")
         if key not in (*known, "classification"):
@@ -148,7 +147,7 @@ def _flag(parameters: dict[str, Any], name: str) -> bool | None:
 def _count(parameters: dict[str, Any], name: str) -> int | None:
     value = parameters.get(name)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise errors.bad_request(f"The parameter {name!r} must be a number, 1 at least.")
+        raise errors.bad_request(f"The parameter {name!r} must be a whole number of at least 1.")
     return value
 
 
@@ -188,7 +187,7 @@ def _choices(shape: list[int], flat: list[str], n_texts: int) -> list[list[str]]
     width = shape[-1]
     rows = [flat[i : i + width] for i in range(0, len(flat), width)] if width else []
     labels = [[choice for choice in row if choice] for row in rows]
-    if len(shape) == 1 or (len(rows) == 1 and n_texts > 1):  # one list for all texts is looked at once
+    if len(shape) == 1 or (len(rows) == 1 and n_texts > 1):  # one list for all texts is checked once
         check_labels(labels, 1)
         return labels * n_texts
     check_labels(labels, n_texts)
@@ -207,7 +206,7 @@ def _outputs(document: dict[str, Any], binary_default: bool) -> list[tuple[str, 
         if not isinstance(name, str) or name not in OUTPUTS:
             raise errors.bad_request(f"Each of outputs must name one of: {', '.join(OUTPUTS)}.")
         if any(name == known for known, _ in chosen):
-            raise errors.bad_request(f"Output {name!r} is asked for twice.")
+            raise errors.bad_request(f"Output {name!r} is requested twice.")
         parameters = _parameters(entry, f"Output {name!r}", "binary_data")
         binary = _flag(parameters, "binary_data")
         chosen.append((name, binary_default if binary is None else binary))
@@ -215,7 +214,7 @@ def _outputs(document: dict[str, Any], binary_default: bool) -> list[tuple[str, 
 
 
 def parse_request(body: bytes, header_length: str | None) -> InferRequest:
-    """Parse an infer request in JSON or with the binary extension; any defect is a 400."""
+    """Parse an infer request in JSON or with the binary extension; an invalid one is a 400."""
     tail = b""
     if header_length is not None:
         if not (header_length.isascii() and header_length.isdigit() and len(header_length) <= 12):
@@ -240,7 +239,9 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     for entry in inputs:
         name, shape, texts, position = _tensor(entry, tail, position)
         if name not in ("text", "labels") or name in tensors:
-            raise errors.bad_request(f"Unexpected input {name!r}; a model takes 'text' and maybe 'labels'.")
+            raise errors.bad_request(
+                f"Unexpected input {name!r}: the inputs are 'text' and, for tasks with choices, 'labels'."
+            )
         tensors[name] = (shape, texts)
     if position != len(tail):
         raise errors.bad_request("The body holds more binary data than its inputs say.")
@@ -256,7 +257,7 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     explain = bool(_flag(parameters, "explain")) or any(name in _ON_REQUEST for name in names)
     if not outputs:
         outputs = [(name, binary_default) for name in OUTPUTS if explain or name not in _ON_REQUEST]
-    asking = InferenceRequest(
+    inference = InferenceRequest(
         texts=texts,
         labels=labels,
         explain=explain,
@@ -264,16 +265,15 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
         truncate=_flag(parameters, "truncate"),
         max_new_tokens=_count(parameters, "max_new_tokens"),
     )
-    return InferRequest(asking=asking, text_shape=shape, id=identifier, outputs=outputs)
+    return InferRequest(inference=inference, text_shape=shape, id=identifier, outputs=outputs)
 
 
-def _values(name: str, answers: list[Answer], card: ModelCard) -> list[Any]:
+def _values(name: str, answers: list[dict[str, Any]], card: ModelCard) -> list[Any]:
     if name == "probabilities":
-        return [float(a.probabilities.get(label, 0.0)) for a in answers for label in card.labels]
-    if name == "probability":  # a tensor holds no null: 0 where the label is the larger model's
-        return [answer.probability or 0.0 for answer in answers]
-    values = [getattr(answer, name) for answer in answers]
-    return ["" if value is None else value for value in values] if OUTPUTS[name] == "BYTES" else values
+        return [float(a["probabilities"].get(label, 0.0)) for a in answers for label in card.labels]
+    if name == "probability":  # a tensor has no null: 0 if the label is the larger model's
+        return [answer["probability"] or 0.0 for answer in answers]
+    return [answer[name] for answer in answers]
 
 
 def _binary(values: list[Any], datatype: str) -> bytes:
@@ -289,7 +289,7 @@ def _binary(values: list[Any], datatype: str) -> bytes:
 
 
 def encode_response(
-    request: InferRequest, answers: list[Answer], card: ModelCard
+    request: InferRequest, answers: list[dict[str, Any]], card: ModelCard
 ) -> tuple[bytes, dict[str, str]]:
     """Return the body and headers of a 200 answer, binary where it was asked for."""
     tensors, tail = [], []

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document: written by hand where the protocol fixes it, from the models elsewhere."""
+"""The OpenAPI 3.1 document: the Open Inference Protocol by hand, ``/v1/predict`` from its pydantic models."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ _METADATA = {
 }
 
 _REFUSALS = {
-    "400": "The request is malformed or over a limit; the message names which.",
+    "400": "The request is malformed or over a limit; the message says which.",
     "404": "No such model or version.",
-    "408": "The body took longer than --body-timeout-s to arrive.",
-    "413": "The body is over --max-body-bytes after decompression.",
+    "408": "The body took longer than body_timeout_s to arrive.",
+    "413": "The body is over max_body_bytes after decompression.",
     "415": "Unknown Content-Encoding.",
-    "429": "Too much queued work; Retry-After says when to come back.",
+    "429": "A limit is reached; Retry-After says when to try again.",
     "503": "Loading or draining.",
     "504": "Not answered within the deadline.",
 }
@@ -212,7 +212,7 @@ def openapi_document(settings: ServeSettings) -> dict[str, Any]:
             "version": sbs_edge.__version__,
             "description": "A distilled student: labels in milliseconds, rationales on request.",
         },
-        # Relative to where this document was read, so that it holds behind a proxy's prefix too.
+        # Relative to the address of this document, so that it also holds behind a proxy with a path prefix.
         "servers": [{"url": "."}],
         "paths": paths,
         "components": {"schemas": schemas},

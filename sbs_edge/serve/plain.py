@@ -1,4 +1,4 @@
-"""``POST /v1/predict``: the route for people. The models here are also its OpenAPI schema."""
+"""``POST /v1/predict``: the JSON route. Its pydantic models are also its OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sbs_edge.serve import errors
 from sbs_edge.serve.body import parse_json
-from sbs_edge.serve.inference_request import Answer, InferenceRequest, check_labels
+from sbs_edge.serve.inference_request import InferenceRequest, check_labels
 
-__all__ = ["ErrorBody", "PredictRequest", "PredictResponse", "encode_answers", "parse_predict"]
+__all__ = ["ErrorBody", "PredictRequest", "PredictResponse", "parse_predict"]
 
 
 class PredictRequest(BaseModel):
@@ -21,7 +21,7 @@ class PredictRequest(BaseModel):
     texts: list[str] = Field(description="The texts to answer.", min_length=1)
     labels: list[list[str]] | list[str] | None = Field(
         default=None,
-        description="Tasks with choices: the answers to choose from, one list for all texts or one for each.",
+        description="Tasks with choices: the answers to choose from, as one list for all texts or one list for each.",
     )
     explain: bool = Field(default=False, description="Also generate the rationale of each answer.")
     model: str | None = Field(
@@ -35,7 +35,7 @@ class PredictRequest(BaseModel):
 
 
 class StudentAnswer(BaseModel):
-    """The student's own answer, where a larger model's label took its place."""
+    """The student's own answer to a text that was escalated."""
 
     label: str
     probability: float
@@ -43,20 +43,20 @@ class StudentAnswer(BaseModel):
 
 
 class Prediction(BaseModel):
-    """One answer."""
+    """The answer to a text."""
 
     label: str
     probability: float | None = Field(
-        description="The student's; null if escalated: the larger model gives none."
+        description="Of the student's label; null if escalated, because the larger model gives none."
     )
-    probabilities: dict[str, float] = Field(description="The student's; empty if escalated.")
+    probabilities: dict[str, float] = Field(description="Of the student's labels; empty if escalated.")
     abstained: bool = Field(description="The probability is below the model's threshold.")
-    escalated: bool = Field(description="The label came from the larger model the server escalates to.")
+    escalated: bool = Field(description="The label is the larger model's.")
     truncated: bool
-    rationale: str | None = Field(default=None, description="The student's, also if escalated.")
+    rationale: str | None = Field(default=None, description="Always the student's, also if escalated.")
     rationale_complete: bool | None = None
     student: StudentAnswer | None = Field(
-        default=None, description="Only if escalated: the student's own label and figures."
+        default=None, description="Only if escalated: the student's own label and probabilities."
     )
 
 
@@ -69,13 +69,13 @@ class PredictResponse(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer other than 200."""
+    """The body of every error response."""
 
     error: str
 
 
-def parse_predict(body: bytes) -> tuple[PredictRequest, InferenceRequest]:
-    """Parse and check the body; any defect is a 400 that names the field."""
+def parse_predict(body: bytes) -> InferenceRequest:
+    """Parse and check the body; an invalid one is a 400 that names the field."""
     try:
         request = PredictRequest.model_validate(parse_json(body))
     except ValidationError as error:
@@ -85,38 +85,18 @@ def parse_predict(body: bytes) -> tuple[PredictRequest, InferenceRequest]:
     labels: list[list[str]] | None = None
     if request.labels is not None:
         rows: list[Any] = list(request.labels)
-        if all(isinstance(row, str) for row in rows):  # one list for all texts is looked at once
+        if all(isinstance(row, str) for row in rows):  # one list for all texts is checked once
             check_labels([rows], 1)
             labels = [rows] * len(request.texts)
         else:
             check_labels(rows, len(request.texts))
             labels = rows
-    asking = InferenceRequest(
+    return InferenceRequest(
         texts=request.texts,
         labels=labels,
         explain=request.explain,
         truncate=request.truncate,
         max_new_tokens=request.max_new_tokens,
+        model=request.model,
+        version=request.version,
     )
-    return request, asking
-
-
-def encode_answers(model: str, version: str, answers: list[Answer]) -> dict[str, Any]:
-    """Return the JSON document of a 200 answer."""
-    predictions = []
-    for answer in answers:
-        entry: dict[str, Any] = {
-            "label": answer.label,
-            "probability": answer.probability,
-            "probabilities": dict(answer.probabilities),
-            "abstained": answer.abstained,
-            "escalated": answer.escalated,
-            "truncated": answer.truncated,
-        }
-        if answer.student is not None:
-            entry["student"] = dict(answer.student)
-        if answer.rationale is not None:
-            entry["rationale"] = answer.rationale
-            entry["rationale_complete"] = answer.rationale_complete
-        predictions.append(entry)
-    return {"model": model, "version": version, "predictions": predictions}

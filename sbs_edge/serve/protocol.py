@@ -1,20 +1,15 @@
-"""HTTP/1.1 connections: uvicorn's httptools protocol, with a door and the limits it leaves to a proxy.
+"""HTTP/1.1 connections: uvicorn's httptools protocol with an admission filter and limits.
 
-Work there is no room for is refused here, as soon as its head is parsed: no task, no routing, one write.
-The connection stays open, and what comes of the body is skipped.
+When the server is full, a request is rejected as soon as its head is parsed: no task, no routing, one write. The
+connection stays open, and the body is skipped.
 
-A request's line and headers must arrive within a time and within a size; otherwise a client that sends
-one byte a minute, or headers without end, holds a connection or the memory of the process. Bodies are
-bounded where they are read (:mod:`sbs_edge.serve.body`); the rest of a body whose request was already
-answered has the time of a head.
+The request line and headers have a time limit and a size limit. Otherwise a client could occupy a connection with
+one byte per minute, or the memory with endless headers. Bodies are limited where they are read
+(:mod:`sbs_edge.serve.body`).
 
-Requests of one connection are answered one after the other. Bytes that follow the request at hand stay
-unparsed, and nothing more is read, until it is answered and its answer has left: a client that sends
-without reading costs one read of its socket, however much it sends.
-
-A connection that ends while its client still sends is closed in two steps: the answer and the end of the
-stream leave first, and what still arrives is thrown away for a while. Closing at once would make the
-system reset the connection, and the client would lose the answer.
+Requests on a connection are answered one after the other. Bytes that follow the current request stay unparsed, and
+nothing more is read, until its response has been sent. A client that sends without reading therefore costs one read
+of its socket, however much it sends.
 """
 
 from __future__ import annotations
@@ -23,75 +18,58 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import AdmissionSlot
-from sbs_edge.serve.admission_filter import AdmissionFilter, Refused, prepare, request_id
+from sbs_edge.serve.admission_filter import AdmissionFilter, Rejection, prepare, request_id
+from sbs_edge.serve.closing import LINGER_BYTES, ClosingConnection
 from sbs_edge.serve.wire import ANSWERED, HeldFlow, WholeWriter, check_fields
 
 __all__ = ["Connection", "connections"]
 
 
-# A connection that ends takes so many more bytes and seconds of its client before it is closed.
-_LINGER_BYTES = 16 << 20
-_LINGER_S = 5.0
-
 _MAX_HEADERS = 256
-_PIECES_A_TURN = 64  # then other connections have their turn
-# Pieces of a body are cut where a head could end, but not smaller than this: the cuts are there for
-# requests that follow the body, and a body made of line ends must not cost a call for every few bytes.
+_PIECES_A_TURN = 64  # of a connection; then the event loop serves others
+# Pieces of a body end where a head could end, so that a request after the body starts a new piece. They have a
+# minimum size, so that a body of line ends does not cost a call for every few bytes.
 _SMALLEST_BODY_PIECE = 1024
 
 _CONNECTION_ONLY = (b"upgrade", b"http2-settings")
 
 
-class Connection(HttpToolsProtocol):
-    """One connection; subclasses made by :func:`connections` carry the door and the limits."""
+class Connection(ClosingConnection):
+    """One connection; subclasses made by :func:`connections` carry the admission filter and the limits."""
 
-    door: AdmissionFilter | None = None
-    head_timeout_s = 10.0
+    admission_filter: AdmissionFilter | None = None
     max_head_bytes = 65_536
     max_connections = 2048
 
-    _default_headers: list[tuple[bytes, bytes]] | None = None  # those that _end was written from
+    _default_headers: list[tuple[bytes, bytes]] | None = None  # the headers that _end was made from
     _end = b""
-    _late: asyncio.TimerHandle | None = None  # closes the connection when it fires
-    _unread: asyncio.TimerHandle | None = None  # closes it unless the client reads
-    _in_head = True  # from the connection, or a request's first byte, to the end of its headers
-    _in_body = False
+    _in_head = True  # until the headers of the next request are complete
     _head_bytes = 0
-    _body_bytes = 0  # of the body at hand
-    _framing_bytes = 0  # what chunks and trailers cost beside it
-    _passage: AdmissionSlot | None = None  # of the request at hand
-    _held = b""  # bytes that follow the request at hand
+    _body_bytes = 0  # of the current body
+    _framing_bytes = 0  # of chunk headers and trailers
+    _slot: AdmissionSlot | None = None  # of the current request
     _feeding = False
     _upgrading = False  # the head just parsed asks for another protocol
-    _last: errors.HttpError | None = None  # ends the connection once earlier requests are answered
-    _lingered: int | None = None  # bytes thrown away since the connection ended
+    _last: errors.HttpError | None = None  # sent as the last response, once earlier requests are answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock of the first request."""
+        """Start the time limit of the first request."""
         super().connection_made(transport)
         self.flow = HeldFlow(transport)
         if len(self.connections) > self.max_connections:
             self._finish(errors.too_many_connections(self.max_connections))
-            transport.close()  # at once: those that linger are connections too
+            transport.close()  # at once: lingering connections count too
             return
         self._start_clock()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
-        self._stop_clock()
-        self._stop_unread()
-        self._held = b""
-        super().connection_lost(exc)
-
     def data_received(self, data: bytes) -> None:
-        """Feed the parser with what belongs to the request at hand; hold the rest back."""
+        """Parse the bytes of the current request; hold the rest back."""
         if self._lingered is not None:
             self._lingered += len(data)
-            if self._lingered > _LINGER_BYTES:
+            if self._lingered > LINGER_BYTES:
                 self.transport.close()
             return
         self._held = self._held + data if self._held else data
@@ -99,7 +77,7 @@ class Connection(HttpToolsProtocol):
             self._feed()
 
     def _feed(self) -> None:
-        """Parse up to the end of a request that has to be answered first."""
+        """Parse up to the end of the current request."""
         self._unset_keepalive_if_required()
         data, at, pieces = self._held, 0, 0
         self._held, self._feeding = b"", True
@@ -121,22 +99,21 @@ class Connection(HttpToolsProtocol):
             return
         rest = data[at:] if at else data
         self._hold(rest + self._held if self._held else rest)
-        if self._in_body and self._passage is not None:
-            self._passage.unexpect()
-        # Bytes that begin nothing (empty lines), and those of a body that is skipped, have also ended
-        # the wait of an idle connection.
+        if self._in_body and self._slot is not None:
+            self._slot.withdraw_estimate()
+        # Empty lines, and bytes of a body that is skipped, have also stopped the keep-alive timer.
         if self._in_head or (not self._busy() and (self._in_body or self.timeout_keep_alive_task is None)):
             self._start_clock()
 
     def _piece_end(self, data: bytes, at: int) -> int:
-        """Return where the next piece ends: where a head may end, so that it brings one further request at most."""
+        """Return the end of the next piece; it ends where a head may end, so that it completes at most one head."""
         if not self._in_body and not at and self._head_bytes:
-            return min(len(data), 3)  # the end of a head may lie across two reads
+            return min(len(data), 3)  # the end of a head may be split between two reads
         cut = data.find(b"\r\n\r\n", at + _SMALLEST_BODY_PIECE if self._in_body else max(at - 3, 0))
         return len(data) if cut < 0 else cut + 4
 
     def _parse(self, piece: bytes) -> int:
-        """Give one piece to the parser; return how many of its bytes are used up."""
+        """Parse a piece; return the number of bytes that were consumed."""
         before, headers = self._body_bytes, self.headers
         in_body = self._in_body
         try:
@@ -149,7 +126,7 @@ class Connection(HttpToolsProtocol):
                 reason = errors.malformed("The request is not valid HTTP/1.1.")
             self._end_with(reason)
             return len(piece)
-        if in_body and self._in_body and self.headers is headers:  # one and the same body
+        if in_body and self._in_body and self.headers is headers:  # still the same body
             self._framing_bytes += len(piece) - (self._body_bytes - before)
             if self._framing_bytes > self.max_head_bytes + 8 * self._body_bytes:
                 self._end_with(errors.long_head(self.max_head_bytes))
@@ -158,9 +135,9 @@ class Connection(HttpToolsProtocol):
         return len(piece)
 
     def _stay(self, used: int) -> int:
-        """Answer in HTTP/1.1 what asked for another protocol: parse its head again without the wish.
+        """Ignore a request's wish for another protocol: parse its head again without it.
 
-        The parser takes whatever follows such a head for the other protocol, the body too.
+        The parser takes everything after such a head, the body included, for data of the other protocol.
         """
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
@@ -179,18 +156,15 @@ class Connection(HttpToolsProtocol):
         return used
 
     def _may_read(self) -> bool:
-        """Whether the next byte may be parsed: the request at hand is whole and answered, or in its body."""
+        """Whether the next byte may be parsed: it belongs to the current body, or no request is unanswered."""
         if self._ended() or self._last is not None:
             return False
         if self.pipeline:
             return False
         return self._in_body or not (self._busy() or self.flow.write_paused)
 
-    def _ended(self) -> bool:
-        return self.parser is None or self._lingered is not None or self.transport.is_closing()
-
     def _hold(self, rest: bytes) -> None:
-        """Keep ``rest`` for later; read nothing more until then."""
+        """Keep ``rest`` for later, and pause reading until then."""
         self._held = rest
         flow: Any = self.flow
         before, flow.held = flow.held, bool(rest) or (self.flow.write_paused and not self._in_body)
@@ -200,17 +174,17 @@ class Connection(HttpToolsProtocol):
             flow.resume_reading()
 
     def _continue(self) -> None:
-        """Parse what was held back, if it may be."""
+        """Parse the bytes held back, if they may be parsed now."""
         if not self._feeding and not self._ended() and self._may_read():
             self._feed()
 
     def on_message_begin(self) -> None:
-        """A request's first byte."""
+        """Note the first byte of a request."""
         super().on_message_begin()
         self._in_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; trailers are not headers and are left out."""
+        """Add a header; trailers are ignored."""
         if self._in_body:
             return
         if len(self.headers) == _MAX_HEADERS:
@@ -233,7 +207,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = self._body_bytes = self._framing_bytes = 0
         self._stop_clock()
         if version == "1.0":
-            self.expect_100_continue = False  # such a client knows no interim answers
+            self.expect_100_continue = False  # HTTP/1.0 has no interim responses
             self.scope["state"]["keep_alive"] = self.parser.should_keep_alive()
         if self._refuse(version):
             return
@@ -241,25 +215,25 @@ class Connection(HttpToolsProtocol):
         try:
             super().on_headers_complete()
         except Exception:
-            self._in_body = False  # there will be an answer, but no request
+            self._in_body = False  # there will be a response, but no request
             raise
         finally:
             if self.cycle is not before:
                 whole: Any = WholeWriter(self.transport, self.cycle.on_response, self._close)
                 self.cycle.transport, self.cycle.on_response = whole, whole.on_response
-            elif self._passage is not None:  # no request was made of it
-                self._passage.leave()
-                self._passage = None
+            elif self._slot is not None:  # no request was created
+                self._slot.leave()
+                self._slot = None
         if version == "1.0":
             self.cycle.keep_alive = self.parser.should_keep_alive()
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of the body."""
+        """Add a piece of the body."""
         self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The body is whole."""
+        """Note the end of the body."""
         if self._upgrading:
             return
         self._in_body = False
@@ -271,7 +245,7 @@ class Connection(HttpToolsProtocol):
             )
 
     def on_response_complete(self) -> None:
-        """The answer is written; what is left of an unread body has the time of a head."""
+        """Go on after a response; the rest of an unread body has the time limit of a head."""
         if self._lingered is not None:
             self.server_state.total_requests += 1
             return
@@ -285,14 +259,8 @@ class Connection(HttpToolsProtocol):
         elif self._held:
             self._continue()
 
-    def pause_writing(self) -> None:
-        """The client does not read: it has the time of a head to go on."""
-        super().pause_writing()
-        if self._unread is None:
-            self._unread = self.loop.call_later(self.head_timeout_s, self.transport.abort)
-
     def resume_writing(self) -> None:
-        """The client reads again."""
+        """Go on once the client reads again."""
         super().resume_writing()
         self._stop_unread()
         if not self._ended():
@@ -301,7 +269,7 @@ class Connection(HttpToolsProtocol):
                 self._continue()
 
     def shutdown(self) -> None:
-        """Close with the server, unless an answer is still on its way out."""
+        """Close the connection, unless a response is still being sent."""
         if self._lingered is None:
             if self._busy():
                 self.cycle.keep_alive = False
@@ -309,78 +277,57 @@ class Connection(HttpToolsProtocol):
                 self._close()
 
     def _refuse(self, version: str) -> bool:
-        """Ask the door; where it refuses, write the answer and keep the connection."""
-        self._passage = None
+        """Ask the admission filter; write its rejection, if there is one, and keep the connection."""
+        self._slot = None
         if (
             self._busy()
             or version == "1.0"
             or self.expect_100_continue
             or not self.parser.should_keep_alive()
         ):
-            return False  # the order of answers, and how the connection ends, are uvicorn's to keep
-        door, headers = self.door, self.headers
+            return False  # uvicorn keeps the order of responses and ends the connection
+        admission_filter, headers = self.admission_filter, self.headers
         path = self.url.partition(b"?")[0].decode("latin-1")
-        refused = door.ask(self.parser.get_method().decode("ascii"), path, headers) if door else None
-        if not isinstance(refused, Refused):
-            self._passage = refused
-            if refused is not None:
-                self.scope["state"]["passage"] = refused
+        method = self.parser.get_method().decode("ascii")
+        admitted = admission_filter.admit(method, path, headers) if admission_filter else None
+        if not isinstance(admitted, Rejection):
+            self._slot = admitted
+            if admitted is not None:
+                self.scope["state"]["slot"] = admitted
             return False
         self.cycle = ANSWERED
-        self._write(refused, headers)
-        if refused.closes:
+        self._write(admitted, headers)
+        if admitted.closes:
             self._close()
         self.on_response_complete()
         return True
 
-    def _write(self, refused: Refused, headers: list[tuple[bytes, bytes]]) -> None:
+    def _write(self, rejection: Rejection, headers: list[tuple[bytes, bytes]]) -> None:
         kind = type(self)
-        if kind._default_headers is not self.server_state.default_headers:  # another list each second
+        if (
+            kind._default_headers is not self.server_state.default_headers
+        ):  # uvicorn makes a new list each second
             kind._default_headers = self.server_state.default_headers
             lines = b"".join(b"%b: %b\r\n" % line for line in kind._default_headers)
             kind._end = b"\r\n%b\r\n" % lines
-        self.transport.write(b"".join((refused.head, request_id(headers), kind._end, refused.body)))
-
-    def _busy(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _start_clock(self) -> None:
-        if self._late is None:
-            self._late = self.loop.call_later(self.head_timeout_s, self._close_late)
-
-    def _stop_clock(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _stop_unread(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
-
-    def _close_late(self) -> None:
-        self._late = None
-        if self._busy():  # an earlier request on this connection is still being answered
-            self._start_clock()
-        elif not self.transport.is_closing():
-            self.transport.close()
+        self.transport.write(b"".join((rejection.head, request_id(headers), kind._end, rejection.body)))
 
     def _end_with(self, error: errors.HttpError) -> None:
-        """Answer with ``error`` in its turn, and end the connection."""
-        if self._in_body and self._busy() and not self.pipeline:  # it ends the request at hand
+        """Answer with ``error`` after earlier responses, and end the connection."""
+        if self._in_body and self._busy() and not self.pipeline:  # it ends the current request
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             self._finish(error)
         elif self._busy() or self.pipeline:
             self._last = error
             self._stop_clock()
-            if self._in_body:  # the broken request itself waits behind another: it has its answer
+            if self._in_body:  # the broken request waits behind another; this is its response
                 self.pipeline.clear()
                 self.cycle = ANSWERED
             flow: Any = self.flow
             flow.held = True
             flow.pause_reading()
-        elif self._in_body:  # it has its answer
+        elif self._in_body:  # the request has been answered
             self._linger()
         else:
             self._finish(error)
@@ -388,40 +335,18 @@ class Connection(HttpToolsProtocol):
     def _finish(self, error: errors.HttpError) -> None:
         """Write ``error`` and end the connection."""
         self._last = None
-        if self.door is not None:
-            self.door.count(error)
+        if self.admission_filter is not None:
+            self.admission_filter.count(error)
         self._write(prepare(error, closing=True), self.headers or [])
         self._linger()
 
-    def _close(self) -> None:
-        """End the connection, slowly where the client may still be sending."""
-        if self._in_body or self._held:
-            self._linger()
-        else:
-            self.transport.close()
-
-    def _linger(self) -> None:
-        """Say that nothing more will come, and throw away what still arrives, for a while."""
-        if self._lingered is not None or self.transport.is_closing():
-            return
-        self._lingered, self._held = len(self._held), b""
-        self._stop_clock()
-        self._unset_keepalive_if_required()
-        self.pipeline.clear()
-        if self.transport.can_write_eof():  # not under TLS
-            self.transport.write_eof()
-        flow: Any = self.flow
-        flow.held = False
-        flow.resume_reading()
-        self._late = self.loop.call_later(_LINGER_S, self.transport.close)
-
 
 def connections(
-    door: AdmissionFilter, timeout_s: float, max_bytes: int, max_connections: int = 2048
+    admission_filter: AdmissionFilter, timeout_s: float, max_bytes: int, max_connections: int = 2048
 ) -> type[Connection]:
-    """Return the protocol with its door, and the seconds and bytes of a request's line and headers."""
+    """Return the protocol class; ``timeout_s`` and ``max_bytes`` limit a request line and its headers."""
     fields = {
-        "door": door,
+        "admission_filter": admission_filter,
         "head_timeout_s": timeout_s,
         "max_head_bytes": max_bytes,
         "max_connections": max_connections,

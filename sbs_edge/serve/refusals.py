@@ -1,7 +1,7 @@
-"""What is turned away: counted one by one, logged as a sum a second.
+"""Rejected requests: each is counted in the metrics, and their totals are logged once a second.
 
-A server under four times its load refuses three requests for each it answers. A log line and a look-up
-of metric labels for each would cost more than refusing does, and would hide the lines that matter.
+A server under four times its load rejects three requests for each that it answers. A log line and a look-up of
+metric labels for each would cost more than the rejection itself, and would hide the lines that matter.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _EVERY_S = 1.0
 
 
 class Refusals:
-    """Counts refusals by reason, and writes their number to the log at most once a second.
+    """Counts rejections by reason, and logs their totals at most once a second.
 
     Args:
-        metrics: holds ``sbs_edge_rejected_total``; a reason's child is looked up once.
-        log: whether to write anything.
+        metrics: holds ``sbs_edge_rejected_total``; the child of each reason is looked up once.
+        log: whether to log the totals.
     """
 
     def __init__(self, metrics: Metrics, *, log: bool) -> None:
@@ -34,14 +34,14 @@ class Refusals:
         self._timer: asyncio.TimerHandle | None = None
 
     def count(self, reason: str) -> None:
-        """Count one request turned away for ``reason`` in the metrics."""
+        """Count a request rejected for ``reason`` in the metrics."""
         child = self._children.get(reason)
         if child is None:
             child = self._children[reason] = self._metrics.rejected.labels(reason)
         child.inc()
 
     def note(self, reason: str, status: int) -> None:
-        """Take one refusal into the next line of the log."""
+        """Add a rejection to the next line of the log."""
         if not self._log:
             return
         self._unwritten[reason, status] += 1
@@ -49,7 +49,7 @@ class Refusals:
             self._timer = asyncio.get_running_loop().call_later(_EVERY_S, self.flush)
 
     def flush(self) -> None:
-        """Write what has been noted since the last line."""
+        """Log the totals since the last line."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""JSON answers and error answers, as every layer of the server writes them."""
+"""JSON responses and error responses, for every layer of the server."""
 
 from __future__ import annotations
 

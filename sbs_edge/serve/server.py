@@ -1,8 +1,8 @@
-"""Running the service under uvicorn: signals, drain, exit code.
+"""Run the service under uvicorn: signals, drain, exit code.
 
-SIGTERM or SIGINT turns readiness off at once, lets admitted requests finish, and exits 0 within the
-drain timeout; a second signal, a second or more later, exits at once. SIGHUP looks at the model
-directories and at the TLS certificate again.
+SIGTERM or SIGINT turns readiness off at once, lets admitted requests finish, and exits with 0 within the drain
+timeout. A second signal, a second or more later, exits at once. SIGHUP reads the model directories and the TLS
+certificate again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from sbs_edge.errors import UsageError
-from sbs_edge.serve import process_settings as interpreter
+from sbs_edge.serve import process_settings
 from sbs_edge.serve.app import create_app
 from sbs_edge.serve.engine import Loader, student_loader
 from sbs_edge.serve.escalate import Escalation
 from sbs_edge.serve.listening import address_of, bind, unbind
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
-from sbs_edge.serve.models import Registry
 from sbs_edge.serve.protocol import connections
+from sbs_edge.serve.registry import Registry
 from sbs_edge.serve.service import Service
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.telemetry import tracing_to
@@ -40,19 +40,19 @@ if TYPE_CHECKING:
 
 __all__ = ["create_service", "serve", "serve_on"]
 
-# glibc gives every thread a heap of its own and returns little of it: with the workers of this
-# server two heaps keep memory flat under bursts. mallopt's M_ARENA_MAX is -8.
+# glibc gives every thread its own heap and returns little of it to the system. Two heaps for all threads keep memory
+# constant under bursts. mallopt's M_ARENA_MAX is -8.
 _M_ARENA_MAX, _ARENAS = -8, 2
 
-# `timeout` and process managers pass one signal on to the process and to its group: it arrives twice.
+# `timeout` and process managers send a signal to the process and to its group, so it arrives twice.
 _SAME_SIGNAL_S = 1.0
-_TICKS_A_LOOK = 100  # of a tenth of a second, between two looks at the certificate's files
+_CERTIFICATE_TICKS = 100  # tenths of a second between two checks of the certificate's files
 
 
 def create_service(
     sources: Sequence[tuple[str | None, Path]], settings: ServeSettings, loader: Loader | None = None
 ) -> Service:
-    """Put the parts together; nothing is loaded before the application's lifespan starts."""
+    """Return a service; its models are loaded when the application's lifespan starts."""
     metrics = Metrics()
     loader = loader or student_loader(settings.target, settings.threads, settings.max_batch_tokens)
     escalation = None
@@ -75,15 +75,15 @@ def create_service(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with this project's meaning of signals."""
+    """A uvicorn server with the signals described above."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
         self._tasks: set[asyncio.Task[None]] = set()
         self.clean = True
-        self._told = 0.0  # when the first signal to stop came
-        self._certificate = _marks(service.settings)
+        self._stop_requested_s = 0.0  # time of the first signal to stop
+        self._certificate = _certificate_state(service.settings)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -111,18 +111,18 @@ class _Server(uvicorn.Server):
     def _stop(self) -> None:
         now = asyncio.get_running_loop().time()
         if self._service.draining:
-            if now - self._told < _SAME_SIGNAL_S:
+            if now - self._stop_requested_s < _SAME_SIGNAL_S:
                 return
             logger.warning("stopped_at_once", in_flight=self._service.gate.inside)
             sys.stderr.flush()
-            os._exit(130)  # threads in a graph cannot be interrupted; the user asked twice
+            os._exit(130)  # threads inside a graph cannot be interrupted
         self._service.draining = True
-        self._told = now
+        self._stop_requested_s = now
         logger.info("draining", in_flight=self._service.gate.inside)
         self._spawn(self._drain())
 
     async def _drain(self) -> None:
-        """Wait for admitted requests, at most the drain timeout, then let uvicorn close."""
+        """Wait for admitted requests, at most for the drain timeout, then let uvicorn close."""
         service = self._service
         loop = asyncio.get_running_loop()
         end = loop.time() + service.settings.drain_timeout_s
@@ -130,21 +130,21 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.01)
         self.clean = not service.gate.inside
         logger.info("drained" if self.clean else "drain_timeout", in_flight=service.gate.inside)
-        # What uvicorn still does after this is to flush answers that are already written.
+        # After this uvicorn only flushes responses that are already written.
         self.config.timeout_graceful_shutdown = 1 if not self.clean else 3
         self.should_exit = True
 
     def _reload_certificate(self) -> None:
-        """Use a renewed certificate for new connections; one that does not load leaves the old in use."""
-        settings, marks = self._service.settings, _marks(self._service.settings)
-        if self.config.ssl is None or marks == self._certificate:
+        """Use a renewed certificate for new connections; keep the old one if the new one does not load."""
+        settings, state = self._service.settings, _certificate_state(self._service.settings)
+        if self.config.ssl is None or state == self._certificate:
             return
-        self._certificate = marks
+        self._certificate = state
         files = str(settings.tls_cert), str(settings.tls_key)
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files)
             self.config.ssl.load_cert_chain(*files)
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:  # includes ssl.SSLError
             logger.error("certificate_refused", certificate=files[0], error=str(error.strerror or error))
         else:
             logger.info("certificate_loaded", certificate=files[0])
@@ -160,19 +160,19 @@ class _Server(uvicorn.Server):
             self._service.report_to_peers()
         if self._service.failure is not None:
             self.should_exit = True
-        if counter % _TICKS_A_LOOK == 0:
+        if counter % _CERTIFICATE_TICKS == 0:
             self._reload_certificate()
         return await super().on_tick(counter)
 
 
-def _marks(settings: ServeSettings) -> list[tuple[int, int]]:
-    """Return what changes when the certificate or its key is replaced; nothing without TLS."""
-    marks = []
+def _certificate_state(settings: ServeSettings) -> list[tuple[int, int]]:
+    """Return times and inodes of the certificate and its key; an empty list without TLS."""
+    state = []
     for path in filter(None, (settings.tls_cert, settings.tls_key)):
         with contextlib.suppress(OSError):
             info = path.stat()
-            marks.append((info.st_mtime_ns, info.st_ino))
-    return marks
+            state.append((info.st_mtime_ns, info.st_ino))
+    return state
 
 
 def serve(
@@ -180,8 +180,8 @@ def serve(
 ) -> int:
     """Serve until told to stop; return 0 after a clean drain and 1 if the drain timed out.
 
-    Raises the error of a bundle that could not be loaded at the start (an
-    :class:`~sbs_edge.errors.IntegrityError` exits with 4).
+    Raises:
+        SbsEdgeError: a bundle could not be loaded at the start (exit code 4 for an ``IntegrityError``).
     """
     if (
         settings.uds is None
@@ -189,7 +189,7 @@ def serve(
         and settings.token is None
     ):
         logger.warning(
-            "open_to_the_network", host=settings.host, hint="anyone who reaches it may use it; set a token"
+            "open_to_the_network", host=settings.host, hint="anyone who can connect may use it; set a token"
         )
     if settings.workers > 1:
         from sbs_edge.serve.workers import supervise
@@ -209,15 +209,15 @@ def serve_on(
     loader: Loader | None = None,
     peers: Peers | None = None,
 ) -> int:
-    """Serve on a listening socket, as one of several processes where there are ``peers``."""
-    interpreter.set_switch_interval()
-    # The tokenizer's own thread pool would take the event loop's core for a gain of microseconds.
+    """Serve on a listening socket; with ``peers``, as one of several processes."""
+    process_settings.set_switch_interval()
+    # The tokenizer's thread pool would occupy the event loop's core and save only microseconds.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(_M_ARENA_MAX, _ARENAS)
     service = create_service(sources, settings, loader)
-    service.registry.on_change = interpreter.freeze_gc
+    service.registry.on_change = process_settings.freeze_gc
     service.peers = peers
     app = create_app(service)
     config = uvicorn.Config(
@@ -229,10 +229,13 @@ def serve_on(
         server_header=False,
         lifespan="on",
         http=connections(
-            app.state.door, settings.head_timeout_s, settings.max_head_bytes, settings.max_connections
+            app.state.admission_filter,
+            settings.head_timeout_s,
+            settings.max_head_bytes,
+            settings.max_connections,
         ),
         ws="none",
-        proxy_headers=False,  # the log names the peer; a header could name anybody
+        proxy_headers=False,  # the log shows the peer address; a header could be forged
         timeout_keep_alive=75,
         backlog=2048,
         ssl_certfile=str(settings.tls_cert) if settings.tls_cert else None,
@@ -240,10 +243,10 @@ def serve_on(
     )
     try:
         config.load()
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # includes ssl.SSLError
         raise UsageError(
             f"The certificate {settings.tls_cert} and the key {settings.tls_key} cannot be used: "
-            f"{error.strerror or error}. Both must be PEM files that belong together (--tls-cert, --tls-key)."
+            f"{error.strerror or error}. Both must be PEM files that belong together (tls_cert, tls_key)."
         ) from error
     server = _Server(config, service)
     server.run([listener])

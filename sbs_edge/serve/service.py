@@ -1,4 +1,4 @@
-"""One request from admission to answer: gates, token counts, lanes, cascade.
+"""One request from admission to answer: gates, token counts, batchers, cascade.
 
 Knows nothing of HTTP beyond the statuses it refuses with.
 """
@@ -6,26 +6,30 @@ Knows nothing of HTTP beyond the statuses it refuses with.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.errors import AnswerError, SbsEdgeError, UsageError
+from sbs_edge.runtime.answers import answer_document
 from sbs_edge.runtime.texts import over_limit
 from sbs_edge.serve import errors
 from sbs_edge.serve.admission import AdmissionSlot, Budget, Gate, PendingEstimate
 from sbs_edge.serve.batching import Batcher, QueuedRequest
 from sbs_edge.serve.escalate import Escalation
-from sbs_edge.serve.inference_request import Answer, InferenceRequest, Timing
+from sbs_edge.serve.inference_request import InferenceRequest, Timing
 from sbs_edge.serve.metrics import Metrics
-from sbs_edge.serve.models import ModelVersion, Registry
+from sbs_edge.serve.models import ModelVersion
 from sbs_edge.serve.process_settings import give_memory_back
 from sbs_edge.serve.refusals import Refusals
+from sbs_edge.serve.registry import Registry
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
 from sbs_edge.serve.telemetry import Tracing
 from sbs_edge.serve.tokenizing import FairTokenizer
+from sbs_edge.serve.validation import check_characters, check_request
 from sbs_edge.tokens import most_characters
 
 if TYPE_CHECKING:
@@ -41,6 +45,18 @@ _TRIM_AFTER_S = 0.5
 
 def _leave(gate: Gate, units: int, _: object) -> None:
     gate.leave(units)
+
+
+def _replace_label(answer: dict[str, Any], label: str) -> None:
+    """Put the larger model's label in an answer; the student's label and probabilities move to ``student``."""
+    answer["student"] = {name: answer[name] for name in ("label", "probability", "probabilities")}
+    answer |= {
+        "label": label,
+        "probability": None,
+        "probabilities": {},
+        "escalated": True,
+        "abstained": False,
+    }
 
 
 class Service:
@@ -63,22 +79,22 @@ class Service:
         self.gate = Gate(settings.max_concurrent, "concurrency")
         self.body_bytes = Budget(settings.max_inside_bytes, self._trim_soon)
         self._trim_due = False
-        self.coming = PendingEstimate()
+        self.pending = PendingEstimate()
         self.refusals = Refusals(metrics, log=settings.access_log)
         self.started = False
         self.draining = False
         self.failure: BaseException | None = None
-        self.peers: Peers | None = None  # the other processes of this server
+        self.peers: Peers | None = None  # the other processes of this server, if there are several
         self._tokenizing = FairTokenizer()
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered."""
+        """Whether requests are answered now."""
         own = self.started and not self.draining and self.registry.ready
         return own and (self.peers is None or self.peers.ready)
 
     def report_to_peers(self) -> None:
-        """Tell the other processes this one's state, and put its gauges where all are read."""
+        """Publish this process's state and gauges for the other processes."""
         if self.peers is None:
             return
         if self.draining or not self.started:
@@ -88,19 +104,18 @@ class Service:
         self.publish_gauges()
 
     def publish_gauges(self) -> None:
-        """Set the metrics that are read from the server's state."""
+        """Set the gauges from the server's state."""
         for (name, task), size in self.registry.queue_sizes().items():
             self.metrics.queue_size.labels(name, task).set(size)
         self.metrics.in_flight.set(self.gate.inside)
         self.metrics.ready.set(self.ready)
 
     def refusal(self, *, labels: bool, n_bytes: int = 0) -> errors.HttpError | None:
-        """Return what a request arriving now would be refused with (503 or 429), or ``None``.
+        """Return the error (503 or 429) of a request that arrives now and does not fit, or ``None``.
 
-        ``n_bytes`` is the size its body is said to have; it is counted when it arrives.
-        Costs a few comparisons, so it is asked before a request is read. One that surely wants
-        ``labels`` is refused when the queue of the only model's newest version is full; otherwise
-        the queue is looked at once the body says whose.
+        ``n_bytes`` is the declared size of its body; the bytes are counted when they arrive. The check costs a
+        few comparisons, so it is made before the request is read. A request that surely wants ``labels`` is
+        rejected if the only model's queue is full; otherwise the queue is checked once the body names the model.
         """
         if self.draining:
             return errors.draining()
@@ -109,7 +124,7 @@ class Service:
         version = self.registry.only if labels else None
         if version is not None:
             refusal = version.label_gate.refusal(
-                1, version.labels.wait_estimate_s(1), ahead=self.coming.texts
+                1, version.labels.wait_estimate_s(1), ahead=self.pending.texts
             )
             if refusal is not None:
                 return refusal
@@ -121,7 +136,7 @@ class Service:
         return self.gate.refusal(1)
 
     def _trim_soon(self) -> None:
-        """Give freed memory back a moment later, when answers have let go of it too."""
+        """Return freed memory to the system a moment later, when the answers have released theirs too."""
         if not self._trim_due:
             self._trim_due = True
             asyncio.get_running_loop().call_later(_TRIM_AFTER_S, self._trim)
@@ -133,125 +148,95 @@ class Service:
     async def answer(
         self,
         version: ModelVersion,
-        asking: InferenceRequest,
+        request: InferenceRequest,
         timing: Timing,
-        passage: AdmissionSlot | None = None,
-    ) -> list[Answer]:
-        """Answer one request on ``version``; its texts are ``counted`` in ``passage`` at the queues.
+        slot: AdmissionSlot | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer a request with ``version``; its texts replace the estimate of ``slot``.
 
-        Cancelling this coroutine takes the request's waiting texts out of the queues and frees
-        their places at once; a batch that already runs is finished and its share dropped.
+        Cancelling this coroutine removes the request's waiting texts from the queues and frees
+        their places at once; a batch that already runs is finished, and its results for them are dropped.
         """
-        self._check(version, asking)
-        n = len(asking.texts)
-        if passage is not None:
-            passage.counted(n)
+        check_request(request, version.card, self.settings.max_texts)
+        n = len(request.texts)
+        if slot is not None:
+            slot.count_texts(n)
         if n == 0:
             return []
-        self._check_characters(version, asking)
+        if not self._truncates(request):
+            check_characters(request.texts, version.card.max_source_tokens)
         most = most_characters(version.card.max_source_tokens)
-        n_characters = sum(min(len(text), most) for text in asking.texts)
+        n_characters = sum(min(len(text), most) for text in request.texts)
         inline = n_characters <= _INLINE_CHARACTERS
         before_s = 0.0 if inline else self._tokenizing.wait_estimate_s(n_characters)
         held: dict[Batcher[Any, Any], Gate] = {}
         version.leases += 1
         try:
-            for wanted, gate, lane in (
-                (asking.want_label, version.label_gate, version.labels),
-                (asking.explain, version.rationale_gate, version.rationales),
+            for wanted, gate, batcher in (
+                (request.want_label, version.label_gate, version.labels),
+                (request.explain, version.rationale_gate, version.rationales),
             ):
                 if wanted:
-                    gate.enter(n, lane.wait_estimate_s(1), before_s)
-                    held[lane] = gate
-            return await self._run(version, asking, timing, held)
+                    gate.enter(n, batcher.wait_estimate_s(1), before_s)
+                    held[batcher] = gate
+            return await self._run(version, request, timing, held)
         finally:
             for gate in held.values():
                 gate.leave(n)
             version.release()
 
-    def _check(self, version: ModelVersion, asking: InferenceRequest) -> None:
-        limit = self.settings.max_texts
-        if len(asking.texts) > limit:
-            raise errors.bad_request(
-                f"The request holds {len(asking.texts)} texts; the limit is {limit} (--max-texts)."
-            )
-        kind = version.card.label_kind
-        if kind == "choices" and asking.labels is None and asking.want_label:
-            raise errors.bad_request("This model chooses among given answers: send labels.")
-        if kind != "choices" and asking.labels is not None:
-            raise errors.bad_request("This model has its own answers: leave labels out.")
-        if asking.explain and not version.card.explains:
-            raise errors.bad_request(
-                "This model answers with labels alone: its bundle has no graph that writes rationales. Leave "
-                "explain out, or export a student trained with rationales without --label-only."
-            )
-        most = version.card.max_new_tokens
-        if asking.max_new_tokens is not None and asking.max_new_tokens > most:
-            raise errors.bad_request(f"max_new_tokens is over this model's limit of {most}.")
-
-    def _truncates(self, asking: InferenceRequest) -> bool:
-        return self.settings.truncate if asking.truncate is None else asking.truncate
-
-    def _check_characters(self, version: ModelVersion, asking: InferenceRequest) -> None:
-        """Refuse what is over the limit by its characters alone: that needs no tokens."""
-        limit = version.card.max_source_tokens
-        most = most_characters(limit)
-        for index, text in enumerate(asking.texts):
-            if len(text) > most and not self._truncates(asking):
-                raise errors.bad_request(
-                    f"texts[{index}] has {len(text)} characters; this model reads at most {most} "
-                    f"({limit} tokens). Shorten it, or ask for truncate."
-                )
+    def _truncates(self, request: InferenceRequest) -> bool:
+        return self.settings.truncate if request.truncate is None else request.truncate
 
     async def _run(
         self,
         version: ModelVersion,
-        asking: InferenceRequest,
+        request: InferenceRequest,
         timing: Timing,
         held: dict[Batcher[Any, Any], Gate],
-    ) -> list[Answer]:
-        """Queue the texts on every held lane; each gate is left as soon as its lane is done."""
-        n = len(asking.texts)
-        lanes = list(held)
-        tickets: list[tuple[Batcher[Any, Any], QueuedRequest[Any, Any]]] = []
-        for lane in lanes:
-            lane.expected += 1
+    ) -> list[dict[str, Any]]:
+        """Queue the texts for every task asked for; leave each gate as soon as its task is done."""
+        n = len(request.texts)
+        batchers = list(held)
+        queued: list[tuple[Batcher[Any, Any], QueuedRequest[Any, Any]]] = []
+        for batcher in batchers:
+            batcher.expected += 1
         try:
             try:
                 tokens = [
                     await self._tokenize(
-                        version, asking, "label" if lane is version.labels else "rationale", timing
+                        version, request, "label" if batcher is version.labels else "rationale", timing
                     )
-                    for lane in lanes
+                    for batcher in batchers
                 ]
             finally:
-                for lane in lanes:
-                    lane.expected -= 1
+                for batcher in batchers:
+                    batcher.expected -= 1
             limit = version.card.max_source_tokens
-            for lane, rows in zip(lanes, tokens, strict=True):
+            for batcher, rows in zip(batchers, tokens, strict=True):
                 payloads: list[Any]
-                if lane is version.labels:
-                    given: Sequence[Any] = asking.labels or [None] * n
-                    payloads = list(zip(asking.texts, rows, given, strict=True))
+                if batcher is version.labels:
+                    given: Sequence[Any] = request.labels or [None] * n
+                    payloads = list(zip(request.texts, rows, given, strict=True))
                     group: Any = "label"
                 else:
                     payloads = [
-                        (text, ids, asking.max_new_tokens)
-                        for text, ids in zip(asking.texts, rows, strict=True)
+                        (text, ids, request.max_new_tokens)
+                        for text, ids in zip(request.texts, rows, strict=True)
                     ]
-                    group = asking.max_new_tokens
+                    group = request.max_new_tokens
                 n_tokens = [min(len(ids), limit) for ids in rows]
-                ticket = lane.submit(payloads, n_tokens, group)
-                tickets.append((lane, ticket))
-                ticket.future.add_done_callback(partial(_leave, held.pop(lane), n))
-            results = [await ticket.future for _, ticket in tickets]
+                queued_request = batcher.submit(payloads, n_tokens, group)
+                queued.append((batcher, queued_request))
+                queued_request.future.add_done_callback(partial(_leave, held.pop(batcher), n))
+            results = [await queued_request.future for _, queued_request in queued]
         finally:
-            for lane, ticket in tickets:
-                if not ticket.future.done() or ticket.waiting:
-                    lane.abandon(ticket)
-        for _, ticket in tickets:
-            timing.queue_s = max(timing.queue_s, ticket.started_s - ticket.enqueued_s)
-            timing.inference_s = max(timing.inference_s, ticket.finished_s - ticket.started_s)
+            for batcher, queued_request in queued:
+                if not queued_request.future.done() or queued_request.waiting:
+                    batcher.abandon(queued_request)
+        for _, queued_request in queued:
+            timing.queue_s = max(timing.queue_s, queued_request.started_s - queued_request.enqueued_s)
+            timing.inference_s = max(timing.inference_s, queued_request.finished_s - queued_request.started_s)
         for row in results:
             for item in row:
                 if isinstance(item, UsageError):
@@ -260,22 +245,23 @@ class Service:
                     if isinstance(item, AnswerError):
                         self.registry.distrust(version, item)
                     raise item
-        predictions = results[0] if asking.want_label else None
-        explanations = results[-1] if asking.explain else None
-        answers = self._merge(version, len(asking.texts), predictions, explanations)
+        predictions = results[0] if request.want_label else None
+        explanations = results[-1] if request.explain else None
+        answers = self._documents(version, predictions, explanations)
         if self.escalation and predictions is not None:
-            await self._escalate(version, asking, answers, timing)
-        n_abstained = sum(answer.abstained for answer in answers)
-        if n_abstained:
-            self.metrics.abstained.labels(version.card.name).inc(n_abstained)
+            await self._escalate(version, request, answers, timing)
+        if predictions is not None:
+            n_abstained = sum(answer["abstained"] for answer in answers)
+            if n_abstained:
+                self.metrics.abstained.labels(version.card.name).inc(n_abstained)
         return answers
 
     async def _tokenize(
-        self, version: ModelVersion, asking: InferenceRequest, task: str, timing: Timing
+        self, version: ModelVersion, request: InferenceRequest, task: str, timing: Timing
     ) -> list[list[int]]:
-        """Return each text's tokens; 400 for one over the model's limit unless it may be cut."""
+        """Return each text's tokens; 400 for a text over the model's limit unless it may be truncated."""
         started = time.perf_counter()
-        texts = asking.texts
+        texts = request.texts
         try:
             if sum(map(len, texts)) <= _INLINE_CHARACTERS:
                 rows = version.engine.tokenize(texts, task)
@@ -289,7 +275,7 @@ class Service:
         name = version.card.name
         self.metrics.tokenize_seconds.labels(name).observe(elapsed)
         limit = version.card.max_source_tokens
-        if not self._truncates(asking):
+        if not self._truncates(request):
             for index, ids in enumerate(rows):
                 if len(ids) > limit or len(texts[index]) > most_characters(limit):
                     raise errors.bad_request(
@@ -298,49 +284,48 @@ class Service:
         self.metrics.input_tokens.labels(name).inc(sum(min(len(ids), limit) for ids in rows))
         return rows
 
-    def _merge(
-        self, version: ModelVersion, n_texts: int, predictions: Any, explanations: Any
-    ) -> list[Answer]:
-        answers = [Answer() for _ in range(n_texts)]
-        threshold = self.settings.abstain_below
+    def _documents(self, version: ModelVersion, predictions: Any, explanations: Any) -> list[dict[str, Any]]:
+        """Return the JSON document of each answer."""
+        none = itertools.repeat(None)
+        documents = [
+            answer_document(prediction, explanation)
+            for prediction, explanation in zip(predictions or none, explanations or none, strict=False)
+        ]
         if predictions is not None:
-            for answer, p in zip(answers, predictions, strict=True):
-                answer.label = p.label
-                answer.probability = float(p.probability)
-                answer.probabilities = p.probabilities
-                answer.abstained = bool(p.abstained if threshold is None else p.probability < threshold)
-                answer.truncated = bool(p.truncated)
+            threshold = self.settings.abstain_below
+            for document in documents:
+                document["escalated"] = False
+                if threshold is not None:
+                    document["abstained"] = document["probability"] < threshold
         if explanations is not None:
-            n_tokens = 0
-            for answer, e in zip(answers, explanations, strict=True):
-                answer.rationale = e.rationale
-                answer.rationale_complete = bool(e.complete)
-                answer.truncated = answer.truncated or bool(e.truncated)
-                n_tokens += e.n_tokens
+            n_tokens = sum(explanation.n_tokens for explanation in explanations)
             self.metrics.output_tokens.labels(version.card.name).inc(n_tokens)
-        return answers
+            if predictions is not None:
+                for document, explanation in zip(documents, explanations, strict=True):
+                    document["truncated"] = document["truncated"] or explanation.truncated
+        return documents
 
     async def _escalate(
-        self, version: ModelVersion, asking: InferenceRequest, answers: list[Answer], timing: Timing
+        self, version: ModelVersion, request: InferenceRequest, answers: list[dict[str, Any]], timing: Timing
     ) -> None:
-        """Replace the labels the student is unsure of by the larger model's, where it gives one."""
+        """Ask the larger model about the texts on which the student abstained, and use its labels."""
         escalation = self.escalation
-        unsure = [i for i, answer in enumerate(answers) if answer.abstained]
+        unsure = [i for i, answer in enumerate(answers) if answer["abstained"]]
         if escalation is None or not unsure:
             return
         started = time.perf_counter()
         asked = [
-            escalation.ask(asking.texts[i], asking.labels[i] if asking.labels else version.card.labels)
+            escalation.ask(request.texts[i], request.labels[i] if request.labels else version.card.labels)
             for i in unsure
         ]
         for i, (label, result) in zip(unsure, await asyncio.gather(*asked), strict=True):
             self.metrics.escalations.labels(version.card.name, result).inc()
             if label is not None:
-                answers[i].take_over(label)
+                _replace_label(answers[i], label)
         timing.escalate_s = time.perf_counter() - started
 
     async def close(self) -> None:
-        """Free threads, models and connections."""
+        """Stop the threads, and close models and connections."""
         self.refusals.flush()
         self._tokenizing.close()
         self.registry.close()

@@ -1,4 +1,4 @@
-"""Every limit and option of the server, validated once. Each field is a flag of ``sbs-edge serve``."""
+"""The validated options and limits of a server. Each field is a flag of ``sbs-edge serve``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["ServeSettings"]
 
 
 class ServeSettings(BaseModel):
-    """Validated options; sizes in bytes, times in the unit the name carries."""
+    """Options of a server; sizes are in bytes, times in the unit that the name ends with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,13 +69,11 @@ class ServeSettings(BaseModel):
     @model_validator(mode="after")
     def _pairs(self) -> ServeSettings:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("TLS needs both a certificate and a key (--tls-cert and --tls-key)")
+            raise ValueError("TLS needs both a certificate and a key (tls_cert and tls_key)")
         if self.max_queue_texts < self.max_texts:
-            raise ValueError("--max-queue-texts must be at least --max-texts, or a full request never fits")
+            raise ValueError("max_queue_texts must be at least max_texts, or a full request never fits")
         if self.max_inside_bytes < self.max_body_bytes:
-            raise ValueError(
-                "--max-inside-bytes must be at least --max-body-bytes, or a full body never fits"
-            )
+            raise ValueError("max_inside_bytes must be at least max_body_bytes, or a full body never fits")
         if self.token is not None and not self.token.get_secret_value():
             raise ValueError("the bearer token is empty")
         return self

@@ -1,3 +1,3 @@
-"""States of a server process, as the processes of one server tell each other."""
+"""States that the processes of a server report to each other."""
 
 STARTING, READY, UNSOUND, DRAINING = range(4)

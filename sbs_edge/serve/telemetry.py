@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of each request, as an extra: ``pip install 'sbs-edge[otel]'``.
+"""OpenTelemetry spans of each request; needs ``pip install 'sbs-edge[otel]'``.
 
-The hot path only keeps times; spans are made from them after the answer, with the caller's
-``traceparent`` as their parent. Without the extra, or without an endpoint, nothing is imported.
+While a request is answered only times are recorded. Spans are made from them after the answer, with the caller's
+``traceparent`` as their parent. Without an endpoint nothing is imported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tracing:
         attributes: Mapping[str, Any],
         timing: Timing,
     ) -> None:
-        """Emit the request's span and one child for each stage that took time, laid end to end."""
+        """Emit the request's span and a child for each stage that took time; the children follow each other."""
         from opentelemetry import trace
 
         end_ns = time.time_ns()
@@ -64,19 +64,19 @@ class Tracing:
         span.end(end_ns)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
 
 def tracing_to(endpoint: str, service_name: str = "sbs-edge") -> Tracing:
-    """Return tracing that sends OTLP over HTTP to ``endpoint`` (``http://host:4318/v1/traces``)."""
+    """Return a :class:`Tracing` that sends OTLP over HTTP to ``endpoint`` (``http://host:4318/v1/traces``)."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise MissingExtra("opentelemetry-sdk", "otel", "Tracing (--otel-endpoint)") from error
+        raise MissingExtra("opentelemetry-sdk", "otel", "Tracing (otel_endpoint)") from error
     provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return Tracing(provider)

@@ -1,8 +1,8 @@
-"""Tokenising beside the event loop: one thread, shared fairly between requests by characters.
+"""Tokenise on a thread beside the event loop, shared fairly between requests by characters.
 
-The texts of a request are cut into slices. Each slice carries a tag: how many characters its request would
-have had tokenised by then if all requests had taken turns character by character (start-time fair queueing).
-The lowest tag goes first, so a short request passes the rest of a long one, and no request waits for ever.
+The texts of a request are divided into slices. The tag of a slice is the number of characters its request would have
+had tokenised by then if all requests had taken turns character by character (start-time fair queueing). The lowest
+tag goes first, so a short request overtakes the rest of a long one, and no request waits forever.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SLICE_CHARACTERS = 4096  # a few milliseconds
 
 @dataclass(slots=True)
 class _Job:
-    """One request's texts for one task."""
+    """The texts of a request for one task."""
 
     tokenize: Tokenize
     task: str
     texts: Sequence[str]
-    most: int  # characters of a text that are read at most
+    most: int  # characters read of a text at most
     done: asyncio.Future[list[list[int]]]
     left: int  # characters that are still to be read
     rows: list[list[int]] = field(default_factory=list)
@@ -41,7 +41,7 @@ class _Job:
         return min(len(text), self.most) + 1
 
     def next_slice(self) -> tuple[Sequence[str], int]:
-        """Return the next texts and how many characters of them are read."""
+        """Return the next texts and the number of characters read of them."""
         start = end = len(self.rows)
         cost = 0
         while end < len(self.texts) and (end == start or cost < _SLICE_CHARACTERS):
@@ -51,30 +51,30 @@ class _Job:
 
 
 class FairTokenizer:
-    """Tokenises on one thread. Everything but the tokenising itself runs on the event loop."""
+    """Tokenises on a thread of its own; everything else here runs on the event loop."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=lower_thread_priority)
         self._waiting: list[tuple[int, int, _Job]] = []  # (tag, order of arrival, job)
         self._order = itertools.count()
-        self._now = 0  # the tag of the slice at work
-        self._at_work: _Job | None = None
+        self._now = 0  # the tag of the current slice
+        self._current: _Job | None = None
         self.seconds_per_character = 0.0  # moving average; 0 until the first slice
 
     def wait_estimate_s(self, n_characters: int) -> float:
-        """Estimated seconds that a request of ``n_characters`` waits here for others and for itself."""
+        """Estimate the seconds until ``n_characters`` of a new request are tokenised."""
         jobs = [job for _, _, job in self._waiting if not job.done.done()]
         ahead = sum(min(job.left, n_characters) for job in jobs)
-        if self._at_work is not None:
-            ahead += min(self._at_work.left, max(n_characters, _SLICE_CHARACTERS))
+        if self._current is not None:
+            ahead += min(self._current.left, max(n_characters, _SLICE_CHARACTERS))
         return (ahead + n_characters) * self.seconds_per_character
 
     async def tokenize(
         self, tokenize: Tokenize, texts: Sequence[str], task: str, most_characters: int
     ) -> list[list[int]]:
-        """Return ``tokenize(texts, task)``; of a text at most ``most_characters`` are read.
+        """Return ``tokenize(texts, task)``; at most ``most_characters`` of a text are read.
 
-        Cancelling the call takes the texts that are still waiting out of the queue.
+        Cancelling the call removes the waiting texts from the queue.
         """
         done: asyncio.Future[list[list[int]]] = asyncio.get_running_loop().create_future()
         job = _Job(tokenize, task, texts, most_characters, done, 0)
@@ -91,19 +91,19 @@ class FairTokenizer:
         heapq.heappush(self._waiting, (tag + job.next_slice()[1], next(self._order), job))
 
     def _start(self) -> None:
-        """Give the thread the slice with the lowest tag, if it is free."""
-        while self._at_work is None and self._waiting:
+        """Start the slice with the lowest tag, if the thread is free."""
+        while self._current is None and self._waiting:
             tag, _, job = heapq.heappop(self._waiting)
-            if job.done.done():  # its request was given up
+            if job.done.done():  # its request was cancelled
                 continue
-            self._now, self._at_work = tag, job
+            self._now, self._current = tag, job
             texts, cost = job.next_slice()
             started_s = time.perf_counter()
             working = asyncio.get_running_loop().run_in_executor(self._pool, job.tokenize, texts, job.task)
             working.add_done_callback(partial(self._finish, job, cost, started_s))
 
     def _finish(self, job: _Job, cost: int, started_s: float, ran: asyncio.Future[list[list[int]]]) -> None:
-        self._at_work = None
+        self._current = None
         job.left -= cost
         error = RuntimeError("The server stopped.") if ran.cancelled() else ran.exception()
         if error is not None:

@@ -1,4 +1,4 @@
-"""Parts of a connection: answers written whole, reading held back, and heads that mean one thing."""
+"""Parts of a connection: combined writes, paused reading, and a check for ambiguous heads."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["ANSWERED", "HeldFlow", "WholeWriter", "check_fields"]
 
 
 class _Answered:
-    """Stands where uvicorn keeps the request at hand: one that has been answered."""
+    """Takes the place of uvicorn's current request once that has been answered."""
 
     response_complete = True
 
     class message_event:
-        """Nobody waits for the rest of it."""
+        """An event without waiters."""
 
         @staticmethod
         def set() -> None:
-            """Wake nobody."""
+            """Do nothing."""
 
 
 ANSWERED: Any = _Answered()
 
 
-# A request that names one of these twice means two things; which one counts would be left to chance.
+# A request with two values for one of these headers is ambiguous.
 _ONCE = frozenset(
     {
         b"host", b"authorization", b"content-encoding", b"content-length", b"x-request-id",
@@ -40,7 +40,7 @@ _ONCE = frozenset(
 
 
 def check_fields(version: str, headers: list[tuple[bytes, bytes]]) -> None:
-    """Raise 400 for a head that is ambiguous: RFC 9112 wants one Host, and no field here is a list."""
+    """Raise 400 for a head that is ambiguous: RFC 9112 requires one Host, and none of these fields is a list."""
     names = {name for name, _ in headers}
     if len(names) != len(headers):
         counts = Counter(name for name, _ in headers)
@@ -52,20 +52,20 @@ def check_fields(version: str, headers: list[tuple[bytes, bytes]]) -> None:
 
 
 class HeldFlow(FlowControl):
-    """Flow control that reads nothing while bytes of later requests are held back."""
+    """Flow control that pauses reading while bytes of later requests are held back."""
 
     held = False
 
     def resume_reading(self) -> None:
-        """Read again, unless bytes are held back."""
+        """Resume reading, unless bytes are held back."""
         if not self.held:
             super().resume_reading()
 
 
 class WholeWriter:
-    """A response's way out: its head leaves with the first piece of its body.
+    """Writes the head of a response together with the first piece of its body.
 
-    uvicorn writes the two apart, and each is a call of the system and a packet that wakes the client.
+    uvicorn writes the two separately; each write is a system call and a packet that wakes the client.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class WholeWriter:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Write ``data``, or keep it back where it is the head of the final response."""
-        if not self._begun and not data.startswith(b"HTTP/1.1 1"):  # a client waits for 100 Continue
+        """Write ``data``, or hold it back if it is the head of the final response."""
+        if not self._begun and not data.startswith(b"HTTP/1.1 1"):  # a client may wait for 100 Continue
             self._begun, self._head = True, data
             return
         head, self._head = self._head, b""
@@ -93,11 +93,11 @@ class WholeWriter:
             self.write(b"")
 
     def close(self) -> None:
-        """Close the connection once what was kept back is written."""
+        """Write what was held back, and close the connection."""
         self._flush()
         self._close()
 
     def on_response(self) -> None:
-        """The response is complete: one without a body has only its head."""
+        """Finish the response; one without a body has only its head."""
         self._flush()
         self._answered()

@@ -1,9 +1,9 @@
-"""``--workers N``: processes that answer together on one socket, looked after by one that only does that.
+"""Several server processes on one socket, and the supervisor that manages them.
 
-The supervisor binds the socket, starts the workers, passes signals on, and starts a worker again that died.
-A worker is a whole server: event loop, queues, models. They share the listening socket (whoever is free takes
-the next connection), the verified copies of the weights (:mod:`sbs_edge.runtime.private`), the metrics
-(prometheus_client's multiprocess mode) and a table of their states.
+The supervisor binds the socket, starts the workers, forwards signals, and restarts a worker that dies. A worker is a
+complete server: event loop, queues, models. The workers share the listening socket (a free one accepts the next
+connection), the verified copies of the weights (:mod:`sbs_edge.runtime.private`), the metrics (prometheus_client's
+multiprocess mode) and a table of their states.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
 
 __all__ = ["Peers", "supervise"]
 
-_SAME_SIGNAL_S = 1.0  # process managers pass one signal on twice
-_LOOK_S = 0.2
+_SAME_SIGNAL_S = 1.0  # process managers may send a signal twice
+_POLL_S = 0.2
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
-_HEALTHY_S = 60.0  # a worker that lived so long is started again without a delay that grew
+_HEALTHY_S = 60.0  # after running this long, a worker is restarted with the first delay
 _KILL_AFTER_S = 5.0  # beyond the drain timeout
 _PR_SET_PDEATHSIG = 1
 _ERRORS = {kind.exit_code: kind for kind in (SbsEdgeError, UsageError, GuardError, IntegrityError)}
@@ -45,7 +45,7 @@ _DIVIDED = ("max_concurrent", "max_queue_texts", "max_inside_bytes", "max_connec
 
 
 class Peers:
-    """The states of all workers, in memory that they share."""
+    """The states of all workers, in shared memory."""
 
     def __init__(self, states: Any, index: int) -> None:
         self._states = states
@@ -57,24 +57,24 @@ class Peers:
 
     @property
     def ready(self) -> bool:
-        """All have been ready since the start, and none has given an answer that is not finite."""
+        """Whether all workers have been ready once, and none has given an answer that is not finite."""
         states = list(self._states)
         return states[-1] == READY and UNSOUND not in states[:-1]
 
     @property
     def document(self) -> dict[str, int]:
-        """How many workers there should be, and how many are ready."""
+        """The number of workers wanted, and of those ready."""
         states = list(self._states)[:-1]
         return {"wanted": len(states), "ready": states.count(READY)}
 
 
 def supervise(sources: Sequence[tuple[str | None, Path]], settings: ServeSettings) -> int:
-    """Serve with ``settings.workers`` processes until told to stop.
+    """Serve with ``settings.workers`` processes until a signal to stop.
 
-    Returns 0 after a clean drain of all, 1 if one was cut, 130 after a second signal.
+    Returns 0 after a clean drain of all workers, 1 if requests were cut off, 130 after a second signal.
 
     Raises:
-        SbsEdgeError: what kept the workers from starting.
+        SbsEdgeError: the workers could not start.
     """
     listener = listening.bind(settings)
     folder = Path(tempfile.mkdtemp(prefix="sbs-edge-workers-"))
@@ -104,7 +104,7 @@ class _Supervisor:
         self._sources, self._settings, self._listener, self._folder = sources, settings, listener, folder
         self._context = multiprocessing.get_context("spawn")
         self._workers = [_Worker() for _ in range(settings.workers)]
-        # One state for each worker, and a last one: READY once all have been.
+        # A state for each worker, and a last one that is READY once all of them have been.
         self._states = self._context.RawArray("i", settings.workers + 1)
         self._stop_at_s = 0.0
         self._reload = False
@@ -126,15 +126,15 @@ class _Supervisor:
         signal.signal(signal.SIGHUP, self._on_reload)
         for index in range(len(self._workers)):
             self._start(index)
-        told = False
+        drain_sent = False
         while True:
             alive = [w.process for w in self._workers if w.process is not None]
             if self._stop_at_s and not alive:
                 break
-            connection.wait([process.sentinel for process in alive], timeout=_LOOK_S)
-            self._bury()
-            if self._stop_at_s and not told:
-                told = True
+            connection.wait([process.sentinel for process in alive], timeout=_POLL_S)
+            self._reap()
+            if self._stop_at_s and not drain_sent:
+                drain_sent = True
                 logger.info("draining", workers=len(alive))
                 self._send(signal.SIGTERM)
             if self._stop_at_s:
@@ -145,7 +145,7 @@ class _Supervisor:
             if self._reload:
                 self._reload = False
                 logger.info("reload_requested")
-                self._send(signal.SIGHUP, starting=False)  # those that start read the files now
+                self._send(signal.SIGHUP, starting=False)  # those that are starting read the files anyway
             for index, worker in enumerate(self._workers):
                 if worker.process is None and time.monotonic() >= worker.start_at_s:
                     self._start(index)
@@ -174,8 +174,8 @@ class _Supervisor:
         worker.started_s = time.monotonic()
         logger.info("worker_started", worker=index, pid=worker.process.pid)
 
-    def _bury(self) -> None:
-        """Take note of workers that ended; while serving, see to their successors."""
+    def _reap(self) -> None:
+        """Handle workers that have ended; while serving, schedule their restart."""
         for index, worker in enumerate(self._workers):
             if worker.process is None or worker.process.is_alive():
                 continue
@@ -189,13 +189,13 @@ class _Supervisor:
                 self._clean = self._clean and code in (
                     0,
                     -signal.SIGTERM,
-                )  # the latter: it was still starting
+                )  # SIGTERM ends a worker that was still starting
                 continue
             failure = self._folder / f"failure-{pid}"
             if self._states[-1] != READY and failure.exists():
                 self._send(signal.SIGKILL)
-                told = json.loads(failure.read_text(encoding="utf-8"))
-                raise _ERRORS.get(told["code"], SbsEdgeError)(told["message"])
+                error = json.loads(failure.read_text(encoding="utf-8"))
+                raise _ERRORS.get(error["code"], SbsEdgeError)(error["message"])
             lived_s = time.monotonic() - worker.started_s
             worker.deaths = 1 if lived_s > _HEALTHY_S else worker.deaths + 1
             delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** (worker.deaths - 1))
@@ -212,7 +212,7 @@ class _Supervisor:
         now = time.monotonic()
         if not self._stop_at_s:
             self._stop_at_s = now
-            self._states[-1] = DRAINING  # readiness goes off in every worker with this one write
+            self._states[-1] = DRAINING  # this turns readiness off in every worker
         elif now - self._stop_at_s >= _SAME_SIGNAL_S:
             self._send(signal.SIGKILL)
             listening.unbind(self._listener, self._settings)
@@ -232,11 +232,11 @@ def _work(
     folder: str,
     log_level: str,
 ) -> None:
-    """Be one worker; the process ends with the exit code of a server."""
+    """Run a worker; the process exits with the exit code of a server."""
     with contextlib.suppress(OSError):
-        os.setsid()  # Ctrl-C reaches the supervisor, which passes it on once
+        os.setsid()  # Ctrl-C reaches only the supervisor, which forwards it once
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # never outlive the supervisor
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # end with the supervisor
     from sbs_edge.serve import server
 
     logs.configure(log_level, worker=index)
@@ -253,8 +253,8 @@ def _work(
             listener, sources, settings.model_copy(update=share), peers=Peers(states, index)
         )
     except SbsEdgeError as error:
-        told = {"code": error.exit_code, "message": str(error)}
-        Path(folder, f"failure-{os.getpid()}").write_text(json.dumps(told), encoding="utf-8")
+        failure = {"code": error.exit_code, "message": str(error)}
+        Path(folder, f"failure-{os.getpid()}").write_text(json.dumps(failure), encoding="utf-8")
         code = error.exit_code
     sys.stderr.flush()
-    os._exit(code)  # nothing is left to clean up, and a thread in a graph would hold the exit up
+    os._exit(code)  # nothing is left to clean up, and a thread inside a graph would delay the exit

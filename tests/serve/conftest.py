@@ -3,7 +3,7 @@
 A small engine with the runtime's interface, whose answers can be computed by hand.
 
 It exists for what a real bundle cannot do on command: be slow, fail, be watched. Every test of
-answers over the network uses a real bundle (``test_serve_bundle.py``).
+answers over the network uses a real bundle (``test_bundle.py``).
 """
 
 from __future__ import annotations
@@ -132,6 +132,12 @@ def hand_loader(path: Path) -> HandEngine:
 
 
 @pytest.fixture
+def anyio_backend() -> str:
+    """Run async tests on asyncio, as the server does."""
+    return "asyncio"
+
+
+@pytest.fixture
 def json_logs() -> Iterator[io.StringIO]:
     """Configure the server's logs into a string, and put the test run's logging back afterwards."""
     root, stream = logging.getLogger(), io.StringIO()
@@ -153,13 +159,13 @@ class Running:
         self.service = create_service([(None, path)], ServeSettings(**options), lambda _: self.engine)
         if escalation:
             self.service.escalation = escalation
-        self.app = create_app(self.service)
+        self.asgi = create_app(self.service)
 
     async def __aenter__(self):
-        self._life = self.app.router.lifespan_context(self.app)
+        self._life = self.asgi.router.lifespan_context(self.asgi)
         await self._life.__aenter__()
-        await self.app.state.loading
-        transport = httpx.ASGITransport(self.app)
+        await self.asgi.state.loading
+        transport = httpx.ASGITransport(self.asgi)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://edge")
         return self
 

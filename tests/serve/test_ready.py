@@ -47,7 +47,7 @@ def test_no_session_is_opened_after_readiness(bundles, texts, monkeypatch, kind)
         answers = await service.answer(
             version, InferenceRequest(texts[:4], labels=labels, explain=True), Timing()
         )
-        assert all(a.label and a.rationale is not None for a in answers)
+        assert all(a["label"] and a["rationale"] is not None for a in answers)
         assert len(opened) == before
         await service.close()
 

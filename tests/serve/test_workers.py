@@ -135,7 +135,7 @@ def test_a_damaged_bundle_stops_every_worker_with_its_own_error(bundles, tmp_pat
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_unix_socket_answers_and_is_removed(bundles, tmp_path, serve_process, workers):
-    path = tmp_path / "edge.sock"
+    path = tmp_path / "app.sock"
     server = serve_process(f"desk={bundles['closed']}", "--uds", path, "--workers", workers, ready=False)
     server.await_event("ready")
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://edge") as client:

@@ -46,15 +46,15 @@ def test_a_reload_tidies_and_a_look_without_news_does_not(hand_bundle, running, 
 
     async def go():
         calls = []
-        edge = running(hand_bundle)
-        edge.service.registry.on_change = lambda: calls.append(1)
-        async with edge:
+        app = running(hand_bundle)
+        app.service.registry.on_change = lambda: calls.append(1)
+        async with app:
             assert len(calls) == 1
-            await edge.service.registry.refresh()
+            await app.service.registry.refresh()
             assert len(calls) == 1
             hand.write(hand_bundle, "2")
-            edge.engine.version = "2"
-            await edge.service.registry.refresh()
+            app.engine.version = "2"
+            await app.service.registry.refresh()
             assert len(calls) == 2
 
     asyncio.run(asyncio.wait_for(go(), 30))
@@ -67,10 +67,10 @@ def test_workers_stand_back_only_where_asked_and_the_loop_does_not(steps):
         return [os.getpriority(os.PRIO_PROCESS, 0)]
 
     mine = priority()
-    lane = Batcher(priority, nice=steps)
+    batcher = Batcher(priority, nice=steps)
     try:
-        assert lane._pool.submit(priority).result() == [min(mine[0] + steps, 19)]
+        assert batcher._pool.submit(priority).result() == [min(mine[0] + steps, 19)]
     finally:
-        lane.close()
+        batcher.close()
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(priority).result() == mine  # only the lane's own threads
+        assert pool.submit(priority).result() == mine  # only the batcher's own threads

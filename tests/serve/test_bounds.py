@@ -185,7 +185,7 @@ def test_an_answer_reaches_a_client_that_sends_its_whole_body_first(connect, siz
     time.sleep(0.2)
     ((status, headers, body),) = answers(read_all(sock))
     assert (status, headers["connection"]) == (413, "close")
-    assert "--max-body-bytes" in json.loads(body)["error"]
+    assert "max_body_bytes" in json.loads(body)["error"]
 
 
 def test_what_arrives_after_the_end_is_bounded(connect):

@@ -32,29 +32,29 @@ class Failing:
         return fail
 
 
-async def everything(edge):
+async def everything(app):
     """Send the secret through every kind of answer; return their statuses."""
     text = f"{SECRET} sits here"
-    post = edge.client.post
+    post = app.client.post
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}
     answers = [
-        await edge.predict([text], explain=True),
-        await edge.predict([f"{text} " * 50]),
-        await edge.predict([text], labels=[text, "b"]),
-        await edge.predict([text], extra=text),
-        await edge.predict([text], model=SECRET),
-        await edge.predict([text] * 33),
-        await edge.predict([text], headers={"X-Request-Timeout-Ms": SECRET}),
-        await edge.predict([text], headers={"X-Request-Id": f"{SECRET} {SECRET}"}),
+        await app.predict([text], explain=True),
+        await app.predict([f"{text} " * 50]),
+        await app.predict([text], labels=[text, "b"]),
+        await app.predict([text], extra=text),
+        await app.predict([text], model=SECRET),
+        await app.predict([text] * 33),
+        await app.predict([text], headers={"X-Request-Timeout-Ms": SECRET}),
+        await app.predict([text], headers={"X-Request-Id": f"{SECRET} {SECRET}"}),
         await post("/v1/predict", content=f'{{"texts": ["{text}"'.encode()),
         await post("/v1/predict", content=text.encode(), headers={"Content-Encoding": "gzip"}),
         await post("/v1/predict", content=(text * 100_000).encode()),
         await post("/v2/models/hand/infer", json={"inputs": [tensor]}),
         await post("/v2/models/hand/infer", json={"inputs": [{**tensor, "name": text}]}),
     ]
-    edge.service.gate.enter(edge.service.settings.max_concurrent)
-    answers.append(await edge.predict([text]))
-    edge.service.gate.leave(edge.service.settings.max_concurrent)
+    app.service.gate.enter(app.service.settings.max_concurrent)
+    answers.append(await app.predict([text]))
+    app.service.gate.leave(app.service.settings.max_concurrent)
     return {answer.status_code for answer in answers}
 
 
@@ -65,8 +65,8 @@ def test_texts_are_never_logged(hand_bundle, running, json_logs, where):
         engine = Failing(running.new_engine(), where)
         reply = httpx.MockTransport(lambda request: httpx.Response(500, text=request.content.decode()))
         teacher = Escalation("http://teacher/v1", "big", transport=reply)
-        async with running(hand_bundle, engine, teacher, abstain_below=0.9) as edge:
-            statuses = await everything(edge)
+        async with running(hand_bundle, engine, teacher, abstain_below=0.9) as app:
+            statuses = await everything(app)
         assert {400, 404, 413, 429} <= statuses
         assert (500 in statuses) == (where != "nothing")
         assert (200 in statuses) == (where in ("nothing", "explain"))
@@ -82,15 +82,15 @@ def test_texts_are_never_logged(hand_bundle, running, json_logs, where):
 def test_a_failure_says_what_failed_and_where(hand_bundle, running, json_logs):
     async def go(**options):
         engine = Failing(running.new_engine(), "predict")
-        async with running(hand_bundle, engine, **options) as edge:
-            answer = await edge.predict([SECRET], headers={"X-Request-Id": "r1"})
+        async with running(hand_bundle, engine, **options) as app:
+            answer = await app.predict([SECRET], headers={"X-Request-Id": "r1"})
             assert (answer.status_code, "Zoltan" in answer.text) == (500, False)
 
     asyncio.run(go())
     lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]
     (failed,) = [line for line in lines if line["event"] == "request_failed"]
     assert (failed["error"], failed["request_id"]) == ("ValueError", "r1")
-    assert any("test_serve_privacy.py" in frame and frame.endswith(" fail") for frame in failed["at"])
+    assert any("test_privacy.py" in frame and frame.endswith(" fail") for frame in failed["at"])
     assert "message" not in failed
     asyncio.run(go(log_inputs=True))
     assert "cannot take" in json_logs.getvalue()
@@ -98,12 +98,12 @@ def test_a_failure_says_what_failed_and_where(hand_bundle, running, json_logs):
 
 def test_the_log_names_the_peer_and_bounds_what_a_client_chose(hand_bundle, running, json_logs):
     async def go():
-        async with running(hand_bundle) as edge:
+        async with running(hand_bundle) as app:
             tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
             body = {"id": "i" * 1_800_000, "inputs": [tensor]}
-            answer = await edge.client.post("/v2/models/hand/infer", json=body)
+            answer = await app.client.post("/v2/models/hand/infer", json=body)
             assert answer.json()["id"] == body["id"]  # the protocol gives it back whole
-            await edge.client.post("/" + "p" * 5000)
+            await app.client.post("/" + "p" * 5000)
 
     asyncio.run(asyncio.wait_for(go(), 30))
     lines = [json.loads(line) for line in json_logs.getvalue().splitlines()]

@@ -115,7 +115,7 @@ def test_a_refused_request_leaves_its_connection_usable(connect, guarded):
     assert refused > 0
     status, headers, body = read_answer(holder)
     assert (status, headers["connection"]) == (408, "close")
-    assert b"--body-timeout-s" in body
+    assert b"body_timeout_s" in body
     assert closes(holder)
 
 

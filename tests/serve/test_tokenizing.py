@@ -95,33 +95,33 @@ def test_every_request_gets_its_own_rows_in_order(lengths):
 
 def test_a_text_over_the_limit_by_its_characters_is_never_tokenised(hand_bundle, running):
     async def work():
-        async with running(hand_bundle) as edge:
+        async with running(hand_bundle) as app:
             seen = []
-            real = edge.engine.tokenize
-            edge.engine.tokenize = lambda texts, task="label": seen.extend(texts) or real(texts, task)
-            answer = await edge.predict(["fine", "a" * 1_000_000])
+            real = app.engine.tokenize
+            app.engine.tokenize = lambda texts, task="label": seen.extend(texts) or real(texts, task)
+            answer = await app.predict(["fine", "a" * 1_000_000])
             assert (answer.status_code, seen) == (400, [])
             assert "texts[1] has 1000000 characters; this model reads at most 16384" in answer.json()["error"]
-            assert edge.service.gate.inside == edge.service.body_bytes.inside == 0
-            assert edge.service.registry.find("hand").label_gate.inside == 0
+            assert app.service.gate.inside == app.service.body_bytes.inside == 0
+            assert app.service.registry.find("hand").label_gate.inside == 0
 
     run(work())
 
 
 def test_tokenising_that_waits_counts_in_the_estimate(hand_bundle, running):
     async def work():
-        async with running(hand_bundle, max_queue_ms=100) as edge:
-            fair = edge.service._tokenizing
+        async with running(hand_bundle, max_queue_ms=100) as app:
+            fair = app.service._tokenizing
             fair.seconds_per_character = 1e-4
             held = Recorder()
             waiting = asyncio.create_task(fair.tokenize(held, ["w" * 8000], "label", 16384))
             await asyncio.sleep(0)
-            edge.service.registry.find("hand").label_gate.enter(1)  # an empty gate lets everyone in
-            long = await edge.predict(["word " * 30 + "x" * 2000])
-            assert (long.status_code, edge.rejected("queue_time")) == (429, 1)
-            assert (await edge.predict(["short"])).status_code == 200  # not on that path
+            app.service.registry.find("hand").label_gate.enter(1)  # an empty gate lets everyone in
+            long = await app.predict(["word " * 30 + "x" * 2000])
+            assert (long.status_code, app.rejected("queue_time")) == (429, 1)
+            assert (await app.predict(["short"])).status_code == 200  # not on that path
             held.go.set()
             await waiting
-            edge.service.registry.find("hand").label_gate.leave(1)
+            app.service.registry.find("hand").label_gate.leave(1)
 
     run(work())

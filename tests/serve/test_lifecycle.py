@@ -263,4 +263,4 @@ def test_an_address_in_use_is_one_clear_sentence(bundles, sbs_edge_cli):
         port = taken.getsockname()[1]
         ran = sbs_edge_cli("serve", bundles["closed"], "--port", port)
     assert ran.returncode == 2
-    assert f"Nothing can listen on 127.0.0.1 port {port}" in " ".join(ran.stderr.split())
+    assert f"The server cannot listen on 127.0.0.1 port {port}" in " ".join(ran.stderr.split())

@@ -183,7 +183,7 @@ def test_usage_errors_are_one_paragraph(bundles, sbs_edge_cli, tmp_path):
     for arguments, message in (
         ((bundle, "--tls-cert", "c.pem"), "TLS needs both"),
         ((bundle, "--max-texts", "0"), "--max-texts"),
-        ((f"a/b={bundle}",), "not usable"),
+        ((f"a/b={bundle}",), "is not valid"),
         ((bundle, "--token-file", tmp_path / "none"), "cannot be read"),
     ):
         done = sbs_edge_cli("serve", *arguments)

@@ -182,14 +182,14 @@ def test_what_the_dockerfile_installs_starts_and_answers(repository, bundles, te
         server.wait()
 
 
-async def after_traffic(edge):
+async def after_traffic(app):
     """Answer, refuse, abstain and escalate; return the exposition text."""
     for texts in (["a b"], ["c"]):
-        assert (await edge.predict(texts, explain=True)).status_code == 200
-    edge.service.draining = True
-    assert (await edge.predict(["a"])).status_code == 503
-    edge.service.draining = False
-    return (await edge.client.get("/metrics")).text
+        assert (await app.predict(texts, explain=True)).status_code == 200
+    app.service.draining = True
+    assert (await app.predict(["a"])).status_code == 503
+    app.service.draining = False
+    return (await app.client.get("/metrics")).text
 
 
 def test_every_metric_of_the_dashboard_has_a_value_after_traffic(repository, hand_bundle, running):
@@ -197,8 +197,8 @@ def test_every_metric_of_the_dashboard_has_a_value_after_traffic(repository, han
     teacher = Escalation("http://teacher/v1", "big", transport=httpx.MockTransport(lambda request: reply))
 
     async def go():
-        async with running(hand_bundle, None, teacher, abstain_below=0.9) as edge:
-            return await after_traffic(edge)
+        async with running(hand_bundle, None, teacher, abstain_below=0.9) as app:
+            return await after_traffic(app)
 
     exposed: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(asyncio.run(asyncio.wait_for(go(), 30))):

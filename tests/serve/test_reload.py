@@ -49,7 +49,7 @@ def test_a_new_version_takes_over_under_load_and_a_bad_one_does_not(hand, tmp_pa
                 try:
                     version = service.registry.find("desk")
                     answers = await service.answer(version, InferenceRequest([f"text {i} {count}"]), Timing())
-                    assert answers[0].label
+                    assert answers[0]["label"]
                     seen.add(version.card.version)
                     count += 1
                 except BaseException as error:
@@ -101,9 +101,9 @@ def test_a_retired_version_finishes_its_requests_before_it_closes(hand, tmp_path
         new = service.registry.find("m")
         assert new.card.version == "2"
         assert not old.engine.closed
-        assert (await service.answer(new, InferenceRequest(["quick"]), Timing()))[0].label
+        assert (await service.answer(new, InferenceRequest(["quick"]), Timing()))[0]["label"]
         assert not running.done()
-        assert (await running)[0].label == old.engine.answer("slow").label
+        assert (await running)[0]["label"] == old.engine.answer("slow").label
         assert old.engine.closed
         await service.close()
 
@@ -221,8 +221,8 @@ def test_no_order_of_changes_fails_a_request(hand, tmp_path_factory, steps):
             await asyncio.sleep(0)
             assert service.registry.ready
         for text, version, answers in await asyncio.gather(*asked):
-            assert answers[0].label == version.engine.answer(text).label
-            assert answers[0].rationale == "because " + text[::-1]
+            assert answers[0]["label"] == version.engine.answer(text).label
+            assert answers[0]["rationale"] == "because " + text[::-1]
         await asyncio.gather(*refreshes)
         alive = [engine for engine in service.engines if not engine.closed]
         serving = [v.engine for v in service.registry.by_name["desk"].versions.values()]
@@ -289,16 +289,16 @@ def test_an_answer_that_is_not_finite_is_a_500_and_turns_readiness_off(running, 
             return super().predict(texts, labels, **options)
 
     async def go():
-        async with running(hand_bundle, Unsound()) as edge:
-            assert (await edge.client.get("/v2/health/ready")).json() == {"ready": True}
-            good, bad = await asyncio.gather(edge.predict(["fine"]), edge.predict(["nan"]))
+        async with running(hand_bundle, Unsound()) as app:
+            assert (await app.client.get("/v2/health/ready")).json() == {"ready": True}
+            good, bad = await asyncio.gather(app.predict(["fine"]), app.predict(["nan"]))
             assert (good.status_code, bad.status_code) == (200, 500)
-            ready = await edge.client.get("/v2/health/ready")
+            ready = await app.client.get("/v2/health/ready")
             assert ready.status_code == 503
             assert ready.json()["ready"] is False
             assert "not finite" in ready.json()["problems"][0]
-            assert (await edge.client.get("/v2/health/live")).status_code == 200
-            await edge.service.registry.refresh(retry_refused=True)  # SIGHUP: loaded again
-            assert (await edge.client.get("/v2/health/ready")).json() == {"ready": True}
+            assert (await app.client.get("/v2/health/live")).status_code == 200
+            await app.service.registry.refresh(retry_refused=True)  # SIGHUP: loaded again
+            assert (await app.client.get("/v2/health/ready")).json() == {"ready": True}
 
     asyncio.run(asyncio.wait_for(go(), 30))

@@ -15,7 +15,6 @@ from tritonclient.http._utils import _get_inference_request
 from sbs_edge.serve import errors, oip, plain
 from sbs_edge.serve.body import deadline_s
 from sbs_edge.serve.engine import ModelCard
-from sbs_edge.serve.inference_request import Answer
 
 CARD = ModelCard("m", "1", "closed", ("yes", "no"), 40, 16, "cpu-int8", 0.0)
 
@@ -102,17 +101,20 @@ def test_round_trip_with_the_real_client(texts, binary, column, answers_binary):
     )  # fmt: skip
     raw = body if isinstance(body, bytes) else body.encode()
     request = oip.parse_request(raw, None if size is None else str(size))
-    assert request.asking.texts == texts
+    assert request.inference.texts == texts
     assert request.id == "7"
-    assert request.asking.explain
+    assert request.inference.explain
     answers = [
-        Answer(
-            label=t,
-            probability=0.25,
-            probabilities={"yes": 0.25, "no": 0.75},
-            abstained=i % 2 == 0,
-            rationale=t,
-        )
+        {
+            "label": t,
+            "probability": 0.25,
+            "probabilities": {"yes": 0.25, "no": 0.75},
+            "abstained": i % 2 == 0,
+            "escalated": False,
+            "truncated": False,
+            "rationale": t,
+            "rationale_complete": True,
+        }
         for i, t in enumerate(texts)
     ]
     content, headers = oip.encode_response(request, answers, CARD)
@@ -122,7 +124,7 @@ def test_round_trip_with_the_real_client(texts, binary, column, answers_binary):
     got = [x.decode() if isinstance(x, bytes) else x for x in result.as_numpy("label").ravel()]
     assert got == texts
     assert list(result.as_numpy("label").shape) == shape
-    assert result.as_numpy("abstained").ravel().tolist() == [a.abstained for a in answers]
+    assert result.as_numpy("abstained").ravel().tolist() == [answer["abstained"] for answer in answers]
     assert result.as_numpy("probabilities").tolist() == [[0.25, 0.75]] * len(texts)
     assert result.get_response()["id"] == "7"
 
@@ -166,9 +168,9 @@ def test_choices_take_rows_of_different_length():
         ]
     }
     asked = oip.parse_request(json.dumps(body).encode(), None)
-    assert asked.asking.labels == [["x", "y", "z"], ["p", "q"]]
+    assert asked.inference.labels == [["x", "y", "z"], ["p", "q"]]
     body["inputs"][1] |= {"shape": [2], "data": ["x", "y"]}
-    assert oip.parse_request(json.dumps(body).encode(), None).asking.labels == [["x", "y"]] * 2
+    assert oip.parse_request(json.dumps(body).encode(), None).inference.labels == [["x", "y"]] * 2
 
 
 def infer(**fields):
@@ -185,9 +187,9 @@ def infer(**fields):
         ({"classification": 3}, "classification extension is not supported"),
         ({"max_new_token": 4}, "unknown parameter 'max_new_token'"),
         ({"priority": 1}, "unknown parameter 'priority'"),
-        ({"max_new_tokens": 0}, "'max_new_tokens' must be a number"),
-        ({"max_new_tokens": True}, "'max_new_tokens' must be a number"),
-        ({"max_new_tokens": 2.5}, "'max_new_tokens' must be a number"),
+        ({"max_new_tokens": 0}, "'max_new_tokens' must be a whole number"),
+        ({"max_new_tokens": True}, "'max_new_tokens' must be a whole number"),
+        ({"max_new_tokens": 2.5}, "'max_new_tokens' must be a whole number"),
     ],
 )
 def test_no_parameter_of_a_request_is_passed_over(parameters, says):
@@ -197,8 +199,8 @@ def test_no_parameter_of_a_request_is_passed_over(parameters, says):
 
 
 def test_max_new_tokens_reaches_the_model():
-    assert oip.parse_request(infer(parameters={"max_new_tokens": 3}), None).asking.max_new_tokens == 3
-    assert oip.parse_request(infer(), None).asking.max_new_tokens is None
+    assert oip.parse_request(infer(parameters={"max_new_tokens": 3}), None).inference.max_new_tokens == 3
+    assert oip.parse_request(infer(), None).inference.max_new_tokens is None
 
 
 @pytest.mark.parametrize("where", ["inputs", "outputs"])
@@ -216,15 +218,15 @@ def test_one_list_of_labels_is_looked_at_once_however_many_texts(monkeypatch):
     real = plain.check_labels
     monkeypatch.setattr(plain, "check_labels", lambda rows, n: seen.append((len(rows), n)) or real(rows, n))
     body = json.dumps({"texts": ["a"] * 100_000, "labels": ["x", "y"]}).encode()
-    _, asking = plain.parse_predict(body)
+    parsed = plain.parse_predict(body)
     assert seen == [(1, 1)]
-    assert all(row is asking.labels[0] for row in asking.labels)
-    assert len(asking.labels) == 100_000
+    assert all(row is parsed.labels[0] for row in parsed.labels)
+    assert len(parsed.labels) == 100_000
     tensors = [
         {"name": "text", "datatype": "BYTES", "shape": [50_000], "data": ["a"] * 50_000},
         {"name": "labels", "datatype": "BYTES", "shape": [1, 2], "data": ["x", "y"]},
     ]
-    labels = oip.parse_request(json.dumps({"inputs": tensors}).encode(), None).asking.labels
+    labels = oip.parse_request(json.dumps({"inputs": tensors}).encode(), None).inference.labels
     assert len(labels) == 50_000
     assert all(row is labels[0] for row in labels)
 

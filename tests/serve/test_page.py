@@ -141,8 +141,8 @@ class References(html.parser.HTMLParser):
 
 def test_it_loads_nothing_and_may_load_nothing(hand_bundle, running):
     async def go():
-        async with running(hand_bundle) as edge:
-            return await edge.client.get("/")
+        async with running(hand_bundle) as app:
+            return await app.client.get("/")
 
     answer = asyncio.run(go())
     checker = References()
