@@ -28,10 +28,10 @@ from sbs_edge.bench.latency.sections import Schedule
 from sbs_edge.bench.latency.workers import (
     SECTIONS,
     WARM_SECTIONS,
-    Contest,
+    Benchmark,
     Entry,
     base_spec,
-    enter,
+    start_workers,
     make_inputs,
     peer_entries,
     student_facts,
@@ -201,8 +201,8 @@ def _cpus(options: LatencyOptions) -> list[int]:
     return allowed[-options.threads :]
 
 
-def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
-    """Find or make student and bundles, convert, load; return the contest and the task's comparison."""
+def set_up(options: LatencyOptions, say: Say) -> tuple[Benchmark, str]:
+    """Find or make student and bundles, convert, load; return the benchmark and the task's comparison."""
     if bool(options.shape) == bool(options.bundles):
         raise UsageError("Give bundles to measure, or --shape for random weights of a named shape; not both.")
     for path in options.bundles:
@@ -233,7 +233,7 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
     entries = _our_entries(options, bundles, make) if bundles else [Entry("sbs-edge", None, why=why)]
     entries += smaller
     entries += peer_entries(options.against, student.resolve(), make, say)
-    contest = Contest(
+    benchmark = Benchmark(
         entries,
         make_inputs(student, card, options.rows, options.seed),
         {
@@ -249,9 +249,9 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
         },
     )  # fmt: skip
     if "transformers" not in options.against:
-        contest.reference = peer_entries(["transformers"], student.resolve(), make, say)[0]
-    enter([*entries, *([contest.reference] if contest.reference else [])], say)
-    return contest, str(card["task"].get("compare", "text"))
+        benchmark.reference = peer_entries(["transformers"], student.resolve(), make, say)[0]
+    start_workers([*entries, *([benchmark.reference] if benchmark.reference else [])], say)
+    return benchmark, str(card["task"].get("compare", "text"))
 
 
 def _system(entry: Entry) -> dict[str, Any]:
@@ -273,41 +273,41 @@ def measure_latency(
 
     """
     began = provenance(command)
-    contest, compare = set_up(options, say)
+    benchmark, compare = set_up(options, say)
     schedule, rows = options.schedule, []
     try:
         say("asking every system for its answers")
-        rows += quality.measure(contest, compare, schedule.rationale_steps)
-        if contest.reference is not None:
-            contest.reference.dismiss()
-        contest.release(*WARM_SECTIONS)
+        rows += quality.measure(benchmark, compare, schedule.rationale_steps)
+        if benchmark.reference is not None:
+            benchmark.reference.dismiss()
+        benchmark.release(*WARM_SECTIONS)
         clock = time.monotonic()
         if not options.prepare_only:
-            rows += latency_sections.label(contest, schedule, _SHARES["label"], say)
-            rows += latency_sections.rationale(contest, schedule, _SHARES["rationale"], say)
-            contest.release("throughput", "open_loop")
-            rows += latency_sections.throughput(contest, schedule, _SHARES["throughput"], say)
-            rows += latency_sections.open_loop(contest, schedule, _SHARES["open_loop"], say)
-            rows += latency_footprint.cold_start(contest, schedule, _SHARES["cold_start"], say)
-        rows += latency_footprint.disk(contest)
-        rows += latency_footprint.installed(contest)
-        compared = [row.as_dict() for row in ratios(contest, rows)]
+            rows += latency_sections.label(benchmark, schedule, _SHARES["label"], say)
+            rows += latency_sections.rationale(benchmark, schedule, _SHARES["rationale"], say)
+            benchmark.release("throughput", "open_loop")
+            rows += latency_sections.throughput(benchmark, schedule, _SHARES["throughput"], say)
+            rows += latency_sections.open_loop(benchmark, schedule, _SHARES["open_loop"], say)
+            rows += latency_footprint.cold_start(benchmark, schedule, _SHARES["cold_start"], say)
+        rows += latency_footprint.disk(benchmark)
+        rows += latency_footprint.installed(benchmark)
+        compared = [row.as_dict() for row in ratios(benchmark, rows)]
         timed = time.monotonic() - clock
     finally:
-        contest.close()
+        benchmark.close()
     return {
         "format": FORMAT,
         "kind": "latency",
         **began,
         "finished_load_average": [round(load, 2) for load in os.getloadavg()],
-        "model": contest.model,
+        "model": benchmark.model,
         "threads": options.threads,
         "cpus": _cpus(options),
         "seed": options.seed,
-        "validation_rows": len(contest.inputs.rows),
+        "validation_rows": len(benchmark.inputs.rows),
         "schedule": asdict(schedule),
         "timed_seconds": round(timed, 1),
-        "systems": [_system(entry) for entry in contest.entries],
+        "systems": [_system(entry) for entry in benchmark.entries],
         "rows": [_rounded(row) for row in rows],
         "ratios": compared,
     }

@@ -9,7 +9,7 @@ from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.core.stats import Ratio, paired_ratio
 from sbs_edge.bench.latency.quality import rationale_withheld, withheld
 from sbs_edge.bench.latency.sections import COMMON_RATE
-from sbs_edge.bench.latency.workers import Contest, Entry
+from sbs_edge.bench.latency.workers import Benchmark, Entry
 
 __all__ = ["RatioRow", "ratios"]
 
@@ -69,9 +69,9 @@ def _ratio(ours: Row, peer: Row) -> Ratio | None:
     return paired_ratio(top.rounds[:shared], bottom.rounds[:shared])
 
 
-def ratios(contest: Contest, rows: list[Row]) -> list[RatioRow]:
+def ratios(benchmark: Benchmark, rows: list[Row]) -> list[RatioRow]:
     """Compare every row of ours with the peers' rows of the same case."""
-    entries: dict[str, Entry] = {entry.name: entry for entry in contest.entries}
+    entries: dict[str, Entry] = {entry.name: entry for entry in benchmark.entries}
     found = []
     for row in rows:
         ours = entries.get(row.system)
@@ -83,7 +83,7 @@ def ratios(contest: Contest, rows: list[Row]) -> list[RatioRow]:
                 continue
             why = None
             if row.section in _TIMED:
-                why = withheld(ours, peer, contest.inputs.random_weights)
+                why = withheld(ours, peer, benchmark.inputs.random_weights)
             if why is None and row.section == "rationale":
                 why = rationale_withheld(ours, peer) or _other_length(row, other)
             if why is None and (row.extra.get("saturated") or other.extra.get("saturated")):

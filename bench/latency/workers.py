@@ -22,10 +22,10 @@ from sbs_edge.tokens import TextTokenizer, read_tokenizer, start_token_id
 __all__ = [
     "SECTIONS",
     "WARM_SECTIONS",
-    "Contest",
+    "Benchmark",
     "Entry",
     "Inputs",
-    "enter",
+    "start_workers",
     "peer_entries",
     "student_facts",
 ]
@@ -40,7 +40,7 @@ SECTIONS = (*WARM_SECTIONS, "cold_start")  # the last in new processes
 
 @dataclass(slots=True)
 class Entry:
-    """One system of the contest.
+    """One system of the benchmark.
 
     Attributes:
         sections: what is measured of it besides its answers and its size.
@@ -107,7 +107,7 @@ class Inputs:
 
 
 @dataclass(slots=True)
-class Contest:
+class Benchmark:
     """Entries and inputs of one run."""
 
     entries: list[Entry]
@@ -120,7 +120,7 @@ class Contest:
         """Entries that can be measured."""
         return [entry for entry in self.entries if entry.worker is not None]
 
-    def part_in(self, section: str) -> list[Entry]:
+    def participants(self, section: str) -> list[Entry]:
         """Entries that take part in a section, dead ones included."""
         return [entry for entry in self.entries if section in entry.sections]
 
@@ -228,7 +228,7 @@ def peer_entries(names: Sequence[str], student: Path, make: Callable[..., Spec],
     return entries
 
 
-def enter(entries: Iterable[Entry], say: Say) -> None:
+def start_workers(entries: Iterable[Entry], say: Say) -> None:
     """Start each entry's worker and let it load; one that fails drops out with its reason."""
     for entry in entries:
         if entry.spec is None:

@@ -110,6 +110,19 @@ def _soak(part: dict[str, Any]) -> list[Row]:
     ]  # fmt: skip
 
 
+def _plain(part: dict[str, Any]) -> list[Row]:
+    return [
+        (
+            f"{name.replace(' x ', ' connections, ')} texts a request, against plain FastAPI",
+            "not behind",
+            f"{case['serve_per_s']:.0f} requests a second against {case['plain_per_s']:.0f} "
+            f"({case['ratio']:.2f}x)",
+            f"{name} not behind",
+        )
+        for name, case in part["cases"].items()
+    ]
+
+
 _ROWS = {
     "latency": _latency,
     "throughput": _throughput,
@@ -118,6 +131,8 @@ _ROWS = {
     "overload_shared": _overload,
     "soak": _soak,
     "cost": _cost,
+    "plain": _plain,
+    "plain_shared": _plain,
 }
 
 

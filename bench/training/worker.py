@@ -11,19 +11,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 from sbs_edge.bench.core.footprint import memory_mb
-from sbs_edge.bench.core.worker import timed
+from sbs_edge.bench.core.worker import serve, timed
 from sbs_edge.bench.peers.system import Spec
 
-__all__ = ["Trainer", "main"]
+__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -88,6 +85,8 @@ class Trainer:
     def answer(self, order: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command."""
         do = order["do"]
+        if do == "open":
+            return dict(memory_mb())
         if do == "curve":
             self.at = 0
             self._build()
@@ -116,35 +115,5 @@ class Trainer:
         raise ValueError(f"unknown command {do!r}")
 
 
-def main() -> None:
-    """Serve commands until ``quit`` or the end of the input."""
-    spec = Spec(**json.loads(sys.stdin.readline()))
-    if spec.cpus:
-        os.sched_setaffinity(0, spec.cpus)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    trainer: Trainer | None = None
-    for line in sys.stdin:
-        order = json.loads(line)
-        if order["do"] == "quit":
-            break
-        try:
-            if order["do"] == "open":
-                trainer = Trainer(spec)
-                reply: dict[str, Any] = {**memory_mb()}
-            elif trainer is None:
-                raise RuntimeError("the first command must be 'open'")
-            else:
-                reply = trainer.answer(order)
-        except Exception as error:
-            traceback.print_exc()
-            first = str(error).strip().partition("\n")[0]
-            reply = {"error": f"{type(error).__name__}: {first[:300]}"}
-        channel.write(json.dumps(reply) + "\n")
-        channel.flush()
-    channel.close()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda spec: Trainer(spec).answer)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from sbs_edge.cli._bench import OutOption, finish, names, progress, require
 from sbs_edge.cli._common import ConfigOption, JsonOption
-from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.errors import UsageError
 from sbs_edge.resources import usable_cpus
 
 __all__ = ["register"]
 
-Finish = Callable[[dict[str, Any], Path | None, typer.Context, bool], None]
 _QUICK_SHAPE = (64, 16, 300)
 
 
@@ -41,8 +38,8 @@ def _shares(text: str) -> tuple[float, ...]:
         raise UsageError(f"--padding takes percentages separated by commas; found {text!r}.") from error
 
 
-def register(app: typer.Typer, finish: Finish) -> None:
-    """Add ``kernels`` to the command group ``app``; ``finish`` shows and keeps a document."""
+def register(app: typer.Typer) -> None:
+    """Add ``kernels`` to the benchmark commands."""
 
     @app.command()
     def kernels(
@@ -83,12 +80,7 @@ def register(app: typer.Typer, finish: Finish) -> None:
         quick: Annotated[
             bool, typer.Option("--quick", help="A smoke run: a tiny shape, two rounds; figures mean nothing.")
         ] = False,
-        out: Annotated[
-            Path | None,
-            typer.Option(
-                help="Keep JSON, Markdown, pictures and a page here; else only stdout has the result."
-            ),
-        ] = None,
+        out: OutOption = None,
         json_only: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
@@ -99,8 +91,7 @@ def register(app: typer.Typer, finish: Finish) -> None:
 
         Example: sbs-edge bench kernels --shapes 2048,512,32128 --out runs/bench-kernels
         """
-        if find_spec("torch") is None:
-            raise MissingExtra("torch", "train", "The kernel bench")
+        require("torch", "The kernel bench", "train")
         from sbs_edge.bench.kernels.bench import KernelOptions, measure_kernels
         from sbs_edge.bench.kernels.cases import CPU_SHAPES, GPU_SHAPES, cases_of, parse_shapes
         from sbs_edge.bench.kernels.peers import names_for
@@ -112,9 +103,9 @@ def register(app: typer.Typer, finish: Finish) -> None:
         options = KernelOptions(
             cases=cases_of(
                 given,
-                [part.strip() for part in types.split(",") if part.strip()],
+                list(names(types)),
                 _shares(padding),
-                [part.strip() for part in data.split(",") if part.strip()],
+                list(names(data)),
                 student,
             ),
             peers=names_for(peers, quick),
@@ -126,7 +117,6 @@ def register(app: typer.Typer, finish: Finish) -> None:
             seed=seed,
             student=student,
         )
-        console = Console(stderr=True)
-        document = measure_kernels(options, lambda text: console.print(text, highlight=False, style="dim"))
+        document = measure_kernels(options, progress)
         document["quick"] = quick
         finish(document, out, ctx, json_only)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sbs_edge.bench.core.docs import generate
-from sbs_edge.bench.core.report import markdown_report
 from sbs_edge.bench.core.results import load_document
 from sbs_edge.bench.gpu import session as gpu_session
 from sbs_edge.bench.gpu import stages as gpu_stages
+from sbs_edge.bench.report.docs import generate
+from sbs_edge.bench.report.document import markdown_report
 
 torch = pytest.importorskip("torch")
 

@@ -14,7 +14,6 @@ import torch
 from sbs_edge.bench.core import docs, tables
 from sbs_edge.bench.core.compare import compare, conditions
 from sbs_edge.bench.core.protocol import WorkerFailed
-from sbs_edge.bench.core.report import write_report
 from sbs_edge.bench.core.results import load_document
 from sbs_edge.bench.kernels import peers as kernel_peers
 from sbs_edge.bench.kernels.bench import KernelOptions, _unusable, measure_kernels
@@ -23,6 +22,7 @@ from sbs_edge.bench.kernels.peers import FLOOR, PEERS, Peer
 from sbs_edge.bench.kernels.tables import kernel_tables
 from sbs_edge.bench.kernels.worker import CaseRunner
 from sbs_edge.bench.peers.system import Spec
+from sbs_edge.bench.report.document import write_report
 from sbs_edge.errors import UsageError
 
 CASE = Case(24, 8, 50, padding=0.25)

@@ -15,7 +15,7 @@ from sbs_edge.bench.core.results import Row, load_document
 from sbs_edge.bench.latency.bench import LatencyOptions, set_up
 from sbs_edge.bench.latency.quality import withheld
 from sbs_edge.bench.latency.ratios import ratios
-from sbs_edge.bench.latency.workers import Contest, Entry, Inputs
+from sbs_edge.bench.latency.workers import Benchmark, Entry, Inputs
 from sbs_edge.bench.training.bench import largest_difference
 from sbs_edge.cli.app import main
 from sbs_edge.errors import UsageError
@@ -23,7 +23,7 @@ from sbs_edge.errors import UsageError
 Cli = Callable[..., "CompletedProcess[str]"]
 
 
-def _contest(mine: float, other: float) -> tuple[Contest, list[Row]]:
+def _benchmark(mine: float, other: float) -> tuple[Benchmark, list[Row]]:
     ours = Entry("sbs-edge:cpu-int8", None, facts={"quality": {"label accuracy": mine}})
     peer = Entry("ctranslate2", None, facts={"quality": {"label accuracy": other}})
     inputs = Inputs([], len, [], random_weights=False, max_source_tokens=64, seed=0)
@@ -31,14 +31,14 @@ def _contest(mine: float, other: float) -> tuple[Contest, list[Row]]:
         Row("label", ours.name, "label", "batch 1", "ms", "lower", 5.0, [5.0, 5.0]),
         Row("label", peer.name, "label+eos", "batch 1", "ms", "lower", 10.0, [10.0, 10.0]),
     ]
-    return Contest([ours, peer], inputs, {}), rows
+    return Benchmark([ours, peer], inputs, {}), rows
 
 
 def test_a_fast_wrong_answer_prints_no_speed_up() -> None:
-    (fine,) = ratios(*_contest(90.0, 90.5))
+    (fine,) = ratios(*_benchmark(90.0, 90.5))
     assert fine.ratio is not None
     assert fine.ratio["value"] == 2.0
-    (wrong,) = ratios(*_contest(50.0, 90.0))
+    (wrong,) = ratios(*_benchmark(50.0, 90.0))
     assert wrong.ratio is None
     assert wrong.withheld is not None
     assert "50.0 % right against 90.0 %" in wrong.withheld
@@ -47,13 +47,13 @@ def test_a_fast_wrong_answer_prints_no_speed_up() -> None:
 
 
 def test_a_share_of_ones_own_capacity_is_not_compared() -> None:
-    contest, _ = _contest(90.0, 90.0)
+    benchmark, _ = _benchmark(90.0, 90.0)
     rows = [
         Row("open_loop", entry.name, "", case, "ms", "lower", 5.0, [5.0, 5.0])
-        for entry in contest.entries
+        for entry in benchmark.entries
         for case in ("50% of its capacity", "common rate")
     ]
-    assert [row.case for row in ratios(contest, rows)] == ["common rate"]
+    assert [row.case for row in ratios(benchmark, rows)] == ["common rate"]
 
 
 def test_a_bundle_alone_is_told_where_its_student_was_looked_for(

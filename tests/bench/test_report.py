@@ -12,7 +12,7 @@ import pytest
 
 from sbs_edge.bench.core import docs, tables
 from sbs_edge.bench.core.pictures import latency_pictures
-from sbs_edge.bench.core.report import SMOKE, markdown_report, page, write_report
+from sbs_edge.bench.report.document import SMOKE, markdown_report, page, write_report
 
 
 def test_every_system_has_a_row_and_a_peer_that_failed_says_why(document: dict[str, Any]) -> None:
@@ -91,9 +91,9 @@ def test_the_report_is_written_whole(document: dict[str, Any], tmp_path: Path) -
 
 def test_the_benchmarks_page_is_up_to_date(repository: Path) -> None:
     page_file = repository / docs.PAGE
-    assert page_file.is_file(), "run: python -m sbs_edge.bench.core.docs"
+    assert page_file.is_file(), "run: python -m sbs_edge.bench.report.docs"
     assert page_file.read_text(encoding="utf-8") == docs.generate(repository / docs.RESULTS), (
-        "docs/benchmarks.md is out of date; run: python -m sbs_edge.bench.core.docs"
+        "docs/benchmarks.md is out of date; run: python -m sbs_edge.bench.report.docs"
     )
 
 
