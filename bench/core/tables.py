@@ -177,7 +177,7 @@ def _ratios(document: dict[str, Any]) -> list[Table]:
 
 
 def latency_tables(document: dict[str, Any]) -> list[Table]:
-    """Every table of a latency document."""
+    """Return every table of a latency document."""
     rows = rows_of(document)
 
     def of(section: str) -> list[Row]:
@@ -300,7 +300,7 @@ def stream_tables(document: dict[str, Any]) -> list[Table]:
 
 
 def headline(document: dict[str, Any]) -> str:
-    """One line that says what was measured where."""
+    """Return one line: the model, the machine and the date."""
     machine = document["machine"]
     where = machine["gpus"][0].split(",")[0] if machine.get("gpus") else machine["cpu"]
     model = document["model"]
@@ -309,8 +309,17 @@ def headline(document: dict[str, Any]) -> str:
     return f"{what}{weights}, {where}, {document['created'][:10]}"
 
 
+def _command(document: dict[str, Any]) -> str:
+    """The command that repeats a result; the serving bench once had to be started as a module."""
+    command = " ".join(document["command"])
+    module, scenario, rest = command.partition(" all ")
+    if module != "python -m sbs_edge.bench.serving":
+        return command
+    return "sbs-edge bench serving" + scenario + rest.removesuffix(".json")
+
+
 def provenance_lines(document: dict[str, Any]) -> list[str]:
-    """What one must know to repeat or distrust the figures."""
+    """Return the machine, versions, seed and command behind the figures."""
     machine = document["machine"]
     load = " / ".join(str(item) for item in machine["load_average"])
     lines = [
@@ -321,7 +330,7 @@ def provenance_lines(document: dict[str, Any]) -> list[str]:
         f"threads: {document.get('threads')}; processors used: {document.get('cpus')}; "
         f"load average at start: {load}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
-        f"seed: {document.get('seed')}; command: {' '.join(document['command'])}",
+        f"seed: {document.get('seed')}; command: {_command(document)}",
     ]
     if machine.get("gpus"):
         state = machine.get("gpu_state") or []

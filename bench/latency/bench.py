@@ -31,9 +31,9 @@ from sbs_edge.bench.latency.workers import (
     Benchmark,
     Entry,
     base_spec,
-    start_workers,
     make_inputs,
     peer_entries,
+    start_workers,
     student_facts,
 )
 from sbs_edge.bench.peers.convert import cache_root, digest

@@ -25,8 +25,8 @@ __all__ = [
     "Benchmark",
     "Entry",
     "Inputs",
-    "start_workers",
     "peer_entries",
+    "start_workers",
     "student_facts",
 ]
 

@@ -54,7 +54,7 @@ def latency_bars(document: dict[str, Any]) -> list[Bar]:
 
 def _draw(axis: Any, bars: list[Bar], title: str, shown: str) -> None:
     names, values, colors = zip(*bars, strict=True)
-    drawn = axis.barh(names, values, color=colors, height=0.68)
+    drawn = axis.barh(names, values, color=colors, height=min(0.68, 0.2 * len(bars)))
     axis.bar_label(drawn, [shown.format(value) for value in values], padding=3)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9, loc="left")
@@ -86,7 +86,7 @@ def peers_svg(results: Path) -> str:
         left, right = figure.subplots(1, 2, width_ratios=(2, 3))
         _draw(left, accuracy_bars(accuracy), "Label accuracy,\nbuilt-in task", "{:.1f} %")
         threads = latency["threads"]
-        title = f"Label latency, ms: t5-small, 64 tokens,\n{threads} thread of {latency['machine']['cpu']}"
+        title = f"Label latency in ms, t5-small,\n64 tokens, {threads} thread, {latency['machine']['cpu']}"
         _draw(right, bars, title, "{:.1f}")
         if any("*" in name for name, _, _ in bars):
             figure.supxlabel("* answers differ from the fp32 model's", fontsize=8, x=0.99, ha="right")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sbs_edge.bench.core import docs, tables
+from sbs_edge.bench.core import tables
 from sbs_edge.bench.core.compare import compare, conditions
 from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import load_document
@@ -22,6 +22,7 @@ from sbs_edge.bench.kernels.peers import FLOOR, PEERS, Peer
 from sbs_edge.bench.kernels.tables import kernel_tables
 from sbs_edge.bench.kernels.worker import CaseRunner
 from sbs_edge.bench.peers.system import Spec
+from sbs_edge.bench.report import docs
 from sbs_edge.bench.report.document import write_report
 from sbs_edge.errors import UsageError
 
