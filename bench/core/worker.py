@@ -2,7 +2,7 @@
 
 The first line is the :class:`~sbs_edge.bench.peers.system.Spec`; each later line is a command, and each
 gets one line in reply.
-Between commands the process sleeps in ``readline``, so the system beside it has the machine to itself.
+Between commands the process sleeps in ``readline``, so that the system under test has the machine to itself.
 Times are taken here with ``perf_counter_ns`` around the call, without the pipe.
 
     {"do": "open"}                                          -> memory after loading

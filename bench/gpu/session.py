@@ -62,7 +62,7 @@ def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
         except subprocess.TimeoutExpired:
             return f"ended after its {seconds:.0f} s; what it had found is kept"
         finally:
-            # Its workers too: none of them may go on measuring beside the next stage.
+            # Its workers too: they must not keep measuring during the next stage.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -61,7 +61,7 @@ class CaseRunner:
         return self._clock
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast where the case asks for it; its casts are made anew in every pass, as in every step."""
+        """Autocast where the case asks for it; its casts are repeated in every pass, as in every step."""
         if not self.case.amp:
             return nullcontext()
         return self.torch.autocast(self.device.type, self.dtype)

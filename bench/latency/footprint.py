@@ -1,4 +1,4 @@
-"""What a system costs besides time a call: cold start, memory of a fresh process, disk, installation."""
+"""Cold start, memory of a fresh process, bytes on disk and installed size of each system."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sbs_edge.bench.core.footprint import closure, directory_bytes, installed_by
 from sbs_edge.bench.core.protocol import Worker, WorkerFailed
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.core.stats import percentiles
-from sbs_edge.bench.latency.sections import Schedule, Series, turned
+from sbs_edge.bench.latency.sections import Schedule, Series, all_rotated
 from sbs_edge.bench.latency.workers import Benchmark, Entry
 from sbs_edge.bench.peers.system import load_module
 
@@ -48,7 +48,7 @@ def cold_start(
     for number, _ in zip(range(schedule.cold_rounds), schedule.rounds_within(share), strict=False):
         say(f"cold start, round {number + 1}")
         times["python"].add([_python_floor()])
-        for entry in turned(benchmark.participants("cold_start"), number):
+        for entry in all_rotated(benchmark.participants("cold_start"), number):
             if entry.why or entry.spec is None:
                 continue
             try:

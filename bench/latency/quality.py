@@ -104,7 +104,7 @@ def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
 
 
 def withheld(ours: Entry, peer: Entry, random_weights: bool) -> str | None:
-    """Why no ratio of these two is printed, or None when it may be."""
+    """Return the reason why no ratio of these two is printed, or None."""
     mine = ours.facts.get("quality", {}).get("label accuracy")
     other = peer.facts.get("quality", {}).get("label accuracy")
     if mine is None:
@@ -116,7 +116,7 @@ def withheld(ours: Entry, peer: Entry, random_weights: bool) -> str | None:
 
 
 def rationale_withheld(ours: Entry, peer: Entry) -> str | None:
-    """Why no rationale speed of these two is compared, or None when it may be."""
+    """Return the reason why rationale speeds of these two are not compared, or None."""
     name = "rationale agreement with fp32"
     mine, other = (entry.facts.get("quality", {}).get(name) for entry in (ours, peer))
     if mine is None or other is None or mine >= min(other, RATIONALE_TOP) - SLACK_RATIONALE:

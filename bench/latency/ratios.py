@@ -19,7 +19,7 @@ _TIMED = ("label", "rationale", "throughput", "open_loop", "cold_start")
 
 @dataclass(frozen=True, slots=True)
 class RatioRow:
-    """How many times better ``ours`` is than ``peer`` in one case; below 1 the peer wins.
+    """Ratio of ``ours`` to ``peer`` in a case: above 1 ours is better, below 1 the peer.
 
     ``withheld`` says why ``ratio`` is None although both were measured.
     """
@@ -38,7 +38,7 @@ class RatioRow:
 
 
 def _matches(ours: Row, peer: Row) -> bool:
-    """Whether two rows of one section answer the same question."""
+    """Return whether two rows of a section measure the same task."""
     if ours.section != peer.section or ours.case != peer.case:
         return False
     if ours.section == "open_loop" and ours.case != COMMON_RATE:

@@ -1,7 +1,7 @@
 """The timed parts of the latency bench: interleaved rounds over label, rationale, stream and load.
 
-Every section asks the systems in turn inside a round (A B C, then B C A, ...), so that a machine that
-drifts drifts for all of them, and keeps one value a round for the ratios.
+Every section asks the systems in turn within a round (A B C, then B C A, ...), so that a change of the
+machine's speed affects all of them. It keeps a value for each round, from which ratios are made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMON_RATE = "common rate"
 
 @dataclass(slots=True)
 class Schedule:
-    """How long and how often.
+    """Durations and numbers of rounds.
 
     Attributes:
         rounds: interleaved rounds of every section at most.
@@ -68,7 +68,7 @@ class Schedule:
 
 @dataclass(slots=True)
 class Series:
-    """Samples of one measured point: all of them, and one median a round."""
+    """Samples of a measured point: all of them, and the median of each round."""
 
     samples: list[float] = field(default_factory=list)
     rounds: list[float] = field(default_factory=list)
@@ -101,12 +101,12 @@ class Series:
 
 
 def rotated(entries: list[Entry], number: int) -> list[Entry]:
-    """The living entries, starting at another one each round."""
-    return [entry for entry in turned(entries, number) if entry.worker is not None]
+    """Return the entries with a worker, starting at the next one each round."""
+    return [entry for entry in all_rotated(entries, number) if entry.worker is not None]
 
 
-def turned(entries: list[Entry], number: int) -> list[Entry]:
-    """All entries, starting at another one each round."""
+def all_rotated(entries: list[Entry], number: int) -> list[Entry]:
+    """Return all entries, starting at the next one each round."""
     at = number % len(entries) if entries else 0
     return [*entries[at:], *entries[:at]]
 

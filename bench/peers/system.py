@@ -34,7 +34,7 @@ _OURS = "sbs-edge"
 
 @dataclass(slots=True)
 class Spec:
-    """Everything a worker needs; plain JSON values.
+    """The configuration of a worker, as plain JSON values.
 
     Attributes:
         system: ``sbs-edge:TARGET`` or a key of :data:`PEERS`.

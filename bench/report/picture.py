@@ -1,4 +1,4 @@
-"""The README's picture: what rationales are worth on the built-in task, and label latency beside the peers."""
+"""The README's picture: accuracy with and without rationales, and label latency of ours and the peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of the server: one function a scenario, each with a server of its own.
+"""Scenarios of the serving benchmark, each a function that starts its own server.
 
 Every scenario is bounded in time and in requests, stops what it started, and returns its figures with
 ``held``: which of the promises in ``docs/serving.md`` they keep.

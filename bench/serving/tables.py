@@ -1,4 +1,4 @@
-"""Tables of a serving document: what was promised, what was measured, and what it cost."""
+"""Tables of a serving document: goals, measured figures and processor time."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ _ROWS = {
 
 
 def serving_tables(document: dict[str, Any]) -> list[Table]:
-    """Return the figures beside their goals, a missed one marked, in the order they are promised."""
+    """Return the figures with their goals; a missed goal is marked."""
     found = document["scenarios"]
     body = []
     for name, rows in _ROWS.items():

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
         ] = "sbs-edge",
         json_only: JsonOption = False,
     ) -> None:
-        """Say what became slower or larger from FIRST to SECOND, with the noise bound; exit 1 if any did.
+        """Show the figures that became worse from FIRST to SECOND, with noise bounds; exit 1 if any did.
 
         Example: sbs-edge bench compare bench/results/old.json runs/bench/result.json --tolerance 0.1
         """

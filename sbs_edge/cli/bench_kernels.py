@@ -1,4 +1,4 @@
-"""``sbs-edge bench kernels``: the fused loss beside its peers."""
+"""``sbs-edge bench kernels``: the fused loss and its peers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="Student directory behind --data student.", show_default=False)
         ] = None,
         peers: Annotated[
-            str, typer.Option(help="Losses to compare with, by commas; an absent one is a row that says why.")
+            str, typer.Option(help="Losses to compare with, by commas; an absent one becomes a row with the reason.")
         ] = "all",
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of every case at most.")] = 10,
@@ -84,7 +84,7 @@ def register(app: typer.Typer) -> None:
         json_only: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Time, extra memory and gradient error of the loss beside eager torch, compilers and fused peers.
+        """Time, extra memory and gradient error of the loss, eager torch, compilers and fused peers.
 
         Every loss gets the same batch in the same run; one whose loss or gradient is off by more than twice
         plain torch's error gets no speed-up. The last line of stdout is one JSON document.

@@ -27,14 +27,14 @@ def register(app: typer.Typer) -> None:
         ] = None,
         student: Annotated[
             Path | None,
-            typer.Option(help="The student they were exported from; looked for beside the bundle."),
+            typer.Option(help="The student they were exported from; default: looked for next to the bundle."),
         ] = None,
         shape: Annotated[
             str | None,
             typer.Option(help="Random weights of t5-small, t5-v1_1-small, flan-t5-base or tiny instead."),
         ] = None,
         against: Annotated[
-            str, typer.Option(help="Peers, separated by commas; an absent one is a row that says why.")
+            str, typer.Option(help="Peers, separated by commas; an absent one becomes a row with the reason.")
         ] = _ALL,
         target: Annotated[
             str, typer.Option(help="Targets of each bundle, by commas; default: its default target.")
@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
         batches: Annotated[str, typer.Option(help="Batch sizes of the label task.")] = "1,8",
         rationale_batches: Annotated[str, typer.Option(help="Batch sizes of the rationale task.")] = "1",
         rows: Annotated[int, typer.Option(min=8, help="Validation rows behind the accuracy.")] = 96,
-        seed: Annotated[int, typer.Option(min=0, help="Of inputs, arrivals and random weights.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of inputs, arrivals and random weights.")] = 0,
         quick: Annotated[
             bool, typer.Option("--quick", help="A smoke run: two rounds, short inputs; figures mean nothing.")
         ] = False,
@@ -65,7 +65,7 @@ def register(app: typer.Typer) -> None:
         """Measure bundles and peers on the same weights, inputs, threads and minutes.
 
         Label and rationale latency, throughput, latency under load, cold start, memory, disk and
-        installed size; accuracy stands beside every speed. The last line of stdout is one JSON document.
+        installed size; every speed is shown with its accuracy. The last line of stdout is one JSON document.
 
         Example: sbs-edge bench latency runs/demo/bundle --out runs/bench
         """

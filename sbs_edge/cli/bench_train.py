@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         ] = "t5-small",
         batch_size: Annotated[int, typer.Option(min=1, help="Examples a step; each gives two rows.")] = 8,
         examples: Annotated[int, typer.Option(min=2, help="Examples of the epoch.")] = 64,
-        steps: Annotated[int, typer.Option(min=2, help="Optimiser steps of the loss curves.")] = 8,
+        steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of the loss curves.")] = 8,
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of single steps.")] = 6,
         device: Annotated[str, typer.Option(help="cpu, cuda, or all: every device present.")] = "all",
         precision: Annotated[str, typer.Option(help="fp32, bf16 (autocast), by commas.")] = "fp32",
@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
         json_only: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Measure one optimiser step and one epoch against the two-forward step with full logits.
+        """Measure one optimizer step and one epoch against the two-forward step with full logits.
 
         Time, tokens a second, peak memory in a fresh process, padding, and the loss on the same seed
         and data, which must agree. The last line of stdout is one JSON document.

@@ -60,7 +60,7 @@ def test_a_bundle_alone_is_told_where_its_student_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sbs_edge.bench.latency.bench.read_manifest", lambda _: {})
-    with pytest.raises(UsageError, match=r"is not beside it .*--student"):
+    with pytest.raises(UsageError, match=r"is not next to it .*give the student directory"):
         set_up(LatencyOptions(bundles=(tmp_path,)), lambda _: None)
 
 
@@ -135,7 +135,7 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
 
 def test_latency_refuses_what_it_cannot_measure(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     for arguments, message in (
-        ([], "Give bundles to measure, or --shape"),
+        ([], "Give either bundles to measure or a shape"),
         ([str(tmp_path / "nowhere")], "nowhere is no bundle: there is no such directory"),
         (["--shape", "giant"], "no shape 'giant'"),
         (["--shape", "tiny", "--sources", "a"], "--sources takes whole numbers"),

@@ -369,9 +369,9 @@ def test_the_command_measures_in_processes_of_their_own(
     [
         (["--shapes", "1,2"], "triples"),
         (["--shapes", "a,b,c"], "whole numbers"),
-        (["--dtype", "int8"], "--dtype takes"),
+        (["--dtype", "int8"], "dtype takes"),
         (["--padding", "100"], "below 100"),
-        (["--data", "student"], "needs --student"),
+        (["--data", "student"], "needs a student"),
         (["--peers", "nobody"], "found nobody"),
         (["--device", "tpu"], "--device takes"),
     ],
