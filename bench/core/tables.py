@@ -108,28 +108,26 @@ def _load_cell(row: Row) -> str:
     return f"{_percentile_cell(row)} at {number(row.extra['rate'])}/s"
 
 
-def _systems(document: dict[str, Any]) -> Table:
-    body = []
+def _systems(document: dict[str, Any]) -> Table | None:
+    records = []
     for system in document["systems"]:
         quality = system.get("quality", {})
-        body.append(
-            [
-                system["name"],
-                system.get("precision", "–"),
-                number(quality.get("label accuracy")),
-                number(quality.get("label agreement with fp32")),
-                number(quality.get("rationale agreement with fp32")),
-                system["why"] or "measured",
-            ]
+        records.append(
+            {
+                "system": system["name"],
+                "precision": system.get("precision"),
+                "label accuracy %": quality.get("label accuracy"),
+                "label agreement with fp32 %": quality.get("label agreement with fp32"),
+                "rationale words equal to fp32 %": quality.get("rationale agreement with fp32"),
+                "state": system["why"] or "measured",
+            }
         )
     note = (
         "Random weights: the right label is what the fp32 weights answer among the label set."
         if document["model"]["random_weights"]
         else f"On {document['validation_rows']} validation rows, against their gold labels."
     )
-    columns = ["system", "precision", "label accuracy %", "label agreement with fp32 %",
-               "rationale words equal to fp32 %", "state"]  # fmt: skip
-    return Table("Systems and their answers", note, columns, body)
+    return record_table("Systems and their answers", note, records)
 
 
 def ratio_text(row: dict[str, Any]) -> str:
@@ -142,38 +140,22 @@ def ratio_text(row: dict[str, Any]) -> str:
     return f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
-def _ratios(document: dict[str, Any]) -> list[Table]:
-    tables = []
-    for ours in dict.fromkeys(row["ours"] for row in document["ratios"]):
-        rows = [row for row in document["ratios"] if row["ours"] == ours]
-        peers = list(dict.fromkeys((row["peer"], row["peer_variant"] if row["section"] == "label" else "")
-                                   for row in rows))  # fmt: skip
-        columns = sorted(dict.fromkeys(name for name, _ in peers), key=[n for n, _ in peers].index)
-        body = []
-        for section, case, variant in dict.fromkeys(
-            (row["section"], row["case"], row["peer_variant"] if row["section"] == "label" else "")
-            for row in rows
-        ):
-            cells = []
-            for peer in columns:
-                hit = next(
-                    (
-                        row
-                        for row in rows
-                        if (row["section"], row["case"], row["peer"]) == (section, case, peer)
-                        and (section != "label" or row["peer_variant"] == variant)
-                    ),
-                    None,
-                )
-                cells.append(ratio_text(hit) if hit else "–")
-            asked = f"{section.replace('_', ' ')}: {case}" + (f", peer {variant}" if variant else "")
-            body.append([asked, *cells])
-        note = (
-            "How many times faster or smaller it is; below 1 the peer wins. In brackets the 95 % bootstrap "
-            "interval over the interleaved rounds. A system whose answers are worse gets no ratio."
-        )
-        tables.append(Table(f"{ours} against each peer", note, ["case", *columns], body))
-    return tables
+def _ratios(document: dict[str, Any]) -> list[Table | None]:
+    note = (
+        "How many times faster or smaller it is; below 1 the peer wins. In brackets the 95 % bootstrap "
+        "interval over the interleaved rounds. A system whose answers are worse gets no ratio."
+    )
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in document["ratios"]:
+        case = f"{row['section'].replace('_', ' ')}: {row['case']}"
+        if row["section"] == "label" and row["peer_variant"]:
+            case += f", peer {row['peer_variant']}"
+        records = found.setdefault(row["ours"], {})
+        records.setdefault(case, {"case": case}).setdefault(row["peer"], ratio_text(row))
+    return [
+        record_table(f"{ours} against each peer", note, list(records.values()))
+        for ours, records in found.items()
+    ]
 
 
 def latency_tables(document: dict[str, Any]) -> list[Table]:
@@ -221,7 +203,7 @@ def latency_tables(document: dict[str, Any]) -> list[Table]:
             lambda row: f"{number(row.value)} ({row.extra['distributions']} packages)",
         ),
     ]
-    return [table for table in found if table is not None] + _ratios(document)
+    return [table for table in [*found, *_ratios(document)] if table is not None]
 
 
 def _setting(setting: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from sbs_edge.tokens import TextTokenizer, first_tokens, read_tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PEERS", "Spec", "System", "load_module", "plan_batches"]
+__all__ = ["PEERS", "Choices", "Spec", "System", "load_module", "plan_batches"]
 
 PEERS: dict[str, str] = {
     "transformers": "transformers",
@@ -30,6 +30,7 @@ PEERS: dict[str, str] = {
     "onnxruntime-int8": "onnxruntime",
 }
 _OURS = "sbs-edge"
+Choices = Sequence[Sequence[str]] | None  # the labels to choose from, for each text
 
 
 @dataclass(slots=True)
@@ -138,9 +139,7 @@ class System:
         """Text of generated ids, special tokens left out."""
         return [self.tokenizer.decode(row) for row in rows]
 
-    def label(
-        self, texts: Sequence[str], variant: str, choices: Sequence[Sequence[str]] | None = None
-    ) -> list[str]:
+    def label(self, texts: Sequence[str], variant: str, choices: Choices = None) -> list[str]:
         """Answer the label task; peers generate freely, whatever the row's ``choices``."""
         del choices
         steps = 1 if variant == "one token" else self.spec.label_steps
@@ -170,12 +169,7 @@ class System:
     def apply(self, setting: dict[str, Any]) -> None:
         """Make a batching setting current; not part of any measured time."""
 
-    def stream(
-        self,
-        texts: Sequence[str],
-        setting: dict[str, Any],
-        choices: Sequence[Sequence[str]] | None = None,
-    ) -> list[str]:
+    def stream(self, texts: Sequence[str], setting: dict[str, Any], choices: Choices = None) -> list[str]:
         """Answer many label requests at once under a batching setting, in their order."""
         del choices
         ids = self.encode(texts, "label")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from scipy.stats import linregress
 
 from sbs_edge.bench.core.machine import provenance
 from sbs_edge.data.builtin import builtin_splits
@@ -46,7 +45,7 @@ def rows(base: list[Example], count: int) -> Iterator[Example]:
 def slope_mb(taken: list[tuple[int, float]]) -> float:
     """Return the least-squares growth of (row, MiB) samples, in MiB a million rows."""
     places, values = zip(*taken, strict=True)
-    return 1e6 * float(linregress(places, values).slope) if len(set(places)) > 1 else 0.0
+    return 1e6 * statistics.linear_regression(places, values).slope if len(set(places)) > 1 else 0.0
 
 
 def measure(count: int, out: Path, samples: int = 100, max_rss_mb: float = 1500.0) -> dict[str, Any]:
