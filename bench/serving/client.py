@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["HOST", "Alone", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
+__all__ = ["HOST", "BlockingClient", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
            "request_bytes", "run"]  # fmt: skip
 
 HOST = "127.0.0.1"
@@ -153,8 +153,8 @@ class _Connection(asyncio.Protocol):
             done(0, b"")
 
 
-class Alone:
-    """One kept connection of blocking calls: nothing of a client's own event loop is in its times.
+class BlockingClient:
+    """A kept connection with blocking calls, so that no event loop of the client adds to its times.
 
     Args:
         port: the server's.
@@ -166,7 +166,7 @@ class Alone:
         self._socket = socket.create_connection((HOST, port), timeout=timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def __enter__(self) -> Alone:
+    def __enter__(self) -> BlockingClient:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -117,6 +117,21 @@ def _peak(spec: Spec, case: str) -> list[Row]:
     return rows
 
 
+def _rows(
+    name: str, case: str, options: TrainBenchOptions, tokens: int, step: Series, epoch: Series
+) -> list[Row]:
+    """Times of a step and an epoch, and the examples and tokens a second; ``tokens`` are those of an epoch."""
+    rows = [step.row("step", name, "", case), epoch.row("epoch", name, "", case)]
+    tokens_a_step = tokens / max(1, options.examples // options.batch_size)
+    for section, unit, amount in (
+        ("rate", "examples/s", options.batch_size),
+        ("token rate", "tokens/s", tokens_a_step),
+    ):
+        rates = [amount / ms * 1e3 for ms in step.rounds]
+        rows.append(Row(section, name, "", case, unit, "higher", percentiles(rates)["p50"], rates))
+    return rows
+
+
 def _case(
     options: TrainBenchOptions, device: str, precision: str, pairs: str, document: dict[str, Any], say: Say
 ) -> None:
@@ -172,15 +187,7 @@ def _case(
     rows: list[Row] = []
     for name in workers:
         used = sum(total[1] for total in shares[name].values())
-        n_steps = options.examples // options.batch_size
-        rows.append(steps[name].row("step", name, "", case))
-        rows.append(epochs[name].row("epoch", name, "", case))
-        for section, unit, amount in (
-            ("rate", "examples/s", options.batch_size),
-            ("token rate", "tokens/s", used / max(1, n_steps)),
-        ):
-            rates = [amount / ms * 1e3 for ms in steps[name].rounds]
-            rows.append(Row(section, name, "", case, unit, "higher", percentiles(rates)["p50"], rates))
+        rows += _rows(name, case, options, used, steps[name], epochs[name])
         try:
             say(f"{case}: peak memory of {name}")
             rows += _peak(specs[name], case)

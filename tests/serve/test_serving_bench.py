@@ -16,7 +16,7 @@ from sbs_edge.bench.report import docs
 from sbs_edge.bench.report.document import pictures_of
 from sbs_edge.bench.serving import scenarios
 from sbs_edge.bench.serving.client import (
-    Alone,
+    BlockingClient,
     Client,
     Outcome,
     Record,
@@ -99,7 +99,7 @@ def test_answers_are_read_whole_however_they_are_cut(cuts, closing):
 @given(cuts=st.lists(st.integers(0, 60), max_size=5), closing=st.booleans())
 def test_a_lone_connection_reads_whole_answers_and_says_when_there_is_none(cuts, closing):
     def ask(port):
-        with Alone(port, timeout_s=20) as client:
+        with BlockingClient(port, timeout_s=20) as client:
             for raw, _ in jobs(1 if closing else 3):
                 assert client.ask(raw) == (200, raw[raw.index(b"\r\n\r\n") + 4 :])
             if closing:
