@@ -17,6 +17,7 @@ from sbs_edge.bench.latency.quality import withheld
 from sbs_edge.bench.latency.ratios import ratios
 from sbs_edge.bench.latency.workers import Benchmark, Entry, Inputs
 from sbs_edge.bench.training.bench import largest_difference
+from sbs_edge.bench.training.stream_rows import slope_mb
 from sbs_edge.cli.app import main
 from sbs_edge.errors import UsageError
 
@@ -168,3 +169,28 @@ def test_train_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
 
 def test_a_loss_curve_is_judged_by_its_largest_relative_difference() -> None:
     assert largest_difference([2.0, 1.0], [2.0, 1.1]) == pytest.approx(0.1 / 1.1)
+
+
+def test_streamed_rows_are_counted_and_too_much_memory_is_exit_1(sbs_edge_cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    done = sbs_edge_cli(
+        "bench", "stream-rows", "--rows", "1001", "--max-rss-mb", "1", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (document["rows"], document["steps"], document["max_rss_mb"]) == (1001, 3, 1.0)
+    assert document["rss_mb"][-1][0] == 1001
+    assert "| 1,001 |" in (tmp_path / "out" / "result.md").read_text()
+
+
+def test_growth_of_memory_is_a_least_squares_slope() -> None:
+    assert slope_mb([(0, 1.0), (500_000, 1.0), (1_000_000, 4.0)]) == pytest.approx(3.0)
+    assert slope_mb([(7, 5.0)]) == 0.0
+
+
+def test_every_benchmark_has_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("latency", "train", "kernels", "serving", "scale", "stream-rows", "gpu", "compare", "docs"):
+        assert f" {name} " in shown
