@@ -1,1 +1,1 @@
-"""Parts that every benchmark shares: worker processes, results, statistics, reports."""
+"""Parts that the benchmarks share: worker processes, results, statistics, tables."""

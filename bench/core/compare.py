@@ -1,8 +1,8 @@
-"""What became slower or larger between two results of the same bench, beyond their noise.
+"""Compare two results of the same benchmark: find figures that changed by more than their noise.
 
-Rows are matched by section, system, variant and case. The change of a row is B's figure over A's,
-turned so that above 1 is worse; its interval is a bootstrap over the rounds of both runs. A row has
-become worse when the change exceeds the tolerance *and* the whole interval lies above 1.
+Rows are matched by section, system, variant and case. The change of a row is the ratio of the two
+figures, inverted where higher is better, so that above 1 is worse. Its interval is a bootstrap over the
+rounds of both runs. A row has become worse when the change exceeds the tolerance *and* the whole interval lies above 1.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ __all__ = ["closure", "directory_bytes", "installed_bytes", "memory_mb"]
 def memory_mb(pid: int | str = "self") -> dict[str, float]:
     """Peak resident (VmHWM), resident (VmRSS) and anonymous (RssAnon) memory in MB (1e6 bytes).
 
-    File-backed pages are shared between workers and given back under pressure; anonymous ones are not.
+    File-backed pages are shared between workers and reclaimed under memory pressure; anonymous ones are not.
     """
     wanted = {"VmHWM": "peak_rss_mb", "VmRSS": "rss_mb", "RssAnon": "anonymous_rss_mb"}
     found: dict[str, float] = {}

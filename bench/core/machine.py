@@ -1,6 +1,6 @@
-"""What a figure cannot be read without: the machine, its flags, versions, threads, the command.
+"""Provenance of a figure: the machine and its flags, versions, threads and the command.
 
-Needs the standard library only; where onnxruntime is installed, its int8 products are probed too.
+The standard library suffices; where onnxruntime is installed, its int8 products are probed too.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(command: list[str] | None = None) -> dict[str, Any]:
-    """Everything above, with the time and the command that was run (paths as they were given)."""
+    """Return machine and versions, with the time and the command (paths as they were given)."""
     given = command if command is not None else ["sbs-edge", *sys.argv[1:]]
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -159,7 +159,7 @@ def train_pictures(document: dict[str, Any]) -> list[Picture]:
         axis = figure.subplots()
         for index, (name, losses) in enumerate(curves.items()):
             axis.plot(losses, label=name, color=f"C{index}", linestyle=("-", "--", ":")[index % 3])
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
         axis.set_ylabel("loss")
         _legend(figure)
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The parent's end of a worker: start it, pin it, ask it, give up on it after a time limit."""
+"""Start a worker process, send it commands, and stop it after a time limit."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Worker:
     """One system in its own process.
 
     Args:
-        spec: what it measures.
-        module: the worker's module; tests and the training bench put their own here.
+        spec: the system and its conditions.
+        module: the worker's module; the training and kernel benches have their own.
 
     """
 
@@ -39,8 +39,8 @@ class Worker:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.started_ns = time.perf_counter_ns()
         threads = {name: str(spec.threads) for name in _THREAD_VARIABLES}
-        # Byte code is there from the second start on, as after an installation, wherever this runs from: a
-        # source tree that may not be written to would else be compiled in every start of this project alone.
+        # Byte code is kept between starts, as after an installation. A read-only source tree would otherwise
+        # be compiled at every start, which would slow down this project alone.
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],
@@ -66,7 +66,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     def _send(self, content: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""The one record every bench writes, and the document that holds them.
+"""The record that every benchmark writes, and the document that holds the records.
 
-A row is one measured figure: what was measured (``section``, ``case``), on whom (``system``,
+A row is one measured figure: what was measured (``section``, ``case``), of which system (``system``,
 ``variant``), its unit, which direction is better, the value, and the value of every interleaved
 round, from which spreads and comparisons are made later.
 """
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What makes two rows of different runs the same measurement."""
+        """Identify the same measurement in results of different runs."""
         return (self.section, self.system, self.variant, self.case)
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def load_document(path: Path) -> dict[str, Any]:
     """Read a result file.
 
     Raises:
-        DataError: it cannot be read, is no result of these benches, or has another format number.
+        DataError: it cannot be read, is not a result of these benchmarks, or has another format number.
 
     """
     try:
@@ -76,7 +76,7 @@ def load_document(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"The result file {path} is not JSON: {error}.") from error
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-        raise DataError(f"{path} is no result of 'sbs-edge bench': it has no list 'rows'.")
+        raise DataError(f"{path} is not a result of 'sbs-edge bench': it has no list 'rows'.")
     if document.get("format") != FORMAT:
         raise DataError(
             f"{path} has the result format {document.get('format')!r}; this version reads {FORMAT}. "
@@ -85,5 +85,5 @@ def load_document(path: Path) -> dict[str, Any]:
     try:
         rows_of(document)
     except TypeError as error:
-        raise DataError(f"{path} holds a row that is none of 'sbs-edge bench': {error}.") from error
+        raise DataError(f"{path} holds a row that 'sbs-edge bench' did not write: {error}.") from error
     return document

@@ -1,4 +1,4 @@
-"""Percentiles and ratios with their spread. Numpy only; knows nothing of what was timed."""
+"""Percentiles and ratios with their spread. Needs numpy only."""
 
 from __future__ import annotations
 

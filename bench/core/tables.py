@@ -1,4 +1,4 @@
-"""Tables of a result document: for Markdown, for the page, for the terminal. Text in, text out."""
+"""Tables of a result document, as text for Markdown, the page and the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from typing import Any
 
 from sbs_edge.bench.core.results import Row, rows_of
 
-__all__ = ["Table", "headline", "latency_tables", "markdown", "provenance_lines", "train_tables"]
+__all__ = [
+    "Table",
+    "headline",
+    "latency_tables",
+    "markdown",
+    "number",
+    "provenance_lines",
+    "ratio_text",
+    "record_table",
+    "scale_tables",
+    "small",
+    "stream_tables",
+    "train_tables",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +34,32 @@ class Table:
     rows: list[list[str]]
 
 
-def _figure(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return three significant digits at most, or a dash."""
     if value is None:
         return "–"
     if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def small(value: float | None) -> str:
+    """Return a small number such as an error, with two digits, or a dash."""
+    return "–" if value is None else f"{value:.1e}"
+
+
+def record_table(title: str, note: str, records: Sequence[dict[str, Any]]) -> Table | None:
+    """Return a table with a row for each record and a column for each key; None without records."""
+    if not records:
+        return None
+    columns = list(dict.fromkeys(key for row in sorted(records, key=len, reverse=True) for key in row))
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return small(value) if 0 < abs(value) < 0.01 else number(value)
+        return "–" if value is None else str(value)
+
+    return Table(title, note, columns, [[shown(row.get(key)) for key in columns] for row in records])
 
 
 def markdown(table: Table, level: int = 3) -> str:
@@ -65,38 +98,36 @@ def _grid(title: str, note: str, rows: Sequence[Row], shown: Any, first: str = "
 def _percentile_cell(row: Row) -> str:
     e = row.extra
     if not all(level in e for level in ("p50", "p90", "p99")):
-        return _figure(row.value)
-    return f"{_figure(e['p50'])} / {_figure(e['p90'])} / {_figure(e['p99'])}"
+        return number(row.value)
+    return f"{number(e['p50'])} / {number(e['p90'])} / {number(e['p99'])}"
 
 
 def _load_cell(row: Row) -> str:
     if row.extra.get("saturated"):
-        return f"saturated at {_figure(row.extra['rate'])}/s"
-    return f"{_percentile_cell(row)} at {_figure(row.extra['rate'])}/s"
+        return f"saturated at {number(row.extra['rate'])}/s"
+    return f"{_percentile_cell(row)} at {number(row.extra['rate'])}/s"
 
 
-def _systems(document: dict[str, Any]) -> Table:
-    body = []
+def _systems(document: dict[str, Any]) -> Table | None:
+    records = []
     for system in document["systems"]:
         quality = system.get("quality", {})
-        body.append(
-            [
-                system["name"],
-                system.get("precision", "–"),
-                _figure(quality.get("label accuracy")),
-                _figure(quality.get("label agreement with fp32")),
-                _figure(quality.get("rationale agreement with fp32")),
-                system["why"] or "measured",
-            ]
+        records.append(
+            {
+                "system": system["name"],
+                "precision": system.get("precision"),
+                "label accuracy %": quality.get("label accuracy"),
+                "label agreement with fp32 %": quality.get("label agreement with fp32"),
+                "rationale words equal to fp32 %": quality.get("rationale agreement with fp32"),
+                "state": system["why"] or "measured",
+            }
         )
     note = (
         "Random weights: the right label is what the fp32 weights answer among the label set."
         if document["model"]["random_weights"]
         else f"On {document['validation_rows']} validation rows, against their gold labels."
     )
-    columns = ["system", "precision", "label accuracy %", "label agreement with fp32 %",
-               "rationale words equal to fp32 %", "state"]  # fmt: skip
-    return Table("Systems and their answers", note, columns, body)
+    return record_table("Systems and their answers", note, records)
 
 
 def ratio_text(row: dict[str, Any]) -> str:
@@ -109,42 +140,26 @@ def ratio_text(row: dict[str, Any]) -> str:
     return f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
-def _ratios(document: dict[str, Any]) -> list[Table]:
-    tables = []
-    for ours in dict.fromkeys(row["ours"] for row in document["ratios"]):
-        rows = [row for row in document["ratios"] if row["ours"] == ours]
-        peers = list(dict.fromkeys((row["peer"], row["peer_variant"] if row["section"] == "label" else "")
-                                   for row in rows))  # fmt: skip
-        columns = sorted(dict.fromkeys(name for name, _ in peers), key=[n for n, _ in peers].index)
-        body = []
-        for section, case, variant in dict.fromkeys(
-            (row["section"], row["case"], row["peer_variant"] if row["section"] == "label" else "")
-            for row in rows
-        ):
-            cells = []
-            for peer in columns:
-                hit = next(
-                    (
-                        row
-                        for row in rows
-                        if (row["section"], row["case"], row["peer"]) == (section, case, peer)
-                        and (section != "label" or row["peer_variant"] == variant)
-                    ),
-                    None,
-                )
-                cells.append(ratio_text(hit) if hit else "–")
-            asked = f"{section.replace('_', ' ')}: {case}" + (f", peer {variant}" if variant else "")
-            body.append([asked, *cells])
-        note = (
-            "How many times faster or smaller it is; below 1 the peer wins. In brackets the 95 % bootstrap "
-            "interval over the interleaved rounds. A system whose answers are worse gets no ratio."
-        )
-        tables.append(Table(f"{ours} against each peer", note, ["case", *columns], body))
-    return tables
+def _ratios(document: dict[str, Any]) -> list[Table | None]:
+    note = (
+        "How many times faster or smaller it is; below 1 the peer wins. In brackets the 95 % bootstrap "
+        "interval over the interleaved rounds. A system whose answers are worse gets no ratio."
+    )
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in document["ratios"]:
+        case = f"{row['section'].replace('_', ' ')}: {row['case']}"
+        if row["section"] == "label" and row["peer_variant"]:
+            case += f", peer {row['peer_variant']}"
+        records = found.setdefault(row["ours"], {})
+        records.setdefault(case, {"case": case}).setdefault(row["peer"], ratio_text(row))
+    return [
+        record_table(f"{ours} against each peer", note, list(records.values()))
+        for ours, records in found.items()
+    ]
 
 
 def latency_tables(document: dict[str, Any]) -> list[Table]:
-    """Every table of a latency document."""
+    """Return every table of a latency document."""
     rows = rows_of(document)
 
     def of(section: str) -> list[Row]:
@@ -164,7 +179,7 @@ def latency_tables(document: dict[str, Any]) -> list[Table]:
             "Throughput, requests a second",
             "A mixed-length stream, each system at its best batching setting (the sweep is in the JSON).",
             of("throughput"),
-            lambda row: f"{_figure(row.value)} ({_setting(row.extra['setting'])})",
+            lambda row: f"{number(row.value)} ({_setting(row.extra['setting'])})",
         ),
         _grid(
             "Latency under load, ms",
@@ -179,16 +194,16 @@ def latency_tables(document: dict[str, Any]) -> list[Table]:
             of("cold_start"),
             _percentile_cell,
         ),
-        _grid("Memory of that process, MB", "", of("memory"), lambda row: _figure(row.value)),
-        _grid("On disk, MB", "", of("disk"), lambda row: _figure(row.value)),
+        _grid("Memory of that process, MB", "", of("memory"), lambda row: number(row.value)),
+        _grid("On disk, MB", "", of("disk"), lambda row: number(row.value)),
         _grid(
             "Installed, MB",
             "What must be installed to run it, with everything it requires, Python itself left out.",
             of("installed"),
-            lambda row: f"{_figure(row.value)} ({row.extra['distributions']} packages)",
+            lambda row: f"{number(row.value)} ({row.extra['distributions']} packages)",
         ),
     ]
-    return [table for table in found if table is not None] + _ratios(document)
+    return [table for table in [*found, *_ratios(document)] if table is not None]
 
 
 def _setting(setting: dict[str, Any]) -> str:
@@ -196,62 +211,78 @@ def _setting(setting: dict[str, Any]) -> str:
 
 
 def train_tables(document: dict[str, Any]) -> list[Table]:
-    """Every table of a training document."""
+    """Return every table of a training document."""
     rows = rows_of(document)
-    tables = []
+    found: list[Table | None] = []
     for device in dict.fromkeys(row.case.partition(", ")[0] for row in rows):
-        mine = [row for row in rows if row.case.partition(", ")[0] == device]
-        systems = list(dict.fromkeys(row.system for row in mine))
-        names = list(dict.fromkeys((row.section, row.unit) for row in mine))
-        body = []
-        for system in systems:
-            cells = []
-            for section, unit in names:
-                hit = next(
-                    (r for r in mine if (r.system, r.section, r.unit) == (system, section, unit)), None
-                )
-                cells.append(_figure(hit.value) if hit else "–")
-            body.append([system, *cells])
-        columns = ["step", *(f"{section.replace('_', ' ')}, {unit}" for section, unit in names)]
-        tables.append(Table(f"Training step on {device}", "", columns, body))
-    padding = [[name, *map(str, share.values())] for name, share in document.get("padding", {}).items()]
-    if padding:
-        columns = ["step", *next(iter(document["padding"].values())).keys()]
-        tables.append(Table("Padding", "Share of positions that hold no token.", columns, padding))
-    against = document.get("ratios", [])
-    if against:
-        body = [[row["case"], row["section"], row["peer"], ratio_text(row)] for row in against]
-        tables.append(
-            Table(
-                "This project's step against the others",
-                "Above 1 it is faster or smaller; 95 % bootstrap interval over interleaved rounds.",
-                ["case", "figure", "against", "ratio"],
-                body,
-            )
-        )
-    curves = document.get("loss_curves")
-    if curves:
-        body = [
-            [item["case"], item["against"], f"{item['largest_difference']:.2e}", item["verdict"]]
-            for item in curves
-        ]
-        tables.append(
-            Table(
-                "Loss curves on the same seed and data",
-                "Largest relative difference of the loss over all steps.",
-                ["case", "against", "difference", "verdict"],
-                body,
-            )
-        )
-    failed = [s for s in document.get("systems", []) if s.get("why")]
-    if failed:
-        body = [[s["name"], s["why"]] for s in failed]
-        tables.append(Table("Not measured", "", ["step", "why"], body))
-    return tables
+        records: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row.case.partition(", ")[0] == device:
+                name = f"{row.section.replace('_', ' ')}, {row.unit}"
+                records.setdefault(row.system, {"step": row.system}).setdefault(name, number(row.value))
+        found.append(record_table(f"Training step on {device}", "", list(records.values())))
+    padding = [{"step": name, **share} for name, share in document.get("padding", {}).items()]
+    ratios = [
+        {"case": row["case"], "figure": row["section"], "against": row["peer"], "ratio": ratio_text(row)}
+        for row in document.get("ratios", [])
+    ]
+    curves = [
+        {
+            "case": item["case"],
+            "against": item["against"],
+            "difference": f"{item['largest_difference']:.2e}",
+            "verdict": item["verdict"],
+        }
+        for item in document.get("loss_curves", [])
+    ]
+    failed = [{"step": s["name"], "why": s["why"]} for s in document.get("systems", []) if s.get("why")]
+    ratio_note = "Above 1 it is faster or smaller; 95 % bootstrap interval over interleaved rounds."
+    curve_note = "Largest relative difference of the loss over all steps."
+    found += [
+        record_table("Padding", "Share of positions that hold no token.", padding),
+        record_table("This project's step against the others", ratio_note, ratios),
+        record_table("Loss curves on the same seed and data", curve_note, curves),
+        record_table("Not measured", "", failed),
+    ]
+    return [table for table in found if table is not None]
+
+
+def scale_tables(document: dict[str, Any]) -> list[Table]:
+    """Return the table of an offline-scoring document."""
+    variants = [
+        {
+            "variant": name,
+            "rows a second": document["rows_per_second"][name],
+            "whole call, s": seconds,
+            "steady part, s": document["steady_seconds"][name],
+        }
+        for name, seconds in document["seconds"].items()
+    ]
+    note = (
+        f"{document['rows']:,} rows, median of {document['rounds']} rounds. One Ray actor costs "
+        f"{100 * document['steady_overhead']:.1f} % over the loop in the steady part; two actors are "
+        f"{document['steady_scaling_1_to_2']:.2f} times as fast as one. "
+        f"Outputs equal: {'yes' if document['outputs_equal'] else 'NO'}."
+    )
+    found = record_table("Offline scoring", note, variants)
+    return [found] if found else []
+
+
+def stream_tables(document: dict[str, Any]) -> list[Table]:
+    """Return the table of a streaming document."""
+    record = {
+        "rows": f"{document['rows']:,}",
+        "peak memory, MiB": document["peak_rss_mb"],
+        "limit, MiB": document["max_rss_mb"],
+        "slope, MiB a million rows": document["slope_after_first_tenth_mb_per_million_rows"],
+        "rows a second": document["rows_per_second"],
+    }
+    found = record_table("Memory of streamed training", "Slope after the first tenth of the rows.", [record])
+    return [found] if found else []
 
 
 def headline(document: dict[str, Any]) -> str:
-    """One line that says what was measured where."""
+    """Return one line: the model, the machine and the date."""
     machine = document["machine"]
     where = machine["gpus"][0].split(",")[0] if machine.get("gpus") else machine["cpu"]
     model = document["model"]
@@ -260,8 +291,17 @@ def headline(document: dict[str, Any]) -> str:
     return f"{what}{weights}, {where}, {document['created'][:10]}"
 
 
+def _command(document: dict[str, Any]) -> str:
+    """The command that repeats a result; the serving bench once had to be started as a module."""
+    command = " ".join(document["command"])
+    module, scenario, rest = command.partition(" all ")
+    if module != "python -m sbs_edge.bench.serving":
+        return command
+    return "sbs-edge bench serving" + scenario + rest.removesuffix(".json")
+
+
 def provenance_lines(document: dict[str, Any]) -> list[str]:
-    """What one must know to repeat or distrust the figures."""
+    """Return the machine, versions, seed and command behind the figures."""
     machine = document["machine"]
     load = " / ".join(str(item) for item in machine["load_average"])
     lines = [
@@ -272,7 +312,7 @@ def provenance_lines(document: dict[str, Any]) -> list[str]:
         f"threads: {document.get('threads')}; processors used: {document.get('cpus')}; "
         f"load average at start: {load}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
-        f"seed: {document.get('seed')}; command: {' '.join(document['command'])}",
+        f"seed: {document.get('seed')}; command: {_command(document)}",
     ]
     if machine.get("gpus"):
         state = machine.get("gpu_state") or []

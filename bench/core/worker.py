@@ -1,7 +1,8 @@
 """A measured system in a process of its own: JSON lines in, JSON lines out.
 
-The first line is the :class:`~sbs_edge.bench.peers.system.Spec`; then one command a line, one answer a line.
-Between commands the process sleeps in ``readline``, so the system beside it has the machine to itself.
+The first line is the :class:`~sbs_edge.bench.peers.system.Spec`; each later line is a command, and each
+gets one line in reply.
+Between commands the process sleeps in ``readline``, so that the system under test has the machine to itself.
 Times are taken here with ``perf_counter_ns`` around the call, without the pipe.
 
     {"do": "open"}                                          -> memory after loading
@@ -19,6 +20,7 @@ Only the standard library is imported before the system itself: the cold start i
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -30,7 +32,9 @@ from typing import Any
 from sbs_edge.bench.core.footprint import memory_mb
 from sbs_edge.bench.peers.system import Spec, System, load_module
 
-__all__ = ["answer", "main", "open_loop", "timed"]
+__all__ = ["answer", "open_loop", "serve", "timed"]
+
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def timed(call: Callable[[], Any], seconds: float, least: int, warm: int = 1, most: int = 1000) -> list[int]:
@@ -86,6 +90,8 @@ def open_loop(
 def answer(system: System, order: dict[str, Any]) -> dict[str, Any]:
     """Carry out one command."""
     do = order["do"]
+    if do == "open":
+        return {"precision": system.precision, **memory_mb()}
     if do == "label":
         texts, variant, choices = order["texts"], order["variant"], order.get("choices")
         ns = timed(
@@ -145,32 +151,36 @@ def answer(system: System, order: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"unknown command {do!r}")
 
 
-def main() -> None:
-    """Serve commands until ``quit`` or the end of the input."""
+def serve(start: Callable[[Spec], Answer]) -> None:
+    """Answer commands from stdin on stdout until ``quit`` or the end of the input.
+
+    Args:
+        start: loads what is measured, on the command ``open``; returns the function that answers
+            this and every later command.
+
+    """
     spec = Spec(**json.loads(sys.stdin.readline()))
     if spec.cpus:
         os.sched_setaffinity(0, spec.cpus)
     # Libraries print to stdout as they like; the protocol keeps a descriptor of its own.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    system: System | None = None
+    answers: Answer | None = None
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "quit":
             break
         try:
             if order["do"] == "open":
-                system = load_module(spec.system).create(spec)
-                system.open()
-                reply: dict[str, Any] = {"precision": system.precision, **memory_mb()}
-            elif system is None:
+                answers = start(spec)
+            elif answers is None:
                 raise RuntimeError("the first command must be 'open'")
-            else:
-                reply = answer(system, order)
+            reply = answers(order)
         except Exception as error:
             import traceback  # here: no system pays for it in its first answer
 
             traceback.print_exc()
+            gc.collect()  # a failed call may hold most of the memory
             first = str(error).strip().partition("\n")[0]
             reply = {"error": f"{type(error).__name__}: {first[:300]}"}
         channel.write(json.dumps(reply) + "\n")
@@ -179,5 +189,11 @@ def main() -> None:
     os._exit(0)  # some runtimes take seconds to unload
 
 
+def _open(spec: Spec) -> Answer:
+    system = load_module(spec.system).create(spec)
+    system.open()
+    return functools.partial(answer, system)
+
+
 if __name__ == "__main__":
-    main()
+    serve(_open)

@@ -1,4 +1,4 @@
-"""Every engine on the device at hand against float64: the check that must come before any time."""
+"""Check every engine against float64 on the device, before anything is timed."""
 
 from __future__ import annotations
 

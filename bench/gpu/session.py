@@ -1,16 +1,15 @@
-"""Everything that has to happen on a GPU that is at hand for minutes only, in one go.
+"""``sbs-edge bench gpu``: all GPU measurements in one session, for a GPU that is available for minutes.
 
-``python -P -m sbs_edge.bench.gpu.session --out DIR --minutes 8``: the machine; bare matrix products at the
-slices' shapes; every engine against float64; the kernel bench in order of importance; a sweep of
-workspaces and tiles; the whole training step; the bundle's GPU targets. Every stage is a process with a
-time limit and writes its JSON as it goes; ``result.json`` is written anew after each of them and can be
-kept as ``bench/results/<gpu>-<date>.json``. With ``--device cpu`` the same stages run on small shapes,
-Triton's kernels in its interpreter: that proves the script, and its times mean nothing.
+In order: the machine; bare matrix products at the shapes of the slices; every engine against float64; the
+kernel bench in order of importance; a sweep of workspaces and tiles; the whole training step; the bundle's
+GPU targets. Every stage is a process with a time limit and writes its JSON as it goes. ``result.json`` is
+rewritten after each stage and can be kept as ``bench/results/<gpu>-<date>.json``. With the device ``cpu``
+the same stages run on small shapes, Triton's kernels in its interpreter: this tests the session, and its
+times mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,13 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbs_edge import files
 
-__all__ = ["STAGES", "main", "run_session"]
+__all__ = ["STAGES", "passed", "run_session", "summary"]
 
 # Stage and the share of the whole time that it may take at most; what one leaves, the next ones have.
 STAGES = {"matmul": 0.08, "correctness": 0.15, "kernels": 0.42, "sweep": 0.13, "train": 0.16, "targets": 0.06}
@@ -38,8 +37,7 @@ def _document(device: str) -> dict[str, Any]:
 
     cases = SMALL_CASES if device == "cpu" else SESSION_CASES
     options = KernelOptions(cases, names_for("all"), device=device)
-    command = ["python", "-P", "-m", "sbs_edge.bench.gpu.session", *sys.argv[1:]]
-    document = new_document(options, command)
+    document = new_document(options)
     if device == "cpu":
         document["model"]["shape"] += " (a rehearsal: its times mean nothing)"
     return document
@@ -50,7 +48,7 @@ def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
     env = dict(os.environ)
     if device == "cpu" and stage in _INTERPRETED:
         env["TRITON_INTERPRET"] = "1"
-    arguments = ["--stage", stage, "--device", device, "--out", str(out), "--seconds", f"{seconds:.0f}"]
+    arguments = [stage, device, str(out), f"{seconds:.0f}"]
     with open(out / f"{stage}.log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "sbs_edge.bench.gpu.session", *arguments],
@@ -64,7 +62,7 @@ def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
         except subprocess.TimeoutExpired:
             return f"ended after its {seconds:.0f} s; what it had found is kept"
         finally:
-            # Its workers too: none of them may go on measuring beside the next stage.
+            # Its workers too: they must not keep measuring during the next stage.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -91,8 +89,8 @@ def _collect(document: dict[str, Any], out: Path, states: list[dict[str, Any]]) 
     files.write_json(out / "result.json", document)
 
 
-def _summary(document: dict[str, Any]) -> str:
-    """The session in screenfuls, the most important last: a terminal or a log may keep only its end."""
+def summary(document: dict[str, Any]) -> str:
+    """Return the session as text, the most important last: a terminal or a log may keep only its end."""
     from sbs_edge.bench.core.tables import headline
     from sbs_edge.bench.kernels.tables import kernel_tables
 
@@ -106,11 +104,15 @@ def _summary(document: dict[str, Any]) -> str:
     for state in document["session"]["stages"]:
         lines.append(f"{state['stage']}: {state['state']} ({state['seconds']:.0f} s)")
     lines.append(headline(document))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def run_session(
-    out: Path, device: str, minutes: float, only: Sequence[str] = tuple(STAGES)
+    out: Path,
+    device: str,
+    minutes: float,
+    only: Sequence[str] = tuple(STAGES),
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run the stages within ``minutes``; return the document, which is also in ``out/result.json``.
 
@@ -119,6 +121,7 @@ def run_session(
         device: ``cuda``, or ``cpu`` for a rehearsal on small shapes.
         minutes: for everything; a stage that the time does not reach is a row that says so.
         only: the stages to run.
+        say: takes a line of progress.
 
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -135,12 +138,12 @@ def run_session(
         last = number == len(wanted) - 1
         limit = left if last else min(left, 60 * minutes * STAGES[stage] + spare)
         started = time.monotonic()
-        sys.stderr.write(f"{stage}: at most {limit:.0f} s\n")
+        say(f"{stage}: at most {limit:.0f} s")
         state = "not reached: the time was over" if limit < 1 else _run_stage(stage, device, out, limit)
         took = time.monotonic() - started
         spare = max(0.0, limit - took)
         states.append({"stage": stage, "state": state, "seconds": took})
-        sys.stderr.write(f"{stage}: {state}\n")
+        say(f"{stage}: {state}")
         _collect(document, out, states)
     return document
 
@@ -174,40 +177,12 @@ def _stage(stage: str, device_name: str, out: Path, seconds: float) -> None:
         gpu_stages.sweep(device, small, save)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a session; 0 when every stage ended by itself and no engine is wrong."""
-    parser = argparse.ArgumentParser(prog="sbs_edge.bench.gpu.session", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="directory of the results")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which, by commas (default: all)")
-    parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.stage:
-        _stage(given.stage, given.device, given.out, given.seconds)
-        return 0
-    unknown = [name for name in given.stages.split(",") if name not in STAGES]
-    if unknown:
-        parser.error(f"--stages knows {', '.join(STAGES)}; found {', '.join(unknown)}")
-    if given.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            parser.error(
-                "there is no CUDA device here that torch can use; --device cpu rehearses the session"
-            )
-    document = run_session(given.out, given.device, given.minutes, given.stages.split(","))
-    with contextlib.suppress(ImportError):  # the pictures need matplotlib, the result does not
-        from sbs_edge.bench.core.report import write_report
-
-        write_report(document, given.out)
-    sys.stdout.write(_summary(document))
-    checks = document["session"].get("correctness", [])
-    failed = any(state["state"] != "done" for state in document["session"]["stages"])
-    wrong = any(row.get("verdict") == "WRONG" for row in checks)
-    return 1 if failed or wrong else 0
+def passed(document: dict[str, Any]) -> bool:
+    """Return whether every stage finished and no engine's result is wrong."""
+    session = document["session"]
+    done = all(state["state"] == "done" for state in session["stages"])
+    return done and not any(row.get("verdict") == "WRONG" for row in session.get("correctness", []))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # a stage's own process
+    _stage(sys.argv[1], sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))

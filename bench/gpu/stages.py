@@ -192,7 +192,7 @@ def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
 
 
 def train(device: Any, small: bool, save: Save, say: Say) -> dict[str, Any]:
-    """The whole optimiser step of a t5-base-sized student beside the two-forward step."""
+    """Compare the whole optimizer step of a t5-base-sized student with the two-forward step."""
     from sbs_edge.bench.training.bench import TrainBenchOptions, measure_train
 
     options = TrainBenchOptions(
@@ -210,7 +210,7 @@ def train(device: Any, small: bool, save: Save, say: Say) -> dict[str, Any]:
 
 
 def targets(device: Any, small: bool, save: Save, say: Say) -> list[dict[str, Any]]:
-    """Export a student for the device's bundle targets, and answer with them beside float32."""
+    """Export a student for the bundle targets of the device, and compare their answers with float32."""
     from sbs_edge.bench.core.shapes import random_student
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import TARGETS, providers_here

@@ -1,1 +1,1 @@
-"""The loss benchmark: time, memory and error beside its peers."""
+"""The loss benchmark: time, memory and error of the fused loss and its peers."""

@@ -1,7 +1,7 @@
-"""``sbs-edge bench kernels``: the fused loss beside its peers, every case in interleaved rounds.
+"""``sbs-edge bench kernels``: the fused loss and its peers, every case in interleaved rounds.
 
-All losses of a case live in one process, asked in turn (A B C, then B C A, ...). A loss that ends that
-process or leaves its device unusable becomes a row with the reason, and the others go on in a new one.
+All losses of a case share one process and run in turn (A B C, then B C A, ...). A loss that ends the
+process or leaves its device unusable becomes a row with the reason, and the others continue in a new process.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _NOT_REACHED = "not reached: the time was over"
 
 @dataclass(slots=True)
 class KernelOptions:
-    """What is measured; see the command's help.
+    """Conditions of the kernel bench.
 
     Attributes:
-        cases: in order of importance; those that the time does not allow for become rows that say so.
+        cases: in order of importance; cases that the time does not allow become rows that say so.
         peers: names of :data:`~sbs_edge.bench.kernels.peers.PEERS`.
         device: ``cpu`` or ``cuda``.
         rounds: interleaved rounds of every case at most; at least three are run.
@@ -125,7 +125,7 @@ class _Losses:
 
 
 def _unusable(reason: str) -> bool:
-    """Whether a device error has left the process's device broken for everyone."""
+    """Return whether a device error has made the device unusable for the whole process."""
     broken = any(word in reason for word in ("CUDA error", "cudaError", "CUDA driver error"))
     return broken and "out of memory" not in reason.lower()
 
@@ -166,7 +166,7 @@ def _timed_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, e
 
 
 def _graph_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, end: float) -> None:
-    """Replay captured steps in turn; who cannot be captured keeps the other figures."""
+    """Replay captured steps in turn; a step that cannot be captured keeps its other figures."""
     for number in range(3):
         at = number % max(1, len(losses.ready))
         for entry in [*losses.ready[at:], *losses.ready[:at]]:

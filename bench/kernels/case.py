@@ -1,4 +1,4 @@
-"""What was found in one case, and how it becomes rows, ratios and reasons of the document."""
+"""Samples of one case, and their conversion to rows, ratios and reasons of the document."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Readable."""
+        """Name for messages and tables."""
         return f"{self.peer}, {self.variant}" if self.variant else self.peer
 
 
 @dataclass(slots=True)
 class CaseRecord:
-    """Everything measured in one case.
+    """The measurements of one case.
 
     Attributes:
         case: the case.
@@ -157,7 +157,7 @@ class CaseRecord:
         return None
 
     def ratios(self) -> list[dict[str, Any]]:
-        """This project's engines against every other loss that was given the same batch."""
+        """Return the ratios of this project's engines to every other loss with the same batch."""
         found = []
         for ours in dict.fromkeys(entry for entry, _ in self.times if entry.peer.startswith(OURS)):
             for peer in dict.fromkeys(entry for entry, _ in self.times):

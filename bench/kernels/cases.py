@@ -1,4 +1,4 @@
-"""What the kernel bench measures on: shapes, data kinds and padding, as tensors on one device."""
+"""Inputs of the kernel bench: shapes, data kinds and padding, as tensors on a device."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def amp(self) -> bool:
-        """Whether the loss runs under autocast, with a float32 weight."""
+        """True when the loss runs under autocast, with a float32 weight."""
         return self.dtype.startswith(_AMP)
 
     @property
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """How the batch is handed over: padded and without its ignored rows, or the one there is."""
+        """Forms of the batch: padded and compacted where rows are ignored, otherwise the batch itself."""
         return ("padded", "compacted") if self.padding else ("",)
 
     @property
@@ -140,16 +140,16 @@ def parse_shapes(text: str) -> tuple[tuple[int, int, int], ...]:
     """Read ``N,D,V`` triples: ``2048,512,32128,4096,768,32128`` or with ``;`` between them.
 
     Raises:
-        UsageError: the numbers are no triples of positive integers.
+        UsageError: the numbers are not triples of positive integers.
 
     """
     try:
         numbers = [int(part) for part in text.replace(";", ",").split(",") if part.strip()]
     except ValueError as error:
-        raise UsageError(f"--shapes takes N,D,V in whole numbers; found {text!r}.") from error
+        raise UsageError(f"shapes are N,D,V in whole numbers; found {text!r}.") from error
     if not numbers or len(numbers) % 3 or min(numbers) < 1:
         raise UsageError(
-            f"--shapes takes positive triples N,D,V[,N,D,V...]; found {len(numbers)} numbers in {text!r}."
+            f"shapes are positive triples N,D,V[,N,D,V...]; found {len(numbers)} numbers in {text!r}."
         )
     return tuple((numbers[at], numbers[at + 1], numbers[at + 2]) for at in range(0, len(numbers), 3))
 
@@ -169,7 +169,7 @@ def make_inputs(case: Case, device: torch.device, seed: int, student: Path | Non
     import torch
 
     if case.data not in DATA:
-        raise UsageError(f"--data takes {', '.join(DATA)}; found {case.data!r}.")
+        raise UsageError(f"data is one of {', '.join(DATA)}; found {case.data!r}.")
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype, master = case.states, torch.float32 if case.amp else case.states
     if case.data == "student":
@@ -196,7 +196,7 @@ def _student_inputs(case: Case, device: torch.device, student: Path | None) -> t
     import torch
 
     if student is None:
-        raise UsageError("--data student needs --student: a directory that sbs-edge train wrote.")
+        raise UsageError("The data kind 'student' needs a student: the directory that sbs-edge train wrote.")
     states, targets, head = student_states(student)
     if head.shape != (case.v, case.d):
         raise DataError(
@@ -256,14 +256,14 @@ def cases_of(
         UsageError: an unknown dtype or data kind, or a share outside [0, 1).
 
     """
-    for name, given, known in (("--dtype", dtypes, DTYPES), ("--data", data, DATA)):
+    for name, given, known in (("dtype", dtypes, DTYPES), ("data", data, DATA)):
         wrong = [item for item in given if item not in known]
         if wrong or not given:
             raise UsageError(f"{name} takes {', '.join(known)}; found {', '.join(wrong) or 'nothing'}.")
     if not paddings or not all(0.0 <= share < 1.0 for share in paddings):
-        raise UsageError("--padding takes shares of ignored rows in percent, from 0 to below 100.")
+        raise UsageError("padding is the share of ignored rows in percent, from 0 to below 100.")
     if "student" in data and student is None:
-        raise UsageError("--data student needs --student: a directory that sbs-edge train wrote.")
+        raise UsageError("The data kind 'student' needs a student: the directory that sbs-edge train wrote.")
     found = []
     for n, d, v in shapes:
         for dtype in dtypes:
@@ -281,6 +281,6 @@ def _head_size(student: Path) -> tuple[int, int]:
         config = json.loads((student / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
-            f"{student} is no student: its config.json cannot be read. Give --student."
+            f"{student} is not a student directory: its config.json cannot be read. Give one that sbs-edge train wrote."
         ) from error
     return int(config["d_model"]), int(config["vocab_size"])

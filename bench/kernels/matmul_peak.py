@@ -1,4 +1,4 @@
-"""What the device's own matrix products reach at the shapes that a sliced loss works with.
+"""Rates of the device's own matrix products at the shapes of a sliced loss.
 
 A sliced loss multiplies X (N, D) by a slice of the weight (Vc, D), and the result P (N, Vc) by both. The
 rate of these three products, with nothing between them, is the roof that every loss is measured against.
@@ -33,7 +33,7 @@ class Clock:
 
     @property
     def gpu(self) -> bool:
-        """Whether the device is an NVIDIA GPU."""
+        """True for an NVIDIA GPU."""
         return self.device.type == "cuda"
 
     def wait(self) -> None:

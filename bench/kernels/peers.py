@@ -1,7 +1,7 @@
-"""The losses that are compared, each behind the same call: ``prepare(device, dtype)`` gives ``loss(inputs)``.
+"""The compared losses behind one interface: ``prepare(device, dtype)`` returns ``loss(inputs)``.
 
 Every loss is the mean over the rows that count. A peer that is not installed, or does not run here, raises
-and becomes a row with that reason. ``floor`` is no loss but the three bare products that none can avoid.
+and becomes a row with that reason. ``floor`` is not a loss: it is the three bare products that no loss can avoid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Peer:
     """One way to compute the loss.
 
     Attributes:
-        note: what it is, for the reader of the table.
+        note: a description for the table.
         prepare: imports what it needs and returns the loss; raises where it cannot run.
         gpu_only: it says itself that it runs on NVIDIA GPUs alone.
         slow_start: compiling takes most of a minute: not part of a quick run.
@@ -133,7 +133,7 @@ def _ours(engine: str) -> Callable[[torch.device, torch.dtype], Loss]:
 
 def _floor(device: torch.device, dtype: torch.dtype) -> Loss:
     def loss(_inputs: Inputs) -> Tensor:
-        raise RuntimeError("three products are no loss")
+        raise RuntimeError("the three products alone give no loss")
 
     return loss
 
@@ -169,7 +169,7 @@ PEERS: dict[str, Peer] = {
 
 
 def names_for(wanted: str, quick: bool = False) -> tuple[str, ...]:
-    """Return the names behind ``--peers``: a list by commas, or ``all``; this project's come first.
+    """Return the losses named in a list separated by commas, or ``all``; this project's come first.
 
     Raises:
         UsageError: a name is unknown.
@@ -182,7 +182,7 @@ def names_for(wanted: str, quick: bool = False) -> tuple[str, ...]:
     given = [part.strip() for part in wanted.split(",") if part.strip()]
     unknown = [name for name in given if name not in PEERS]
     if unknown:
-        raise UsageError(f"--peers knows {', '.join(PEERS)}; found {', '.join(unknown)}.")
+        raise UsageError(f"peers are {', '.join(PEERS)}; found {', '.join(unknown)}.")
     ours = [name for name in PEERS if name.startswith(OURS)]
     return tuple(dict.fromkeys([*ours, *given]))
 

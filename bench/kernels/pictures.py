@@ -26,7 +26,7 @@ def _points(rows: list[Row], case: str) -> dict[tuple[str, str], dict[str, Row]]
 
 
 def _pareto(points: dict[tuple[str, str], dict[str, Row]]) -> set[tuple[str, str]]:
-    """Those that no other beats in time, memory and error at once; what is within noise counts as equal."""
+    """Return the losses that no other beats in time, memory and error at once; noise counts as equal."""
 
     def figures(key: tuple[str, str]) -> tuple[float, float, float]:
         sections = points[key]

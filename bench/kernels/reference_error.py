@@ -1,4 +1,4 @@
-"""How wrong a loss and its gradients are: against float64, with plain torch's own error as the yardstick.
+"""Errors of a loss and its gradients against float64, judged by plain torch's own error.
 
 Both are computed here a block of rows at a time, from the same rounded inputs, so that they exist where
 full logits do not fit. Rows of dX and rows of dW (one a class) are subsampled at large sizes; half of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sbs_edge.bench.core.results import Row, rows_of
-from sbs_edge.bench.core.tables import Table, ratio_text, train_tables
+from sbs_edge.bench.core.tables import Table, number, ratio_text, record_table, small, train_tables
 from sbs_edge.bench.kernels.case import SECTIONS
 from sbs_edge.bench.kernels.peers import OURS, PEERS
 
@@ -21,26 +21,14 @@ _NOTE = (
 )
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _small(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1e}"
-
-
 def _spread(row: Row | None) -> str:
     if row is None:
         return "–"
-    return f"{_number(row.value)} ({_number(row.extra['p20'])} to {_number(row.extra['p80'])})"
+    return f"{number(row.value)} ({number(row.extra['p20'])} to {number(row.extra['p80'])})"
 
 
 def _three(values: list[float | None]) -> str:
-    return " / ".join(_small(value) for value in values) if any(v is not None for v in values) else "–"
+    return " / ".join(small(value) for value in values) if any(v is not None for v in values) else "–"
 
 
 def _case_table(document: dict[str, Any], case: dict[str, Any], rows: list[Row]) -> Table:
@@ -72,20 +60,20 @@ def _case_table(document: dict[str, Any], case: dict[str, Any], rows: list[Row])
                 f"{system}, {variant}" if variant else system,
                 _spread(mine.get("forward")),
                 _spread(mine.get("forward + backward")),
-                *([_number(captured.value if captured else None)] if graphs else []),
-                " / ".join(_number(value) for value in memory),
+                *([number(captured.value if captured else None)] if graphs else []),
+                " / ".join(number(value) for value in memory),
                 _three([errors.get(key) for key in ("loss", "hidden_rel_l2", "weight_rel_l2")]),
-                _number(errors.get("times_plain")),
-                _number(share.value if share else None),
+                number(errors.get("times_plain")),
+                number(share.value if share else None),
                 *(_ratio(hit) for hit in against),
             ]
         )
     facts, roof = case["facts"], found.get(("roof", "slice products", ""))
     told = []
     if roof is not None:
-        each = ", ".join(f"{key} {_number(rate)}" for key, rate in roof.extra["each"].items())
+        each = ", ".join(f"{key} {number(rate)}" for key, rate in roof.extra["each"].items())
         told.append(
-            f"Slice products ({roof.extra['width']} classes a slice): {_number(roof.value)} TFLOP/s ({each})."
+            f"Slice products ({roof.extra['width']} classes a slice): {number(roof.value)} TFLOP/s ({each})."
         )
     if facts.get("auto"):
         told.append(f"The engine 'auto' is {facts['auto'].removeprefix(OURS)}.")
@@ -113,48 +101,35 @@ def _reasons(document: dict[str, Any]) -> Table | None:
         places = where.setdefault((state["name"], state["status"], state["why"]), [])
         if state["case"] not in places:
             places.append(state["case"])
-    body = [
-        [name, status, "every case" if len(cases) > 1 and places == cases else "; ".join(places), why]
+    records = [
+        {
+            "loss": name,
+            "state": status,
+            "case": "every case" if len(cases) > 1 and places == cases else "; ".join(places),
+            "why": why,
+        }
         for (name, status, why), places in where.items()
     ]
-    return (
-        Table("Without figures, or without a ratio", "", ["loss", "state", "case", "why"], body)
-        if body
-        else None
-    )
-
-
-def _plain_table(title: str, note: str, rows: list[dict[str, Any]]) -> Table | None:
-    """A table of records that share their keys."""
-    if not rows:
-        return None
-    columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
-
-    def shown(value: Any) -> str:
-        if isinstance(value, float):
-            return _small(value) if 0 < abs(value) < 0.01 else _number(value)
-        return "–" if value is None else str(value)
-
-    return Table(title, note, columns, [[shown(row.get(key)) for key in columns] for row in rows])
+    return record_table("Without figures, or without a ratio", "", records)
 
 
 def _session_tables(session: dict[str, Any]) -> list[Table]:
     found = [
-        _plain_table(
+        record_table(
             "Stages", "What a session on a GPU did, in order, within its time.", session.get("stages", [])
         ),
-        _plain_table(
+        record_table(
             "Bare matrix products, TFLOP/s",
             "The three products of one slice, before anything else ran.",
             session.get("matmul", []),
         ),
-        _plain_table(
+        record_table(
             "Correctness on the device",
             "Against float64; the bound is twice plain torch's error in the same precision.",
             session.get("correctness", []),
         ),
-        _plain_table("Workspace and tile sweep", "Forward + backward.", session.get("sweep", [])),
-        _plain_table("Bundle targets on the device", "", session.get("targets", [])),
+        record_table("Workspace and tile sweep", "Forward + backward.", session.get("sweep", [])),
+        record_table("Bundle targets on the device", "", session.get("targets", [])),
     ]
     tables = [table for table in found if table is not None]
     if session.get("train"):

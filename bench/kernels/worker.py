@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from sbs_edge.bench.core.footprint import memory_mb
+from sbs_edge.bench.core.worker import serve
 from sbs_edge.bench.kernels.cases import Case, Inputs, make_inputs
 from sbs_edge.bench.kernels.peers import FLOOR, PEERS, Loss, auto_engine
 from sbs_edge.bench.peers.system import Spec
 
-__all__ = ["CaseRunner", "main"]
+__all__ = ["CaseRunner"]
 
 _MIB = float(1 << 20)
 
@@ -64,7 +61,7 @@ class CaseRunner:
         return self._clock
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast where the case asks for it; its casts are made anew in every pass, as in every step."""
+        """Autocast where the case asks for it; its casts are repeated in every pass, as in every step."""
         if not self.case.amp:
             return nullcontext()
         return self.torch.autocast(self.device.type, self.dtype)
@@ -237,34 +234,5 @@ def _reset_high_water() -> float:
     return memory_mb()["rss_mb"]
 
 
-def main() -> None:
-    """Serve commands until ``quit`` or the end of the input."""
-    spec = Spec(**json.loads(sys.stdin.readline()))
-    if spec.cpus:
-        os.sched_setaffinity(0, spec.cpus)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    runner: CaseRunner | None = None
-    for line in sys.stdin:
-        order = json.loads(line)
-        if order["do"] == "quit":
-            break
-        try:
-            if order["do"] == "open":
-                runner = CaseRunner(spec)
-            elif runner is None:
-                raise RuntimeError("the first command must be 'open'")
-            reply = runner.answer(order)
-        except Exception as error:
-            traceback.print_exc()
-            gc.collect()
-            first = str(error).strip().partition("\n")[0]
-            reply = {"error": f"{type(error).__name__}: {first[:300]}"}
-        channel.write(json.dumps(reply) + "\n")
-        channel.flush()
-    channel.close()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda spec: CaseRunner(spec).answer)

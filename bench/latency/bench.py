@@ -28,12 +28,12 @@ from sbs_edge.bench.latency.sections import Schedule
 from sbs_edge.bench.latency.workers import (
     SECTIONS,
     WARM_SECTIONS,
-    Contest,
+    Benchmark,
     Entry,
     base_spec,
-    enter,
     make_inputs,
     peer_entries,
+    start_workers,
     student_facts,
 )
 from sbs_edge.bench.peers.convert import cache_root, digest
@@ -50,17 +50,17 @@ _SHARES = {"label": 0.42, "rationale": 0.2, "throughput": 0.16, "open_loop": 0.1
 
 @dataclass(slots=True)
 class LatencyOptions:
-    """What is measured.
+    """Conditions of the latency bench.
 
     Attributes:
         bundles: bundle directories.
-        student: the student directory they were made from; found beside the bundle when None.
+        student: the student directory they were made from; looked for next to the bundle when None.
         shape: measure random weights of this shape instead of a bundle.
         against: peers.
         targets: targets of each bundle; its default target when empty.
         threads: compute threads of every system.
         cpus: processors for the systems; the last ``threads`` allowed ones when empty.
-        rows: validation rows for the accuracy beside every speed.
+        rows: validation rows for the accuracy.
         seed: of inputs, arrivals and random weights.
         prepare_only: make and check everything, time nothing.
         schedule: how long and how often.
@@ -81,18 +81,18 @@ class LatencyOptions:
 
 
 def student_of(bundle: Path, given: Path | None) -> Path | None:
-    """The student directory of a bundle: as given, or found beside it; None when there is none."""
+    """Return the student directory of a bundle, as given or found next to it; None when there is none."""
     if given is not None:
         return given
     for name in ("student", "students/step-by-step", "step-by-step"):
-        beside = bundle.resolve().parent / name
-        if (beside / "sbs_edge.json").is_file():
-            return beside
+        student = bundle.resolve().parent / name
+        if (student / "sbs_edge.json").is_file():
+            return student
     return None
 
 
 def shape_student(shape: str, seed: int, say: Say) -> Path:
-    """The cached random student of a shape, made on first use."""
+    """Return the cached random student of a shape, made on first use."""
     if shape not in SHAPES:
         raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
     try:
@@ -109,7 +109,7 @@ def shape_student(shape: str, seed: int, say: Say) -> Path:
 
 
 def shape_bundle(student: Path, targets: Sequence[str], say: Say, **options: Any) -> Path:
-    """The cached bundle of a random student; the guard's limit is lifted, for there is nothing to guard.
+    """Return the cached bundle of a random student, exported without the accuracy check.
 
     Args:
         student: the student directory.
@@ -129,7 +129,7 @@ def shape_bundle(student: Path, targets: Sequence[str], say: Say, **options: Any
     target = cache_root() / name
     if not (target / "manifest.json").is_file():
         say(f"exporting {student.name} for {', '.join(targets)}")
-        # Random weights write what their last bits say; accuracy stands beside every speed instead.
+        # Rationales of random weights depend on rounding; the accuracy is shown with every speed instead.
         export(
             student, target, targets=tuple(targets), max_drop=100.0, min_rationale_agreement=0.0, **options
         )
@@ -145,7 +145,7 @@ def _our_entries(options: LatencyOptions, bundles: Sequence[Path], make: Callabl
             available, default = list(manifest["targets"]), manifest["default_target"]
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
-                f"{bundle} is no bundle: its manifest.json cannot be read ({error}). "
+                f"{bundle} is not a bundle: its manifest.json cannot be read ({error}). "
                 "Give a directory that 'sbs-edge export' wrote."
             ) from error
         for target in options.targets or (default,):
@@ -161,8 +161,8 @@ def _our_entries(options: LatencyOptions, bundles: Sequence[Path], make: Callabl
     return entries
 
 
-# Smaller exports of the same student: for whoever wants labels alone, size, memory and cold start are the point;
-# with rationales it is the head, which is most of a token's cost.
+# Smaller exports of the same student. Without rationales, size, memory and cold start matter; with them the
+# output layer does, because it is most of the cost of a token.
 _IN_USE = {"prune_vocabulary": True, "prune_input_vocabulary": True}
 _SMALLER: tuple[tuple[str, str, dict[str, bool], tuple[str, ...]], ...] = (
     ("cpu-int8", "label only", {"label_only": True}, ("cold_start",)),
@@ -178,7 +178,7 @@ _SMALLER: tuple[tuple[str, str, dict[str, bool], tuple[str, ...]], ...] = (
 
 
 def _smaller_entries(student: Path, make: Callable[..., Any], say: Say) -> list[Entry]:
-    """The same student exported smaller, each measured for what it is smaller for."""
+    """Return smaller exports of the same student, each measured where its size matters."""
     entries = []
     for target, name, switches, sections in _SMALLER:
         bundle = shape_bundle(student, [target], say, **switches)
@@ -201,21 +201,21 @@ def _cpus(options: LatencyOptions) -> list[int]:
     return allowed[-options.threads :]
 
 
-def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
-    """Find or make student and bundles, convert, load; return the contest and the task's comparison."""
+def set_up(options: LatencyOptions, say: Say) -> tuple[Benchmark, str]:
+    """Find or make student and bundles, convert, load; return the benchmark and the task's comparison."""
     if bool(options.shape) == bool(options.bundles):
-        raise UsageError("Give bundles to measure, or --shape for random weights of a named shape; not both.")
+        raise UsageError("Give either bundles to measure or a shape for random weights.")
     for path in options.bundles:
-        read_manifest(path)  # first: a mistyped path has no student beside it either
+        read_manifest(path)  # first: a mistyped path has no student next to it either
     if options.shape:
         student: Path | None = shape_student(options.shape, options.seed, say)
     else:
         student = student_of(options.bundles[0], options.student)
     if student is None:
         raise UsageError(
-            f"The student directory of {options.bundles[0]} is not beside it (student, step-by-step "
+            f"The student directory of {options.bundles[0]} is not next to it (student, step-by-step "
             "or students/step-by-step). Peers and accuracy need its "
-            "checkpoint and validation rows: give it with --student."
+            "checkpoint and validation rows: give the student directory."
         )
     card, config = student_facts(student)
     make = partial(base_spec, student.resolve(), card, config, threads=options.threads, cpus=_cpus(options))
@@ -233,7 +233,7 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
     entries = _our_entries(options, bundles, make) if bundles else [Entry("sbs-edge", None, why=why)]
     entries += smaller
     entries += peer_entries(options.against, student.resolve(), make, say)
-    contest = Contest(
+    benchmark = Benchmark(
         entries,
         make_inputs(student, card, options.rows, options.seed),
         {
@@ -249,9 +249,9 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Contest, str]:
         },
     )  # fmt: skip
     if "transformers" not in options.against:
-        contest.reference = peer_entries(["transformers"], student.resolve(), make, say)[0]
-    enter([*entries, *([contest.reference] if contest.reference else [])], say)
-    return contest, str(card["task"].get("compare", "text"))
+        benchmark.reference = peer_entries(["transformers"], student.resolve(), make, say)[0]
+    start_workers([*entries, *([benchmark.reference] if benchmark.reference else [])], say)
+    return benchmark, str(card["task"].get("compare", "text"))
 
 
 def _system(entry: Entry) -> dict[str, Any]:
@@ -273,41 +273,41 @@ def measure_latency(
 
     """
     began = provenance(command)
-    contest, compare = set_up(options, say)
+    benchmark, compare = set_up(options, say)
     schedule, rows = options.schedule, []
     try:
         say("asking every system for its answers")
-        rows += quality.measure(contest, compare, schedule.rationale_steps)
-        if contest.reference is not None:
-            contest.reference.dismiss()
-        contest.release(*WARM_SECTIONS)
+        rows += quality.measure(benchmark, compare, schedule.rationale_steps)
+        if benchmark.reference is not None:
+            benchmark.reference.dismiss()
+        benchmark.release(*WARM_SECTIONS)
         clock = time.monotonic()
         if not options.prepare_only:
-            rows += latency_sections.label(contest, schedule, _SHARES["label"], say)
-            rows += latency_sections.rationale(contest, schedule, _SHARES["rationale"], say)
-            contest.release("throughput", "open_loop")
-            rows += latency_sections.throughput(contest, schedule, _SHARES["throughput"], say)
-            rows += latency_sections.open_loop(contest, schedule, _SHARES["open_loop"], say)
-            rows += latency_footprint.cold_start(contest, schedule, _SHARES["cold_start"], say)
-        rows += latency_footprint.disk(contest)
-        rows += latency_footprint.installed(contest)
-        compared = [row.as_dict() for row in ratios(contest, rows)]
+            rows += latency_sections.label(benchmark, schedule, _SHARES["label"], say)
+            rows += latency_sections.rationale(benchmark, schedule, _SHARES["rationale"], say)
+            benchmark.release("throughput", "open_loop")
+            rows += latency_sections.throughput(benchmark, schedule, _SHARES["throughput"], say)
+            rows += latency_sections.open_loop(benchmark, schedule, _SHARES["open_loop"], say)
+            rows += latency_footprint.cold_start(benchmark, schedule, _SHARES["cold_start"], say)
+        rows += latency_footprint.disk(benchmark)
+        rows += latency_footprint.installed(benchmark)
+        compared = [row.as_dict() for row in ratios(benchmark, rows)]
         timed = time.monotonic() - clock
     finally:
-        contest.close()
+        benchmark.close()
     return {
         "format": FORMAT,
         "kind": "latency",
         **began,
         "finished_load_average": [round(load, 2) for load in os.getloadavg()],
-        "model": contest.model,
+        "model": benchmark.model,
         "threads": options.threads,
         "cpus": _cpus(options),
         "seed": options.seed,
-        "validation_rows": len(contest.inputs.rows),
+        "validation_rows": len(benchmark.inputs.rows),
         "schedule": asdict(schedule),
         "timed_seconds": round(timed, 1),
-        "systems": [_system(entry) for entry in contest.entries],
+        "systems": [_system(entry) for entry in benchmark.entries],
         "rows": [_rounded(row) for row in rows],
         "ratios": compared,
     }

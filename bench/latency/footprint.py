@@ -1,4 +1,4 @@
-"""What a system costs besides time a call: cold start, memory of a fresh process, disk, installation."""
+"""Cold start, memory of a fresh process, bytes on disk and installed size of each system."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sbs_edge.bench.core.footprint import closure, directory_bytes, installed_by
 from sbs_edge.bench.core.protocol import Worker, WorkerFailed
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.core.stats import percentiles
-from sbs_edge.bench.latency.sections import Schedule, Series, turned
-from sbs_edge.bench.latency.workers import Contest, Entry
+from sbs_edge.bench.latency.sections import Schedule, Series, all_rotated
+from sbs_edge.bench.latency.workers import Benchmark, Entry
 from sbs_edge.bench.peers.system import load_module
 
 __all__ = ["cold_start", "disk", "installed"]
@@ -36,17 +36,19 @@ def _first_answer(entry: Entry, text: str, choices: list[list[str]] | None) -> t
         return time.perf_counter_ns() - worker.started_ns, reply
 
 
-def cold_start(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+def cold_start(
+    benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[[str], None]
+) -> list[Row]:
     """New process to first answer (files in the page cache), and the memory that process then holds."""
-    source = min(64, contest.inputs.max_source_tokens)
-    (text,) = contest.inputs.texts(source, 1)
-    choices = contest.inputs.choice_sets(1)
+    source = min(64, benchmark.inputs.max_source_tokens)
+    (text,) = benchmark.inputs.texts(source, 1)
+    choices = benchmark.inputs.choice_sets(1)
     times: dict[str, Series] = {"python": Series()}
     memory: dict[str, dict[str, list[float]]] = {}
     for number, _ in zip(range(schedule.cold_rounds), schedule.rounds_within(share), strict=False):
         say(f"cold start, round {number + 1}")
         times["python"].add([_python_floor()])
-        for entry in turned(contest.part_in("cold_start"), number):
+        for entry in all_rotated(benchmark.participants("cold_start"), number):
             if entry.why or entry.spec is None:
                 continue
             try:
@@ -100,10 +102,10 @@ def _external_data(bundle: Path, graph: str, among: set[str]) -> set[str]:
     return {name for name in among if name != graph and Path(name).name.encode() in content}
 
 
-def disk(contest: Contest) -> list[Row]:
+def disk(benchmark: Benchmark) -> list[Row]:
     """Bytes on disk of what each system loads."""
     rows = []
-    for entry in contest.entries:
+    for entry in benchmark.entries:
         if entry.spec is None:
             continue
         if entry.ours:
@@ -122,10 +124,10 @@ def disk(contest: Contest) -> list[Row]:
     return rows
 
 
-def installed(contest: Contest) -> list[Row]:
+def installed(benchmark: Benchmark) -> list[Row]:
     """Size of the installed distributions each system needs at run time, with all they require."""
     rows = []
-    for entry in contest.entries:
+    for entry in benchmark.entries:
         if entry.spec is None:
             continue
         sizes = installed_bytes(closure(load_module(entry.spec.system).ROOTS))

@@ -11,7 +11,7 @@ from typing import Any
 
 from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import Row
-from sbs_edge.bench.latency.workers import Contest, Entry
+from sbs_edge.bench.latency.workers import Benchmark, Entry
 from sbs_edge.data.answers import same_answer
 
 __all__ = ["measure", "rationale_withheld", "share_equal", "withheld"]
@@ -39,9 +39,9 @@ def _percent(hits: list[bool]) -> float:
     return 100.0 * sum(hits) / len(hits)
 
 
-def _ask(contest: Contest, entry: Entry, steps: int) -> dict[str, Any] | None:
-    rows = contest.inputs.rows
-    choices = [row.get("choices") for row in rows] if contest.inputs.choices else None
+def _ask(benchmark: Benchmark, entry: Entry, steps: int) -> dict[str, Any] | None:
+    rows = benchmark.inputs.rows
+    choices = [row.get("choices") for row in rows] if benchmark.inputs.choices else None
     if entry.worker is None:
         return None
     try:
@@ -57,27 +57,27 @@ def _ask(contest: Contest, entry: Entry, steps: int) -> dict[str, Any] | None:
         return None
 
 
-def measure(contest: Contest, compare: Any, steps: int) -> list[Row]:
+def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
     """Ask every living entry for answers; rows of accuracy and agreement, and ``facts['quality']``.
 
     Args:
-        contest: its entries; the reference (eager fp32) is the judge of agreement.
+        benchmark: its entries; the reference (eager fp32) is the judge of agreement.
         compare: the task's comparison, ``text`` or ``value``.
         steps: tokens of a rationale.
 
     """
-    golds = [row.get("label") for row in contest.inputs.rows]
-    judge = contest.reference or next((e for e in contest.entries if e.name == "transformers"), None)
-    found = {entry.name: _ask(contest, entry, steps) for entry in contest.alive}
+    golds = [row.get("label") for row in benchmark.inputs.rows]
+    judge = benchmark.reference or next((e for e in benchmark.entries if e.name == "transformers"), None)
+    found = {entry.name: _ask(benchmark, entry, steps) for entry in benchmark.alive}
     if judge is not None and judge.name not in found:
-        found[judge.name] = _ask(contest, judge, steps)
+        found[judge.name] = _ask(benchmark, judge, steps)
     base = found.get(judge.name) if judge is not None else None
     rows: list[Row] = []
-    for entry in contest.entries:
+    for entry in benchmark.entries:
         said = found.get(entry.name)
         if said is None:
             continue
-        field = "restricted" if contest.inputs.random_weights else "free"
+        field = "restricted" if benchmark.inputs.random_weights else "free"
         answers = said[field]
         quality: dict[str, float] = {}
         if answers is not None:
@@ -104,7 +104,7 @@ def measure(contest: Contest, compare: Any, steps: int) -> list[Row]:
 
 
 def withheld(ours: Entry, peer: Entry, random_weights: bool) -> str | None:
-    """Why no ratio of these two is printed, or None when it may be."""
+    """Return the reason why no ratio of these two is printed, or None."""
     mine = ours.facts.get("quality", {}).get("label accuracy")
     other = peer.facts.get("quality", {}).get("label accuracy")
     if mine is None:
@@ -116,7 +116,7 @@ def withheld(ours: Entry, peer: Entry, random_weights: bool) -> str | None:
 
 
 def rationale_withheld(ours: Entry, peer: Entry) -> str | None:
-    """Why no rationale speed of these two is compared, or None when it may be."""
+    """Return the reason why rationale speeds of these two are not compared, or None."""
     name = "rationale agreement with fp32"
     mine, other = (entry.facts.get("quality", {}).get(name) for entry in (ours, peer))
     if mine is None or other is None or mine >= min(other, RATIONALE_TOP) - SLACK_RATIONALE:

@@ -9,7 +9,7 @@ from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.core.stats import Ratio, paired_ratio
 from sbs_edge.bench.latency.quality import rationale_withheld, withheld
 from sbs_edge.bench.latency.sections import COMMON_RATE
-from sbs_edge.bench.latency.workers import Contest, Entry
+from sbs_edge.bench.latency.workers import Benchmark, Entry
 
 __all__ = ["RatioRow", "ratios"]
 
@@ -19,7 +19,7 @@ _TIMED = ("label", "rationale", "throughput", "open_loop", "cold_start")
 
 @dataclass(frozen=True, slots=True)
 class RatioRow:
-    """How many times better ``ours`` is than ``peer`` in one case; below 1 the peer wins.
+    """Ratio of ``ours`` to ``peer`` in a case: above 1 ours is better, below 1 the peer.
 
     ``withheld`` says why ``ratio`` is None although both were measured.
     """
@@ -38,7 +38,7 @@ class RatioRow:
 
 
 def _matches(ours: Row, peer: Row) -> bool:
-    """Whether two rows of one section answer the same question."""
+    """Return whether two rows of a section measure the same task."""
     if ours.section != peer.section or ours.case != peer.case:
         return False
     if ours.section == "open_loop" and ours.case != COMMON_RATE:
@@ -69,9 +69,9 @@ def _ratio(ours: Row, peer: Row) -> Ratio | None:
     return paired_ratio(top.rounds[:shared], bottom.rounds[:shared])
 
 
-def ratios(contest: Contest, rows: list[Row]) -> list[RatioRow]:
+def ratios(benchmark: Benchmark, rows: list[Row]) -> list[RatioRow]:
     """Compare every row of ours with the peers' rows of the same case."""
-    entries: dict[str, Entry] = {entry.name: entry for entry in contest.entries}
+    entries: dict[str, Entry] = {entry.name: entry for entry in benchmark.entries}
     found = []
     for row in rows:
         ours = entries.get(row.system)
@@ -83,7 +83,7 @@ def ratios(contest: Contest, rows: list[Row]) -> list[RatioRow]:
                 continue
             why = None
             if row.section in _TIMED:
-                why = withheld(ours, peer, contest.inputs.random_weights)
+                why = withheld(ours, peer, benchmark.inputs.random_weights)
             if why is None and row.section == "rationale":
                 why = rationale_withheld(ours, peer) or _other_length(row, other)
             if why is None and (row.extra.get("saturated") or other.extra.get("saturated")):

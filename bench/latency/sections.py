@@ -1,7 +1,7 @@
 """The timed parts of the latency bench: interleaved rounds over label, rationale, stream and load.
 
-Every section asks the systems in turn inside a round (A B C, then B C A, ...), so that a machine that
-drifts drifts for all of them, and keeps one value a round for the ratios.
+Every section asks the systems in turn within a round (A B C, then B C A, ...), so that a change of the
+machine's speed affects all of them. It keeps a value for each round, from which ratios are made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.core.stats import percentiles
 from sbs_edge.bench.latency.inputs import poisson_arrivals
-from sbs_edge.bench.latency.workers import Contest, Entry
+from sbs_edge.bench.latency.workers import Benchmark, Entry
 
 __all__ = ["COMMON_RATE", "Schedule", "label", "open_loop", "rationale", "throughput"]
 
@@ -26,7 +26,7 @@ COMMON_RATE = "common rate"
 
 @dataclass(slots=True)
 class Schedule:
-    """How long and how often.
+    """Durations and numbers of rounds.
 
     Attributes:
         rounds: interleaved rounds of every section at most.
@@ -68,7 +68,7 @@ class Schedule:
 
 @dataclass(slots=True)
 class Series:
-    """Samples of one measured point: all of them, and one median a round."""
+    """Samples of a measured point: all of them, and the median of each round."""
 
     samples: list[float] = field(default_factory=list)
     rounds: list[float] = field(default_factory=list)
@@ -101,12 +101,12 @@ class Series:
 
 
 def rotated(entries: list[Entry], number: int) -> list[Entry]:
-    """The living entries, starting at another one each round."""
-    return [entry for entry in turned(entries, number) if entry.worker is not None]
+    """Return the entries with a worker, starting at the next one each round."""
+    return [entry for entry in all_rotated(entries, number) if entry.worker is not None]
 
 
-def turned(entries: list[Entry], number: int) -> list[Entry]:
-    """All entries, starting at another one each round."""
+def all_rotated(entries: list[Entry], number: int) -> list[Entry]:
+    """Return all entries, starting at the next one each round."""
     at = number % len(entries) if entries else 0
     return [*entries[at:], *entries[:at]]
 
@@ -121,9 +121,9 @@ def _asked(entry: Entry, do: str, **order: Any) -> dict[str, Any] | None:
         return None
 
 
-def label(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+def label(benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
     """Label latency by batch and source length; peers as label + EOS and as a single token."""
-    inputs = contest.inputs
+    inputs = benchmark.inputs
     cases = [
         (batch, source)
         for source in schedule.sources
@@ -136,7 +136,7 @@ def label(contest: Contest, schedule: Schedule, share: float, say: Callable[[str
     for number in schedule.rounds_within(share):
         say(f"label, round {number + 1}")
         for case in cases:
-            for entry in rotated(contest.part_in("label"), number):
+            for entry in rotated(benchmark.participants("label"), number):
                 for variant in entry.variants:
                     series = found.setdefault((entry.name, variant, case), Series())
                     reply = _asked(
@@ -161,9 +161,11 @@ def label(contest: Contest, schedule: Schedule, share: float, say: Callable[[str
     ]  # fmt: skip
 
 
-def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+def rationale(
+    benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[[str], None]
+) -> list[Row]:
     """Time to the first token, time a token after it, tokens a second end to end."""
-    inputs, source = contest.inputs, min(64, contest.inputs.max_source_tokens)
+    inputs, source = benchmark.inputs, min(64, benchmark.inputs.max_source_tokens)
     whole: dict[tuple[str, int], Series] = {}
     first: dict[tuple[str, int], Series] = {}
     counts: dict[tuple[str, int], list[int]] = {}
@@ -171,7 +173,7 @@ def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[
         say(f"rationale, round {number + 1}")
         for batch in schedule.rationale_batches:
             texts = inputs.texts(source, batch)
-            for entry in rotated(contest.part_in("rationale"), number):
+            for entry in rotated(benchmark.participants("rationale"), number):
                 key = (entry.name, batch)
                 replies = []
                 for table, steps in ((first, 1), (whole, schedule.rationale_steps)):
@@ -205,13 +207,15 @@ def rationale(contest: Contest, schedule: Schedule, share: float, say: Callable[
     return rows
 
 
-def throughput(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+def throughput(
+    benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[[str], None]
+) -> list[Row]:
     """Requests a second on a mixed-length stream, each system at its best batching setting."""
-    texts = contest.inputs.stream(schedule.stream)
+    texts = benchmark.inputs.stream(schedule.stream)
     sizes: dict[str, int] = {}
     sweep: dict[str, list[dict[str, Any]]] = {}
-    budget = share * schedule.seconds / max(1, 8 * len(contest.alive))
-    for entry in contest.alive:
+    budget = share * schedule.seconds / max(1, 8 * len(benchmark.alive))
+    for entry in benchmark.alive:
         say(f"throughput, sweep of {entry.name}")
         reply = _asked(entry, "settings")
         best: tuple[float, dict[str, Any]] | None = None
@@ -219,12 +223,12 @@ def throughput(contest: Contest, schedule: Schedule, share: float, say: Callable
             if _asked(entry, "apply", setting=setting) is None:
                 break
             if entry.name not in sizes:  # how many requests fit the time
-                probe = _stream(entry, texts[:8], setting, contest)
+                probe = _stream(entry, texts[:8], setting, benchmark)
                 if probe is None:
                     break
                 sizes[entry.name] = min(len(texts), max(8, int(8 * budget / probe)))
             n = sizes[entry.name]
-            seconds = _stream(entry, texts[:n], setting, contest)
+            seconds = _stream(entry, texts[:n], setting, benchmark)
             if seconds is None:
                 break
             rate = n / seconds
@@ -237,15 +241,15 @@ def throughput(contest: Contest, schedule: Schedule, share: float, say: Callable
     rates: dict[str, list[float]] = {}
     for number in schedule.rounds_within(share / 2):
         say(f"throughput, round {number + 1}")
-        for entry in rotated(contest.entries, number):
+        for entry in rotated(benchmark.entries, number):
             if "setting" not in entry.facts:
                 continue
             n = sizes[entry.name]
-            seconds = _stream(entry, texts[:n], entry.facts["setting"], contest)
+            seconds = _stream(entry, texts[:n], entry.facts["setting"], benchmark)
             if seconds is not None:
                 rates.setdefault(entry.name, []).append(n / seconds)
     rows = []
-    for entry in contest.entries:
+    for entry in benchmark.entries:
         if entry.name in rates:
             value = percentiles(rates[entry.name])["p50"]
             extra = {
@@ -263,20 +267,22 @@ def throughput(contest: Contest, schedule: Schedule, share: float, say: Callable
     return rows
 
 
-def _stream(entry: Entry, texts: list[str], setting: dict[str, Any], contest: Contest) -> float | None:
-    choices = contest.inputs.choice_sets(len(texts))
+def _stream(entry: Entry, texts: list[str], setting: dict[str, Any], benchmark: Benchmark) -> float | None:
+    choices = benchmark.inputs.choice_sets(len(texts))
     reply = _asked(entry, "stream", texts=texts, setting=setting, choices=choices)
     return None if reply is None else float(reply["ns"][0]) * 1e-9
 
 
-def open_loop(contest: Contest, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
+def open_loop(
+    benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[[str], None]
+) -> list[Row]:
     """Latency under Poisson arrivals: at shares of each system's own capacity, and at one common rate.
 
     The common rate is half of the fastest peer's capacity. A system that cannot follow is reported
     as saturated. Up to 8 waiting requests are served together.
     """
     capacities = {
-        entry.name: float(entry.facts["capacity"]) for entry in contest.alive if "capacity" in entry.facts
+        entry.name: float(entry.facts["capacity"]) for entry in benchmark.alive if "capacity" in entry.facts
     }
     peers = [rate for name, rate in capacities.items() if not name.startswith("sbs-edge")]
     common = 0.5 * max(peers or capacities.values(), default=0.0)
@@ -286,19 +292,19 @@ def open_loop(contest: Contest, schedule: Schedule, share: float, say: Callable[
     seconds = min(schedule.load_seconds, max(0.3, share * schedule.seconds / max(1, runs)))
     for number in range(max(1, min(3, int(share * schedule.seconds / max(1e-9, runs * seconds))))):
         say(f"open loop, round {number + 1}")
-        for entry in rotated(contest.entries, number):
+        for entry in rotated(benchmark.entries, number):
             if entry.name not in capacities:
                 continue
             offers = {f"{load:.0%} of its capacity": load * capacities[entry.name] for load in schedule.loads}
             for case, rate in {**offers, COMMON_RATE: common}.items():
-                rng = random.Random(f"{contest.inputs.seed}/{case}/{number}")
+                rng = random.Random(f"{benchmark.inputs.seed}/{case}/{number}")
                 arrivals = poisson_arrivals(rate, seconds, rng)
-                texts = contest.inputs.stream(len(arrivals))
+                texts = benchmark.inputs.stream(len(arrivals))
                 reply = _asked(
                     entry,
                     "open_loop",
                     texts=texts,
-                    choices=contest.inputs.choice_sets(len(texts)),
+                    choices=benchmark.inputs.choice_sets(len(texts)),
                     arrivals=arrivals,
                     setting=entry.facts["setting"],
                     most=8,

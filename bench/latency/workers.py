@@ -1,4 +1,4 @@
-"""Who takes part in a latency bench and what they are asked: entries, cases, texts.
+"""The systems of a latency bench and their inputs.
 
 An entry is a system with its worker, or the reason why it has none. Nothing is measured here.
 """
@@ -22,11 +22,11 @@ from sbs_edge.tokens import TextTokenizer, read_tokenizer, start_token_id
 __all__ = [
     "SECTIONS",
     "WARM_SECTIONS",
-    "Contest",
+    "Benchmark",
     "Entry",
     "Inputs",
-    "enter",
     "peer_entries",
+    "start_workers",
     "student_facts",
 ]
 
@@ -40,7 +40,7 @@ SECTIONS = (*WARM_SECTIONS, "cold_start")  # the last in new processes
 
 @dataclass(slots=True)
 class Entry:
-    """One system of the contest.
+    """One system of the benchmark.
 
     Attributes:
         sections: what is measured of it besides its answers and its size.
@@ -55,16 +55,16 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        """Whether it is this project's bundle."""
+        """True for this project's bundle."""
         return self.name.startswith("sbs-edge")
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """What it is asked for in the label task."""
+        """Forms of the label task that are measured."""
         return ("label",) if self.ours else ("label+eos", "one token")
 
     def give_up(self, why: str) -> None:
-        """Drop out with a reason; the row stays."""
+        """End the worker and keep the reason; the row stays."""
         self.why = why
         self.dismiss()
 
@@ -77,7 +77,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Inputs:
-    """The texts every system gets."""
+    """The texts that every system gets."""
 
     words: list[str]
     count: Callable[[str], int]
@@ -107,7 +107,7 @@ class Inputs:
 
 
 @dataclass(slots=True)
-class Contest:
+class Benchmark:
     """Entries and inputs of one run."""
 
     entries: list[Entry]
@@ -120,12 +120,12 @@ class Contest:
         """Entries that can be measured."""
         return [entry for entry in self.entries if entry.worker is not None]
 
-    def part_in(self, section: str) -> list[Entry]:
-        """Entries that take part in a section, dead ones included."""
+    def participants(self, section: str) -> list[Entry]:
+        """Return the entries that take part in a section, with or without a worker."""
         return [entry for entry in self.entries if section in entry.sections]
 
     def release(self, *sections: str) -> None:
-        """End the workers of entries that take part in none of ``sections``, the ones still to come."""
+        """End the workers that none of ``sections``, those still to come, needs."""
         for entry in self.alive:
             if not set(sections) & set(entry.sections):
                 entry.dismiss()
@@ -152,7 +152,7 @@ def student_facts(student: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             found.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{student} is no student directory: {path.name} cannot be read ({error}). "
+                f"{student} is not a student directory: {path.name} cannot be read ({error}). "
                 "Give the directory that 'sbs-edge train' wrote."
             ) from error
     return found[0], found[1]
@@ -165,12 +165,12 @@ def make_inputs(student: Path, card: dict[str, Any], rows: int, seed: int) -> In
     path = student / "validation.jsonl"
     if not path.is_file():
         raise DataError(
-            f"{student} has no validation.jsonl: without it no accuracy stands beside a speed. Train it again."
+            f"{student} has no validation.jsonl, so its accuracy cannot be measured. Train it again."
         )
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines if line.strip()]
     if not found:
-        raise DataError(f"{path} is empty: without rows no accuracy stands beside a speed.")
+        raise DataError(f"{path} is empty, so the accuracy cannot be measured. Train the student again.")
     random.Random(seed).shuffle(found)
     words = sorted({word for row in found for word in row["input"].split()})
     choices = next((list(row["choices"]) for row in found if row.get("choices")), None)
@@ -207,7 +207,7 @@ def peer_entries(names: Sequence[str], student: Path, make: Callable[..., Spec],
     """Convert the student for every peer; one that cannot be made is an entry with its reason.
 
     Raises:
-        UsageError: a name is none of :data:`~sbs_edge.bench.peers.system.PEERS`.
+        UsageError: a name is not in :data:`~sbs_edge.bench.peers.system.PEERS`.
 
     """
     unknown = [name for name in names if name not in PEERS]
@@ -228,7 +228,7 @@ def peer_entries(names: Sequence[str], student: Path, make: Callable[..., Spec],
     return entries
 
 
-def enter(entries: Iterable[Entry], say: Say) -> None:
+def start_workers(entries: Iterable[Entry], say: Say) -> None:
     """Start each entry's worker and let it load; one that fails drops out with its reason."""
     for entry in entries:
         if entry.spec is None:

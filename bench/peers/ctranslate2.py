@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.peers.system import Spec, System
+from sbs_edge.bench.peers.system import Choices, Spec, System
 
 __all__ = ["ROOTS", "create", "prepare"]
 
@@ -84,12 +84,7 @@ class CTranslate2(System):
             {"max_batch_size": 2048, "batch_type": "tokens"},
         ]
 
-    def stream(
-        self,
-        texts: Sequence[str],
-        setting: dict[str, Any],
-        choices: Sequence[Sequence[str]] | None = None,
-    ) -> list[str]:
+    def stream(self, texts: Sequence[str], setting: dict[str, Any], choices: Choices = None) -> list[str]:
         """Hand the whole stream over and let the library batch it."""
         del choices
         return self.decode(self._translate(self.encode(texts, "label"), self.spec.label_steps, **setting))

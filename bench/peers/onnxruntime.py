@@ -18,7 +18,7 @@ PACKAGES = ("onnxruntime", "torch", "transformers")
 
 
 def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Export plain graphs with torch, then quantise each with the defaults."""
+    """Export plain graphs with torch, then quantize each with the defaults."""
     del options
     import logging
 

@@ -37,7 +37,7 @@ def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]
 
 
 class OpenVino(OnnxRuntimeInt8):
-    """Three compiled models on one stream; activations are quantised in groups by the plug-in."""
+    """Three compiled models on one stream; activations are quantized in groups by the plug-in."""
 
     precision = "int8 weights"
 

@@ -1,4 +1,4 @@
-"""optimum's ONNX export, quantised dynamically to int8 as its guide says, run by its ORT class."""
+"""optimum's ONNX export, quantized dynamically to int8 as its guide says, run by its ORT class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("optimum", "optimum-onnx", "onnxruntime", "transformers")
 
 
 def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Export with cache, then ``avx512_vnni`` dynamic quantisation per channel of every graph."""
+    """Export with cache, then ``avx512_vnni`` dynamic quantization per channel of every graph."""
     del options
     from optimum.onnxruntime import ORTModelForSeq2SeqLM, ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
@@ -45,7 +45,7 @@ class Optimum(Transformers):
     precision = "int8"
 
     def open(self) -> None:
-        """Load the three quantised graphs."""
+        """Load the three quantized graphs."""
         import onnxruntime
         import torch
         from optimum.onnxruntime import ORTModelForSeq2SeqLM

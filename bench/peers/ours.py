@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.peers.system import Spec, System
+from sbs_edge.bench.peers.system import Choices, Spec, System
 
 __all__ = ["ROOTS", "create"]
 
@@ -40,9 +40,7 @@ class SbsEdge(System):
         self._budget = budget
         self.precision = self.student.target.removeprefix("cpu-")
 
-    def label(
-        self, texts: Sequence[str], variant: str, choices: Sequence[Sequence[str]] | None = None
-    ) -> list[str]:
+    def label(self, texts: Sequence[str], variant: str, choices: Choices = None) -> list[str]:
         """The label; probabilities come with it."""
         del variant
         labels = None if choices is None else [list(row) for row in choices]
@@ -67,12 +65,7 @@ class SbsEdge(System):
             self.student.close()
             self._load(int(setting["max_batch_tokens"]))
 
-    def stream(
-        self,
-        texts: Sequence[str],
-        setting: dict[str, Any],
-        choices: Sequence[Sequence[str]] | None = None,
-    ) -> list[str]:
+    def stream(self, texts: Sequence[str], setting: dict[str, Any], choices: Choices = None) -> list[str]:
         """Hand the whole stream over; the runtime sorts and batches."""
         del setting
         return self.label(texts, "label", choices)

@@ -1,9 +1,9 @@
-"""What every measured system looks like to the worker, and the list of those there are.
+"""The interface of a measured system, and the list of the peers.
 
-A system gets texts and gives answers; tokenising is inside the measured time for all of them, done by
-the same ``tokenizers`` file. Peers only say how they generate token ids; how that becomes a label, a
-rationale or an answered stream is the same code for all of them. Light to import: the cold start of
-a worker is measured.
+A system takes texts and returns answers. Tokenizing counts as measured time for all of them and uses the
+same ``tokenizers`` file. A peer implements only the generation of token ids; the code that turns these
+into a label, a rationale or an answered stream is shared. Imports are kept light because the cold start
+of a worker is measured.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from sbs_edge.tokens import TextTokenizer, first_tokens, read_tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PEERS", "Spec", "System", "load_module", "plan_batches"]
+__all__ = ["PEERS", "Choices", "Spec", "System", "load_module", "plan_batches"]
 
 PEERS: dict[str, str] = {
-    "transformers": "system_transformers",
-    "ctranslate2": "system_ctranslate2",
-    "optimum": "system_optimum",
-    "openvino": "system_openvino",
-    "onnxruntime-int8": "system_onnxruntime",
+    "transformers": "transformers",
+    "ctranslate2": "ctranslate2",
+    "optimum": "optimum",
+    "openvino": "openvino",
+    "onnxruntime-int8": "onnxruntime",
 }
 _OURS = "sbs-edge"
+Choices = Sequence[Sequence[str]] | None  # the labels to choose from, for each text
 
 
 @dataclass(slots=True)
 class Spec:
-    """Everything a worker needs; plain JSON values.
+    """The configuration of a worker, as plain JSON values.
 
     Attributes:
         system: ``sbs-edge:TARGET`` or a key of :data:`PEERS`.
@@ -46,7 +47,7 @@ class Spec:
         prefixes: of the ``label`` and the ``rationale`` task.
         label_steps: tokens a peer generates for label + EOS, at most.
         start, eos, pad: special token ids.
-        options: anything a single system reads.
+        options: settings that only one system reads.
 
     """
 
@@ -66,8 +67,8 @@ class Spec:
 
 def load_module(system: str) -> Any:
     """Import the module behind a system's name."""
-    name = "system_ours" if system.split(":")[0] == _OURS else PEERS[system]
-    return importlib.import_module(f"sbs_edge.bench.{name}")
+    name = "ours" if system.split(":")[0] == _OURS else PEERS[system]
+    return importlib.import_module(f"sbs_edge.bench.peers.{name}")
 
 
 def plan_batches(lengths: Sequence[int], setting: dict[str, Any]) -> list[list[int]]:
@@ -102,7 +103,7 @@ class System:
         self.spec = spec
         self._tokenizer: Any = None
 
-    # What a subclass brings.
+    # Implemented by a subclass.
 
     def open(self) -> None:
         """Load the model; everything a first answer needs."""
@@ -113,14 +114,14 @@ class System:
         raise NotImplementedError
 
     def first_logits(self, ids: list[list[int]]) -> np.ndarray | None:
-        """fp32 logits (B, V) of the first new token, or None when the system does not show them."""
+        """fp32 logits (B, V) of the first new token, or None when the system does not return them."""
         return None
 
     def settings(self) -> list[dict[str, Any]]:
         """Batching settings that the throughput sweep tries."""
         return [{"batch": 8}, {"tokens": 256}, {"tokens": 512}, {"tokens": 2048}]
 
-    # What all peers share.
+    # Shared by all peers.
 
     @property
     def tokenizer(self) -> Any:
@@ -138,9 +139,7 @@ class System:
         """Text of generated ids, special tokens left out."""
         return [self.tokenizer.decode(row) for row in rows]
 
-    def label(
-        self, texts: Sequence[str], variant: str, choices: Sequence[Sequence[str]] | None = None
-    ) -> list[str]:
+    def label(self, texts: Sequence[str], variant: str, choices: Choices = None) -> list[str]:
         """Answer the label task; peers generate freely, whatever the row's ``choices``."""
         del choices
         steps = 1 if variant == "one token" else self.spec.label_steps
@@ -170,12 +169,7 @@ class System:
     def apply(self, setting: dict[str, Any]) -> None:
         """Make a batching setting current; not part of any measured time."""
 
-    def stream(
-        self,
-        texts: Sequence[str],
-        setting: dict[str, Any],
-        choices: Sequence[Sequence[str]] | None = None,
-    ) -> list[str]:
+    def stream(self, texts: Sequence[str], setting: dict[str, Any], choices: Choices = None) -> list[str]:
         """Answer many label requests at once under a batching setting, in their order."""
         del choices
         ids = self.encode(texts, "label")

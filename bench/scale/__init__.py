@@ -1,1 +1,1 @@
-"""The offline scoring benchmark: Ray actors beside a plain loop."""
+"""The offline scoring benchmark: Ray actors against a plain loop."""

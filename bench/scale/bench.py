@@ -1,40 +1,36 @@
-"""Offline scoring: one worker, two workers, and the plain loop in this process, on the same rows.
+"""``sbs-edge bench scale``: offline scoring by one worker, two workers and a plain loop, on the same rows.
 
-    python -m sbs_edge.bench.scale.bench --rows 100000
-
-Measures, on one bundle and one file of JSON Lines:
+The variants score one file of JSON Lines with one bundle:
 
 ``loop``   the same reading, answering and writing in this process, unit by unit, without Ray;
 ``ray-1``  one actor; its excess over ``loop`` is Ray's overhead (the aim is under 10 %);
 ``ray-2``  two actors; ``ray-1`` over ``ray-2`` is the scaling.
 
-Every arm is a fresh process, in turn, and gives one thread to a student. For Ray three times are kept
+The variants run in turn, each in a fresh process that gives one thread to a student. For Ray three times are kept
 apart: its own start, the whole call after that, and the steady part from the first unit's start to the
-last one's end (without loading students). The outputs of all arms are compared byte by byte. The last
-line on stdout is one JSON document. Knows nothing of accuracy: without
-``--bundle`` it scores with an untrained student of the built-in task's size.
+last one's end (without loading students). The outputs of all variants are compared byte by byte. Accuracy
+plays no part: without a bundle, an untrained student of the built-in task's size scores the rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sbs_edge import files
+from sbs_edge.bench.core.machine import provenance
 from sbs_edge.resources import usable_cpus
 
-__all__ = ["main", "make_bundle", "measure", "write_rows"]
+__all__ = ["make_bundle", "measure", "write_rows"]
 
 
 def write_rows(path: Path, n_rows: int, seed: int = 0) -> Path:
@@ -138,14 +134,13 @@ def _ray(bundle: Path, data: Path, out: Path, shard_bytes: int, workers: int) ->
         }
 
 
-def _arm(arm: str, bundle: Path, data: Path, out: Path, shard_bytes: int) -> dict[str, float]:
-    """Run one arm in a process of its own."""
+def _start_variant(variant: str, bundle: Path, data: Path, out: Path, shard_bytes: int) -> dict[str, float]:
+    """Run one variant in a process of its own."""
     command = [
         sys.executable,
         "-m",
         "sbs_edge.bench.scale.bench",
-        "--arm",
-        arm,
+        variant,
         *map(str, (bundle, data, out)),
     ]
     done = subprocess.run(
@@ -159,9 +154,9 @@ def _arm(arm: str, bundle: Path, data: Path, out: Path, shard_bytes: int) -> dic
     return figures
 
 
-def _run_arm(arm: str, bundle: str, data: str, out: str, shard_bytes: str) -> dict[str, float]:
+def _run_variant(variant: str, bundle: str, data: str, out: str, shard_bytes: str) -> dict[str, float]:
     places = (Path(bundle), Path(data), Path(out), int(shard_bytes))
-    return _loop(*places) if arm == "loop" else _ray(*places, int(arm.removeprefix("ray-")))
+    return _loop(*places) if variant == "loop" else _ray(*places, int(variant.removeprefix("ray-")))
 
 
 def _content(folder: Path) -> bytes:
@@ -171,9 +166,7 @@ def _content(folder: Path) -> bytes:
 def measure(
     n_rows: int, *, bundle: Path | None = None, rounds: int = 1, shard_rows: int = 5000
 ) -> dict[str, Any]:
-    """Run all arms ``rounds`` times, interleaved; return medians and everything they came from."""
-    import statistics
-
+    """Run all variants ``rounds`` times, interleaved; return medians and everything they came from."""
     folder = Path(tempfile.mkdtemp(prefix="sbs-edge-scale-"))
     try:
         chosen = bundle or make_bundle(folder / "made")
@@ -182,18 +175,22 @@ def measure(
         taken: dict[str, list[Any]] = {"loop": [], "ray-1": [], "ray-2": []}
         contents = set()
         for number in range(rounds):
-            for arm, figures in taken.items():
-                out = folder / f"{arm}-{number}"
-                figures.append(_arm(arm, chosen, data, out, shard_bytes))
+            for variant, figures in taken.items():
+                out = folder / f"{variant}-{number}"
+                figures.append(_start_variant(variant, chosen, data, out, shard_bytes))
                 contents.add(_content(out))
                 shutil.rmtree(out)
         median, steady = (
-            {arm: statistics.median(f[name] for f in figures) for arm, figures in taken.items()}
+            {variant: statistics.median(f[name] for f in figures) for variant, figures in taken.items()}
             for name in ("seconds", "steady_seconds")
         )
         return {
             "kind": "scale",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **provenance(),
+            "model": {"student": chosen.name if bundle else "untrained student of the built-in task"},
+            "threads": 1,
+            "cpus": sorted(os.sched_getaffinity(0)),
+            "seed": 0,
             "rows": n_rows,
             "rounds": rounds,
             "shard_bytes": shard_bytes,
@@ -203,7 +200,7 @@ def measure(
             "steady_seconds": steady,
             "steady_overhead": round(steady["ray-1"] / steady["loop"] - 1, 4),
             "steady_scaling_1_to_2": round(steady["ray-1"] / steady["ray-2"], 3),
-            "rows_per_second": {arm: round(n_rows / s, 1) for arm, s in median.items()},
+            "rows_per_second": {variant: round(n_rows / s, 1) for variant, s in median.items()},
             "ray_overhead": round(median["ray-1"] / median["loop"] - 1, 4),
             "scaling_1_to_2": round(median["ray-1"] / median["ray-2"], 3),
             "outputs_equal": len(contents) == 1,
@@ -213,24 +210,5 @@ def measure(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def main() -> None:
-    """Read the arguments, measure, write one JSON line."""
-    parser = argparse.ArgumentParser(description="Scaling and overhead of offline scoring on Ray Data.")
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--shard-rows", type=int, default=5000)
-    parser.add_argument("--out", type=Path, help="Write the document here too.")
-    parser.add_argument("--arm", nargs=5, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.arm:
-        sys.stdout.write(json.dumps(_run_arm(*chosen.arm)) + "\n")
-        return
-    result = measure(chosen.rows, bundle=chosen.bundle, rounds=chosen.rounds, shard_rows=chosen.shard_rows)
-    if chosen.out is not None:
-        files.write_json(chosen.out, result)
-    sys.stdout.write(json.dumps(result) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # a variant's own process
+    sys.stdout.write(json.dumps(_run_variant(*sys.argv[1:])) + "\n")

@@ -1,8 +1,8 @@
-"""A light load generator for ``bench/serving/bench.py``: prepared bytes over kept connections, loopback only.
+"""A light load generator: prepared bytes over kept connections, loopback only.
 
-The client shares a small machine with the server it loads, so it does no more than it must: one
-protocol object a connection, no task a request, no parsing beyond status and length. What it costs is
-measured beside what the server costs (``Record.cpu_s``).
+The client shares a small machine with the server, so it does as little as possible: a protocol object for
+each connection, no task for a request, and no parsing beyond status and length. Its own processor time is
+measured as well (``Record.cpu_s``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["HOST", "Alone", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
+__all__ = ["HOST", "BlockingClient", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
            "request_bytes", "run"]  # fmt: skip
 
 HOST = "127.0.0.1"
@@ -76,7 +76,7 @@ class Record:
 
     @property
     def lateness(self) -> list[float]:
-        """How long after they were due requests were sent, in seconds."""
+        """Delay of each request after it was due, in seconds."""
         return [o.late_s for o in self.outcomes]
 
     def answer_times(self, status: int) -> list[float]:
@@ -153,8 +153,8 @@ class _Connection(asyncio.Protocol):
             done(0, b"")
 
 
-class Alone:
-    """One kept connection of blocking calls: nothing of a client's own event loop is in its times.
+class BlockingClient:
+    """A kept connection with blocking calls, so that no event loop of the client adds to its times.
 
     Args:
         port: the server's.
@@ -166,7 +166,7 @@ class Alone:
         self._socket = socket.create_connection((HOST, port), timeout=timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def __enter__(self) -> Alone:
+    def __enter__(self) -> BlockingClient:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -249,7 +249,7 @@ class Client:
 
     @property
     def has_room(self) -> bool:
-        """Whether a request could be sent now."""
+        """Return whether a request can be sent now."""
         return bool(self._idle) or self._n_open < self._most
 
     def start(self, raw: bytes, done: Done) -> bool:

@@ -1,4 +1,4 @@
-"""What is measured of the server: one function a scenario, each with a server of its own.
+"""Scenarios of the serving benchmark, each a function that starts its own server.
 
 Every scenario is bounded in time and in requests, stops what it started, and returns its figures with
 ``held``: which of the promises in ``docs/serving.md`` they keep.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.bench.serving.client import (
-    Alone,
+    BlockingClient,
     Client,
     Job,
     Record,
@@ -92,11 +92,11 @@ async def overload(
 ) -> dict[str, Any]:
     """Open loop at 4 times the measured peak; peak and overload on the same processors.
 
-    The overload is cut in turns of :data:`_TURN_S` with the peak measured before and after each, because
-    a machine shared with others changes its speed within seconds by more than what is looked for. A turn
-    offers 4 times the peak before it; its goodput, once the queue is full, is compared with the mean of
-    the two peaks around it, and the median of turns is the figure. Times of refusals count from their
-    sending; the client's own lateness stands beside them.
+    The overload is cut in turns of :data:`_TURN_S`, and the peak is measured before and after each, because
+    the speed of a shared machine changes within seconds by more than the effect to be found. A turn offers
+    4 times the peak before it. Its goodput, once the queue is full, is compared with the mean of the two
+    peaks around it, and the median over turns is reported. Refusals are timed from their sending; the
+    client's own lateness is reported separately.
     """
     jobs = requests_of(texts_per_request)
     turns = max(2, round(seconds / _TURN_S))
@@ -408,7 +408,7 @@ async def latency(bundle: Path, threads: int, rounds: int = 10, calls: int = 100
     with (
         Student.load(bundle, threads=threads) as student,
         ServerUnderTest(bundle, "--threads", str(threads)) as server,
-        Alone(server.port) as client,
+        BlockingClient(server.port) as client,
     ):
         for number in range(rounds + 1):
             own, remote = [], []

@@ -1,4 +1,4 @@
-"""The server a bench loads: ``sbs-edge serve`` in a process of its own, on processors of its own."""
+"""``sbs-edge serve`` as the server under test, in its own process and on its own processors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def shared_cores() -> Cores:
 def split_cores() -> Cores:
     """The client on the last processor, the server on all others; both on the only one there is.
 
-    A client on the server's processors takes from the server what it is measured for, and the more
-    requests are refused the more it takes.
+    A client on the server's processors slows down the server, and the more requests are refused, the
+    more it does so.
     """
     every = sorted(os.sched_getaffinity(0))
     return (every[:-1], every[-1:]) if len(every) > 1 else (every, every)

@@ -1,4 +1,4 @@
-"""``sbs-edge bench train``: this project's optimiser step beside the two-forward step it replaces.
+"""``sbs-edge bench train``: the optimizer step against the two-forward step that it replaces.
 
 Each step runs in its own pinned process on the same seed, weights and batches; rounds are interleaved.
 Peak memory is read in fresh processes that do nothing but three steps.
@@ -34,7 +34,7 @@ _FLOAT_NOISE = {"fp32": 2e-4, "bf16": 3e-2}
 
 @dataclass(slots=True)
 class TrainBenchOptions:
-    """What is measured; see the command's help."""
+    """Conditions of the training bench; the command's help describes each."""
 
     data: str = "builtin"
     dataset: str | None = None
@@ -67,7 +67,7 @@ def make_pairs(options: TrainBenchOptions) -> list[list[list[int]]]:
     if len(rows) < options.batch_size:
         raise DataError(
             f"{options.data} has {len(rows)} training rows with a label and a rationale, fewer than one "
-            f"batch of {options.batch_size}. Give more data or a smaller --batch-size."
+            f"batch of {options.batch_size}. Give more data or a smaller batch_size."
         )
     texts = [text for row in rows for text in (row.input, str(row.label), str(row.rationale))]
     prefixes = ("[label] ", "[rationale] ")
@@ -93,12 +93,12 @@ def _devices(wanted: str) -> list[str]:
     import torch
 
     if wanted not in ("cpu", "cuda", "all"):
-        raise UsageError(f"--device takes cpu, cuda or all; found {wanted!r}.")
+        raise UsageError(f"device is cpu, cuda or all; found {wanted!r}.")
     present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if wanted == "all":
         return present
     if wanted not in present:
-        raise UsageError("There is no CUDA device here. Use --device cpu.")
+        raise UsageError("torch finds no CUDA device here: choose the device cpu.")
     return [wanted]
 
 
@@ -114,6 +114,21 @@ def _peak(spec: Spec, case: str) -> list[Row]:
     if "device_peak_mb" not in after:
         over = after["peak_rss_mb"] - before["rss_mb"]
         rows.append(Row("peak_above_loaded_model", name, "", case, "MB", "lower", over, extra=extra))
+    return rows
+
+
+def _rows(
+    name: str, case: str, options: TrainBenchOptions, tokens: int, step: Series, epoch: Series
+) -> list[Row]:
+    """Times of a step and an epoch, and the examples and tokens a second; ``tokens`` are those of an epoch."""
+    rows = [step.row("step", name, "", case), epoch.row("epoch", name, "", case)]
+    tokens_a_step = tokens / max(1, options.examples // options.batch_size)
+    for section, unit, amount in (
+        ("rate", "examples/s", options.batch_size),
+        ("token rate", "tokens/s", tokens_a_step),
+    ):
+        rates = [amount / ms * 1e3 for ms in step.rounds]
+        rows.append(Row(section, name, "", case, unit, "higher", percentiles(rates)["p50"], rates))
     return rows
 
 
@@ -172,15 +187,7 @@ def _case(
     rows: list[Row] = []
     for name in workers:
         used = sum(total[1] for total in shares[name].values())
-        n_steps = options.examples // options.batch_size
-        rows.append(steps[name].row("step", name, "", case))
-        rows.append(epochs[name].row("epoch", name, "", case))
-        for section, unit, amount in (
-            ("rate", "examples/s", options.batch_size),
-            ("token rate", "tokens/s", used / max(1, n_steps)),
-        ):
-            rates = [amount / ms * 1e3 for ms in steps[name].rounds]
-            rows.append(Row(section, name, "", case, unit, "higher", percentiles(rates)["p50"], rates))
+        rows += _rows(name, case, options, used, steps[name], epochs[name])
         try:
             say(f"{case}: peak memory of {name}")
             rows += _peak(specs[name], case)
@@ -254,7 +261,7 @@ def measure_train(
         raise UsageError(f"There is no shape {options.shape!r}; choose one of {', '.join(SHAPES)}.")
     unknown = [name for name in options.precisions if name not in _FLOAT_NOISE]
     if unknown or not options.precisions:
-        raise UsageError(f"--precision takes fp32 and bf16; found {', '.join(unknown) or 'nothing'}.")
+        raise UsageError(f"precisions are fp32 and bf16; found {', '.join(unknown) or 'nothing'}.")
     devices = _devices(options.device)
     document: dict[str, Any] = {
         "format": FORMAT,

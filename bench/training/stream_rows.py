@@ -1,31 +1,26 @@
-"""Train on generated rows that are never held: does memory grow with their number?
+"""``sbs-edge bench stream-rows``: does memory grow with the number of rows in streamed training?
 
-Run: python -m sbs_edge.bench.training.stream_rows --rows 1000000 --max-rss-mb 1500
-
-Every row is generated, tokenised and trained on once, on the path of ``train --stream``, by a student
-small enough that a million rows take minutes, not hours (about 0.4 ms of one core a row, of which
-tokenising is half). Resident memory is sampled along the way. The last line is one JSON document, with
-the slope of a straight line through the samples: memory that grew with rows would show there.
+Every generated row is tokenized and trained on once, on the path of ``train --stream``, by a student small
+enough that a million rows take minutes (about 0.4 ms of one core a row, half of it tokenizing). Resident
+memory is sampled along the way. A straight line is fitted to the samples: its slope shows memory that
+grows with rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
 import random
-import sys
-import tempfile
+import statistics
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sbs_edge import files
+from sbs_edge.bench.core.machine import provenance
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, Splits
 
-__all__ = ["main", "measure", "rows", "rss_mb", "slope_mb"]
+__all__ = ["measure", "rows", "rss_mb", "slope_mb"]
 
 OPTIONS: dict[str, Any] = {
     "d_model": 8, "d_ff": 16, "n_heads": 1, "n_layers": 1, "n_decoder_layers": 1, "batch_size": 500,
@@ -40,7 +35,7 @@ def rss_mb() -> float:
 
 
 def rows(base: list[Example], count: int) -> Iterator[Example]:
-    """Generate ``count`` rows, each unlike every other, from the sentences of ``base``."""
+    """Generate ``count`` rows, all different, from the sentences of ``base``."""
     rng = random.Random(0)
     for index in range(count):
         example = rng.choice(base)
@@ -49,13 +44,11 @@ def rows(base: list[Example], count: int) -> Iterator[Example]:
 
 def slope_mb(taken: list[tuple[int, float]]) -> float:
     """Return the least-squares growth of (row, MiB) samples, in MiB a million rows."""
-    middle_x = sum(x for x, _ in taken) / len(taken)
-    middle_y = sum(y for _, y in taken) / len(taken)
-    spread = sum((x - middle_x) ** 2 for x, _ in taken)
-    return 1e6 * sum((x - middle_x) * (y - middle_y) for x, y in taken) / spread if spread else 0.0
+    places, values = zip(*taken, strict=True)
+    return 1e6 * statistics.linear_regression(places, values).slope if len(set(places)) > 1 else 0.0
 
 
-def measure(count: int, out: Path, samples: int = 100) -> dict[str, Any]:
+def measure(count: int, out: Path, samples: int = 100, max_rss_mb: float = 1500.0) -> dict[str, Any]:
     """Train one pass over ``count`` generated rows and return memory and speed."""
     from sbs_edge.training.train import train
 
@@ -79,7 +72,11 @@ def measure(count: int, out: Path, samples: int = 100) -> dict[str, Any]:
     settled = [(index, value) for index, value in taken if index >= count // 10]
     return {
         "kind": "stream-rows",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
+        "model": {"shape": "smallest student", "random_weights": True},
+        "threads": OPTIONS["threads"],
+        "cpus": sorted(os.sched_getaffinity(0)),
+        "seed": 0,
         "rows": count,
         "steps": result.metrics["steps"],
         "rss_mb": taken,
@@ -89,24 +86,5 @@ def measure(count: int, out: Path, samples: int = 100) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "rows_per_second": round(count / seconds, 1),
+        "max_rss_mb": max_rss_mb,
     }
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; 1 when memory passed the bound."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--max-rss-mb", type=float, default=1500.0)
-    parser.add_argument("--out", type=Path, help="Write the document here too.")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        report = measure(options.rows, Path(folder) / "student")
-    report["max_rss_mb"] = options.max_rss_mb
-    if options.out is not None:
-        files.write_json(options.out, report)
-    sys.stdout.write(json.dumps(report) + "\n")
-    return int(report["peak_rss_mb"] > options.max_rss_mb)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 {"do": "open"}                     -> memory with model and data, before any step
 {"do": "curve", "steps"}           -> the loss of each step of a fresh model
-{"do": "step", "seconds", ...}     -> ns of each optimiser step (forward, backward, clip, AdamW)
+{"do": "step", "seconds", ...}     -> ns of each optimizer step (forward, backward, clip, AdamW)
 {"do": "epoch"}                    -> ns of one pass over all examples
 {"do": "padding"}                  -> positions held and used over an epoch
 {"do": "peak"}                     -> peak memory so far
@@ -11,23 +11,20 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 from sbs_edge.bench.core.footprint import memory_mb
-from sbs_edge.bench.core.worker import timed
+from sbs_edge.bench.core.worker import serve, timed
 from sbs_edge.bench.peers.system import Spec
 
-__all__ = ["Trainer", "main"]
+__all__ = ["Trainer"]
 
 
 class Trainer:
-    """A model, its optimiser and the batches, for one kind of step."""
+    """A model, its optimizer and the batches, for one kind of step."""
 
     def __init__(self, spec: Spec) -> None:
         import torch
@@ -61,7 +58,7 @@ class Trainer:
         )
         self.model = T5ForConditionalGeneration(config).to(self.device).train()
         self.step = make_step(self.spec.system, self.model, self.given["rationale_weight"], self.device)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
 
     def _batches(self) -> list[list[Any]]:
         from sbs_edge.bench.training.steps import Pair
@@ -73,21 +70,23 @@ class Trainer:
         return [pairs[at : at + size] for at in range(0, len(pairs) - size + 1, size)]
 
     def one(self) -> float:
-        """One optimiser step on the next batch; its loss."""
+        """One optimizer step on the next batch; its loss."""
         torch = self.torch
         batch = self.batches[self.at % len(self.batches)]
         self.at += 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.step.loss(batch)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
+        self.optimizer.step()
         return float(loss.detach())  # waits for the device, as any loop that logs does
 
     def answer(self, order: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command."""
         do = order["do"]
+        if do == "open":
+            return dict(memory_mb())
         if do == "curve":
             self.at = 0
             self._build()
@@ -116,35 +115,5 @@ class Trainer:
         raise ValueError(f"unknown command {do!r}")
 
 
-def main() -> None:
-    """Serve commands until ``quit`` or the end of the input."""
-    spec = Spec(**json.loads(sys.stdin.readline()))
-    if spec.cpus:
-        os.sched_setaffinity(0, spec.cpus)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    trainer: Trainer | None = None
-    for line in sys.stdin:
-        order = json.loads(line)
-        if order["do"] == "quit":
-            break
-        try:
-            if order["do"] == "open":
-                trainer = Trainer(spec)
-                reply: dict[str, Any] = {**memory_mb()}
-            elif trainer is None:
-                raise RuntimeError("the first command must be 'open'")
-            else:
-                reply = trainer.answer(order)
-        except Exception as error:
-            traceback.print_exc()
-            first = str(error).strip().partition("\n")[0]
-            reply = {"error": f"{type(error).__name__}: {first[:300]}"}
-        channel.write(json.dumps(reply) + "\n")
-        channel.flush()
-    channel.close()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda spec: Trainer(spec).answer)

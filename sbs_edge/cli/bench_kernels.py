@@ -1,23 +1,19 @@
-"""``sbs-edge bench kernels``: the fused loss beside its peers."""
+"""``sbs-edge bench kernels``: the fused loss and its peers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sbs_edge import files
+from sbs_edge.cli._bench import OutOption, finish, names, progress, require
 from sbs_edge.cli._common import ConfigOption, JsonOption
-from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.errors import UsageError
 from sbs_edge.resources import usable_cpus
 
 __all__ = ["register"]
 
-Finish = Callable[[dict[str, Any], Path | None, typer.Context, bool], None]
 _QUICK_SHAPE = (64, 16, 300)
 
 
@@ -42,8 +38,8 @@ def _shares(text: str) -> tuple[float, ...]:
         raise UsageError(f"--padding takes percentages separated by commas; found {text!r}.") from error
 
 
-def register(app: typer.Typer, finish: Finish) -> None:
-    """Add ``kernels`` to the command group ``app``; ``finish`` shows and keeps a document."""
+def register(app: typer.Typer) -> None:
+    """Add ``kernels`` to the benchmark commands."""
 
     @app.command()
     def kernels(
@@ -69,7 +65,7 @@ def register(app: typer.Typer, finish: Finish) -> None:
             Path | None, typer.Option(help="Student directory behind --data student.", show_default=False)
         ] = None,
         peers: Annotated[
-            str, typer.Option(help="Losses to compare with, by commas; an absent one is a row that says why.")
+            str, typer.Option(help="Losses to compare with, by commas; an absent one becomes a row with the reason.")
         ] = "all",
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of every case at most.")] = 10,
@@ -84,24 +80,18 @@ def register(app: typer.Typer, finish: Finish) -> None:
         quick: Annotated[
             bool, typer.Option("--quick", help="A smoke run: a tiny shape, two rounds; figures mean nothing.")
         ] = False,
-        out: Annotated[
-            Path | None,
-            typer.Option(
-                help="Keep JSON, Markdown, pictures and a page here; else only stdout has the result."
-            ),
-        ] = None,
-        json: JsonOption = False,
+        out: OutOption = None,
+        json_only: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Time, extra memory and gradient error of the loss beside eager torch, compilers and fused peers.
+        """Time, extra memory and gradient error of the loss, eager torch, compilers and fused peers.
 
         Every loss gets the same batch in the same run; one whose loss or gradient is off by more than twice
         plain torch's error gets no speed-up. The last line of stdout is one JSON document.
 
         Example: sbs-edge bench kernels --shapes 2048,512,32128 --out runs/bench-kernels
         """
-        if find_spec("torch") is None:
-            raise MissingExtra("torch", "train", "The kernel bench")
+        require("torch", "The kernel bench", "train")
         from sbs_edge.bench.kernels.bench import KernelOptions, measure_kernels
         from sbs_edge.bench.kernels.cases import CPU_SHAPES, GPU_SHAPES, cases_of, parse_shapes
         from sbs_edge.bench.kernels.peers import names_for
@@ -113,9 +103,9 @@ def register(app: typer.Typer, finish: Finish) -> None:
         options = KernelOptions(
             cases=cases_of(
                 given,
-                [part.strip() for part in types.split(",") if part.strip()],
+                list(names(types)),
                 _shares(padding),
-                [part.strip() for part in data.split(",") if part.strip()],
+                list(names(data)),
                 student,
             ),
             peers=names_for(peers, quick),
@@ -127,9 +117,6 @@ def register(app: typer.Typer, finish: Finish) -> None:
             seed=seed,
             student=student,
         )
-        console = Console(stderr=True)
-        if out is not None:
-            files.check_writable(out / "result.json")
-        document = measure_kernels(options, lambda text: console.print(text, highlight=False, style="dim"))
+        document = measure_kernels(options, progress)
         document["quick"] = quick
-        finish(document, out, ctx, json)
+        finish(document, out, ctx, json_only)

@@ -1,4 +1,4 @@
-"""What the bench's tests share: a tiny random student and results without a measurement."""
+"""Shared fixtures: a tiny random student, and results that were not measured."""
 
 from __future__ import annotations
 

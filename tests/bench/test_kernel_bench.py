@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from sbs_edge.bench.core import docs, tables
+from sbs_edge.bench.core import tables
 from sbs_edge.bench.core.compare import compare, conditions
 from sbs_edge.bench.core.protocol import WorkerFailed
-from sbs_edge.bench.core.report import write_report
 from sbs_edge.bench.core.results import load_document
 from sbs_edge.bench.kernels import peers as kernel_peers
 from sbs_edge.bench.kernels.bench import KernelOptions, _unusable, measure_kernels
@@ -23,6 +22,8 @@ from sbs_edge.bench.kernels.peers import FLOOR, PEERS, Peer
 from sbs_edge.bench.kernels.tables import kernel_tables
 from sbs_edge.bench.kernels.worker import CaseRunner
 from sbs_edge.bench.peers.system import Spec
+from sbs_edge.bench.report import docs
+from sbs_edge.bench.report.document import write_report
 from sbs_edge.errors import UsageError
 
 CASE = Case(24, 8, 50, padding=0.25)
@@ -368,9 +369,9 @@ def test_the_command_measures_in_processes_of_their_own(
     [
         (["--shapes", "1,2"], "triples"),
         (["--shapes", "a,b,c"], "whole numbers"),
-        (["--dtype", "int8"], "--dtype takes"),
+        (["--dtype", "int8"], "dtype takes"),
         (["--padding", "100"], "below 100"),
-        (["--data", "student"], "needs --student"),
+        (["--data", "student"], "needs a student"),
         (["--peers", "nobody"], "found nobody"),
         (["--device", "tpu"], "--device takes"),
     ],

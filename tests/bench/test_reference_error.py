@@ -1,4 +1,4 @@
-"""What the kernel bench measures against: its inputs, its float64 truth and its tolerance."""
+"""Inputs, float64 reference and tolerance of the kernel bench."""
 
 from __future__ import annotations
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbs_edge.bench.core import docs, registry
 from sbs_edge.bench.core.tables import markdown
+from sbs_edge.bench.report import docs
+from sbs_edge.bench.report.document import pictures_of
 from sbs_edge.bench.serving import scenarios
 from sbs_edge.bench.serving.client import (
-    Alone,
+    BlockingClient,
     Client,
     Outcome,
     Record,
@@ -26,6 +27,7 @@ from sbs_edge.bench.serving.client import (
 )
 from sbs_edge.bench.serving.server import shared_cores
 from sbs_edge.bench.serving.tables import serving_tables
+from sbs_edge.cli.app import main
 
 
 class Peer:
@@ -97,7 +99,7 @@ def test_answers_are_read_whole_however_they_are_cut(cuts, closing):
 @given(cuts=st.lists(st.integers(0, 60), max_size=5), closing=st.booleans())
 def test_a_lone_connection_reads_whole_answers_and_says_when_there_is_none(cuts, closing):
     def ask(port):
-        with Alone(port, timeout_s=20) as client:
+        with BlockingClient(port, timeout_s=20) as client:
             for raw, _ in jobs(1 if closing else 3):
                 assert client.ask(raw) == (200, raw[raw.index(b"\r\n\r\n") + 4 :])
             if closing:
@@ -236,34 +238,73 @@ def test_a_missed_promise_is_marked_on_the_page(tmp_path, held):
     assert "2.5 ms after a request was due, its loop 1.5 ms" in page
     assert page.count(", missed**") == (0 if held else 5)
     assert "95.0 % of 4000 texts a second (median of 3 turns, 90.0 % to 97.0 %)" in page
-    assert registry.pictures_of(document(held)) == []
+    assert pictures_of(document(held)) == []
 
 
 @pytest.mark.long
 def test_the_bench_gathers_scenarios_in_one_document(bundles, tmp_path):
     """Short: the figures mean nothing here, their consistency does."""
-    out = tmp_path / "serving.json"
-    short = ("--seconds", "2", "--requests", "400", "--soak-seconds", "60", "--out", out)
-    command = [sys.executable, "-P", "-m", "sbs_edge.bench.serving.bench"]
+    out = tmp_path / "serving"
+    short = ("--minutes", "0.034", "--requests", "400", "--soak-minutes", "1", "--out", out)
+    command = [sys.executable, "-P", "-m", "sbs_edge", "bench", "serving"]
     for scenario, options in (("overload", ()), ("overload", ("--no-pin",)), ("soak", ())):
         done = subprocess.run(
             [*command, scenario, bundles["closed"], *short, *options],
             capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert done.returncode in (0, 1), done.stderr[-3000:]
-        assert json.loads(done.stdout.splitlines()[-1]) == json.loads(out.read_text())
-    figures = json.loads(out.read_text())["scenarios"]
+        assert json.loads(done.stdout.splitlines()[-1]) == json.loads((out / "result.json").read_text())
+    document = json.loads((out / "result.json").read_text())
+    figures = document["scenarios"]
     assert set(figures) == {"overload", "overload_shared", "soak"}
     for name in figures:
         assert sum(figures[name]["codes"].values()) == figures[name]["requests"], name
     assert figures["soak"]["requests"] + figures["soak"]["unsent_by_client"] == 400
     assert figures["soak"]["threads"]["start"] == figures["soak"]["threads"]["end"]
-    (table,) = serving_tables(json.loads(out.read_text()))
+    (table,) = serving_tables(document)
     assert markdown(table).count("\n|") == len(table.rows) + 2
     other = subprocess.run(
         [*command, "latency", bundles["choices"], *short], capture_output=True, text=True, check=False
     )
-    assert "holds other figures" in other.stderr
+    assert other.returncode == 2
+    assert "holds other figures" in " ".join(other.stderr.split())
+
+
+def test_the_server_is_compared_with_plain_fastapi(bundles, tmp_path):
+    """Turns of a few hundredths of a second: what is asked and answered counts, no time does."""
+    pytest.importorskip("fastapi")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "sbs_edge", "bench", "serving", "plain", bundles["closed"],
+         "--minutes", "0.001", "--rounds", "1", "--no-pin", "--out", tmp_path],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["command"][:4] == ["sbs-edge", "bench", "serving", "plain"]
+    plain = document["scenarios"]["plain_shared"]
+    assert list(plain["cases"]) == ["1 x 1", "8 x 1", "64 x 1", "1 x 16", "8 x 16", "64 x 16"]
+    for name, case in plain["cases"].items():
+        assert case["failed"] == 0, name
+        assert len(case["ratios"]) == 1, name
+        assert case["plain_per_s"] > 0, name
+        assert case["ratio"] == pytest.approx(case["serve_per_s"] / case["plain_per_s"], rel=0.01), name
+    assert done.returncode == int(not all(plain["held"].values()))
+    text = (tmp_path / "result.md").read_text()
+    assert text.count("texts a request, against plain FastAPI") == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing", "x"], "SCENARIO is one of latency,"),
+        (["latency"], "Give either a bundle or --shape"),
+        (["latency", "x", "--shape", "tiny"], "Give either a bundle or --shape"),
+        (["latency", "--shape", "giant"], "no shape 'giant'"),
+    ],
+)
+def test_the_command_rejects_wrong_arguments(arguments, message, capsys):
+    assert main(["bench", "serving", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.long

@@ -87,7 +87,7 @@ def test_other_conditions_are_named(document: dict[str, Any]) -> None:
     ("content", "message"),
     [
         ("nonsense", "not JSON"),
-        ("[]", "no result"),
+        ("[]", "not a result"),
         ('{"rows": [], "format": 99}', "format 99"),
         ('{"rows": [{"colour": 1}], "format": 1}', "a row"),
     ],

@@ -5,14 +5,19 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sbs_edge.bench.core import docs, tables
+from sbs_edge.bench.core import tables
 from sbs_edge.bench.core.pictures import latency_pictures
-from sbs_edge.bench.core.report import SMOKE, markdown_report, page, write_report
+from sbs_edge.bench.core.results import load_document
+from sbs_edge.bench.report import docs, picture
+from sbs_edge.bench.report import document as document_module
+from sbs_edge.bench.report.document import SMOKE, markdown_report, page, write_report
+from sbs_edge.cli.app import main
 
 
 def test_every_system_has_a_row_and_a_peer_that_failed_says_why(document: dict[str, Any]) -> None:
@@ -91,9 +96,9 @@ def test_the_report_is_written_whole(document: dict[str, Any], tmp_path: Path) -
 
 def test_the_benchmarks_page_is_up_to_date(repository: Path) -> None:
     page_file = repository / docs.PAGE
-    assert page_file.is_file(), "run: python -m sbs_edge.bench.core.docs"
+    assert page_file.is_file(), "run: sbs-edge bench docs"
     assert page_file.read_text(encoding="utf-8") == docs.generate(repository / docs.RESULTS), (
-        "docs/benchmarks.md is out of date; run: python -m sbs_edge.bench.core.docs"
+        "docs/benchmarks.md is out of date; run: sbs-edge bench docs"
     )
 
 
@@ -107,9 +112,50 @@ def test_the_newest_result_is_shown_and_older_ones_are_listed(
             json.dumps({**document, "created": f"2026-01-{day}T00:00:00+00:00"})
         )
     (results / "other.json").write_text(json.dumps({"kind": "of another program"}))
-    assert docs.main(tmp_path) == 0
-    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    text = docs.generate(results)
     assert "Source: `bench/results/m-2026-01-02.json`" in text
     assert "Older results of the same: `m-2026-01-01.json`" in text
     assert text.count("Label, ms") == 1
-    assert docs.main(tmp_path / "nowhere") == 1
+
+
+def test_the_docs_command_writes_page_and_picture(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    shutil.copytree(repository / docs.RESULTS, tmp_path / docs.RESULTS)
+    assert main(["bench", "docs", "--root", str(tmp_path)]) == 0
+    assert (tmp_path / docs.PAGE).read_text() == docs.generate(repository / docs.RESULTS)
+    assert (tmp_path / picture.PICTURE).read_text() == picture.peers_svg(repository / docs.RESULTS)
+    assert main(["bench", "docs", "--root", str(tmp_path / "docs")]) == 2
+    assert "give the root of the repository" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_picture_shows_the_committed_figures(repository: Path) -> None:
+    svg = (repository / picture.PICTURE).read_text(encoding="utf-8")
+    shown = re.findall(r">([^<>]+)</(?:text|tspan)>", svg)
+    results = repository / docs.RESULTS
+    accuracy = picture.accuracy_bars(load_document(results / picture.ACCURACY))
+    latency = picture.latency_bars(load_document(results / picture.LATENCY))
+    assert [value for _, value, _ in accuracy] == [98.6, 25.3]
+    assert latency[0][0] == "sbs-edge, int8"
+    assert {name for name, _, _ in latency if name.endswith("*")} == {"onnxruntime, int8*", "optimum, int8*"}
+    wanted = [f"{value:.1f} %" for _, value, _ in accuracy]
+    wanted += [text for name, value, _ in latency for text in (name, f"{value:.1f}")]
+    assert set(wanted) <= set(shown), "run: sbs-edge bench docs"
+    assert "<dc:date>" not in svg
+
+
+def test_an_older_serving_command_is_shown_as_it_is_given_today() -> None:
+    command = ["python", "-m", "sbs_edge.bench.serving", "all", "runs/b", "--out", "runs/s.json"]
+    assert tables._command({"command": command}) == "sbs-edge bench serving all runs/b --out runs/s"
+    assert tables._command({"command": ["sbs-edge", "bench", "all "]}) == "sbs-edge bench all "
+
+
+def test_committed_results_can_be_read(repository: Path) -> None:
+    kinds = set()
+    for path in (repository / docs.RESULTS).glob("*.json"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kinds.add(document["kind"])
+        if document["kind"] in document_module.HEADINGS or document["kind"] in ("scale", "stream-rows"):
+            assert document_module.tables_of(document)
+    assert kinds == {"builtin", "kernels", "latency", "scale", "serving", "stream-rows", "train"}

@@ -1,47 +1,47 @@
-"""Generates ``docs/benchmarks.md`` from the committed results: ``python -m sbs_edge.bench.core.docs``.
+"""``sbs-edge bench docs``: ``docs/benchmarks.md`` and the README's picture, from the committed results.
 
-The newest result of each kind, machine and model is shown in full, older ones are listed.
+The newest result of each kind, machine and model is shown in full; older ones are listed.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from sbs_edge import files
 from sbs_edge.bench.core import tables
-from sbs_edge.bench.core.registry import HEADINGS, tables_of
-from sbs_edge.errors import DataError
+from sbs_edge.bench.report.document import HEADINGS, tables_of
+from sbs_edge.bench.report.picture import PICTURE, peers_svg
+from sbs_edge.errors import DataError, UsageError
 
-__all__ = ["generate", "main"]
+__all__ = ["generate", "write_docs"]
 
 RESULTS, PAGE = Path("bench/results"), Path("docs/benchmarks.md")
 _INTRO = """# Benchmarks
 
 This page is generated from the JSON files in `bench/results/`; do not edit it.
-`python -m sbs_edge.bench.core.docs` writes it again, and a test checks that it is up to date.
+`sbs-edge bench docs` writes it again, and a test checks that it is up to date.
 
-How it is measured: every system in its own process, pinned to the same processors with the same number of
-threads, warmed, asked in turn (A B C, then B C A, ...), so that a machine that drifts drifts for all of them.
-Text goes in and a label or a rationale comes out: tokenising counts for everyone. Peers answer a label
-question by generating the label and the end-of-sequence token, as their users do, and as a second row only
-one token. Ratios are of medians, with the 95 % bootstrap interval over the interleaved rounds; a system whose
-answers are worse than the peer's (by more than 1 point on a trained student, 5 on random weights) gets no
-ratio. Repeat it with the command given under each result.
+Every system runs in its own process, pinned to the same processors with the same number of threads. Systems are
+warmed up and then asked in turn (A B C, then B C A, ...), so that a change of the machine's speed affects all of them.
+Text goes in and a label or a rationale comes out, so tokenizing counts for every system. Peers answer the label task
+by generating the label and the end-of-sequence token, as their users do; a second row generates one token only.
+Ratios are of medians, with the 95 % bootstrap interval over the interleaved rounds. A system whose answers are worse
+than the peer's (by more than 1 point on a trained student, 5 on random weights) gets no ratio. The command under each
+result repeats it.
 
 Rows named "label only" are the same student exported without the graph for rationales (`--label-only`), and with the
-input vocabulary pruned to its rows and a margin (`--prune-input-vocabulary`): their speed is the bundle's own, so only
-answers, cold start, memory and size are measured. A bundle's cold start uses this machine's caches (weights in the
-order its kernels read them, digests of unchanged files), made when the bundle was first loaded; Python's byte code
+input vocabulary pruned to its rows and a margin (`--prune-input-vocabulary`). Their speed is that of the full bundle,
+so only answers, cold start, memory and size are measured. The cold start of a bundle uses the machine's caches (weights
+in the order in which its kernels read them, digests of unchanged files), which the first load fills. Python's byte code
 is compiled beforehand for every system, as an installation does.
 
-The kernel bench times losses, not answers: all of them in one process on the same tensors, in the same
-interleaved rounds, with their gradient errors against float64 beside their times.
+The kernel bench times losses, not answers. All losses run in one process on the same tensors, in the same
+interleaved rounds, and their gradient errors against float64 stand beside their times.
 
 Differences under about 15 % are noise on an ordinary machine. Random weights give real latency, size and
-memory; they say nothing about accuracy after quantisation, which `sbs-edge export` guards on trained ones.
+memory. They say nothing about accuracy after quantization, which `sbs-edge export` checks on trained weights.
 """
 
 
@@ -88,15 +88,18 @@ def generate(results: Path) -> str:
     return "\n".join(parts)
 
 
-def main(root: Path | None = None) -> int:
-    """Write the page of the repository in ``root`` (the working directory); 1 outside a repository."""
-    root = root or Path.cwd()
-    if not (root / RESULTS).is_dir():
-        sys.stderr.write(f"There is no {RESULTS} here: run it in the root of the repository.\n")
-        return 1
-    files.write_text(root / PAGE, generate(root / RESULTS))
-    return 0
+def write_docs(root: Path) -> list[Path]:
+    """Write the page and the picture of the repository in ``root``; return their paths.
 
+    Raises:
+        UsageError: ``root`` has no ``bench/results``.
+        DataError: a result cannot be read.
 
-if __name__ == "__main__":
-    sys.exit(main())
+    """
+    results = root / RESULTS
+    if not results.is_dir():
+        raise UsageError(f"{root.resolve()} has no {RESULTS}: give the root of the repository.")
+    contents = {PAGE: generate(results), PICTURE: peers_svg(results)}
+    for path, content in contents.items():
+        files.write_text(root / path, content)
+    return [root / path for path in contents]

@@ -15,15 +15,16 @@ from sbs_edge.bench.core.results import Row, load_document
 from sbs_edge.bench.latency.bench import LatencyOptions, set_up
 from sbs_edge.bench.latency.quality import withheld
 from sbs_edge.bench.latency.ratios import ratios
-from sbs_edge.bench.latency.workers import Contest, Entry, Inputs
+from sbs_edge.bench.latency.workers import Benchmark, Entry, Inputs
 from sbs_edge.bench.training.bench import largest_difference
+from sbs_edge.bench.training.stream_rows import slope_mb
 from sbs_edge.cli.app import main
 from sbs_edge.errors import UsageError
 
 Cli = Callable[..., "CompletedProcess[str]"]
 
 
-def _contest(mine: float, other: float) -> tuple[Contest, list[Row]]:
+def _benchmark(mine: float, other: float) -> tuple[Benchmark, list[Row]]:
     ours = Entry("sbs-edge:cpu-int8", None, facts={"quality": {"label accuracy": mine}})
     peer = Entry("ctranslate2", None, facts={"quality": {"label accuracy": other}})
     inputs = Inputs([], len, [], random_weights=False, max_source_tokens=64, seed=0)
@@ -31,14 +32,14 @@ def _contest(mine: float, other: float) -> tuple[Contest, list[Row]]:
         Row("label", ours.name, "label", "batch 1", "ms", "lower", 5.0, [5.0, 5.0]),
         Row("label", peer.name, "label+eos", "batch 1", "ms", "lower", 10.0, [10.0, 10.0]),
     ]
-    return Contest([ours, peer], inputs, {}), rows
+    return Benchmark([ours, peer], inputs, {}), rows
 
 
 def test_a_fast_wrong_answer_prints_no_speed_up() -> None:
-    (fine,) = ratios(*_contest(90.0, 90.5))
+    (fine,) = ratios(*_benchmark(90.0, 90.5))
     assert fine.ratio is not None
     assert fine.ratio["value"] == 2.0
-    (wrong,) = ratios(*_contest(50.0, 90.0))
+    (wrong,) = ratios(*_benchmark(50.0, 90.0))
     assert wrong.ratio is None
     assert wrong.withheld is not None
     assert "50.0 % right against 90.0 %" in wrong.withheld
@@ -47,20 +48,20 @@ def test_a_fast_wrong_answer_prints_no_speed_up() -> None:
 
 
 def test_a_share_of_ones_own_capacity_is_not_compared() -> None:
-    contest, _ = _contest(90.0, 90.0)
+    benchmark, _ = _benchmark(90.0, 90.0)
     rows = [
         Row("open_loop", entry.name, "", case, "ms", "lower", 5.0, [5.0, 5.0])
-        for entry in contest.entries
+        for entry in benchmark.entries
         for case in ("50% of its capacity", "common rate")
     ]
-    assert [row.case for row in ratios(contest, rows)] == ["common rate"]
+    assert [row.case for row in ratios(benchmark, rows)] == ["common rate"]
 
 
 def test_a_bundle_alone_is_told_where_its_student_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sbs_edge.bench.latency.bench.read_manifest", lambda _: {})
-    with pytest.raises(UsageError, match=r"is not beside it .*--student"):
+    with pytest.raises(UsageError, match=r"is not next to it .*give the student directory"):
         set_up(LatencyOptions(bundles=(tmp_path,)), lambda _: None)
 
 
@@ -135,7 +136,7 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
 
 def test_latency_refuses_what_it_cannot_measure(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     for arguments, message in (
-        ([], "Give bundles to measure, or --shape"),
+        ([], "Give either bundles to measure or a shape"),
         ([str(tmp_path / "nowhere")], "nowhere is no bundle: there is no such directory"),
         (["--shape", "giant"], "no shape 'giant'"),
         (["--shape", "tiny", "--sources", "a"], "--sources takes whole numbers"),
@@ -168,3 +169,28 @@ def test_train_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
 
 def test_a_loss_curve_is_judged_by_its_largest_relative_difference() -> None:
     assert largest_difference([2.0, 1.0], [2.0, 1.1]) == pytest.approx(0.1 / 1.1)
+
+
+def test_streamed_rows_are_counted_and_too_much_memory_is_exit_1(sbs_edge_cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    done = sbs_edge_cli(
+        "bench", "stream-rows", "--rows", "1001", "--max-rss-mb", "1", "--out", tmp_path / "out"
+    )
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (document["rows"], document["steps"], document["max_rss_mb"]) == (1001, 3, 1.0)
+    assert document["rss_mb"][-1][0] == 1001
+    assert "| 1,001 |" in (tmp_path / "out" / "result.md").read_text()
+
+
+def test_growth_of_memory_is_a_least_squares_slope() -> None:
+    assert slope_mb([(0, 1.0), (500_000, 1.0), (1_000_000, 4.0)]) == pytest.approx(3.0)
+    assert slope_mb([(7, 5.0)]) == 0.0
+
+
+def test_every_benchmark_has_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("latency", "train", "kernels", "serving", "scale", "stream-rows", "gpu", "compare", "docs"):
+        assert f" {name} " in shown

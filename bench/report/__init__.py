@@ -1,0 +1,1 @@
+"""Reports of results: tables, pictures, one page, and the generated documentation."""
