@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from sbs_edge import files
 from sbs_edge.data.example import TaskSpec
 from sbs_edge.errors import UsageError
 from sbs_edge.training.checkpoint import CARD, Checkpoint, open_checkpoint, weight_files
-from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.training.student_dir import MadeFiles, StudentDir
 from sbs_edge.training.tokens import checkpoint_tokenizer, write_tokenizer
 
 __all__ = ["CHECKPOINT_MODE", "open_student"]
@@ -75,10 +74,10 @@ def open_student(
     )
 
 
-def _companions(checkpoint: Checkpoint) -> tempfile.TemporaryDirectory[str]:
+def _companions(checkpoint: Checkpoint) -> MadeFiles:
     """Make the small files a bundle takes from a student: the fast tokenizer, and the configuration with its start."""
-    made = tempfile.TemporaryDirectory(prefix="sbs-edge-")
-    folder, config = Path(made.name), dict(checkpoint.config)
+    made = MadeFiles()
+    folder, config = made.folder, dict(checkpoint.config)
     pad, eos = (config.get(name) for name in ("pad_token_id", "eos_token_id"))
     tokenizer = checkpoint_tokenizer(checkpoint.tokenizer_folder, config["model_type"])
     if not (checkpoint.tokenizer_folder / "tokenizer.json").is_file():

@@ -65,7 +65,10 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="Student directory behind --data student.", show_default=False)
         ] = None,
         peers: Annotated[
-            str, typer.Option(help="Losses to compare with, by commas; an absent one becomes a row with the reason.")
+            str,
+            typer.Option(
+                help="Losses to compare with, by commas; an absent one becomes a row with the reason."
+            ),
         ] = "all",
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of every case at most.")] = 10,

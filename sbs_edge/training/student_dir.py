@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +27,19 @@ from sbs_edge.training.checkpoint import CARD, Checkpoint, open_checkpoint
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["CALIBRATION", "CARD", "FORMAT", "VALIDATION", "StudentDir"]
+__all__ = ["CALIBRATION", "CARD", "FORMAT", "VALIDATION", "MadeFiles", "StudentDir"]
 
 FORMAT = 1
 VALIDATION = "validation.jsonl"
 CALIBRATION = "calibration.jsonl"
+
+
+class MadeFiles:
+    """A temporary directory for small files of one student; it goes with the object."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="sbs-edge-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +64,7 @@ class StudentDir:
     mode: str
     card: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
-    made: tempfile.TemporaryDirectory[str] | None = None
+    made: MadeFiles | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StudentDir:
@@ -105,7 +115,7 @@ class StudentDir:
 
     def companion(self, name: str) -> Path:
         """Return the path of a small file beside the weights: one made for this checkpoint, or its own."""
-        made = Path(self.made.name) / name if self.made is not None else None
+        made = self.made.folder / name if self.made is not None else None
         return made if made is not None and made.is_file() else self.path / name
 
     def text_tokenizer(self) -> TextTokenizer:
