@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sbs_edge.training.train import train
 
 __all__ = ["Student", "__version__", "export", "train"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "Student": "sbs_edge.runtime.student",

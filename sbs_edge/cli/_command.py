@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from sbs_edge.cli._help import show_help
 from sbs_edge.cli._suggest import suggested
+from sbs_edge.disk import lacks_space
 from sbs_edge.errors import SbsEdgeError, UsageError
 
 __all__ = ["Command", "Group", "Interrupted", "install"]
@@ -61,6 +62,7 @@ class Command(TyperCommand):
 
         Raises:
             UsageError: a float option is NaN or infinite, which no range check refuses.
+            SbsEdgeError: the disk is full.
             Interrupted: instead of ``KeyboardInterrupt``, which typer turns into a silent exit code.
 
         """
@@ -71,8 +73,19 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            kept = _KEPT.get(self.name or "", _NOTHING) if ctx.parent.parent is None else _NOTHING
-            raise Interrupted(kept.format(**ctx.params)) from stop
+            raise Interrupted(self._kept(ctx)) from stop
+        except Exception as error:
+            if not lacks_space(error):
+                raise
+            where = getattr(error, "filename", None)
+            raise SbsEdgeError(
+                f"The disk is full{f' (while writing {where})' if where else ''}: no space left on the device, a quota, "
+                f"or a limit on the size of a file. Make room. {self._kept(ctx)}"
+            ) from error
+
+    def _kept(self, ctx: Any) -> str:
+        kept = _KEPT.get(self.name or "", _NOTHING) if ctx.parent.parent is None else _NOTHING
+        return kept.format(**ctx.params)
 
 
 class Group(TyperGroup):

@@ -7,7 +7,9 @@ default. The file is YAML or JSON: a mapping from flag names (dashes or undersco
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +18,14 @@ import yaml
 
 from sbs_edge import files
 from sbs_edge.cli._suggest import suggested
-from sbs_edge.errors import UsageError
+from sbs_edge.errors import MissingExtra, UsageError
 
 __all__ = [
     "ConfigOption",
     "DryRunOption",
     "JsonOption",
     "either",
+    "need",
     "print_json",
     "resolved",
     "save_resolved",
@@ -125,6 +128,18 @@ def either(ctx: typer.Context, name: str, other: str, flags: str) -> Any:
     if ranks[1] > ranks[0]:
         ctx.params[name] = second
     return ctx.params[name]
+
+
+def need(packages: Iterable[str], extra: str, purpose: str) -> None:
+    """Check, before any work, that the packages of an extra are installed.
+
+    Raises:
+        MissingExtra: one is not; the message says how to add it.
+
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtra(package, extra, purpose)
 
 
 def resolved(ctx: typer.Context) -> dict[str, Any]:

@@ -14,15 +14,18 @@ from sbs_edge.cli._common import (
     ConfigOption,
     DryRunOption,
     JsonOption,
+    need,
     print_json,
     resolved,
     save_resolved_beside,
 )
 from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
-from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.errors import UsageError
 from sbs_edge.progress import heartbeat
 
-__all__ = ["register"]
+__all__ = ["EXPORTING", "register"]
+
+EXPORTING = ("onnx", "onnxruntime", "torch", "transformers", "safetensors")
 
 
 class Layout(StrEnum):
@@ -156,11 +159,9 @@ def register(app: typer.Typer) -> None:
 
         Example: sbs-edge export runs/latest/students/step-by-step --out bundle --target cpu-int8
         """
-        try:
-            import onnx  # noqa: F401
-            import torch  # noqa: F401
-        except ImportError as error:
-            raise MissingExtra(error.name or "onnx", "export", "sbs-edge export") from error
+        need(EXPORTING, "export", "sbs-edge export")
+        if single_file:
+            need(("onnxruntime_extensions", "sentencepiece"), "single-file", "Embedding the tokenizer")
         from sbs_edge.export.checkpoint import open_student
         from sbs_edge.export.targets import targets_named
 

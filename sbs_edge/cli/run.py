@@ -13,6 +13,7 @@ from sbs_edge.cli._common import (
     ConfigOption,
     DryRunOption,
     JsonOption,
+    need,
     print_json,
     resolved,
     save_resolved,
@@ -32,7 +33,10 @@ from sbs_edge.cli._data_options import (
     judge,
 )
 from sbs_edge.cli._fields import parse_fields
+from sbs_edge.cli.export import EXPORTING
+from sbs_edge.cli.train import TRAINING
 from sbs_edge.errors import GuardError
+from sbs_edge.lock import held
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
@@ -122,6 +126,8 @@ def register(app: typer.Typer) -> None:
 
         Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000
         """
+        need(TRAINING, "train", "Training")
+        need(EXPORTING, "export", "sbs-edge run")
         from sbs_edge.pipelines.run import RunConfig, arms_for
         from sbs_edge.pipelines.run import run as run_pipeline
         from sbs_edge.training.config import TrainConfig, make_config
@@ -159,11 +165,12 @@ def register(app: typer.Typer) -> None:
             print_json(plan) if json else console.print(plan)
             return
         out.mkdir(parents=True, exist_ok=True)
-        save_resolved(ctx, out / "config.yaml")
         try:
-            report = run_pipeline(
-                splits, out, settings, say=lambda line: console.print(line, style="dim", markup=False)
-            )
+            with held(out, "run"):
+                save_resolved(ctx, out / "config.yaml")
+                report = run_pipeline(
+                    splits, out, settings, say=lambda line: console.print(line, style="dim", markup=False)
+                )
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 

@@ -17,6 +17,7 @@ from sbs_edge.cli._common import (
     ConfigOption,
     DryRunOption,
     JsonOption,
+    need,
     print_json,
     resolved,
     save_resolved,
@@ -34,13 +35,15 @@ from sbs_edge.cli._data_options import (
     judge,
 )
 from sbs_edge.cli._fields import field_options
-from sbs_edge.errors import MissingExtra
 from sbs_edge.training.config import TrainConfig, make_config
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
-__all__ = ["register"]
+__all__ = ["TRAINING", "register"]
+
+# Training imports each of them sooner or later; a missing one is named before any work.
+TRAINING = ("torch", "transformers", "accelerate", "safetensors")
 
 
 def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
@@ -143,11 +146,7 @@ def register(app: typer.Typer) -> None:
 
         Examples: sbs-edge train; sbs-edge train rows.jsonl --model google/flan-t5-small --max-steps 2000
         """
-        try:
-            import torch  # noqa: F401
-            import transformers  # noqa: F401
-        except ImportError as error:
-            raise MissingExtra(error.name or "torch", "train", "Training") from error
+        need(TRAINING, "train", "Training")
 
         settings = make_config(
             None, {name: _plain(value) for name, value in fields.items() if value is not None}

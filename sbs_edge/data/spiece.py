@@ -32,7 +32,7 @@ class SpieceModel:
         pieces: each piece's text, score (log probability) and type, in the order of ids.
         algorithm: 1 for Unigram, 2 for BPE.
         unknown: id of the unknown piece.
-        bytes: whether unknown characters are spelled in byte pieces.
+        byte_fallback: whether unknown characters are spelled in byte pieces.
         charsmap: the compiled normalisation rules; empty: none.
         prefix: whether a space is put before the text.
         squeeze: whether spaces at both ends are removed and runs of them become one.
@@ -41,7 +41,7 @@ class SpieceModel:
     pieces: tuple[tuple[str, float, int], ...]
     algorithm: int
     unknown: int
-    bytes: bool
+    byte_fallback: bool
     charsmap: bytes
     prefix: bool
     squeeze: bool
@@ -95,7 +95,7 @@ def read_spiece(path: str | Path) -> SpieceModel:
         normalizer: dict[int, Any] = {}
         for number, value in _fields(data):
             if number == 1:
-                piece = {1: b"", 2: b"\0\0\0\0", 3: NORMAL} | dict(_fields(value))
+                piece: dict[int, Any] = {1: b"", 2: b"\0\0\0\0", 3: NORMAL} | dict(_fields(value))
                 pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece[2])[0], piece[3]))
             elif number == 2:
                 trainer.update(_fields(value))
@@ -144,7 +144,7 @@ def spiece_tokenizer(path: str | Path, extra: Sequence[str] = ()) -> Tokenizer:
             "checkpoint's fast tokenizer as tokenizer.json beside it."
         )
     scored = [(piece, score) for piece, score, _ in model.pieces]
-    tokenizer = Tokenizer(models.Unigram(scored, model.unknown, model.bytes))
+    tokenizer = Tokenizer(models.Unigram(scored, model.unknown, model.byte_fallback))
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.squeeze:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -152,7 +152,9 @@ def spiece_tokenizer(path: str | Path, extra: Sequence[str] = ()) -> Tokenizer:
     scheme = "always" if model.prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme)
     spelled = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), spelled]) if model.bytes else spelled
+    tokenizer.decoder = (
+        decoders.Sequence([decoders.ByteFallback(), spelled]) if model.byte_fallback else spelled
+    )
     tokenizer.add_special_tokens(
         [AddedToken(piece, normalized=False) for piece, _, kind in model.pieces if kind in (UNKNOWN, CONTROL)]
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sbs_edge.errors import IntegrityError, UsageError
+from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
 
 __all__ = [
     "DIGEST",
@@ -18,6 +18,7 @@ __all__ = [
     "MANIFEST",
     "ROLES",
     "file_digest",
+    "no_bundle",
     "read_manifest",
     "safe_member",
     "safe_name",
@@ -96,6 +97,16 @@ def safe_member(root: Path, name: str) -> Path:
     return path
 
 
+def no_bundle(root: Path) -> SbsEdgeError:
+    """Return the error for a directory without a manifest: a student in a bundle's place, or something else."""
+    if (root / "config.json").is_file():
+        return UsageError(
+            f"{root} is a student or another checkpoint, not a bundle. Export it first, and give what that writes: "
+            f"sbs-edge export {root} --out {root.with_name(root.name + '.bundle')}"
+        )
+    return IntegrityError(f"{root} is not a bundle: it has no {MANIFEST}. Make one with sbs-edge export.")
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """Read ``manifest.json``, check it against its digest file and check its shape.
 
@@ -107,7 +118,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         what = "it is a file" if root.is_file() else "there is no such directory"
         raise UsageError(f"{root} is no bundle: {what}. Check the path, or make one with sbs-edge export.")
     if not os.path.lexists(root / MANIFEST):
-        raise IntegrityError(f"{root} is no bundle: it has no {MANIFEST}. Make one with sbs-edge export.")
+        raise no_bundle(root)
     path, digest = safe_member(root, MANIFEST), safe_member(root, DIGEST)
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest.")

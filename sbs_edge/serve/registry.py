@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
+from sbs_edge.errors import SbsEdgeError, UsageError
+from sbs_edge.runtime.manifest import no_bundle
 from sbs_edge.serve import errors
 from sbs_edge.serve.engine import Loader
 from sbs_edge.serve.loading import fingerprint_of, load_engine, new_version
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
-from sbs_edge.serve.models import MANIFEST, NAME, Model, ModelVersion
+from sbs_edge.serve.models import NAME, Model, ModelVersion
 from sbs_edge.serve.process_settings import lower_thread_priority
 from sbs_edge.serve.settings import ServeSettings
 
@@ -118,9 +119,7 @@ class Registry:
                     model.refused.clear()
                 failure = await self._refresh_model(model)
                 if first and not model.versions:
-                    raise failure or IntegrityError(
-                        f"{model.source} holds no bundle: there is no {MANIFEST}."
-                    )
+                    raise failure or no_bundle(model.source)
             if self._in_service() != before:
                 self.on_change()
 

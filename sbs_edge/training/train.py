@@ -6,6 +6,7 @@ The directory ``out`` is written once, whole, at the end. What is needed to resu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,6 +30,7 @@ from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
 from sbs_edge.label_tokens import check_choices, label_ids, spelling_of_rows, spelling_sentences
+from sbs_edge.lock import held
 from sbs_edge.resources import limit_torch_threads
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id
 from sbs_edge.training.checkpoint import Checkpoint, open_checkpoint
@@ -234,7 +236,10 @@ def train(
         from sbs_edge.data.load import load_splits
 
         splits = load_splits(data if data is None else str(data), **(data_options or {}))
-    return _run(splits, Path(out), settings, stream, started)
+    # Under torchrun the first process writes, and holds the place for all.
+    alone = held(out, "training") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+    with alone:
+        return _run(splits, Path(out), settings, stream, started)
 
 
 def _run(

@@ -290,8 +290,11 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             target = Path(self.args.output_dir) / BEST
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(".tmp")
-            save_file(state, partial)
-            os.replace(partial, target)
+            try:
+                save_file(state, partial)
+                os.replace(partial, target)
+            finally:
+                partial.unlink(missing_ok=True)  # a full disk needs the room
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained parameters of a checkpoint, whole, once."""
@@ -338,7 +341,11 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             shutil.rmtree(partial.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(partial.parent, ignore_errors=True)  # a full disk needs the room
+            raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             files.write_json(

@@ -181,4 +181,4 @@ def test_input_and_output_are_other_names(tiny_bundle: Path, sbs_edge_cli: Run, 
     for both in ((rows, "--input", rows), ("--input", rows, "--out", out, "--output", out)):
         done = sbs_edge_cli("predict", tiny_bundle, *both)
         assert done.returncode == 2
-        assert "two names of one thing" in done.stderr
+        assert "two names of the same option" in done.stderr

@@ -1,0 +1,66 @@
+"""One process at a time writes into a place: a lock that names its holder and ends with it. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from sbs_edge.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; there two processes are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["held"]
+
+
+@contextlib.contextmanager
+def held(place: str | os.PathLike[str], doing: str) -> Iterator[None]:
+    """Hold ``place``, a directory that is going to be written, until the block ends.
+
+    The lock is the system's on ``.NAME.lock`` beside it: when the process that holds it dies, however it dies, the
+    next one takes it over.
+
+    Args:
+        place: the directory; it need not be there yet.
+        doing: a noun for what the holder does, such as "training", for the message of the one that comes later.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    target = Path(place).absolute()
+    path = target.with_name(f".{target.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = _locked(path, target, doing)
+    try:
+        os.ftruncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.close(fd)
+
+
+def _locked(path: Path, target: Path, doing: str) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if fcntl is None:
+            return fd
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(fd, 200).decode("utf-8", "replace") or "another process"
+            os.close(fd)
+            raise UsageError(
+                f"A {doing} of {holder} is already writing to {target}. Wait for its end, or give another directory."
+            ) from error
+        # The holder before may have removed the file between opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(fd).st_ino == path.stat().st_ino:
+                return fd
+        os.close(fd)
