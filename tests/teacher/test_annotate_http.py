@@ -313,7 +313,7 @@ def test_input_and_output_are_other_names(http_teacher, desk, raw_rows, tmp_path
     assert len(read_examples(out).examples) == 4
     for wrong, said in (
         ((data, "--input", data), "INPUT and --input are two names of the same option"),
-        ((data, "--out", out, "--output", out), "--out and --output are two names of one thing"),
+        ((data, "--out", out, "--output", out), "--out and --output are two names of the same option"),
         ((), "name the rows as INPUT, or with --input"),
     ):
         done = run(*wrong)

@@ -115,7 +115,7 @@ def test_a_disk_that_fills_up_half_way(
     assert disk.met
     assert code == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "No space left on device" in said
+    assert "The disk is full" in said
     assert "Traceback" not in said
     previous()
     Bundle.open(tmp_path / "out")
