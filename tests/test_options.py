@@ -181,4 +181,4 @@ def test_guard_rows_that_cannot_be_used_may_be_left_out(sbs_edge_cli: Run, tmp_p
     assert "--skip-bad-rows" in done.stderr
     left = sbs_edge_cli("evaluate", tmp_path, *flags, "--skip-bad-rows")
     assert "1 malformed row(s) left out; the first: " in left.stderr
-    assert "is no student" in left.stderr
+    assert "is not a checkpoint: it has no config.json" in left.stderr

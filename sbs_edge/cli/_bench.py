@@ -10,14 +10,24 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from sbs_edge import files
 from sbs_edge.cli._common import print_json, save_resolved
 from sbs_edge.errors import MissingExtra, UsageError
 
 __all__ = ["OutOption", "finish", "int_list", "names", "progress", "require"]
 
+
+def _writable(out: Path | None) -> Path | None:
+    """Raise if the results could not be kept in ``out``: before the measurement, not after it."""
+    if out is not None:
+        files.check_writable(out.expanduser() / "result.json")
+    return out
+
+
 OutOption = Annotated[
     Path | None,
     typer.Option(
+        callback=_writable,
         help="Directory for JSON, Markdown, pictures and a page; without it only stdout has the result.",
         show_default=False,
     ),

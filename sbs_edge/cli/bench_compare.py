@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         system: Annotated[
             str, typer.Option(help="Judge systems whose name starts with this; '' judges the peers too.")
         ] = "sbs-edge",
-        json_only: JsonOption = False,
+        json: JsonOption = False,
     ) -> None:
         """Show the figures that became worse from FIRST to SECOND, with noise bounds; exit 1 if any did.
 
@@ -44,7 +44,7 @@ def register(app: typer.Typer) -> None:
         console = Console(stderr=True)
         for note in notes:
             console.print(f"differs: {note}", highlight=False, markup=False)
-        if json_only:
+        if json:
             print_json(
                 {"worse": len(worse), "conditions": notes, "changes": [item.as_dict() for item in changes]}
             )

@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
         stages: Annotated[
             str, typer.Option(help="Stages to run, by commas; default: all.", show_default=False)
         ] = "",
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Run every GPU measurement in order of importance, within --minutes.
@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
 
             write_report(document, out)
         save_resolved(ctx, out / "config.yaml")
-        if not json_only:
+        if not json:
             Console(stderr=True).print(summary(document), highlight=False, markup=False, soft_wrap=True)
         print_json(document)
         if not passed(document):

@@ -84,7 +84,7 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--quick", help="A smoke run: a tiny shape, two rounds; figures mean nothing.")
         ] = False,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Time, extra memory and gradient error of the loss, eager torch, compilers and fused peers.
@@ -122,4 +122,4 @@ def register(app: typer.Typer) -> None:
         )
         document = measure_kernels(options, progress)
         document["quick"] = quick
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)

@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--prepare-only", help="Convert, load and check the answers; time nothing.")
         ] = False,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Measure bundles and peers on the same weights, inputs, threads and minutes.
@@ -102,4 +102,4 @@ def register(app: typer.Typer) -> None:
         )
         document = measure_latency(options, progress)
         document["quick"] = quick
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)

@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians count.")] = 3,
         shard_rows: Annotated[int, typer.Option(min=1, help="Rows of an output shard, about.")] = 5000,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Measure the overhead and the scaling of offline scoring on Ray against a plain loop.
@@ -41,6 +41,6 @@ def register(app: typer.Typer) -> None:
         from sbs_edge.bench.scale.bench import measure
 
         document = measure(rows, bundle=bundle, rounds=rounds, shard_rows=shard_rows)
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)
         if not document["outputs_equal"]:
             raise typer.Exit(1)

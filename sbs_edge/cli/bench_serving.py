@@ -61,7 +61,7 @@ def register(app: typer.Typer) -> None:
         ] = True,
         workers: Annotated[int, typer.Option(min=1, help="Processes of each server in plain.")] = 1,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Measure the server over loopback; exit 1 if a goal was missed.
@@ -85,6 +85,6 @@ def register(app: typer.Typer) -> None:
         served = bundle or shape_to_bundle(shape, progress)
         earlier = gathered(out / "result.json", served) if out else None
         document = measure(Scenario(scenario), served, options, earlier, progress)
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)
         if not all(ok for part in document["scenarios"].values() for ok in part["held"].values()):
             raise typer.Exit(1)

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(min=1, help="Resident memory in MiB above which the exit code is 1.")
         ] = 1500.0,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Train on generated rows that are never held, and sample memory along the way.
@@ -39,6 +39,6 @@ def register(app: typer.Typer) -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             document = measure(rows, Path(folder) / "student", max_rss_mb=max_rss_mb)
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)
         if document["peak_rss_mb"] > max_rss_mb:
             raise typer.Exit(1)

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
         threads: Annotated[int, typer.Option(min=1, help="Compute threads of every step.")] = 1,
         seed: Annotated[int, typer.Option(min=0, help="Of weights and of the order of the data.")] = 0,
         out: OutOption = None,
-        json_only: JsonOption = False,
+        json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
         """Measure one optimizer step and one epoch against the two-forward step with full logits.
@@ -62,4 +62,4 @@ def register(app: typer.Typer) -> None:
             seed=seed,
         )
         document = measure_train(options, progress)
-        finish(document, out, ctx, json_only)
+        finish(document, out, ctx, json)

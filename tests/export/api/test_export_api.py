@@ -176,7 +176,10 @@ def test_bad_students_are_refused(make_student, trained, tmp_path: Path) -> None
         "no-tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
         "no-config": (lambda f: (f / "config.json").unlink(), "no config.json"),
         "broken-config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
-        "pickled": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "not a file of PyTorch"),
+        "pickled": (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "not a file of PyTorch",
+        ),
         "empty-label": (edit("sbs_edge.json", task={**task, "labels": ["go", " "]}), "has no token"),
         "same-label": (edit("sbs_edge.json", task={**task, "labels": ["go", "GO"]}), "same tokens"),
         "one-label": (edit("sbs_edge.json", task={**task, "labels": ["go"]}), "at least two"),
