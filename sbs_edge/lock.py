@@ -6,14 +6,17 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sbs_edge.errors import UsageError
 
+fcntl: Any
 try:
-    import fcntl
+    fcntl = import_module("fcntl")
 except ImportError:  # Windows has none; there two processes are not kept apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 __all__ = ["held"]
 

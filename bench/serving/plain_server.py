@@ -129,7 +129,11 @@ async def against_plain(
         rounds: turns of each server and case; the median counts.
     """
     many = ("--workers", str(workers)) if workers > 1 else ()
-    ours = ServerUnderTest(bundle, "--threads", str(threads), *many, "--no-access-log", cores=cores)
+    # A plain server rejects nothing, so neither does ours here.
+    unbounded = ("--max-queue-texts", "4096", "--max-queue-ms", "60000")
+    ours = ServerUnderTest(
+        bundle, "--threads", str(threads), *many, *unbounded, "--no-access-log", cores=cores
+    )
     cases: dict[str, Any] = {}
     with ours, PlainServer(bundle, threads, workers, cores) as plain:
         for connections, n_texts in CASES:

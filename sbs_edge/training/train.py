@@ -287,7 +287,8 @@ def _run(
     model.student.generation_config.decoder_start_token_id = settings.decoder_start_token_id
     label_tokens = label_ids(splits.task.labels, texts, settings.eos_token_id)
     check_choices(splits.train, texts, settings.eos_token_id)
-    spelling = spelling_of_rows(splits.train, texts)
+    learned = [dataclasses.replace(row, rationale=rationale_for(row, config.mode)) for row in splits.train]
+    spelling = spelling_of_rows(learned, texts)
     if first:
         for sentence in spelling_sentences(spelling):
             sys.stderr.write(f"{sentence}\n")

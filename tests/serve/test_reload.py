@@ -146,7 +146,7 @@ def test_a_bad_bundle_at_the_start_is_an_error_never_ready(hand, tmp_path):
         await service.close()
         (tmp_path / "nothing").mkdir()
         empty = served(hand, ("none", tmp_path / "nothing"))
-        with pytest.raises(IntegrityError, match="no bundle"):
+        with pytest.raises(IntegrityError, match="not a bundle"):
             await empty.registry.refresh(first=True)
         await empty.close()
         twice = served(hand, (None, tmp_path / "good"), (None, tmp_path / "good"))

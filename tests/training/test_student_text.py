@@ -120,3 +120,13 @@ def test_a_tokenizer_that_reads_otherwise_than_its_pieces_is_refused(tmp_path: P
     path.write_text(json.dumps(saved))
     with pytest.raises(UsageError, match=r"spiece\.model beside it"):
         checkpoint_tokenizer(tmp_path)
+
+
+def test_rationales_that_are_not_learned_are_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Example(str(i), f"text {i}", ("yes", "no")[i % 2], rationale="a , b") for i in range(16)]
+    splits = Splits(TaskSpec("t", "closed", ("yes", "no")), tuple(rows), tuple(rows[:4]))
+    small = {"d_model": 16, "d_ff": 16, "n_layers": 1, "n_decoder_layers": 1, "max_steps": 1, "trackers": ()}
+    train(splits, tmp_path / "labels", mode="finetune", **small)
+    assert "cannot spell" not in capsys.readouterr().err
