@@ -37,6 +37,8 @@ def load_checkpoint(name: str, dropout: float | None = None) -> Any:
         model, found = AutoModelForSeq2SeqLM.from_pretrained(
             name, config=settings, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
+    except UsageError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # RuntimeError: a tensor of another shape than config.json says.
         reason = " ".join(str(error).split())[:300].rstrip(".")
