@@ -188,8 +188,7 @@ def export(
     Example:
         >>> from sbs_edge import export
         >>> result = export("runs/student", "runs/bundle", targets=("cpu-int8", "cpu-fp32"))
-        >>> result.report["targets"]["cpu-int8"]["label_accuracy"]
-        0.98
+        >>> print(result.path, result.report["targets"]["cpu-int8"])
     """
     wanted = targets_named(tuple(targets))
     if any(width < 2 for width in beams):

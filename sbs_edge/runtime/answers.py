@@ -1,4 +1,4 @@
-"""What a student answers."""
+"""The answers of a student."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Explanation", "Prediction"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label.
+    """A label with its probability, from :meth:`Student.predict`.
 
     Attributes:
         label: the answer.
@@ -31,7 +31,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A rationale.
+    """A rationale, from :meth:`Student.explain`.
 
     Attributes:
         rationale: the text.

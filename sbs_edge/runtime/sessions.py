@@ -106,7 +106,7 @@ class Session:
                 found.add_session_config_entry(*EXACT_OPTION)
             found.intra_op_num_threads = threads
             found.inter_op_num_threads = 1
-            found.log_severity_level = 4 if digests else 3  # a cache that cannot be written is no error
+            found.log_severity_level = 4 if digests else 3  # a cache that cannot be written is not an error
             return found
 
         def create(graph: Path, chosen: Any) -> Any:

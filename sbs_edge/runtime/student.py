@@ -35,12 +35,10 @@ class Student:
         >>> from sbs_edge import Student
         >>> student = Student.from_pretrained("runs/latest/bundle")
         >>> answer = student.predict("the coil is frosted . the room is too cold .")
-        >>> answer.label, round(answer.probability, 3)
-        ('dispatch', 0.981)
-        >>> student.explain("the coil is frosted . the room is too cold .").rationale
-        'the coil is frosted , so the unit needs a technician .'
-        >>> [found.label for found in student.predict(["text one", "text two"])]
-        ['wait', 'wait']
+        >>> print(answer.label, answer.probability)
+        >>> print(student.explain("the coil is frosted . the room is too cold .").rationale)
+        >>> labels = [found.label for found in student.predict(["first text", "second text"])]
+        >>> probabilities = student.predict_proba(["first text", "second text"])  # float64 (2, K)
 
     A student is safe to share between threads. Calls run side by side and share the cores; each needs memory for
     its own activations, and all use one set of weights.
@@ -210,7 +208,6 @@ class Student:
 
         Example:
             >>> Student.from_pretrained("my-team/service-desk").save_pretrained("bundles/desk")
-            PosixPath('bundles/desk')
         """
         from sbs_edge.runtime.hub import copy_bundle
 
@@ -258,7 +255,7 @@ class Student:
     # -- labels ---------------------------------------------------------------------------------------
 
     @overload
-    def predict(
+    def predict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
         self,
         texts: str,
         labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
@@ -303,10 +300,8 @@ class Student:
             AnswerError: the model's scores of a text are not finite.
 
         Example:
-            >>> student.predict("the coil is frosted .").label
-            'dispatch'
-            >>> student.predict(["the coil is frosted ."], labels=["wait", "adjust"])[0].probabilities
-            {'wait': 0.62, 'adjust': 0.38}
+            >>> print(student.predict("the coil is frosted .").label)
+            >>> answers = student.predict(["the coil is frosted .", "pump is loud"], labels=["wait", "adjust"])
         """
         if isinstance(texts, str):
             return self.predict(
@@ -367,8 +362,7 @@ class Student:
             AnswerError: the model's scores of a text are not finite.
 
         Example:
-            >>> student.classes_[student.predict_proba(["the coil is frosted ."]).argmax(axis=1)]
-            array(['dispatch'], dtype=object)
+            >>> labels = student.classes_[student.predict_proba(["the coil is frosted ."]).argmax(axis=1)]
         """
         if isinstance(texts, str):
             row: np.ndarray = self.predict_proba([texts], truncate=truncate)[0]
@@ -478,7 +472,7 @@ class Student:
     # -- rationales -----------------------------------------------------------------------------------
 
     @overload
-    def explain(
+    def explain(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
         self,
         texts: str,
         max_new_tokens: int | None = None,
@@ -523,8 +517,7 @@ class Student:
             AnswerError: the model's scores of a text are not finite.
 
         Example:
-            >>> student.explain("the coil is frosted .", max_new_tokens=40).rationale
-            'the coil is frosted , so the unit needs a technician .'
+            >>> print(student.explain("the coil is frosted .", max_new_tokens=40).rationale)
         """
         if isinstance(texts, str):
             return self.explain([texts], max_new_tokens, num_beams, truncate=truncate, tokens=tokens)[0]
@@ -624,7 +617,7 @@ class Student:
     # -- asyncio and life cycle -----------------------------------------------------------------------
 
     @overload
-    async def apredict(
+    async def apredict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
         self,
         texts: str,
         labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
@@ -666,7 +659,7 @@ class Student:
         )
 
     @overload
-    async def aexplain(
+    async def aexplain(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
         self,
         texts: str,
         max_new_tokens: int | None = None,
@@ -742,7 +735,8 @@ class Student:
         """Refuse to be pickled or copied: graphs belong to one process."""
         raise UsageError(
             "A Student cannot be pickled or copied: its graphs belong to this process. Send the bundle's path "
-            f"({str(self.bundle.root)!r}) and call Student.from_pretrained there, once in each process; threads can share one."
+            f"({str(self.bundle.root)!r}) and call Student.from_pretrained there, once in each process; threads can "
+            "share one."
         )
 
     def __enter__(self) -> Student:
