@@ -61,7 +61,14 @@ Layout = Literal["bundle", "optimum", "triton"]
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Where the bundle is, its manifest, and what every target costs and gains."""
+    """The result of :func:`export`.
+
+    Attributes:
+        path: the directory that was written.
+        manifest: the bundle's manifest.
+        report: ``targets``: name -> figures of the accuracy check (None: nothing to measure on); ``pytorch``: largest
+            differences from PyTorch; ``pruning``: the cost of a smaller vocabulary, where one was asked for.
+    """
 
     path: Path
     manifest: dict[str, Any]
@@ -138,7 +145,9 @@ def export(
     version: str = "1",
     say: Callable[[str], None] = lambda _: None,
 ) -> ExportResult:
-    """Write a bundle.
+    """Export a trained student as a bundle, or change nothing.
+
+    Every lossy target is compared with the float32 student on labelled rows before it takes its place.
 
     Args:
         student: a student directory, or a T5-family checkpoint that ``save_pretrained`` wrote.
@@ -176,6 +185,11 @@ def export(
         SbsEdgeError: the float32 graphs differ from PyTorch.
         GuardError: a lossy step lost more than ``max_drop`` or ``min_rationale_agreement`` allow; the old
             bundle stays.
+
+    Example:
+        >>> from sbs_edge import export
+        >>> result = export("runs/student", "runs/bundle", targets=("cpu-int8", "cpu-fp32"))
+        >>> print(result.path, result.report["targets"]["cpu-int8"])
     """
     wanted = targets_named(tuple(targets))
     if any(width < 2 for width in beams):
@@ -314,7 +328,7 @@ def _write_bundle(
                 job.say(f"{target.name} is not guarded: {why}")
                 continue
             job.say(f"guarding {target.name} on {len(job.rows)} rows")
-            with Student(Bundle.open(work, verify=False), target.name) as candidate:
+            with Student(Bundle.open(work, verify=False), target.name, prepacked_cache=False) as candidate:
                 figures = guard_figures(
                     candidate, answers, rationales, job.texts, job.rows, job.opened, job.plan,
                     padding if target.lossy else None,
@@ -347,7 +361,7 @@ def _candidate(job: _Job, manifest: dict[str, Any], target: str) -> Callable[[Pa
     def opened(root: Path, entry: dict[str, Any]) -> Student:
         copy_tokenizer_and_config(job.opened, job.small, root)
         seal(root, {**manifest, "targets": {target: entry}, "default_target": target})
-        return Student(Bundle.open(root, verify=False), target)
+        return Student(Bundle.open(root, verify=False), target, prepacked_cache=False)
 
     return opened
 
@@ -389,7 +403,7 @@ def _reference(root: Path, manifest: dict[str, Any], job: _Job) -> Student:
     copy_tokenizer_and_config(job.opened, None, root)
     own = {"labels": job.whole.plan.describe(), "model": job.whole.weights.describe()}
     seal(root, {**manifest, **own, "targets": {REFERENCE: entry}, "default_target": REFERENCE})
-    return Student(Bundle.open(root, verify=False), REFERENCE)
+    return Student(Bundle.open(root, verify=False), REFERENCE, prepacked_cache=False)
 
 
 def _calibration_pairs(

@@ -90,8 +90,8 @@ def render(manifest: dict[str, Any]) -> str:
         "```python",
         "from sbs_edge import Student",
         "",
-        'with Student.load("this-directory") as student:',
-        '    print(student.predict(["..."]))',
+        'with Student.from_pretrained("this-directory") as student:',
+        '    print(student.predict("..."))',
         "```",
         "",
         f"Inputs up to {manifest['limits']['max_source_tokens']} tokens, prefix included. Every file's SHA-256 is in "

@@ -1,17 +1,29 @@
-"""The errors a user can meet, each with the exit code the command line returns.
+"""Errors raised by this package, with the exit code that the command line returns for each.
 
-Every message is one paragraph: what is wrong, where (file, line, field), and what to do about it.
+Each class is also the built-in exception that describes it, so a caller may catch either. Every message is one
+paragraph: the problem, its place (file, line, field) and the remedy.
 
-    SbsEdgeError          1   anything that went wrong while doing what was asked
-    ├── UsageError        2   the request itself is wrong (flag, value, combination)
-    │   ├── DataError     2   an input file or row is wrong
-    │   └── MissingExtra  2   an optional package is not installed
-    ├── GuardError        3   a lossy step cost more accuracy than allowed
-    ├── AnswerError       1   a model gave a number that is not finite
-    └── IntegrityError    4   a bundle is damaged, incomplete or not what its manifest says
+    SbsEdgeError              1   anything that went wrong during the requested work
+    ├── UsageError            2   ValueError: the request itself is wrong (parameter, value, combination)
+    │   ├── DataError         2   ValueError: an input file or row is wrong
+    │   └── MissingExtra      2   ImportError too: an optional package is not installed
+    ├── GuardError            3   a lossy step cost more accuracy than allowed
+    ├── AnswerError           1   ArithmeticError: a model computed NaN or infinity
+    ├── OutOfMemory           1   MemoryError: a graph or a call does not fit into memory
+    └── IntegrityError        4   OSError: a bundle is damaged, incomplete or differs from its manifest
+
+Example:
+    >>> from sbs_edge import Student, UsageError
+    >>> try:
+    ...     Student.from_pretrained("not/a/bundle")
+    ... except UsageError as error:  # or: except ValueError
+    ...     print(type(error).__name__, error.exit_code)
+    UsageError 2
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 __all__ = [
     "AnswerError",
@@ -19,19 +31,20 @@ __all__ = [
     "GuardError",
     "IntegrityError",
     "MissingExtra",
+    "OutOfMemory",
     "SbsEdgeError",
     "UsageError",
 ]
 
 
 class SbsEdgeError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
     exit_code = 1
 
 
-class UsageError(SbsEdgeError):
-    """The request is wrong: a flag, a value or a combination of them."""
+class UsageError(SbsEdgeError, ValueError):
+    """The request is wrong: a parameter, its value or a combination of parameters."""
 
     exit_code = 2
 
@@ -40,29 +53,48 @@ class DataError(UsageError):
     """An input file or one of its rows is wrong; the message names file, line and field."""
 
 
-class MissingExtra(UsageError):
-    """An optional package is needed and absent; the message gives the command that adds it."""
+class MissingExtra(UsageError, ImportError):
+    """An optional package is needed and absent; the message gives the command that installs it.
+
+    Attributes:
+        package: the absent package, also as ``name``, as in every ImportError.
+        extra: the extra of this package that brings it.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
+        message = (
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Add it with: pip install 'sbs-edge[{extra}]'"
         )
-        self.package = package
+        super().__init__(message)
+        self.msg = message
+        self.name = self.package = package
         self.extra = extra
+        self._purpose = purpose
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the constructor's arguments: errors cross processes in Ray and multiprocessing."""
+        return type(self), (self.package, self.extra, self._purpose)
 
 
 class GuardError(SbsEdgeError):
-    """A lossy step lost more accuracy than the guard allows; nothing was replaced."""
+    """A lossy step lost more accuracy than the accuracy check allows; nothing was replaced."""
 
     exit_code = 3
 
 
-class AnswerError(SbsEdgeError):
-    """A model computed a score that is NaN or infinite, so that there is no answer to give."""
+class AnswerError(SbsEdgeError, ArithmeticError):
+    """A model computed a score that is NaN or infinite, so it has no answer."""
 
 
-class IntegrityError(SbsEdgeError):
-    """A bundle does not match its manifest, or a path in it leaves its directory."""
+class OutOfMemory(SbsEdgeError, MemoryError):
+    """A graph, a call or a library does not fit into the memory that this process may use."""
+
+
+class IntegrityError(SbsEdgeError, OSError):
+    """A bundle does not match its manifest, or a path in it leaves its directory.
+
+    It is an OSError, as transformers and huggingface_hub raise for a directory that they cannot load.
+    """
 
     exit_code = 4

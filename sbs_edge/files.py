@@ -139,11 +139,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str], kind: str) -> None:
-    """Refuse a destination whose content is not ours to delete: replacing a directory removes what it held.
+    """Reject a destination with other content than this package's output: replacing a directory deletes its content.
 
     Args:
         destination: a directory that :func:`atomic_directory` is going to replace.
-        marks: glob patterns, one of which an earlier output of the same kind matches.
+        marks: glob patterns; an earlier output of the same kind matches one of them.
         kind: what is written, for the message.
 
     Raises:
@@ -162,7 +162,7 @@ def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str],
     elif not target.exists():
         return
     raise UsageError(
-        f"{target} is there already and is no {kind}. Writing would delete all it holds; give another directory, "
+        f"{target} is there already and is not a {kind}. Writing would delete its content; give another directory, "
         "or remove it yourself."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import zipfile
@@ -120,11 +121,66 @@ def test_production_modules_load_without_torch_or_transformers(module: str) -> N
 def test_the_public_surface_is_what_it_says() -> None:
     import sbs_edge
 
-    assert sorted(sbs_edge.__all__) == ["Student", "__version__", "export", "train"]
-    for name in sbs_edge.__all__:
-        assert getattr(sbs_edge, name) is not None
-    code = "from sbs_edge import Student, export, train; assert all(map(callable, (Student, export, train)))"
+    assert sorted(sbs_edge.__all__) == [
+        "AnswerError", "DataError", "Explanation", "ExportResult", "GuardError", "IntegrityError", "MissingExtra",
+        "OutOfMemory", "Prediction", "SbsEdgeError", "Student", "TrainConfig", "TrainResult", "UsageError",
+        "__version__", "export", "train",
+    ]  # fmt: skip
+    assert set(sbs_edge.__all__) <= set(dir(sbs_edge))
+    code = (
+        "from sbs_edge import *; assert all(map(callable, (Student, export, train, Prediction, DataError)))"
+    )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_every_public_name_is_documented(repository: Path) -> None:
+    import sbs_edge
+
+    page = (repository / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    for name in set(sbs_edge.__all__) - {"__version__"}:
+        home = sbs_edge._MODULE_OF[name]
+        found = getattr(
+            importlib.import_module(home), name
+        )  # sbs_edge.export may be the package of that name
+        assert f"\n::: {home}.{name}\n" in page + "\n", f"{name} is not on docs/api/index.md"
+        own = found.__doc__ or ""
+        assert own.strip(), f"{name} has no docstring"
+        assert not own.startswith(f"{name}("), f"{name} has only a generated docstring"
+    assert "__version__" in page
+    for name, member in vars(sbs_edge.Student).items():
+        if not name.startswith("_"):
+            assert getattr(member, "__doc__", None), f"Student.{name} has no docstring"
+
+
+def test_errors_are_the_built_in_exceptions_that_describe_them() -> None:
+    import pickle
+
+    import sbs_edge
+
+    for name, built_in, code in (
+        ("SbsEdgeError", Exception, 1), ("UsageError", ValueError, 2), ("DataError", ValueError, 2),
+        ("GuardError", Exception, 3), ("AnswerError", ArithmeticError, 1), ("OutOfMemory", MemoryError, 1),
+        ("IntegrityError", OSError, 4),
+    ):  # fmt: skip
+        error = getattr(sbs_edge, name)("what is wrong")
+        assert isinstance(error, built_in), name
+        assert isinstance(error, sbs_edge.SbsEdgeError), name
+        assert (str(error), error.exit_code) == ("what is wrong", code)
+        assert str(pickle.loads(pickle.dumps(error))) == "what is wrong"
+    lacking = sbs_edge.MissingExtra("ray", "scale", "--engine ray")
+    assert isinstance(lacking, ImportError)
+    assert isinstance(lacking, sbs_edge.UsageError)
+    assert (lacking.name, lacking.msg) == ("ray", str(lacking))
+    assert str(pickle.loads(pickle.dumps(lacking))) == str(lacking)
+
+
+def test_import_star_of_results_and_errors_needs_no_torch() -> None:
+    code = (
+        "import sys; from sbs_edge import Prediction, Explanation, Student, TrainConfig, IntegrityError;"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'triton', 'onnx'}))"
+    )
+    out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
 
 
 _STUB = """#!/bin/sh

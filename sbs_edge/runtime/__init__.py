@@ -1,1 +1,1 @@
-"""What runs in production: bundles, sessions, label scoring, rationales. No torch here."""
+"""The production runtime: bundles, sessions, label scoring and rationales. It never imports torch."""

@@ -10,7 +10,7 @@ __all__ = ["Explanation", "Prediction", "answer_document"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label.
+    """A label with its probability, from :meth:`Student.predict`.
 
     Attributes:
         label: the answer.
@@ -32,7 +32,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A rationale.
+    """A rationale, from :meth:`Student.explain`.
 
     Attributes:
         rationale: the text.

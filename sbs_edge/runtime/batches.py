@@ -1,4 +1,4 @@
-"""Which rows share a call, and how long they are padded.
+"""Group rows into calls, and pad them.
 
 A row's padded length depends on its own length alone, so that a row is computed the same way alone and in
 company. Rows of one padded length share a call up to a budget of tokens: about 256 to 512 tokens a call

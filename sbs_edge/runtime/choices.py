@@ -1,4 +1,4 @@
-"""Labels that come with a request: one list for all texts, or one a text."""
+"""Labels that come with a request: one list for all texts, or a list for each text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ __all__ = ["label_lists", "places_of", "tries_of"]
 
 
 def label_lists(labels: Iterable[Any], n_texts: int) -> list[tuple[str, ...]]:
-    """Return one tuple of labels a text.
+    """Return a tuple of labels for each text.
 
     Args:
         labels: strings, to choose from for every text, or a list of strings for each.
         n_texts: how many texts there are.
 
     Raises:
-        UsageError: their number is not that of the texts, or a list is empty, repeats a label or holds none.
+        UsageError: the number of lists differs from that of the texts, or a list is empty, repeats a label or holds
+            something else than strings.
     """
     if isinstance(labels, str):
-        raise UsageError(f"labels must be a list of strings, or one list a text, not the string {labels!r}.")
+        raise UsageError(
+            f"labels must be a list of strings, or a list of them for each text, not the string {labels!r}."
+        )
     labels = [
         names if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
         for names in labels
@@ -31,14 +34,14 @@ def label_lists(labels: Iterable[Any], n_texts: int) -> list[tuple[str, ...]]:
         labels = [labels] * n_texts
     if len(labels) != n_texts:
         raise UsageError(
-            f"{n_texts} text(s) came with {len(labels)} list(s) of labels; give one list a text."
+            f"{n_texts} text(s) came with {len(labels)} list(s) of labels; give a list for each text."
         )
     found = []
     for row, names in enumerate(labels):
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise UsageError(f"The labels of text {row} must be a non-empty list of strings, not {names!r}.")
         if len(set(names)) != len(names):
-            raise UsageError(f"The labels of text {row} hold one label twice: {list(names)!r}.")
+            raise UsageError(f"The labels of text {row} hold a label twice: {list(names)!r}.")
         found.append(tuple(names))
     return found
 
@@ -64,7 +67,7 @@ def tries_of(
 
 
 def places_of(choices: Sequence[tuple[str, ...]], known: Sequence[str]) -> list[list[int]]:
-    """Return where every chosen label stands among ``known``, the bundle's own.
+    """Return the position of every chosen label among ``known``, the bundle's own labels.
 
     Raises:
         UsageError: one is not among them.

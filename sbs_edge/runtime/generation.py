@@ -3,7 +3,7 @@
 The encoder's cross-attention keys and values are made once and bound once. What a step hands to the next (token,
 position, who is finished, log-probability, caches) lies in two sets of buffers on the device: even steps read the
 first and write the second, odd steps the other way round, so both bindings are made before the loop and none in it.
-The host reads one token a row after each step, and the log-probabilities once, at the end.
+The host reads one token of each row after each step, and the log-probabilities once, at the end.
 """
 
 from __future__ import annotations

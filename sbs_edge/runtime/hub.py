@@ -1,7 +1,7 @@
-"""Bundles on a model hub: fetch one by name, publish one.
+"""Bundles on a model hub: fetch one by name, and publish one.
 
-Uses ``huggingface_hub``, which the tokenizers package brings along. It is imported only here, when a name is not a
-directory, so that opening a local bundle costs nothing more.
+``huggingface_hub`` comes with the tokenizers package. It is imported only when a bundle is fetched or published, so
+opening a local bundle does not pay for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from sbs_edge import files
 from sbs_edge.errors import DataError, IntegrityError, SbsEdgeError, UsageError
 from sbs_edge.runtime.cache import cache_directory
+from sbs_edge.runtime.integrity import verify_files
 from sbs_edge.runtime.manifest import DIGEST, MANIFEST, read_manifest, safe_member, safe_name
 
 __all__ = ["copy_bundle", "fetch", "upload"]
@@ -25,15 +26,22 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def copy_bundle(root: Path, out: Path, *, within: Path | None = None) -> None:
     """Write the files that the manifest lists, the manifest and its digest to ``out``, in one step.
 
+    The copy is checked before it takes its name, so a damaged bundle never replaces a good one.
+
     Args:
         root: the bundle.
         out: the new directory; an earlier bundle there is replaced.
         within: links are followed as long as they end in this directory; None: links are refused.
 
     Raises:
-        UsageError: ``out`` is there already and is not a bundle.
-        IntegrityError: a file is missing, or a name or link leaves the directory.
+        UsageError: ``out`` exists and is not a bundle, or lies inside ``root`` or around it.
+        IntegrityError: a file is missing or lacks its digest, or a name or link leaves the directory.
     """
+    source, target = root.resolve(), out.resolve()
+    if source != target and (source in target.parents or target in source.parents):
+        raise UsageError(
+            f"{out} and the bundle {root} lie inside each other; give a directory beside the bundle."
+        )
     files.check_replaceable(out, [MANIFEST], "bundle")
 
     def copy(name: str, work: Path) -> None:
@@ -47,6 +55,10 @@ def copy_bundle(root: Path, out: Path, *, within: Path | None = None) -> None:
         copy(DIGEST, work)
         for name in read_manifest(work)["files"]:
             copy(name, work)
+        try:
+            verify_files(work, read_manifest(work)["files"])
+        except IntegrityError as error:
+            raise IntegrityError(str(error).replace(str(work), str(root))) from error
 
 
 def _source(root: Path, name: str, within: Path | None) -> Path:
@@ -55,7 +67,7 @@ def _source(root: Path, name: str, within: Path | None) -> Path:
     path = (root / name).resolve()
     if not safe_name(name) or not path.is_relative_to(within.resolve()) or not path.is_file():
         raise IntegrityError(
-            f"The bundle {root} lists {name!r}, which is not a file of it. Publish the bundle again."
+            f"The bundle {root} lists {name!r}, but that file is not in it. Publish the bundle again."
         )
     return path
 
@@ -66,14 +78,18 @@ def fetch(name: str, revision: str | None = None, token: str | None = None) -> P
     Args:
         name: ``owner/repository`` on the hub.
         revision: branch, tag or commit; None: the main branch.
-        token: for private repositories; None: what ``huggingface_hub`` finds by itself.
+        token: for private repositories; None: the token that ``huggingface_hub`` finds by itself.
 
     Raises:
         UsageError: ``name`` is neither a directory nor a name on a hub.
-        SbsEdgeError: the hub has no such bundle, or cannot be reached and nothing is cached.
+        IntegrityError: the downloaded bundle is damaged.
+        SbsEdgeError: the hub does not have the bundle, or cannot be reached and nothing is cached.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is neither a directory nor a hub name of the form 'owner/repository'.")
+        raise UsageError(
+            f"There is no bundle {name!r}: it is neither a directory nor a hub name of the form 'owner/repository'. "
+            "Check the path, or make a bundle with sbs-edge export."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -87,8 +103,8 @@ def fetch(name: str, revision: str | None = None, token: str | None = None) -> P
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
         raise SbsEdgeError(
-            f"The hub answered {status} for {name}{f' at {revision!r}' if revision else ''}. Check the name; a private "
-            "repository needs a token."
+            f"There is no directory {name!r}, and the hub answered {status} for {name}"
+            f"{f' at {revision!r}' if revision else ''}. Check the name; a private repository needs a token."
         ) from error
     if not (snapshot / MANIFEST).is_file():
         raise DataError(f"{name} on the hub is not a bundle: it has no {MANIFEST}.")
@@ -109,13 +125,14 @@ def upload(
 ) -> str:
     """Publish a bundle as one commit; create the repository where it does not exist.
 
-    Only files that the manifest lists are sent.
+    Only files that the manifest lists are sent, after their digests were checked.
 
     Returns:
         The commit's URL.
 
     Raises:
         UsageError: ``name`` is not of the form ``owner/repository``.
+        IntegrityError: the bundle is damaged.
         SbsEdgeError: the hub refused it, or cannot be reached.
     """
     if not _NAME.fullmatch(name):
@@ -123,7 +140,9 @@ def upload(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = [*read_manifest(Path(root))["files"], MANIFEST, DIGEST]
+    listed = read_manifest(Path(root))["files"]
+    verify_files(Path(root), listed)
+    wanted = [*listed, MANIFEST, DIGEST]
     api = HfApi(token=token)
     try:
         api.create_repo(name, private=private, exist_ok=True)
@@ -141,6 +160,6 @@ def upload(
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """Return what a failed connection raises: huggingface_hub uses requests before 1.0 and httpx since."""
+    """Return the errors of a failed connection: huggingface_hub uses requests before 1.0 and httpx since."""
     httpx = sys.modules.get("httpx")
     return (OSError,) if httpx is None else (OSError, httpx.TransportError)

@@ -1,4 +1,4 @@
-"""Whether this machine multiplies uint8 by int8 exactly, found by multiplying.
+"""Find out by multiplying whether this machine multiplies uint8 by int8 exactly.
 
 On x86 without VNNI (Intel before Cascade Lake, AMD before Zen 4) onnxruntime adds pairs of such products in 16 bits,
 which saturate: 255 * 127 * 2 becomes 32767. ``session.x64quantprecision`` makes the products exact there, and costs

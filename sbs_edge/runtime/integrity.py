@@ -1,4 +1,4 @@
-"""Is the directory exactly what its manifest says? Asked before anything else of a bundle is used."""
+"""Check that a directory is exactly what its manifest says, before anything else of the bundle is used."""
 
 from __future__ import annotations
 

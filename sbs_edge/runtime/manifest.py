@@ -59,7 +59,7 @@ def safe_member(root: Path, name: str) -> Path:
 
     Raises:
         IntegrityError: the name is not a plain relative path, the file is absent, or it is a symbolic
-            link, a hard link, a device or anything else that is no file of this directory alone.
+            link, a hard link, a device or anything else that is not a file of this directory alone.
     """
     if not safe_name(name):
         raise IntegrityError(
@@ -89,7 +89,7 @@ def safe_member(root: Path, name: str) -> Path:
                 "Copy the bundle with its links resolved (cp -rL)."
             )
     if status.st_nlink > 1:
-        # Whoever holds the other name can change the file after its digest was checked.
+        # The file could be changed through its other name after its digest was checked.
         raise IntegrityError(
             f"The bundle {root} holds {name!r} as a hard link: the file has {status.st_nlink} names, and a change "
             "through another one would go unseen. Copy the bundle (cp -r) and use the copy."
@@ -116,7 +116,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     if not root.is_dir():
         what = "it is a file" if root.is_file() else "there is no such directory"
-        raise UsageError(f"{root} is no bundle: {what}. Check the path, or make one with sbs-edge export.")
+        raise UsageError(f"{root} is not a bundle: {what}. Check the path, or make one with sbs-edge export.")
     if not os.path.lexists(root / MANIFEST):
         raise no_bundle(root)
     path, digest = safe_member(root, MANIFEST), safe_member(root, DIGEST)

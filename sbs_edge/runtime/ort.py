@@ -12,7 +12,7 @@ import os
 from importlib import util
 from typing import Any
 
-from sbs_edge.errors import MissingExtra, SbsEdgeError
+from sbs_edge.errors import MissingExtra, OutOfMemory, SbsEdgeError
 from sbs_edge.resources import lacks_memory, memory_advice
 
 __all__ = ["onnxruntime_module"]
@@ -23,7 +23,8 @@ def onnxruntime_module() -> Any:
 
     Raises:
         MissingExtra: it is not installed.
-        SbsEdgeError: it is installed and its libraries cannot be loaded, for lack of memory or another reason.
+        OutOfMemory: its libraries do not fit into memory.
+        SbsEdgeError: it is installed and its libraries cannot be loaded for another reason.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -32,7 +33,7 @@ def onnxruntime_module() -> Any:
         if util.find_spec("onnxruntime") is None:
             raise MissingExtra("onnxruntime", "cpu", "Running a bundle") from error
         if lacks_memory(error):
-            raise SbsEdgeError(
+            raise OutOfMemory(
                 f"There is not enough memory to load onnxruntime: {error}. {memory_advice()}"
             ) from error
         raise SbsEdgeError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
+from sbs_edge.errors import IntegrityError, OutOfMemory, UsageError
 from sbs_edge.resources import lacks_memory, memory_advice
 from sbs_edge.runtime.external_data import inlined
 from sbs_edge.runtime.int8_products import EXACT_OPTION, needs_exact_option
@@ -90,7 +90,7 @@ class Session:
             MissingExtra: onnxruntime is not installed.
             UsageError: no wanted provider is in the installed onnxruntime, or it does not start.
             IntegrityError: the runtime refuses the graph.
-            SbsEdgeError: there is not enough memory for the graph.
+            OutOfMemory: there is not enough memory for the graph.
         """
         provider = usable_providers(providers)[0]
         onnxruntime = onnxruntime_module()
@@ -106,7 +106,7 @@ class Session:
                 found.add_session_config_entry(*EXACT_OPTION)
             found.intra_op_num_threads = threads
             found.inter_op_num_threads = 1
-            found.log_severity_level = 4 if digests else 3  # a cache that cannot be written is no error
+            found.log_severity_level = 4 if digests else 3  # a cache that cannot be written is not an error
             return found
 
         def create(graph: Path, chosen: Any) -> Any:
@@ -120,7 +120,9 @@ class Session:
                     with source.copy() as copied:
                         settings.update(tensorrt_options(copied, provider, digests) if on_tensorrt else {})
                         return create(copied, chosen)
-                except OSError:  # no place for a copy: more memory while loading does the same
+                except IntegrityError:
+                    raise
+                except OSError:  # no place for a copy: loading from memory does the same with more memory
                     if not on_cpu:
                         raise
             return in_memory(chosen, *source.read())
@@ -142,7 +144,7 @@ class Session:
                 raise
             except Exception as error:  # onnxruntime has no common base class for its load errors
                 if lacks_memory(error):
-                    raise SbsEdgeError(
+                    raise OutOfMemory(
                         f"There is not enough memory to load the graph {path}: {error}. {memory_advice()}"
                     ) from error
                 raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
@@ -151,7 +153,7 @@ class Session:
             raise UsageError(
                 f"onnxruntime has {provider} but could not start it and fell back to {started}: its libraries or "
                 "the GPU's driver are missing or of another version (sbs-edge doctor lists what is installed). "
-                "Mend that, or use a cpu target."
+                "Install what is missing, or use a CPU target."
             )
         _return_freed_pages()
         self._session = session
@@ -165,7 +167,7 @@ class Session:
         """Run the graph; returns its outputs in order.
 
         Raises:
-            SbsEdgeError: there is not enough memory for this call.
+            OutOfMemory: there is not enough memory for this call.
         """
         try:
             return list(self._session.run(None, dict(inputs)))
@@ -173,7 +175,7 @@ class Session:
             if not lacks_memory(error):
                 raise
             shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in inputs.items())
-            raise SbsEdgeError(
+            raise OutOfMemory(
                 f"There is not enough memory for a call with {shapes}. Lower max_batch_tokens, so that a call "
                 f"carries fewer rows, or send shorter inputs. {memory_advice()}"
             ) from error

@@ -1,15 +1,16 @@
-"""A bundle that answers: labels with calibrated probabilities, and rationales. No torch here."""
+"""``Student``: a loaded bundle that gives labels with calibrated probabilities, and rationales. No torch here."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, overload
 
 import numpy as np
 
-from sbs_edge.errors import AnswerError, UsageError
+from sbs_edge.errors import AnswerError, IntegrityError, UsageError
 from sbs_edge.resources import usable_cpus
 from sbs_edge.runtime.answers import Explanation, Prediction
 from sbs_edge.runtime.batches import pad_rows, token_budget_batches
@@ -17,6 +18,7 @@ from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
 from sbs_edge.runtime.int8_products import warn_of_old_loops
+from sbs_edge.runtime.manifest import read_manifest
 from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, usable_providers
 from sbs_edge.runtime.texts import Texts, check_texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
@@ -27,10 +29,29 @@ _ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step
 
 
 class Student:
-    """A loaded bundle. Safe to share between threads: a call keeps nothing on the object.
+    """A loaded bundle that answers texts.
 
-    Calls from several threads run side by side and share the cores, so the cost of sharing is time,
-    not memory: one set of weights, and one call's activations for each call in flight.
+    Example:
+        >>> from sbs_edge import Student
+        >>> student = Student.from_pretrained("runs/latest/bundle")
+        >>> answer = student.predict("the coil is frosted . the room is too cold .")
+        >>> print(answer.label, answer.probability)
+        >>> print(student.explain("the coil is frosted . the room is too cold .").rationale)
+        >>> labels = [found.label for found in student.predict(["first text", "second text"])]
+        >>> probabilities = student.predict_proba(["first text", "second text"])  # float64 (2, K)
+
+    A student is safe to share between threads. Calls run side by side and share the cores; each needs memory for
+    its own activations, and all use one set of weights.
+
+    Attributes:
+        bundle: the opened bundle.
+        manifest: its manifest.
+        target: name of the loaded target.
+        labels: the closed label set, in the order of :meth:`predict_proba`'s columns; empty for open labels and for
+            bundles whose rows bring their own choices.
+        limits: ``max_source_tokens``, ``max_new_tokens`` and ``max_label_tokens``.
+        threads: threads a call may use.
+        abstain_below: probability under which an answer is marked as abstained.
     """
 
     def __init__(
@@ -41,11 +62,11 @@ class Student:
         threads: int | None = None,
         max_batch_tokens: int = 512,
         truncate: bool = False,
-        prepacked_cache: bool = False,
+        prepacked_cache: bool = True,
         providers: Sequence[str] | None = None,
         eager: bool = False,
     ) -> None:
-        """Load one target; use :meth:`load` unless the bundle is already open."""
+        """Load a target of an open bundle; :meth:`from_pretrained` opens the bundle too and explains the parameters."""
         self.bundle = bundle
         self.manifest: Mapping[str, Any] = bundle.manifest
         self.target, self._entry = bundle.target(target)
@@ -69,7 +90,7 @@ class Student:
         self._temperature = float(calibration.get("temperature") or 1.0)
         self.abstain_below = float(calibration.get("abstain_below") or 0.0)
         wanted: Sequence[str] = self._entry["providers"] if providers is None else providers
-        usable_providers(wanted)  # said now, though graphs are opened when they are first used
+        usable_providers(wanted)  # raises now, although graphs are opened when they are first used
 
         quantisation = self._entry.get("quantisation") or {}
         int8 = quantisation.get("numbers") != "float32"
@@ -108,11 +129,13 @@ class Student:
             self._sessions.open_all()
 
     @classmethod
-    def load(
+    def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path_or_hub_name: str | os.PathLike[str],
         target: str | None = None,
         *,
+        revision: str | None = None,
+        token: str | None = None,
         threads: int | None = None,
         verify: bool = True,
         max_batch_tokens: int = 512,
@@ -124,36 +147,125 @@ class Student:
     ) -> Student:
         """Open a bundle and check it; a graph is opened the first time it is needed.
 
-        Whoever only asks for labels never pays for the graph that writes rationales.
+        Labels alone never load the graph that writes rationales.
 
         Args:
-            path: the bundle's directory.
-            target: which of its targets; None: its default one.
+            path_or_hub_name: the bundle's directory, or ``owner/repository`` on the hub. A string names a repository
+                only where there is no such directory; a :class:`~pathlib.Path` is always a directory.
+            target: name of the target to load; None: the bundle's default target.
+            revision: branch, tag or commit on the hub; None: the main branch.
+            token: for a private repository; None: the token that ``huggingface_hub`` finds by itself.
             threads: threads a call may use; None: as many as this process's affinity and CPU quota let run at once.
             verify: check first that every file has its digest. A file that is unchanged since this user's
                 last complete check on this machine is not read again.
-            recheck: read every file all the same.
-            max_batch_tokens: most padded tokens a call of the runtime carries.
-            truncate: cut inputs over the limit (and say so in the answer) instead of refusing them.
-            prepacked_cache: keep this machine's arrangement of larger weights, and what was checked, in the
-                user's cache directory: quicker starts, memory shared between processes.
+            max_batch_tokens: largest number of padded tokens in one call of onnxruntime.
+            truncate: cut inputs over the limit, and say so in the answer, instead of raising an error.
+            prepacked_cache: keep this machine's arrangement of larger weights, and the list of checked files, in the
+                user's cache directory: later starts are quicker, and processes share memory.
             providers: onnxruntime providers to use instead of the target's own. ``["CPUExecutionProvider"]``
-                runs an fp16 GPU target slowly on a machine without a GPU, to check what it answers;
+                runs an fp16 GPU target slowly on a machine without a GPU, to check its answers;
                 bf16 has no kernels there.
             eager: open every graph of the target now; see also :meth:`warm_up`.
+            recheck: read and check every file, unchanged or not.
 
         Raises:
+            UsageError: there is no such directory or repository name, or the target is absent or cannot run here.
             IntegrityError: the bundle is damaged.
-            UsageError: the target is absent or cannot run here.
+            MissingExtra: onnxruntime is not installed.
+            SbsEdgeError: the hub does not have the bundle, or cannot be reached.
+
+        Example:
+            >>> student = Student.from_pretrained("runs/latest/bundle", "cpu-int8", threads=2)
+            >>> student = Student.from_pretrained("my-team/service-desk", revision="v2")
         """
-        bundle = Bundle.open(path, verify=verify, recheck=recheck or not prepacked_cache)
+        root: str | os.PathLike[str] = path_or_hub_name
+        if isinstance(root, str) and not os.path.exists(root):
+            from sbs_edge.runtime.hub import fetch  # here: a local bundle does not pay for the import
+
+            root = fetch(root, revision, token)
+        elif revision is not None:
+            raise UsageError(
+                f"{root} is a directory, which has no revision {revision!r}; leave revision out, or give the "
+                "bundle's name on the hub."
+            )
+        bundle = Bundle.open(root, verify=verify, recheck=recheck or not prepacked_cache)
         return cls(
             bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate,
             prepacked_cache=prepacked_cache, providers=providers, eager=eager,
         )  # fmt: skip
 
+    load = from_pretrained
+    """The same method under a shorter name."""
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the bundle, with all its targets, to ``directory``, and return that directory.
+
+        The copy is checked and then takes its name in one step; an earlier bundle there is replaced.
+
+        Raises:
+            UsageError: ``directory`` holds something else, or lies inside this bundle or around it.
+            IntegrityError: a file of this bundle was changed or removed since it was loaded.
+
+        Example:
+            >>> Student.from_pretrained("my-team/service-desk").save_pretrained("bundles/desk")
+        """
+        from sbs_edge.runtime.hub import copy_bundle
+
+        copy_bundle(self._unchanged_root(), Path(directory))
+        return Path(directory)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        message: str = "Add a bundle",
+    ) -> str:
+        """Publish the bundle on the hub as one commit, and return the commit's URL.
+
+        Only files that the manifest lists are sent, after their digests were checked.
+
+        Args:
+            name: ``owner/repository``; created where it does not exist.
+            private: create it as a private repository.
+            token: a token that may write; None: the token that ``huggingface_hub`` finds by itself.
+            message: the commit's message.
+
+        Raises:
+            UsageError: ``name`` is not of the form ``owner/repository``.
+            IntegrityError: a file of this bundle was changed or removed since it was loaded.
+            SbsEdgeError: the hub refused the bundle, or cannot be reached.
+
+        Example:
+            >>> student.push_to_hub("my-team/service-desk", private=True)
+        """
+        from sbs_edge.runtime.hub import upload
+
+        return upload(self._unchanged_root(), name, private=private, token=token, message=message)
+
+    def _unchanged_root(self) -> Path:
+        """Return the bundle's directory; raise IntegrityError where another bundle has taken its place."""
+        if read_manifest(self.bundle.root) != self.manifest:
+            raise IntegrityError(
+                f"The bundle {self.bundle.root} was replaced after this student was loaded. Load it again."
+            )
+        return self.bundle.root
+
     # -- labels ---------------------------------------------------------------------------------------
 
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
+        self,
+        texts: str,
+        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
+        *,
+        truncate: bool | None = None,
+        abstain_below: float | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Prediction: ...
+
+    @overload
     def predict(
         self,
         texts: Iterable[str],
@@ -162,27 +274,45 @@ class Student:
         truncate: bool | None = None,
         abstain_below: float | None = None,
         tokens: Sequence[Sequence[int]] | None = None,
-    ) -> list[Prediction]:
-        """Answer every text with a label; answers come in the order of the texts.
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self,
+        texts: str | Iterable[str],
+        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
+        *,
+        truncate: bool | None = None,
+        abstain_below: float | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Answer one text with a :class:`Prediction`, or several with a list of them in the order of the texts.
 
         Args:
-            texts: inputs without prefix; any iterable, gone through once.
-            labels: the labels to choose from: one list for all texts, or one a text. Needed where rows
-                bring their own choices; elsewhere None means the bundle's own label set.
+            texts: one input, or any iterable of inputs, read once; without prefix.
+            labels: the labels to choose from: one list for all texts, or a list for each text. They are needed
+                where rows bring their own choices; elsewhere None means the bundle's own label set.
             truncate: overrides the student's setting.
             abstain_below: overrides the bundle's threshold.
-            tokens: what :meth:`tokenize` gave for these texts, so that they are not tokenised again.
+            tokens: the result of :meth:`tokenize` for these texts, to save tokenising them again.
 
         Raises:
             UsageError: a text is over the token limit or not a valid string, or labels are missing or unusable.
             AnswerError: the model's scores of a text are not finite.
+
+        Example:
+            >>> print(student.predict("the coil is frosted .").label)
+            >>> answers = student.predict(["the coil is frosted .", "pump is loud"], labels=["wait", "adjust"])
         """
+        if isinstance(texts, str):
+            return self.predict(
+                [texts], labels, truncate=truncate, abstain_below=abstain_below, tokens=tokens
+            )[0]
         texts = check_texts(texts)
         rows, cut = self._encode(texts, "label", truncate, tokens)
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
-                "This bundle's rows bring their own labels: pass labels=[[...], ...], one list a text "
+                "This bundle's rows bring their own labels: pass labels=[[...], ...], one list for each text "
                 "(sbs-edge predict: a 'choices' field, or --label)."
             )
         if labels is not None:
@@ -196,6 +326,61 @@ class Student:
             for index, ((names, scores), was_cut, row) in enumerate(zip(scored, cut, rows, strict=True))
         ]
 
+    @property
+    def classes_(self) -> np.ndarray:
+        """The closed label set as an array (K,) of str, in the order of :meth:`predict_proba`'s columns.
+
+        Raises:
+            AttributeError: the bundle has no closed label set, so ``hasattr(student, "classes_")`` is False.
+        """
+        if self._method in ("decode", "choices"):
+            raise AttributeError(self._no_classes())
+        return np.array(self.labels, dtype=object)
+
+    def _no_classes(self) -> str:
+        why = (
+            "its labels are open: the student writes them"
+            if self._method == "decode"
+            else "each row brings its own choices"
+        )
+        return (
+            f"The bundle {self.bundle.root} has no fixed classes, because {why}. Use predict, whose answers hold "
+            "the probabilities."
+        )
+
+    def predict_proba(self, texts: str | Iterable[str], *, truncate: bool | None = None) -> np.ndarray:
+        """Return calibrated probabilities as a float64 array (n, K), columns in the order of :attr:`classes_`.
+
+        They are those of :meth:`predict`, and each row sums to 1. One text gives an array (K,).
+
+        Args:
+            texts: one input, or any iterable of inputs, read once; without prefix.
+            truncate: overrides the student's setting.
+
+        Raises:
+            UsageError: the bundle has no closed label set, or a text is over the token limit or not a valid string.
+            AnswerError: the model's scores of a text are not finite.
+
+        Example:
+            >>> labels = student.classes_[student.predict_proba(["the coil is frosted ."]).argmax(axis=1)]
+        """
+        if isinstance(texts, str):
+            row: np.ndarray = self.predict_proba([texts], truncate=truncate)[0]
+            return row
+        if self._method in ("decode", "choices"):
+            raise UsageError(self._no_classes())
+        rows, _ = self._encode(check_texts(texts), "label", truncate)
+        found = [self._probabilities(scores, row) for row, (_, scores) in enumerate(self._score_closed(rows))]
+        return np.array(found, np.float64).reshape(len(rows), len(self.labels))
+
+    def _probabilities(self, scores: np.ndarray, index: int) -> np.ndarray:
+        """Return the softmax of the scores (K,) of text ``index`` over the temperature, in float64."""
+        self._check_finite(scores, index)
+        scaled = scores.astype(np.float64) / self._temperature
+        weights = np.exp(scaled - scaled.max())
+        normalised: np.ndarray = weights / weights.sum()
+        return normalised
+
     def _prediction(
         self,
         index: int,
@@ -205,11 +390,8 @@ class Student:
         n_tokens: int,
         threshold: float,
     ) -> Prediction:
-        self._check_finite(scores, index)
-        scaled = scores.astype(np.float64) / self._temperature
-        weights = np.exp(scaled - scaled.max())
-        weights /= weights.sum()
-        best = int(scaled.argmax())
+        weights = self._probabilities(scores, index)
+        best = int(weights.argmax())
         probability = float(weights[best])
         return Prediction(
             names[best],
@@ -289,6 +471,18 @@ class Student:
 
     # -- rationales -----------------------------------------------------------------------------------
 
+    @overload
+    def explain(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
+        self,
+        texts: str,
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        *,
+        truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Explanation: ...
+
+    @overload
     def explain(
         self,
         texts: Iterable[str],
@@ -297,16 +491,36 @@ class Student:
         *,
         truncate: bool | None = None,
         tokens: Sequence[Sequence[int]] | None = None,
-    ) -> list[Explanation]:
-        """Write a rationale for every text.
+    ) -> list[Explanation]: ...
+
+    def explain(
+        self,
+        texts: str | Iterable[str],
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        *,
+        truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Explanation | list[Explanation]:
+        """Write a rationale for one text, or a list of them for several.
 
         Args:
-            texts: inputs without prefix.
-            max_new_tokens: at most this many tokens; None: the bundle's limit.
-            num_beams: 1 decodes greedily; more needs a bundle exported with that width.
+            texts: one input, or any iterable of inputs, read once; without prefix.
+            max_new_tokens: limit of a rationale's tokens; None: the bundle's limit.
+            num_beams: 1 decodes greedily; a larger width needs a bundle that was exported with it.
             truncate: overrides the student's setting.
-            tokens: what :meth:`tokenize` gave for these texts and the task "rationale".
+            tokens: the result of :meth:`tokenize` for these texts and the task "rationale".
+
+        Raises:
+            UsageError: a text is over the token limit or not a valid string, ``max_new_tokens`` is out of range, or
+                the target writes no rationales or has no such beam.
+            AnswerError: the model's scores of a text are not finite.
+
+        Example:
+            >>> print(student.explain("the coil is frosted .", max_new_tokens=40).rationale)
         """
+        if isinstance(texts, str):
+            return self.explain([texts], max_new_tokens, num_beams, truncate=truncate, tokens=tokens)[0]
         texts = check_texts(texts)
         limit = self.limits["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= self.limits["max_new_tokens"]:
@@ -338,7 +552,7 @@ class Student:
         return out
 
     def _generator(self, num_beams: int) -> Callable[[np.ndarray, np.ndarray, int], Sequence[np.ndarray]]:
-        """Return what turns ids, mask and a limit into tokens (B, N) and their log-probabilities (B,)."""
+        """Return a function from ids, mask and limit to tokens (B, N) and their log-probabilities (B,)."""
         if num_beams == 1 and "decoder_step" in self._entry:
             purpose = "rationales and open labels"
             encoder, step = self._session("encoder", purpose), self._session("decoder_step", purpose)
@@ -354,7 +568,7 @@ class Student:
     # -- text -----------------------------------------------------------------------------------------
 
     def count_tokens(self, texts: Iterable[str], task: str = "label") -> list[int]:
-        """Return how many tokens every text has for ``task``, prefix and end-of-sequence included."""
+        """Return the number of tokens of every text for ``task``, prefix and end-of-sequence included."""
         self._check_open()
         return self._texts.count(check_texts(texts), task)
 
@@ -402,20 +616,92 @@ class Student:
 
     # -- asyncio and life cycle -----------------------------------------------------------------------
 
-    async def apredict(self, texts: Iterable[str], *args: Any, **kwargs: Any) -> list[Prediction]:
-        """:meth:`predict` in a worker thread; the event loop stays free (the runtime releases the GIL)."""
+    @overload
+    async def apredict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
+        self,
+        texts: str,
+        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
+        *,
+        truncate: bool | None = None,
+        abstain_below: float | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Prediction: ...
+
+    @overload
+    async def apredict(
+        self,
+        texts: Iterable[str],
+        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
+        *,
+        truncate: bool | None = None,
+        abstain_below: float | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> list[Prediction]: ...
+
+    async def apredict(
+        self,
+        texts: str | Iterable[str],
+        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
+        *,
+        truncate: bool | None = None,
+        abstain_below: float | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Run :meth:`predict` in a worker thread; the event loop stays free, because onnxruntime releases the GIL.
+
+        Example:
+            >>> answer = await student.apredict("the coil is frosted .")
+        """
         import asyncio  # here: a service has it loaded, and a script that asks once need not wait for it
 
-        return await asyncio.to_thread(self.predict, texts, *args, **kwargs)
+        return await asyncio.to_thread(
+            self.predict, texts, labels, truncate=truncate, abstain_below=abstain_below, tokens=tokens
+        )
 
-    async def aexplain(self, texts: Iterable[str], *args: Any, **kwargs: Any) -> list[Explanation]:
-        """:meth:`explain` in a worker thread."""
+    @overload
+    async def aexplain(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
+        self,
+        texts: str,
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        *,
+        truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Explanation: ...
+
+    @overload
+    async def aexplain(
+        self,
+        texts: Iterable[str],
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        *,
+        truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> list[Explanation]: ...
+
+    async def aexplain(
+        self,
+        texts: str | Iterable[str],
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+        *,
+        truncate: bool | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Explanation | list[Explanation]:
+        """Run :meth:`explain` in a worker thread.
+
+        Example:
+            >>> found = await student.aexplain(["the coil is frosted ."])
+        """
         import asyncio
 
-        return await asyncio.to_thread(self.explain, texts, *args, **kwargs)
+        return await asyncio.to_thread(
+            self.explain, texts, max_new_tokens, num_beams, truncate=truncate, tokens=tokens
+        )
 
     def warm_up(self, tasks: Sequence[str] = ("label", "rationale")) -> None:
-        """Open and run every graph of ``tasks`` once on a short input, so that the first request pays nothing."""
+        """Open and run every graph of ``tasks`` once on a short input, so that the first request is not slower."""
         self._check_open()
         unknown = [task for task in tasks if task not in ("label", "rationale")]
         if unknown:
@@ -441,7 +727,7 @@ class Student:
                 self.explain(text, 1, int(role.removeprefix("explainer_beam")), truncate=True)
 
     def close(self) -> None:
-        """Drop the sessions; later calls fail and say so."""
+        """Release the graphs; later calls raise UsageError. ``with`` does this at the end of its block."""
         self._closed = True
         self._sessions.clear()
 
@@ -449,7 +735,8 @@ class Student:
         """Refuse to be pickled or copied: graphs belong to one process."""
         raise UsageError(
             "A Student cannot be pickled or copied: its graphs belong to this process. Send the bundle's path "
-            f"({str(self.bundle.root)!r}) and call Student.load there, once in each process; threads can share one."
+            f"({str(self.bundle.root)!r}) and call Student.from_pretrained there, once in each process; threads can "
+            "share one."
         )
 
     def __enter__(self) -> Student:

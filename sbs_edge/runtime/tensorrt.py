@@ -1,6 +1,6 @@
-"""What onnxruntime's TensorRT providers are told about a graph: shapes, number formats, where engines are kept.
+"""Options of onnxruntime's TensorRT providers for a graph: shapes, number formats, and where engines are kept.
 
-Without profiles the provider builds an engine anew for every shape it has not met, which takes seconds to
+Without profiles the provider builds another engine for every new shape, which takes seconds to
 minutes; with them one engine answers every shape within the limits. Option names: onnxruntime's
 documentation of the TensorRT and the TensorRT RTX execution provider.
 """

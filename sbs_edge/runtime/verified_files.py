@@ -1,4 +1,4 @@
-"""Which files of a bundle were found to have their digests, so that the same files are not read again.
+"""Remember which files of a bundle had their digests, so that unchanged files are not read again.
 
 Reading and hashing a bundle takes longer than opening it. After a complete check the device, inode, size,
 modification time and change time of every file are kept in the user's cache directory; a file with the same
@@ -26,7 +26,7 @@ SETTLED_NS = 2_000_000_000
 
 
 class VerifiedFiles:
-    """What is remembered of one bundle directory."""
+    """The record of the checked files of a bundle directory."""
 
     def __init__(self, root: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
         """Look the bundle up.

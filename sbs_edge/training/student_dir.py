@@ -99,6 +99,8 @@ class StudentDir:
                 card["mode"],
                 card,
             )
+        except DataError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{card_path} is damaged ({type(error).__name__}: {error}); train again."

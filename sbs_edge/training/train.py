@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from sbs_edge import __version__, files
 from sbs_edge.data.answers import same_answer
@@ -35,6 +35,7 @@ from sbs_edge.resources import limit_torch_threads
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id
 from sbs_edge.training.checkpoint import Checkpoint, open_checkpoint
 from sbs_edge.training.config import TrainConfig, make_config
+from sbs_edge.training.options import DataOptions, TrainOptions
 from sbs_edge.training.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION, StudentDir
 
 __all__ = ["TrainResult", "train"]
@@ -44,13 +45,13 @@ CALIBRATION_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run gave.
+    """The result of :func:`train`.
 
     Attributes:
         student_dir: the student directory.
         metrics: figures of the run and of the weights kept (``mode``, ``parameters``, ``best_step``,
             ``teacher_agreement``, ``rows``, losses and accuracies).
-        history: one row an evaluation: ``step``, training ``label_loss``, ``rationale_loss``,
+        history: one row for each evaluation: ``step``, training ``label_loss``, ``rationale_loss``,
             ``label_token_accuracy``, ``rationale_token_accuracy``, and the same with ``eval_`` on
             validation rows, besides ``eval_label_accuracy``.
         seconds: wall time of the call.
@@ -103,7 +104,7 @@ def _prepare_work(work: Path, config: TrainConfig, asked: dict[str, str], first:
             if before.get(name) != asked.get(name):
                 raise UsageError(
                     f"The run in {work} cannot be continued: {name} was {before.get(name)} and is now "
-                    f"{asked.get(name)}. Give what it was started with, or train without resume to start anew."
+                    f"{asked.get(name)}. Give what it was started with, or train without resume to start again."
                 )
         return checkpoint
     if first:
@@ -204,38 +205,49 @@ def train(
     config: TrainConfig | None = None,
     *,
     stream: Callable[[], Iterable[Example]] | None = None,
-    data_options: dict[str, Any] | None = None,
-    **overrides: Any,
+    data_options: DataOptions | None = None,
+    **options: Unpack[TrainOptions],
 ) -> TrainResult:
     """Train a student and write its directory.
 
     Validation rows alone choose the weights and stop the run; ``splits.test`` is never read.
 
     Args:
-        data: rows: None or ``builtin`` for the built-in task, a path or data set name for
+        data: ``"builtin"`` for the built-in task, a path or data set name for
             :func:`sbs_edge.data.load.load_splits`, or splits.
         out: the student directory; an existing one is replaced at the end, in one step.
         config: see :class:`TrainConfig`.
-        stream: opens the training rows anew for each pass; they are never held in memory. ``data``
+        stream: opens the training rows again for each pass; they are never held in memory. ``data``
             then gives the task, the validation rows, and training rows for tokenizer and calibration.
-        data_options: passed on to ``load_splits``.
-        overrides: fields of the configuration.
+        data_options: keyword arguments of ``load_splits``, for ``data`` that is a path or a name.
+        options: fields of the configuration, which replace those of ``config``.
 
     Raises:
-        UsageError: the configuration is wrong, or a run cannot be continued.
+        UsageError: there is no data, the configuration is wrong, or a run cannot be continued.
         DataError: no row has what the mode learns from.
 
     Under ``torchrun`` every process calls this with the same arguments; the first one writes.
 
+    Example:
+        >>> from sbs_edge import train
+        >>> result = train("rows.jsonl", out="runs/student", mode="stepwise", max_steps=400)
+        >>> print(result.student_dir, result.metrics["eval_label_accuracy"])
     """
     started = time.perf_counter()
-    settings = make_config(config, overrides)
+    settings = make_config(config, dict(options))
+    if data is None:
+        raise UsageError(
+            'train needs data: "builtin" for the built-in task, a path such as "rows.jsonl", the name of a data set, '
+            "or splits."
+        )
     if isinstance(data, Splits):
+        if data_options:
+            raise UsageError("data_options say how a file or data set is read; leave them out with splits.")
         splits = data
     else:
         from sbs_edge.data.load import load_splits
 
-        splits = load_splits(data if data is None else str(data), **(data_options or {}))
+        splits = load_splits(os.fspath(data), **(data_options or {}))
     # Under torchrun the first process writes, and holds the place for all.
     alone = held(out, "training") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
     with alone:

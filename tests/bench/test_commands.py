@@ -137,7 +137,7 @@ def test_latency_smoke(sbs_edge_cli: Cli, tmp_path: Path) -> None:
 def test_latency_refuses_what_it_cannot_measure(sbs_edge_cli: Cli, tmp_path: Path) -> None:
     for arguments, message in (
         ([], "Give either bundles to measure or a shape"),
-        ([str(tmp_path / "nowhere")], "nowhere is no bundle: there is no such directory"),
+        ([str(tmp_path / "nowhere")], "nowhere is not a bundle: there is no such directory"),
         (["--shape", "giant"], "no shape 'giant'"),
         (["--shape", "tiny", "--sources", "a"], "--sources takes whole numbers"),
     ):

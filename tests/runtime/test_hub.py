@@ -116,15 +116,17 @@ def _python(code: str, tmp_path: Path, endpoint: str, *arguments: str, offline: 
 def test_a_published_bundle_comes_back_and_answers_the_same(
     tiny_bundle: Path, tmp_path: Path, hub: str
 ) -> None:
-    publish = "import sys; from sbs_edge.runtime.hub import upload; print(upload(sys.argv[1], 'me/desk'))"
+    publish = (
+        "import sys; from sbs_edge import Student\n"
+        "print(Student.from_pretrained(sys.argv[1]).push_to_hub('me/desk', private=True, token='hf_not_a_secret'))"
+    )
     assert _python(publish, tmp_path, hub, str(tiny_bundle)).endswith(f"/commit/{COMMIT}")
     listed = json.loads((tiny_bundle / "manifest.json").read_text())["files"]
     assert set(listed) < set(_Hub.files)
     _Hub.files[".gitattributes"] = b"*.bin filter=lfs\n"  # a hub adds files of its own
     ask = (
-        "import sys; from sbs_edge import Student; from sbs_edge.runtime.hub import fetch\n"
-        "s = Student.load(fetch(sys.argv[1]) if sys.argv[1] == 'me/desk' else sys.argv[1])\n"
-        "a = s.predict(['the coil is frosted .'])[0]; print(a.label, a.probabilities)"
+        "import sys; from sbs_edge import Student\n"
+        "a = Student.from_pretrained(sys.argv[1]).predict('the coil is frosted .'); print(a.label, a.probabilities)"
     )
     here = _python(ask, tmp_path, hub, str(tiny_bundle))
     assert _python(ask, tmp_path, hub, "me/desk") == here
@@ -139,5 +141,30 @@ def test_a_name_that_no_hub_has_is_one_sentence(tmp_path: Path, hub: str) -> Non
         "    except SbsEdgeError as error: print(type(error).__name__, error)"
     )
     first, second = _python(code, tmp_path, hub).splitlines()
-    assert first.startswith("SbsEdgeError The hub answered 404 for me/missing.")
+    assert first.startswith(
+        "SbsEdgeError There is no directory 'me/missing', and the hub answered 404 for me/missing."
+    )
     assert "neither a directory nor a hub name" in second
+
+
+def test_a_damaged_bundle_is_neither_published_nor_kept_from_a_hub(
+    own_bundle: Path, tmp_path: Path, hub: str
+) -> None:
+    code = (
+        "import sys; from sbs_edge import IntegrityError, Student\n"
+        "from sbs_edge.runtime.hub import upload\n"
+        "try: upload(sys.argv[1], 'me/desk') if sys.argv[2] == 'push' else Student.from_pretrained('me/desk')\n"
+        "except IntegrityError as error: print(error)\n"
+        "else: print('done')"
+    )
+    assert _python(code, tmp_path, hub, str(own_bundle), "push") == "done"
+    whole = dict(_Hub.files)
+    graph = own_bundle / "cpu-fp32" / "label_scorer.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    _Hub.files.clear()
+    assert "does not have the digest" in _python(code, tmp_path, hub, str(own_bundle), "push")
+    assert _Hub.files == {}
+    _Hub.files.update(whole)
+    _Hub.files["cpu-fp32/label_scorer.onnx"] = graph.read_bytes()
+    assert "does not have the digest" in _python(code, tmp_path, hub, str(own_bundle), "fetch")
+    assert not list((tmp_path / "home").glob(".cache/sbs-edge/hub/*/*"))

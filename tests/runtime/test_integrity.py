@@ -265,9 +265,9 @@ def test_later_formats_are_refused_with_the_remedy(own_bundle: Path) -> None:
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name, said in (("absent", "no such directory"), ("file", "it is a file")):
-        with pytest.raises(UsageError, match=f"is no bundle: .*{said}"):
+        with pytest.raises(UsageError, match=f"is not a bundle: .*{said}"):
             Bundle.open(tmp_path / name)
-    with pytest.raises(IntegrityError, match="no bundle"):
+    with pytest.raises(IntegrityError, match="is not a bundle"):
         Bundle.open(tmp_path)
     (tmp_path / "manifest.json").symlink_to("/dev/zero")
     with pytest.raises(IntegrityError):

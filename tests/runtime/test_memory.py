@@ -51,13 +51,13 @@ def told(bundle: Path, *arguments: str) -> str:
 def test_a_graph_that_does_not_fit(students: Any, tmp_path: Path) -> None:
     wide = students.write_bundle(students.make_tiny(d_model=768, d_ff=3072), tmp_path / "wide")
     said = told(wide, "load", str(1 << 20))
-    assert said.startswith("SbsEdgeError 1 There is not enough memory to load the graph")
+    assert said.startswith("OutOfMemory 1 There is not enough memory to load the graph")
     assert "This process may use" in said
 
 
 def test_a_call_that_does_not_fit(tiny_bundle: Path) -> None:
     said = told(tiny_bundle, "call")
-    assert said.startswith("SbsEdgeError 1 There is not enough memory for a call with input_ids (20000, ")
+    assert said.startswith("OutOfMemory 1 There is not enough memory for a call with input_ids (20000, ")
     assert "Lower max_batch_tokens" in said
 
 

@@ -188,7 +188,7 @@ def test_an_export_replaces_nothing_but_an_export(make_student: Any, tmp_path: P
             export(student, out, targets=("cpu-fp32",))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is there already and is no bundle"):
+    with pytest.raises(UsageError, match="is there already and is not a bundle"):
         export(student, tmp_path / "notes", targets=("cpu-fp32",))
     assert listing(tmp_path) == {**before, "notes/a.txt": b"mine"}
 
