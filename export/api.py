@@ -1,7 +1,7 @@
-"""``export``: a student directory in, a sealed bundle out, or nothing changed.
+"""``export`` turns a student directory into a sealed bundle, or leaves the destination unchanged.
 
-Each target's graphs are written, run, compared with the float32 student on validation rows and refused
-when they cost too much; only a complete bundle takes the destination's name.
+Every target's graphs are written, run and compared with the float32 student on validation rows. A target
+that loses too much accuracy is refused. Only a complete bundle takes the destination's name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,13 +24,13 @@ from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import UsageError
 from sbs_edge.export import card
 from sbs_edge.export.assemble import GraphInputs, write_target
-from sbs_edge.export.check import accuracy as guard
+from sbs_edge.export.check import accuracy
 from sbs_edge.export.check.measure import (
     Answers,
+    accuracy_figures,
     answer_rows,
     calibration_of,
     check_labels_known,
-    guard_figures,
     rationale_tokens,
 )
 from sbs_edge.export.check.padding import padding_figures
@@ -79,41 +79,57 @@ class ExportResult:
 _EXPORTED = ("manifest.json", "encoder_model.onnx", "*/config.pbtxt")
 
 
+class _GraphOptions(NamedTuple):
+    """The caller's choices about the graphs; the fields are arguments of :func:`export`."""
+
+    keep_float: tuple[str, ...]
+    prune_vocabulary: bool
+    prune_input_vocabulary: bool
+    label_only: bool
+    beams: tuple[int, ...]
+
+
+class _Limits(NamedTuple):
+    """Limits of the accuracy check and of doubtful answers; the fields are arguments of :func:`export`."""
+
+    max_drop: float
+    min_rationale_agreement: float
+    abstain_below: float
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One export: what goes in, and how far it may stray.
+    """Everything one export works with.
 
     Attributes:
-        recipe: what the targets' graphs are made from, in a smaller vocabulary if ``small`` is one.
-        whole: the same in the student's own vocabulary, all of it: what the guard compares with.
+        pruned: inputs of the targets' graphs, in the smaller vocabulary if ``small`` is given.
+        full: the same in the student's full vocabulary: the reference of the accuracy check.
     """
 
     opened: StudentDir
     model: Any
-    recipe: GraphInputs
-    whole: GraphInputs
+    pruned: GraphInputs
+    full: GraphInputs
     small: SmallVocabulary | None
     rows: list[Example]
-    max_drop: float
-    min_rationale_agreement: float
-    abstain_below: float
+    limits: _Limits
     say: Callable[[str], None]
 
     @property
     def texts(self) -> list[str]:
-        """Inputs whose rationales are compared; none if the student learnt no rationales."""
-        learnt = self.opened.mode.startswith("stepwise") or self.opened.mode == CHECKPOINT_MODE
-        return [row.input for row in self.rows[:RATIONALE_ROWS]] if self.recipe.explains and learnt else []
+        """Inputs whose rationales are compared; empty if the student learnt no rationales."""
+        compared = self.pruned.explains and _learnt_rationales(self.opened)
+        return [row.input for row in self.rows[:RATIONALE_ROWS]] if compared else []
 
     @property
     def plan(self) -> LabelPlan:
-        return self.whole.plan
+        return self.full.plan
 
     @property
-    def pruned(self) -> list[str]:
+    def pruning_flags(self) -> list[str]:
         """The flags that made the vocabulary smaller."""
         given = {
-            "--prune-vocabulary": self.recipe.output_tokens is not None,
+            "--prune-vocabulary": self.pruned.output_tokens is not None,
             "--prune-input-vocabulary": self.small is not None,
         }
         return [flag for flag, on in given.items() if on]
@@ -153,7 +169,7 @@ def export(
         student: a student directory, or a T5-family checkpoint that ``save_pretrained`` wrote.
         out: the bundle's directory; an existing bundle is replaced only by a complete one.
         targets: names from :data:`sbs_edge.export.targets.TARGETS`; the first is the default target.
-        guard_data: labelled rows for the guard and for calibrated probabilities; None: the student's
+        guard_data: labelled rows for the accuracy check and for calibrated probabilities; None: the student's
             own validation rows.
         max_drop: points of label accuracy a lossy target may lose against float32; for pruning also per cent
             of the rationales' tokens.
@@ -166,7 +182,7 @@ def export(
         label_prefix: prefix of such a checkpoint's label task.
         rationale_prefix: prefix of such a checkpoint's rationale task.
         max_source_tokens: most tokens of an input, prefix included; None: the student's own limit.
-        keep_float: layers that stay in float32 in lossy targets; the guard names candidates.
+        keep_float: layers that stay in float32 in lossy targets; a failed accuracy check names candidates.
         prune_vocabulary: let the student write only tokens that its rows use, and a margin; gated.
         prune_input_vocabulary: let the student read and write only tokens that its rows use, what it takes to
             spell other texts, and a margin: a smaller embedding and tokenizer; gated.
@@ -177,7 +193,7 @@ def export(
         single_file: add a graph per target that takes text and gives the label, tokenizer inside.
         unguarded: write targets that cannot run on this machine too, without measuring what they cost.
         version: the bundle's version, as serving shows it.
-        say: receives one line a stage.
+        say: receives one line of progress per stage.
 
     Raises:
         UsageError: the student, a target or the labels cannot be exported, or a target cannot run here.
@@ -192,9 +208,32 @@ def export(
         >>> print(result.path, result.report["targets"]["cpu-int8"])
     """
     wanted = targets_named(tuple(targets))
-    if any(width < 2 for width in beams):
+    options = _GraphOptions(
+        tuple(keep_float), prune_vocabulary, prune_input_vocabulary, label_only, tuple(sorted(set(beams)))
+    )
+    limits = _Limits(max_drop, min_rationale_agreement, abstain_below)
+    _check_request(student, out, wanted, options, layout, single_file)
+    if not unguarded:
+        check_runnable(wanted)
+    opened = open_student(student, labels, label_prefix, rationale_prefix, max_source_tokens)
+    job = _build(opened, wanted, options, limits, guard_data, calibration_rows, say)
+    manifest = _manifest(job, wanted, name, version)
+    report = _write(Path(out), job, wanted, manifest, layout, single_file)
+    return ExportResult(Path(out), manifest, report)
+
+
+def _check_request(
+    student: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    wanted: Sequence[Target],
+    options: _GraphOptions,
+    layout: Layout,
+    single_file: bool,
+) -> None:
+    """Raise :class:`UsageError` for arguments that contradict each other, before anything is read."""
+    if any(width < 2 for width in options.beams):
         raise UsageError(
-            f"A beam has a width of at least 2, not {min(beams)}; greedy decoding needs no option."
+            f"A beam has a width of at least 2, not {min(options.beams)}; greedy decoding needs no option."
         )
     if layout != "bundle" and single_file:
         raise UsageError("A single file is part of a bundle; leave --single-file or --layout out.")
@@ -204,9 +243,7 @@ def export(
                 f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8 and "
                 f"rules {target.name} out; choose cpu-fp32 or cpu-int8 with it."
             )
-    if not unguarded:
-        check_runnable(wanted)
-    if prune_input_vocabulary and (layout == "optimum" or single_file):
+    if options.prune_input_vocabulary and (layout == "optimum" or single_file):
         raise UsageError(
             "A single file and the optimum layout keep the student's own tokenizer; leave --prune-input-vocabulary out."
         )
@@ -216,34 +253,38 @@ def export(
             f"{out} holds the student itself, and a bundle replaces its directory; give another one."
         )
     files.check_replaceable(out, _EXPORTED, "bundle or other output of export")
-    opened = open_student(student, labels, label_prefix, rationale_prefix, max_source_tokens)
+
+
+def _build(
+    opened: StudentDir,
+    wanted: Sequence[Target],
+    options: _GraphOptions,
+    limits: _Limits,
+    guard_data: Sequence[Example] | None,
+    calibration_rows: int,
+    say: Callable[[str], None],
+) -> _Job:
+    """Read the student, check its rows, calibrate, and collect what its graphs are made from."""
     model = opened.load_model()
     weights = weights_of(model)
-    check_layers(weights, keep_float)
+    check_layers(weights, options.keep_float)
     tokenizer = opened.tokenizer()
     check_covered(tokenizer, len(weights.embedding), opened.path)
     plan = plan_labels(opened.task, tokenizer, weights.eos_id)
-    rows = opened.validation() if guard_data is None else fit_labels(guard_data, opened.task)[0]
-    if guard_data is not None:
-        check_labels_known(rows, plan, "the guard's data")
-    for file, own in ((VALIDATION, opened.validation()), (CALIBRATION, opened.calibration())):
-        # A teacher may say what is no label, and training allows it; a label of the data may not.
-        judged = [row for row in own if row.label is not None and (plan.kind == "closed" or row.choices)]
-        check_labels_known(judged, plan, str(opened.path / file))
-    calibration = opened.calibration()[:calibration_rows] or rows[:calibration_rows]
-    explains = opened.mode.startswith("stepwise") or opened.mode == CHECKPOINT_MODE or plan.method == "decode"
-    if label_only and plan.method == "decode":
+    rows = _checked_rows(opened, plan, guard_data)
+    if options.label_only and plan.method == "decode":
         raise UsageError(
             "Open labels are generated, so there is nothing to leave out; leave --label-only out."
         )
-    explains = explains and not label_only
+    explains = not options.label_only and (_learnt_rationales(opened) or plan.method == "decode")
     kept = None
-    if prune_vocabulary and explains:
+    if options.prune_vocabulary and explains:
         seen = [*opened.calibration(), *opened.validation(), *rows]
         kept = output_tokens(seen, tokenizer, weights.eos_id, weights.pad_id, len(weights.head))
     small = None
-    if prune_input_vocabulary:
+    if options.prune_input_vocabulary:
         small = small_vocabulary(opened, rows, weights, () if kept is None else kept.tolist())
+    calibration = opened.calibration()[:calibration_rows] or rows[:calibration_rows]
     stats = collect_calibration(
         model, _calibration_pairs(opened, tokenizer, calibration, weights.eos_id),
         moments=any(target.numbers == "int4" for target in wanted),
@@ -254,38 +295,60 @@ def export(
                 f"{target.name} is calibrated on rows, and this student kept none; give labelled rows as guard data, "
                 "or choose cpu-int8 or cuda-bf16."
             )
-    whole = GraphInputs(
-        weights, plan, stats.norms, explains, None, tuple(keep_float), stats,
+    full = GraphInputs(
+        weights, plan, stats.norms, explains, None, options.keep_float, stats,
         opened.limits["max_source_tokens"],
         max(opened.limits["max_target_tokens"], opened.limits["max_label_tokens"] + 1),
-        tuple(sorted(set(beams))),
+        options.beams,
     )  # fmt: skip
-    recipe = replace(whole, output_tokens=kept)
+    pruned = replace(full, output_tokens=kept)
     if small is not None:
         less = small.weights(weights)
-        recipe = replace(
-            whole, weights=less, plan=plan_labels(opened.task, small.tokenizer(), less.eos_id),
+        pruned = replace(
+            full, weights=less, plan=plan_labels(opened.task, small.tokenizer(), less.eos_id),
             output_tokens=None if kept is None else small.moved(kept),
         )  # fmt: skip
-    job = _Job(
-        opened, model, recipe, whole, small, rows, max_drop, min_rationale_agreement, abstain_below, say
-    )
-    manifest = _manifest(job, wanted, name, version)
+    return _Job(opened, model, pruned, full, small, rows, limits, say)
+
+
+def _checked_rows(opened: StudentDir, plan: LabelPlan, guard_data: Sequence[Example] | None) -> list[Example]:
+    """Return the rows of the accuracy check; raise :class:`DataError` for a label the student cannot give."""
+    rows = opened.validation() if guard_data is None else fit_labels(guard_data, opened.task)[0]
+    if guard_data is not None:
+        check_labels_known(rows, plan, "the guard's data")
+    for file, own in ((VALIDATION, opened.validation()), (CALIBRATION, opened.calibration())):
+        # Training allows a teacher's label outside the label set, but not a gold label outside it.
+        judged = [row for row in own if row.label is not None and (plan.kind == "closed" or row.choices)]
+        check_labels_known(judged, plan, str(opened.path / file))
+    return rows
+
+
+def _learnt_rationales(opened: StudentDir) -> bool:
+    return opened.mode.startswith("stepwise") or opened.mode == CHECKPOINT_MODE
+
+
+def _write(
+    out: Path,
+    job: _Job,
+    wanted: Sequence[Target],
+    manifest: dict[str, Any],
+    layout: Layout,
+    single_file: bool,
+) -> dict[str, Any]:
+    """Write the layout and return the accuracy check's report; the check always runs on a bundle."""
     if layout == "bundle":
-        report = _write_bundle(Path(out), job, wanted, manifest, single_file)
-        return ExportResult(Path(out), manifest, report)
+        return _write_bundle(out, job, wanted, manifest, single_file)
     with tempfile.TemporaryDirectory() as scratch:
-        # The same graphs, judged as a bundle first.
         report = _write_bundle(Path(scratch) / "bundle", job, wanted, manifest, False)
         if layout == "optimum":
             from sbs_edge.export.layouts.optimum import write_optimum
 
-            write_optimum(Path(out), opened, recipe, wanted, manifest)
+            write_optimum(out, job.opened, job.pruned, wanted, manifest)
         else:
             from sbs_edge.export.layouts.triton import write_triton_repository
 
-            write_triton_repository(Path(scratch) / "bundle", Path(out))
-    return ExportResult(Path(out), manifest, report)
+            write_triton_repository(Path(scratch) / "bundle", out)
+    return report
 
 
 def _write_bundle(
@@ -295,15 +358,15 @@ def _write_bundle(
     with files.atomic_directory(out) as work, tempfile.TemporaryDirectory() as scratch:
         for target in wanted:
             job.say(f"writing graphs for {target.name}")
-            entry = write_target(work / target.name, target, job.recipe)
+            entry = write_target(work / target.name, target, job.pruned)
             if single_file:
                 from sbs_edge.export.layouts.single_file import write_single_file
 
-                entry["single_file"] = write_single_file(work, target, job.opened, job.recipe)
+                entry["single_file"] = write_single_file(work, target, job.opened, job.pruned)
             manifest["targets"][target.name] = entry
         copy_tokenizer_and_config(job.opened, job.small, work)
         seal(work, manifest)
-        # What the guard compares with: float32, whole vocabulary. Never part of the bundle.
+        # The reference of the accuracy check: float32, full vocabulary. It never becomes part of the bundle.
         with _reference(Path(scratch), manifest, job) as reference:
             job.say("comparing with PyTorch")
             report["pytorch"] = compare_with_pytorch(
@@ -315,21 +378,21 @@ def _write_bundle(
                 job.plan,
             )
             answers = answer_rows(reference, job.rows, job.plan)
-            manifest["calibration"] = calibration_of(answers, job.rows, job.abstain_below)
+            manifest["calibration"] = calibration_of(answers, job.rows, job.limits.abstain_below)
             padding = padding_figures(reference, job.rows, job.plan)
             rationales = rationale_tokens(reference, job.texts, job.opened)
-        if job.pruned and job.rows:
-            job.say(f"judging the smaller vocabulary on {len(job.rows)} rows")
+        if job.pruning_flags and job.rows:
+            job.say(f"checking the accuracy of the smaller vocabulary on {len(job.rows)} rows")
             manifest["pruning"] = report["pruning"] = _judge_pruning(job, manifest, answers, rationales)
         for target in wanted if job.rows else ():
             if not providers_here(target):
                 why = f"the machine that exported it has no {' or '.join(target.providers)}"
                 manifest["targets"][target.name]["unmeasured"] = why
-                job.say(f"{target.name} is not guarded: {why}")
+                job.say(f"{target.name} is written without an accuracy check: {why}")
                 continue
-            job.say(f"guarding {target.name} on {len(job.rows)} rows")
-            with Student(Bundle.open(work, verify=False), target.name, prepacked_cache=False) as candidate:
-                figures = guard_figures(
+            job.say(f"checking the accuracy of {target.name} on {len(job.rows)} rows")
+            with Student(Bundle.open(work, verify=False), target.name) as candidate:
+                figures = accuracy_figures(
                     candidate, answers, rationales, job.texts, job.rows, job.opened, job.plan,
                     padding if target.lossy else None,
                 )  # fmt: skip
@@ -345,18 +408,20 @@ def _write_bundle(
 def _judge_pruning(
     job: _Job, manifest: dict[str, Any], answers: Answers, rationales: list[list[int]]
 ) -> dict[str, Any] | None:
-    """Return what a smaller vocabulary alone costs, in float32, whichever targets are wanted; raise when too much."""
+    """Return the float32 cost of the smaller vocabulary alone; raise :class:`GuardError` above the limit."""
     with tempfile.TemporaryDirectory() as scratch:
-        entry = write_target(Path(scratch) / REFERENCE, TARGETS[REFERENCE], job.recipe)
+        entry = write_target(Path(scratch) / REFERENCE, TARGETS[REFERENCE], job.pruned)
         with _candidate(job, manifest, REFERENCE)(Path(scratch), entry) as pruned:
-            figures = guard_figures(pruned, answers, rationales, job.texts, job.rows, job.opened, job.plan)
-    if figures is not None and (refused := guard.pruning_refusal(figures, job.max_drop, job.pruned)):
+            figures = accuracy_figures(pruned, answers, rationales, job.texts, job.rows, job.opened, job.plan)
+    if figures is not None and (
+        refused := accuracy.pruning_refusal(figures, job.limits.max_drop, job.pruning_flags)
+    ):
         raise refused
     return figures
 
 
 def _candidate(job: _Job, manifest: dict[str, Any], target: str) -> Callable[[Path, dict[str, Any]], Student]:
-    """Return what makes a student of graphs in a scratch directory."""
+    """Return a function that opens the graphs in a scratch directory as a student."""
 
     def opened(root: Path, entry: dict[str, Any]) -> Student:
         copy_tokenizer_and_config(job.opened, job.small, root)
@@ -383,25 +448,27 @@ def _judge(
 
     def rationale_distance(student: Student, rows: Sequence[Example]) -> float:
         written = rationale_tokens(student, job.texts, job.opened)
-        return 1.0 - float(guard.compare_rationales(rationales, written)["rationale_next_token_agreement"])
+        return 1.0 - float(accuracy.compare_rationales(rationales, written)["rationale_next_token_agreement"])
 
     def layers(distance: Callable[[Student, Sequence[Example]], float]) -> list[tuple[str, float]]:
         job.say(f"{target.name} lost too much; measuring every layer")
         make = _candidate(job, manifest, target.name)
-        return most_sensitive(target, job.recipe, job.rows, make, distance)
+        return most_sensitive(target, job.pruned, job.rows, make, distance)
 
-    if guard.too_much(figures, job.max_drop):
-        raise guard.refusal(target.name, figures, job.max_drop, layers(label_distance), job.pruned)
-    if guard.drifted(figures, job.min_rationale_agreement):
-        least = job.min_rationale_agreement
-        raise guard.rationale_refusal(target.name, figures, least, layers(rationale_distance))
+    if accuracy.too_much(figures, job.limits.max_drop):
+        raise accuracy.refusal(
+            target.name, figures, job.limits.max_drop, layers(label_distance), job.pruning_flags
+        )
+    if accuracy.drifted(figures, job.limits.min_rationale_agreement):
+        least = job.limits.min_rationale_agreement
+        raise accuracy.rationale_refusal(target.name, figures, least, layers(rationale_distance))
 
 
 def _reference(root: Path, manifest: dict[str, Any], job: _Job) -> Student:
     target = TARGETS[REFERENCE]
-    entry = write_target(root / REFERENCE, target, job.whole)
+    entry = write_target(root / REFERENCE, target, job.full)
     copy_tokenizer_and_config(job.opened, None, root)
-    own = {"labels": job.whole.plan.describe(), "model": job.whole.weights.describe()}
+    own = {"labels": job.full.plan.describe(), "model": job.full.weights.describe()}
     seal(root, {**manifest, **own, "targets": {REFERENCE: entry}, "default_target": REFERENCE})
     return Student(Bundle.open(root, verify=False), REFERENCE, prepacked_cache=False)
 
@@ -434,7 +501,7 @@ def _versions() -> dict[str, str]:
 
 
 def _manifest(job: _Job, wanted: Sequence[Target], name: str | None, version: str) -> dict[str, Any]:
-    opened, weights = job.opened, job.recipe.weights
+    opened, weights = job.opened, job.pruned.weights
     if not version or any(not (character.isalnum() or character in "._-") for character in version):
         raise UsageError(
             f"The version {version!r} must be made of letters, digits, dots, dashes and underscores."
@@ -451,8 +518,8 @@ def _manifest(job: _Job, wanted: Sequence[Target], name: str | None, version: st
             "max_new_tokens": opened.limits["max_target_tokens"],
             "max_label_tokens": opened.limits["max_label_tokens"],
         },
-        "labels": job.recipe.plan.describe(),
-        "calibration": {"temperature": 1.0, "n": 0, "abstain_below": job.abstain_below},
+        "labels": job.pruned.plan.describe(),
+        "calibration": {"temperature": 1.0, "n": 0, "abstain_below": job.limits.abstain_below},
         "targets": {},
         "default_target": wanted[0].name,
         "model": weights.describe(),

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sbs_edge.export.graphs.beams import build_beam_explainer
+from sbs_edge.export.graphs.beams import build_beam_generator
 from sbs_edge.export.graphs.builder import OPSET
-from sbs_edge.export.graphs.generate import build_explainer
-from sbs_edge.export.graphs.label import build_label_scorer
+from sbs_edge.export.graphs.generate import build_rationale_generator
+from sbs_edge.export.graphs.label import build_label_classifier
 from sbs_edge.export.graphs.step import build_decoder_step, build_encoder
 from sbs_edge.export.graphs.store import save_graphs
-from sbs_edge.export.graphs.trie import build_choice_scorer, build_trie_scorer
+from sbs_edge.export.graphs.trie import build_choice_classifier, build_trie_classifier
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.labels import LabelPlan
 from sbs_edge.export.profiles import profile_of
@@ -123,7 +123,7 @@ def write_target(folder: Path, target: Target, recipe: GraphInputs) -> dict[str,
 
 
 def _int8_facts(names: Collection[str]) -> dict[str, Any]:
-    """Return what decides whether another CPU answers as this one: see docs/bundle.md."""
+    """Return the facts that decide whether another CPU gives the same answers: see docs/bundle.md."""
     return {
         "int8_products": int8_products(),
         "loop_weights": any(name.startswith("explainer") for name in names),
@@ -135,19 +135,19 @@ def _models(target: Target, recipe: GraphInputs) -> Iterator[tuple[str, onnx.Mod
     weights, plan, kept = recipe.weights, recipe.plan, recipe.output_tokens
     precision = precision_of(target, recipe)
     if plan.method == "first-token":
-        yield "label_scorer", build_label_scorer(weights, precision, [ids[0] for ids in plan.token_ids])
+        yield "label_scorer", build_label_classifier(weights, precision, [ids[0] for ids in plan.token_ids])
     elif plan.method == "trie":
-        yield "label_scorer", build_trie_scorer(weights, precision, plan.token_ids)
+        yield "label_scorer", build_trie_classifier(weights, precision, plan.token_ids)
     elif plan.method == "choices":
-        yield "choice_scorer", build_choice_scorer(weights, precision)
+        yield "choice_scorer", build_choice_classifier(weights, precision)
     if recipe.explains and target.steps:
         yield "encoder", build_encoder(weights, precision)
         yield "decoder_step", build_decoder_step(weights, precision, recipe.max_new_tokens, kept)
     elif recipe.explains:
         steps = _mixed(Int4(recipe.stats), recipe) if target.numbers == "int4" else None
-        yield "explainer", build_explainer(weights, precision, kept, steps)
+        yield "explainer", build_rationale_generator(weights, precision, kept, steps)
         for width in recipe.beams:
-            graph = build_beam_explainer(weights, precision, width, kept, steps)
+            graph = build_beam_generator(weights, precision, width, kept, steps)
             yield f"explainer_beam{width}", graph
 
 

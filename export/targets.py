@@ -19,7 +19,7 @@ class Target:
         name: what ``--target`` takes.
         numbers: the number format of products with constant weights.
         providers: onnxruntime providers, the first that is installed is used.
-        lossy: the guard compares it with the float32 student.
+        lossy: the accuracy check compares it with the float32 student.
         summary: one sentence for help texts and model cards.
         steps: rationales are an encoder and a step graph with a loop on the host, instead of one graph.
         standard: operators of the ONNX standard only, as TensorRT wants them.

@@ -1,4 +1,4 @@
-"""What a lossy step costs, measured on rows, and the refusal when it costs too much."""
+"""The accuracy check: compare a lossy target with float32 on rows, and refuse it above the limit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compare_rationales(reference: Sequence[Sequence[int]], got: Sequence[Sequenc
 
     ``rationale_next_token_agreement`` is how often the same token follows the same beginning: equal tokens
     before the first difference, over those and the first difference. It tells a student that took another
-    turn somewhere from one that is broken, whatever the length, and is what the guard limits.
+    turn somewhere from one that is broken, whatever the length, and is what the accuracy check limits.
     """
     same = places = followed = asked = 0
     for first, second in zip(reference, got, strict=True):

@@ -1,4 +1,4 @@
-"""How the exported graphs answer the rows at hand, beside PyTorch and beside the float32 graphs."""
+"""Answer rows with exported graphs and compare the answers with the float32 graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
-from sbs_edge.export.check import accuracy as guard
+from sbs_edge.export.check import accuracy
 from sbs_edge.export.check.calibrate import calibrate
 from sbs_edge.export.check.padding import padding_figures
 from sbs_edge.export.labels import LabelPlan
@@ -20,17 +20,17 @@ from sbs_edge.training.student_dir import StudentDir
 
 __all__ = [
     "Answers",
+    "accuracy_figures",
     "answer_rows",
     "calibration_of",
     "check_labels_known",
     "gold_of",
-    "guard_figures",
     "rationale_tokens",
 ]
 
 
 def check_labels_known(rows: Sequence[Example], plan: LabelPlan, source: str) -> None:
-    """Raise :class:`DataError` when a row's label is none the student can give."""
+    """Raise :class:`DataError` when the student cannot give a row's label."""
     if plan.kind == "open":
         return
     for number, row in enumerate(rows, start=1):
@@ -99,7 +99,7 @@ def rationale_tokens(student: Student, texts: Sequence[str], opened: StudentDir)
     ]
 
 
-def guard_figures(
+def accuracy_figures(
     candidate: Student,
     reference: Answers,
     rationales: list[list[int]],
@@ -109,9 +109,9 @@ def guard_figures(
     plan: LabelPlan,
     padding: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Return accuracies before and after, agreement, agreement of rationales, and what padding moves.
+    """Return accuracies before and after, agreement, agreement of rationales, and the effect of padding.
 
-    None without labels. ``padding`` is what padding moves in float32, or None to leave it out.
+    Returns None if no row has a label. ``padding`` is the effect of padding in float32, or None to leave it out.
     """
     got = answer_rows(candidate, rows, plan)
     judged = [i for i, row in enumerate(rows) if gold_of(row) is not None]
@@ -128,14 +128,14 @@ def guard_figures(
             for answer, gold in wanted
         ]
 
-    figures = guard.compare_labels(
+    figures = accuracy.compare_labels(
         [reference.labels[i] for i in judged],
         [got.labels[i] for i in judged],
         right(reference.labels),
         right(got.labels),
     )
     if texts:
-        figures |= guard.compare_rationales(rationales, rationale_tokens(candidate, texts, opened))
+        figures |= accuracy.compare_rationales(rationales, rationale_tokens(candidate, texts, opened))
     if padding is not None:
         figures["padding"] = padding_figures(candidate, rows, plan)
         figures["padding_float32"] = padding

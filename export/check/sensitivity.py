@@ -1,4 +1,4 @@
-"""Which layers to keep in float32: measured, one layer at a time, when the guard has refused a target."""
+"""Find the layers to keep in float32 by measuring each one, after a target failed the accuracy check."""
 
 from __future__ import annotations
 

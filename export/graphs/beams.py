@@ -19,7 +19,7 @@ from sbs_edge.export.graphs.encoder import batch_of, encode, expand_batch
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 
-__all__ = ["build_beam_explainer"]
+__all__ = ["build_beam_generator"]
 
 _NEVER = np.float32(-1e9)
 
@@ -28,7 +28,7 @@ def _axes(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def build_beam_explainer(
+def build_beam_generator(
     weights: T5Weights,
     precision: Precision,
     width: int,

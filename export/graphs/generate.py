@@ -13,10 +13,10 @@ from sbs_edge.export.graphs.encoder import batch_of, encode, expand_batch
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 
-__all__ = ["build_explainer"]
+__all__ = ["build_rationale_generator"]
 
 
-def build_explainer(
+def build_rationale_generator(
     weights: T5Weights,
     precision: Precision,
     output_tokens: np.ndarray | None = None,

@@ -19,7 +19,7 @@ from sbs_edge.export.graphs.encoder import FINAL_NORM, batch_of, encode, expand_
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 
-__all__ = ["build_label_scorer"]
+__all__ = ["build_label_classifier"]
 
 _LAST = "decoder.final_layer_norm"
 
@@ -28,7 +28,7 @@ def _rms(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
     return np.asarray(x / np.sqrt((x * x).mean() + epsilon) * weight)
 
 
-def build_label_scorer(
+def build_label_classifier(
     weights: T5Weights, precision: Precision, first_tokens: Sequence[int]
 ) -> onnx.ModelProto:
     """Write the graph ``input_ids (B, S), attention_mask (B, S) int64 -> scores (B, K) float32``.

@@ -1,8 +1,8 @@
 """Graphs of one target on disk, their constants beside them in files that runtimes map into memory.
 
-The label scorer and the explainer hold the same encoder; a constant with the same bytes is stored once. What
+The label classifier and the rationale generator hold the same encoder; a constant with the same bytes is stored once. What
 the first graph needs lies in ``weights.bin`` alone; what only a later one needs, in a file of its name. So
-whoever wants labels reads, checks and keeps nothing of the explainer.
+a process that only needs labels never reads or checks the rationale generator.
 """
 
 from __future__ import annotations

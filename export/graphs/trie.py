@@ -23,7 +23,7 @@ from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 from sbs_edge.runtime.trie import Trie, build_trie
 
-__all__ = ["build_choice_scorer", "build_trie_scorer"]
+__all__ = ["build_choice_classifier", "build_trie_classifier"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class _TrieValues:
     label_edges: Value
 
 
-def build_choice_scorer(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
+def build_choice_classifier(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
     """Write the graph for labels that come with the request: ids, mask and a trie a row -> scores (B, K).
 
     Trie inputs, as :func:`sbs_edge.runtime.trie.batch_tries` makes them: ``node_ids (B, T)``,
@@ -61,7 +61,7 @@ def build_choice_scorer(weights: T5Weights, precision: Precision) -> onnx.ModelP
     return graph.model("choice_scorer")
 
 
-def build_trie_scorer(
+def build_trie_classifier(
     weights: T5Weights, precision: Precision, label_tokens: Sequence[Sequence[int]]
 ) -> onnx.ModelProto:
     """Write the graph for a closed label set: ``input_ids, attention_mask (B, S) -> scores (B, K)``.

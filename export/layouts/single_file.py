@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from sbs_edge.errors import MissingExtra, UsageError
 from sbs_edge.export.assemble import GraphInputs, precision_of
 from sbs_edge.export.graphs.builder import OPSET
-from sbs_edge.export.graphs.label import build_label_scorer
-from sbs_edge.export.graphs.trie import build_trie_scorer
+from sbs_edge.export.graphs.label import build_label_classifier
+from sbs_edge.export.graphs.trie import build_trie_classifier
 from sbs_edge.export.targets import Target
 from sbs_edge.runtime.ort import onnxruntime_module
 from sbs_edge.tokens import TextTokenizer
@@ -59,9 +59,9 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Gr
         )
     precision = precision_of(target, recipe)
     if plan.method == "first-token":
-        model = build_label_scorer(recipe.weights, precision, [ids[0] for ids in plan.token_ids])
+        model = build_label_classifier(recipe.weights, precision, [ids[0] for ids in plan.token_ids])
     else:
-        model = build_trie_scorer(recipe.weights, precision, plan.token_ids)
+        model = build_trie_classifier(recipe.weights, precision, plan.token_ids)
     hidden = _without_control_tokens(saved, opened.text_tokenizer())
     _put_tokenizer_in_front(model, opened, recipe, json.dumps(hidden, ensure_ascii=False), KINDS[kind])
     _put_labels_behind(model, plan.labels)

@@ -248,7 +248,7 @@ def _readme(
   `softmax(scores / {temperature})`.
 """
     if "choice_scorer" in roles:
-        notes += f"""* The choice scorer takes the request's labels as a prefix trie, which `sbs_edge.runtime.trie` makes;
+        notes += f"""* The choice classifier takes the request's labels as a prefix trie, made by `sbs_edge.runtime.trie`;
   `softmax(scores / {temperature})` are the probabilities.
 """
     if "explainer" in roles:

@@ -100,7 +100,7 @@ def small_vocabulary(
 
     Args:
         opened: the student.
-        rows: more rows, e.g. the guard's.
+        rows: more rows, e.g. those of the accuracy check.
         weights: the checkpoint.
         also: token ids that must stay.
 

@@ -101,10 +101,10 @@ def write_bundle(
     tiny: TinyStudent, out: Path, kind: str = "closed", labels: tuple[str, ...] = LABELS
 ) -> Path:
     """Write a bundle with the targets cpu-fp32 and cpu-int8 (all scales a row), without a guard."""
-    from sbs_edge.export.graphs.generate import build_explainer
-    from sbs_edge.export.graphs.label import build_label_scorer
+    from sbs_edge.export.graphs.generate import build_rationale_generator
+    from sbs_edge.export.graphs.label import build_label_classifier
     from sbs_edge.export.graphs.store import save_graphs
-    from sbs_edge.export.graphs.trie import build_choice_scorer, build_trie_scorer
+    from sbs_edge.export.graphs.trie import build_choice_classifier, build_trie_classifier
     from sbs_edge.export.graphs.weights import weights_of
     from sbs_edge.export.quant.precision import Float32, Int8
     from sbs_edge.runtime.bundle import seal
@@ -117,13 +117,13 @@ def write_bundle(
     out.mkdir(parents=True)
     targets = {}
     for target, precision in (("cpu-fp32", Float32()), ("cpu-int8", Int8({}))):
-        models = {"explainer": build_explainer(weights, precision)}
+        models = {"explainer": build_rationale_generator(weights, precision)}
         if kind != "open":
-            models["choice_scorer"] = build_choice_scorer(weights, precision)
+            models["choice_scorer"] = build_choice_classifier(weights, precision)
         if method == "first-token":
-            models["label_scorer"] = build_label_scorer(weights, precision, [ids[0] for ids in tokens])
+            models["label_scorer"] = build_label_classifier(weights, precision, [ids[0] for ids in tokens])
         elif method == "trie":
-            models["label_scorer"] = build_trie_scorer(weights, precision, tokens)
+            models["label_scorer"] = build_trie_classifier(weights, precision, tokens)
         save_graphs(models, out / target)
         targets[target] = {name: f"{target}/{name}.onnx" for name in models} | {
             "providers": ["CPUExecutionProvider"], "accuracy": None,

@@ -15,9 +15,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sbs_edge.export.graphs.beams import build_beam_explainer
+from sbs_edge.export.graphs.beams import build_beam_generator
 from sbs_edge.export.graphs.builder import all_graphs
-from sbs_edge.export.graphs.generate import build_explainer
+from sbs_edge.export.graphs.generate import build_rationale_generator
 from sbs_edge.export.graphs.store import save_graphs
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.int4 import Int4
@@ -118,9 +118,9 @@ def test_the_option_reaches_every_product_of_a_loop(
     precision = Int8({}) if tied else Untied({})
     inner = int4_of(weights) if steps == "int4" else None
     if beams == 1:
-        model = build_explainer(weights, precision, None, inner)
+        model = build_rationale_generator(weights, precision, None, inner)
     else:
-        model = build_beam_explainer(weights, precision, beams, None, inner)
+        model = build_beam_generator(weights, precision, beams, None, inner)
     save_graphs({"explainer": model}, tmp_path)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(*int8_products.EXACT_OPTION)
@@ -143,7 +143,7 @@ def test_the_option_reaches_every_product_of_a_loop(
 def test_constants_of_a_loop_are_stored_once_and_referred_to_from_its_body(tiny: Any, tmp_path: Path) -> None:
     """The body's weights lie in the same file as before, and no byte is stored twice."""
     weights = weights_of(tiny.model)
-    save_graphs({"explainer": build_explainer(weights, Int8({}))}, tmp_path)
+    save_graphs({"explainer": build_rationale_generator(weights, Int8({}))}, tmp_path)
     model = onnx.load(str(tmp_path / "explainer.onnx"), load_external_data=False)
     outer, body = all_graphs(model.graph)
     places = [

@@ -137,11 +137,11 @@ def spoiled(builder: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("builder", "kind", "labels", "graph"),
     [
-        ("build_label_scorer", "closed", ("stay", "go", "wait"), "label_scorer"),
-        ("build_trie_scorer", "closed", ("red one", "red two", "blue"), "label_scorer"),
-        ("build_choice_scorer", "choices", (), "choice_scorer"),
-        ("build_explainer", "open", (), "explainer"),
-        ("build_explainer", "closed", ("stay", "go", "wait"), "explainer"),
+        ("build_label_classifier", "closed", ("stay", "go", "wait"), "label_scorer"),
+        ("build_trie_classifier", "closed", ("red one", "red two", "blue"), "label_scorer"),
+        ("build_choice_classifier", "choices", (), "choice_scorer"),
+        ("build_rationale_generator", "open", (), "explainer"),
+        ("build_rationale_generator", "closed", ("stay", "go", "wait"), "explainer"),
     ],
 )
 def test_graphs_that_differ_from_pytorch_are_never_written(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from graph_students import make_student, open_graph, random_rows
 
-from sbs_edge.export.graphs.beams import build_beam_explainer
+from sbs_edge.export.graphs.beams import build_beam_generator
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.precision import Float32
 
@@ -18,7 +18,7 @@ from sbs_edge.export.quant.precision import Float32
 def test_beams_are_those_of_generate(family: str, width: int, seed: int) -> None:
     model = make_student(family, seed=seed, spread=0.5)
     weights = weights_of(model)
-    graph = open_graph(build_beam_explainer(weights, Float32(), width))
+    graph = open_graph(build_beam_generator(weights, Float32(), width))
     for limit in (1, 7, 24):
         ids, mask = random_rows(5, 18, seed=limit)
         tokens, log_p = graph.run(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from graph_students import STUDENTS, make_ending, make_student, open_graph, random_rows
 
-from sbs_edge.export.graphs.generate import build_explainer
-from sbs_edge.export.graphs.label import build_label_scorer
-from sbs_edge.export.graphs.trie import build_choice_scorer, build_trie_scorer
+from sbs_edge.export.graphs.generate import build_rationale_generator
+from sbs_edge.export.graphs.label import build_label_classifier
+from sbs_edge.export.graphs.trie import build_choice_classifier, build_trie_classifier
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.precision import Float32
 from sbs_edge.runtime.trie import batch_tries, build_trie
@@ -44,7 +44,7 @@ def torch_scores(model: Any, ids: np.ndarray, mask: np.ndarray, labels: Any) -> 
 @pytest.mark.parametrize("contrib", [True, False])
 def test_first_token_scores_are_the_logits(student: Any, contrib: bool) -> None:
     weights = weights_of(student)
-    graph = open_graph(build_label_scorer(weights, Float32(contrib=contrib), LABELS))
+    graph = open_graph(build_label_classifier(weights, Float32(contrib=contrib), LABELS))
     # 300 tokens: over the distance at which position buckets saturate
     for rows, length in ((3, 40), (1, 1), (2, 300)):
         ids, mask = random_rows(rows, length)
@@ -76,7 +76,7 @@ def test_students_are_what_their_names_say() -> None:
 def test_trie_scores_are_sums_of_log_probabilities(student: Any) -> None:
     weights = weights_of(student)
     ids, mask = random_rows(3, 30)
-    (got,) = open_graph(build_trie_scorer(weights, Float32(), COLLIDING)).run(
+    (got,) = open_graph(build_trie_classifier(weights, Float32(), COLLIDING)).run(
         None, {"input_ids": ids, "attention_mask": mask}
     )
     assert relative(got, torch_scores(student, ids, mask, COLLIDING)) < 1e-4
@@ -87,7 +87,7 @@ def test_choices_differ_from_row_to_row_in_one_call(student: Any) -> None:
     ids, mask = random_rows(3, 30)
     choices = [COLLIDING, ([5, 6, 7, 8, 1], [6, 1]), ([5, 1], [9, 1], [5, 5, 1])]
     tries = batch_tries([build_trie(row, weights.start_id) for row in choices])
-    (got,) = open_graph(build_choice_scorer(weights, Float32())).run(
+    (got,) = open_graph(build_choice_classifier(weights, Float32())).run(
         None, {"input_ids": ids, "attention_mask": mask, **tries}
     )
     for row, labels in enumerate(choices):
@@ -98,7 +98,7 @@ def test_choices_differ_from_row_to_row_in_one_call(student: Any) -> None:
 def test_greedy_tokens_are_all_equal(student: Any) -> None:
     weights = weights_of(student)
     ids, mask = random_rows(4, 24)
-    tokens, log_p = open_graph(build_explainer(weights, Float32())).run(
+    tokens, log_p = open_graph(build_rationale_generator(weights, Float32())).run(
         None, {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(40, np.int64)}
     )
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_greedy_tokens_are_all_equal(student: Any) -> None:
 def test_the_loop_ends_when_every_row_met_end_of_sequence(family: str) -> None:
     model = make_ending(family)
     ids, mask = random_rows(12, 24, seed=5)
-    graph = open_graph(build_explainer(weights_of(model), Float32()))
+    graph = open_graph(build_rationale_generator(weights_of(model), Float32()))
     with torch.no_grad():
         expected = model.generate(
             input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=60, do_sample=False,

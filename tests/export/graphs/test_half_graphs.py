@@ -12,7 +12,7 @@ from graph_students import make_student, open_graph, random_rows
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from sbs_edge.export.graphs.label import build_label_scorer
+from sbs_edge.export.graphs.label import build_label_classifier
 from sbs_edge.export.graphs.step import build_decoder_step, build_encoder
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.half import to_half
@@ -36,7 +36,7 @@ def test_gpu_graphs_use_standard_operators_only(student: Any) -> None:
     stats = collect_calibration(student, pairs())
     for precision in (STANDARD, Int8Pairs(stats)):
         for model in (
-            build_label_scorer(weights, precision, LABELS), build_encoder(weights, precision),
+            build_label_classifier(weights, precision, LABELS), build_encoder(weights, precision),
             build_decoder_step(weights, precision, 8),
         ):  # fmt: skip
             half = to_half(model, "fp16")
@@ -51,8 +51,8 @@ def test_rescaling_changes_no_bit(student: Any, by: Rescale) -> None:
         pytest.skip("only a linear half can be rescaled")
     ids, mask = random_rows(4, 20)
     feeds = {"input_ids": ids, "attention_mask": mask}
-    (plain,) = open_graph(build_label_scorer(weights, STANDARD, LABELS)).run(None, feeds)
-    (scaled,) = open_graph(build_label_scorer(rescale(weights, by), STANDARD, LABELS)).run(None, feeds)
+    (plain,) = open_graph(build_label_classifier(weights, STANDARD, LABELS)).run(None, feeds)
+    (scaled,) = open_graph(build_label_classifier(rescale(weights, by), STANDARD, LABELS)).run(None, feeds)
     np.testing.assert_array_equal(scaled, plain)
 
 
@@ -93,11 +93,11 @@ def test_plain_fp16_overflows_and_the_rescale_cures_it(family: str) -> None:
     assert by.residual > 1
     ids, mask = random_rows(3, 16)
     feeds = {"input_ids": ids, "attention_mask": mask}
-    (exact,) = open_graph(build_label_scorer(weights, STANDARD, LABELS)).run(None, feeds)
+    (exact,) = open_graph(build_label_classifier(weights, STANDARD, LABELS)).run(None, feeds)
 
     def in_fp16(checkpoint: Any) -> tuple[np.ndarray, list[str]]:
         """The scores, and the operators whose fp16 output holds an infinity."""
-        graph = to_half(build_label_scorer(checkpoint, STANDARD, LABELS), "fp16")
+        graph = to_half(build_label_classifier(checkpoint, STANDARD, LABELS), "fp16")
         with np.errstate(all="ignore"):
             values = ReferenceEvaluator(graph, new_ops=[RMSNormalization]).run(None, feeds, intermediate=True)
         infinite = [
@@ -121,10 +121,10 @@ def test_int8_pairs_stay_near_float(family: str) -> None:
     weights, stats = weights_of(model), collect_calibration(model, pairs())
     ids, mask = random_rows(32, 24)
     feeds = {"input_ids": ids, "attention_mask": mask}
-    (exact,) = open_graph(build_label_scorer(weights, STANDARD, LABELS)).run(None, feeds)
-    (got,) = open_graph(build_label_scorer(weights, Int8Pairs(stats), LABELS)).run(None, feeds)
+    (exact,) = open_graph(build_label_classifier(weights, STANDARD, LABELS)).run(None, feeds)
+    (got,) = open_graph(build_label_classifier(weights, Int8Pairs(stats), LABELS)).run(None, feeds)
     assert np.sqrt(((got - exact) ** 2).mean()) < 0.2 * exact.std()
-    (half,) = open_graph(to_half(build_label_scorer(weights, Int8Pairs(stats), LABELS), "fp16")).run(
+    (half,) = open_graph(to_half(build_label_classifier(weights, Int8Pairs(stats), LABELS), "fp16")).run(
         None, feeds
     )
     assert np.sqrt(((half - exact) ** 2).mean()) < 0.2 * exact.std()

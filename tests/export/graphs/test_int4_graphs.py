@@ -8,7 +8,7 @@ from graph_students import make_student, open_graph, random_rows
 from operators import executed_operators
 
 from sbs_edge.export.graphs.builder import CONTRIB, FLOAT, Graph
-from sbs_edge.export.graphs.generate import build_explainer
+from sbs_edge.export.graphs.generate import build_rationale_generator
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.gptq import pack_int4, quantise_int4, unpack_int4
 from sbs_edge.export.quant.int4 import Int4
@@ -63,7 +63,7 @@ def test_decoder_steps_run_in_int4_and_the_encoder_in_int8() -> None:
     stats = collect_calibration(model, pairs, moments=True)
     ids, mask = random_rows(6, 20)
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(1, np.int64)}
-    graph = build_explainer(weights, Int8(stats.norms), step_precision=Int4(stats, 32))
+    graph = build_rationale_generator(weights, Int8(stats.norms), step_precision=Int4(stats, 32))
     executed = executed_operators(graph, feeds)
     # q k v o, q o, and three of the gated feed-forward in a layer, and the head
     assert executed["MatMulNBits"] == 9 * weights.n_decoder_layers + 1
@@ -82,5 +82,5 @@ def test_uncalibrated_products_are_never_rounded_to_4_bits() -> None:
     ids, mask = random_rows(2, 10)
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(1, np.int64)}
     stats = collect_calibration(model, [([5, 6, 1], [7, 1])])
-    graph = build_explainer(weights_of(model), Int8(stats.norms), step_precision=Int4(stats))
+    graph = build_rationale_generator(weights_of(model), Int8(stats.norms), step_precision=Int4(stats))
     assert executed_operators(graph, feeds)["MatMulNBits"] == 0

@@ -9,9 +9,9 @@ import pytest
 from graph_students import make_student, open_graph, random_rows
 from operators import INT8_PRODUCTS, executed_operators
 
-from sbs_edge.export.graphs.generate import build_explainer
-from sbs_edge.export.graphs.label import build_label_scorer
-from sbs_edge.export.graphs.trie import build_choice_scorer, build_trie_scorer
+from sbs_edge.export.graphs.generate import build_rationale_generator
+from sbs_edge.export.graphs.label import build_label_classifier
+from sbs_edge.export.graphs.trie import build_choice_classifier, build_trie_classifier
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.precision import Float32, Int8
 from sbs_edge.export.quant.ranges import CalibrationStats, collect_calibration
@@ -32,10 +32,10 @@ def builders(model: Any) -> dict[str, Any]:
     """The scoring graphs in int8."""
     weights, precision = weights_of(model), Int8(calibration(model).norms)
     return {
-        "first-token": build_label_scorer(weights, precision, LABELS),
-        "trie": build_trie_scorer(weights, precision, TRIE),
-        "choices": build_choice_scorer(weights, precision),
-        "explainer": build_explainer(weights, precision),
+        "first-token": build_label_classifier(weights, precision, LABELS),
+        "trie": build_trie_classifier(weights, precision, TRIE),
+        "choices": build_choice_classifier(weights, precision),
+        "explainer": build_rationale_generator(weights, precision),
     }
 
 
@@ -91,7 +91,7 @@ def test_padding_moves_int8_scores_no_more_than_rounding_carried_through(family:
     model = make_student(family)
     weights = weights_of(model)
     quantised = open_graph(builders(model)["first-token"])
-    exact = open_graph(build_label_scorer(weights, Float32(), LABELS))
+    exact = open_graph(build_label_classifier(weights, Float32(), LABELS))
     moved = {"int8": 0.0, "float32": 0.0}
     flips = 0
     ids, mask = random_rows(1000, 24, ragged=False)
@@ -121,7 +121,7 @@ def test_every_weight_product_runs_in_int8(family: str) -> None:
     # what stays float: scores and pooling of the one query, two a decoder layer
     assert executed["MatMul[float]"] + executed["FusedMatMul[float]"] == 2 * weights.n_decoder_layers
     tokens = executed_operators(
-        build_explainer(weights, Int8(calibration(model).norms)),
+        build_rationale_generator(weights, Int8(calibration(model).norms)),
         {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(1, np.int64)},
     )
     assert tokens["MatMul[float]"] == tokens["FusedMatMul[float]"] == 0
@@ -147,6 +147,6 @@ def test_int8_stays_near_float(family: str) -> None:
     model = make_student(family, spread=0.5)
     ids, mask = random_rows(64, 30)
     feeds = {"input_ids": ids, "attention_mask": mask}
-    (exact,) = open_graph(build_label_scorer(weights_of(model), Float32(), LABELS)).run(None, feeds)
+    (exact,) = open_graph(build_label_classifier(weights_of(model), Float32(), LABELS)).run(None, feeds)
     (got,) = open_graph(builders(model)["first-token"]).run(None, feeds)
     assert np.sqrt(((got - exact) ** 2).mean()) < 0.15 * exact.std()

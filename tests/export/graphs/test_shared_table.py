@@ -10,11 +10,11 @@ import onnx
 import pytest
 from graph_students import make_student, open_graph, random_rows
 
-from sbs_edge.export.graphs.beams import build_beam_explainer
+from sbs_edge.export.graphs.beams import build_beam_generator
 from sbs_edge.export.graphs.builder import all_graphs, all_nodes
-from sbs_edge.export.graphs.generate import build_explainer
+from sbs_edge.export.graphs.generate import build_rationale_generator
 from sbs_edge.export.graphs.store import save_graphs
-from sbs_edge.export.graphs.trie import build_choice_scorer
+from sbs_edge.export.graphs.trie import build_choice_classifier
 from sbs_edge.export.graphs.weights import T5Weights, weights_of
 from sbs_edge.export.quant.mixed import Mixed
 from sbs_edge.export.quant.precision import Float32, Int8
@@ -35,9 +35,9 @@ def tables(model: onnx.ModelProto, weights: T5Weights) -> int:
 
 def builders() -> dict[str, Any]:
     return {
-        "explainer": build_explainer,
-        "choices": build_choice_scorer,
-        "beam": lambda weights, precision: build_beam_explainer(weights, precision, 2),
+        "explainer": build_rationale_generator,
+        "choices": build_choice_classifier,
+        "beam": lambda weights, precision: build_beam_generator(weights, precision, 2),
     }
 
 
@@ -60,7 +60,7 @@ def test_formats_that_cannot_share_keep_two() -> None:
         (Mixed(Int8({}), weights, ["shared"]), 2),
         (Mixed(Int8({}), weights, ["shared", "lm_head"]), 1),
     ):
-        assert tables(build_choice_scorer(weights, precision), weights) == expected
+        assert tables(build_choice_classifier(weights, precision), weights) == expected
 
 
 @pytest.mark.parametrize("precision", [Float32(), Int8({})], ids=["float32", "int8"])
@@ -75,8 +75,8 @@ def test_the_head_is_the_product_it_was(precision: Any) -> None:
             return None
 
     apart = Apart({}) if isinstance(precision, Int8) else Apart()
-    tokens, chance = open_graph(build_explainer(weights, precision)).run(None, feeds)
-    expected_tokens, expected = open_graph(build_explainer(weights, apart)).run(None, feeds)
+    tokens, chance = open_graph(build_rationale_generator(weights, precision)).run(None, feeds)
+    expected_tokens, expected = open_graph(build_rationale_generator(weights, apart)).run(None, feeds)
     np.testing.assert_array_equal(tokens, expected_tokens)
     np.testing.assert_allclose(chance, expected, rtol=1e-4)
 
@@ -87,7 +87,7 @@ def test_no_step_turns_the_table(precision: Any, tmp_path: Path) -> None:
     import onnxruntime
 
     weights = weights_of(make_student("t5"))
-    model = build_explainer(weights, precision)
+    model = build_rationale_generator(weights, precision)
     assert (
         sum(
             node.op_type == "Transpose" and list(node.attribute[0].ints) == [1, 0]

@@ -11,7 +11,7 @@ import torch
 from graph_students import make_ending, make_student, open_graph, random_rows
 
 from sbs_edge.errors import UsageError
-from sbs_edge.export.graphs.generate import build_explainer
+from sbs_edge.export.graphs.generate import build_rationale_generator
 from sbs_edge.export.graphs.step import build_decoder_step, build_encoder
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.half import to_half
@@ -59,7 +59,7 @@ def generated(model: Any, ids: np.ndarray, mask: np.ndarray, limit: int) -> np.n
 @pytest.mark.parametrize("limit", [1, 2, 20])
 def test_every_token_is_that_of_generate(student: Any, limit: int) -> None:
     loop, _ = loop_of(student, 20)
-    explainer = open_graph(build_explainer(weights_of(student), Float32()))
+    explainer = open_graph(build_rationale_generator(weights_of(student), Float32()))
     for rows, length in ((4, 24), (1, 1), (3, 150)):
         ids, mask = random_rows(rows, length, seed=limit)
         tokens, log_p = loop.run(ids, mask, limit)
@@ -138,7 +138,7 @@ def test_a_smaller_vocabulary_to_write() -> None:
     allowed = np.concatenate([[1], np.arange(2, 320, 3)])
     loop, _ = loop_of(model, 12, output_tokens=allowed)
     ids, mask = random_rows(3, 15)
-    graph = open_graph(build_explainer(weights_of(model), Float32(), allowed))
+    graph = open_graph(build_rationale_generator(weights_of(model), Float32(), allowed))
     expected, log_p = graph.run(
         None, {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(12, np.int64)}
     )

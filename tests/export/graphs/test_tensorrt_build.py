@@ -14,9 +14,9 @@ import onnx
 import pytest
 from graph_students import make_student
 
-from sbs_edge.export.graphs.label import build_label_scorer
+from sbs_edge.export.graphs.label import build_label_classifier
 from sbs_edge.export.graphs.step import build_decoder_step, build_encoder
-from sbs_edge.export.graphs.trie import build_choice_scorer, build_trie_scorer
+from sbs_edge.export.graphs.trie import build_choice_classifier, build_trie_classifier
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.profiles import profile_of
 from sbs_edge.export.quant.half import to_half
@@ -49,9 +49,9 @@ def graphs(model: Any, precision: Any) -> dict[str, onnx.ModelProto]:
     """All graphs of a TensorRT target."""
     weights = weights_of(model)
     return {
-        "label_scorer": build_label_scorer(weights, precision, (17, 33, 201)),
-        "trie_scorer": build_trie_scorer(weights, precision, ([17, 33, 1], [17, 1], [201, 1])),
-        "choice_scorer": build_choice_scorer(weights, precision),
+        "label_scorer": build_label_classifier(weights, precision, (17, 33, 201)),
+        "trie_scorer": build_trie_classifier(weights, precision, ([17, 33, 1], [17, 1], [201, 1])),
+        "choice_scorer": build_choice_classifier(weights, precision),
         "encoder": build_encoder(weights, precision),
         "decoder_step": build_decoder_step(weights, precision, 32, np.arange(0, 320, 2)),
     }
@@ -104,7 +104,7 @@ def test_tensorrt_refuses_the_cpu_graph(tmp_path: Path) -> None:
     from sbs_edge.export.quant.precision import Int8
 
     model = make_student("t5")
-    graph = build_label_scorer(weights_of(model), Int8({}), (17, 33))
+    graph = build_label_classifier(weights_of(model), Int8({}), (17, 33))
     code, (report,) = checked([write(graph, tmp_path / "cpu.onnx")])
     assert code == 1
     assert not report["built"]
