@@ -10,7 +10,7 @@ from sbs_edge.bench.core.results import load_document, rows_of
 
 __all__ = ["ACCURACY", "LATENCY", "PICTURE", "accuracy_bars", "latency_bars", "peers_svg"]
 
-ACCURACY = "builtin-2026-11-23.json"
+ACCURACY = "builtin-2026-11-25.json"
 LATENCY = "amd-epyc-2core-t5-small-2026-11-23.json"
 PICTURE = Path("docs/pictures/peers.svg")
 _CASE = "batch 1, 64 tokens"
