@@ -68,7 +68,7 @@ class TrainOptions(TypedDict, total=False):
     lora_alpha: float | None
     fsdp: bool
     workspace_mb: float | None
-    loss_engine: str
+    loss_engine: Literal["auto", "triton", "cublas", "torch", "reference"]
     shuffle_buffer: int
     trackers: tuple[Literal["tensorboard", "wandb"], ...] | None
     progress: bool | None

@@ -14,7 +14,7 @@ from sbs_edge.training.student_dir import CARD, FORMAT, StudentDir
 
 def test_a_student_of_a_later_format_is_not_called_damaged(tmp_path: Path) -> None:
     (tmp_path / CARD).write_text(json.dumps({"format": FORMAT + 1}))
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(DataError) as refused:
         StudentDir.load(tmp_path)
     assert str(refused.value).endswith(f"has format {FORMAT + 1}; this version reads up to {FORMAT}.")
@@ -25,4 +25,4 @@ def test_a_checkpoint_of_another_family_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UsageError) as refused:
         load_checkpoint(str(tmp_path), None)
-    assert str(refused.value).startswith(f"The checkpoint {tmp_path} is a 'bert' model")
+    assert str(refused.value).startswith(f"{tmp_path} holds a 'bert' model")
