@@ -194,7 +194,7 @@ def predict_with_ray(
     """
     folder = Path(bundle).resolve()
     if not (folder / "manifest.json").is_file():
-        raise UsageError(f"{bundle} is no bundle: it has no manifest.json.")
+        raise UsageError(f"{bundle} is not a bundle: it has no manifest.json.")
     options = {
         "field": field,
         "labels": labels,

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies and what it says of itself, without torch: one reading for train, run and export.
+"""Find a checkpoint and read its configuration without torch: one reading for train, run and export.
 
 A checkpoint is named by a directory, by a directory that holds just one (a Trainer's output, a hub's cache), or by
 its name on a hub. What cannot be read as a model of the T5 family with a language-model head is refused here, from

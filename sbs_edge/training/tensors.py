@@ -77,7 +77,7 @@ def _bin(path: Path) -> dict[str, Tensor]:
         if begin not in (b"PK", b"\x80\x02"):
             raise _damaged(path, "not a file of PyTorch") from error
         raise UsageError(
-            f"{path} holds more than tensors, and opening that could run code of whoever wrote it. If you trust the file, "
+            f"{path} holds more than tensors, and opening that could run code of its author. If you trust the file, "
             f"save its tensors alone where you trained: torch.save(model.state_dict(), {path.name!r})."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:

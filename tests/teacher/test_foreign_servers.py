@@ -1,4 +1,4 @@
-"""What servers really send: other shapes, errors in a 200, redirects, limits; each through the command line."""
+"""Answers that real servers send: other shapes, errors in a 200, redirects, limits; each through the command line."""
 
 from __future__ import annotations
 

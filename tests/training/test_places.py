@@ -1,4 +1,4 @@
-"""Where training writes: one process at a time, a disk that fills up, what is checked before any work."""
+"""The directory that training writes: one process at a time, a disk that fills up, what is checked before any work."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_a_file_that_cuts_and_a_config_without_a_start_train(checkpoint: Path, t
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"), [(("{", "yes"), "no token"), (("a b", "a\nb"), "same tokens|nothing to learn")]
+    ("labels", "said"), [(("{", "yes"), "no token"), (("a b", "a\nb"), "nothing to learn")]
 )
 def test_labels_are_refused_before_the_first_step(
     checkpoint: Path, tmp_path: Path, labels: tuple[str, ...], said: str

@@ -223,7 +223,7 @@ def test_wrong_configurations_say_field_value_and_reason(splits, tmp_path):
     with pytest.raises(UsageError, match="There is no directory"):
         train(splits, tmp_path / "a", model=str(tmp_path / "nothing"), trackers=())
     bare = [dataclasses.replace(row, teacher_label=None) for row in splits.train]
-    with pytest.raises(DataError, match=r"No training row|labels that no training row has"):
+    with pytest.raises(DataError, match="labels that no training row has"):
         train(dataclasses.replace(splits, train=bare), tmp_path / "a", mode="distill", trackers=())
 
 
