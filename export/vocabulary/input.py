@@ -156,7 +156,7 @@ def _ids(opened: StudentDir, rows: Sequence[Example], texts: TextTokenizer) -> I
         yield texts.encode("", prefix)
         yield from texts.encode_batch([row.input for row in rows], prefix)
     for row in rows:
-        for text in (row.label, row.teacher_label, row.rationale, *(row.choices or ())):
+        for text in (row.label, row.teacher_label, row.rationale, *row.rationales, *(row.choices or ())):
             if text:
                 yield texts.encode(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,11 @@ def is_table(source: str) -> bool:
 def columns_of(column: Iterable[str], field: str) -> ColumnMap:
     """Merge ``--column`` and ``--field``, of which the second is the short form of ``input=FIELD``."""
     columns = ColumnMap.parse(column)
+    read = ("id", "input", "choices")
     unused = [
-        name for name in ("label", "teacher_label", "rationale", "confidence") if getattr(columns, name)
+        part.name
+        for part in dataclasses.fields(columns)
+        if part.name not in read and getattr(columns, part.name)
     ]
     if unused:
         raise UsageError(

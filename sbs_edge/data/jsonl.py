@@ -16,7 +16,9 @@ __all__ = ["example_to_json", "write_examples"]
 
 def example_to_json(example: Example) -> dict[str, Any]:
     """Return the row's fields, leaving out what is unknown or at its default."""
-    row = {name: value for name, value in asdict(example).items() if value not in (None, "")}
+    row = {name: value for name, value in asdict(example).items() if value not in (None, "", ())}
+    if example.teacher_probs:
+        row["teacher_probs"] = {label: round(share, 6) for label, share in example.teacher_probs}
     if example.confidence == 1.0:
         del row["confidence"]
     row.setdefault("input", example.input)

@@ -42,7 +42,7 @@ class Respelling:
     """A label that was written differently from its set.
 
     Attributes:
-        field: ``label`` or ``teacher_label``.
+        field: ``label``, ``teacher_label`` or ``teacher_probs``.
         written: how the rows spell it, stripped.
         label: the member of the set that it stands for.
         rows: number of rows.
@@ -156,8 +156,13 @@ def fit_labels(rows: Sequence[Example], task: TaskSpec) -> tuple[list[Example], 
     for row in rows:
         label = spelled(row.label, "label", row)
         teacher_label = spelled(row.teacher_label, "teacher_label", row)
-        if (label, teacher_label) != (row.label, row.teacher_label):
-            row = dataclasses.replace(row, label=label, teacher_label=teacher_label)
+        shares: dict[str, float] = {}
+        for written, share in row.teacher_probs:
+            name = spelled(written, "teacher_probs", row) or written
+            shares[name] = shares.get(name, 0.0) + share
+        probs = tuple(shares.items())
+        if (label, teacher_label, probs) != (row.label, row.teacher_label, row.teacher_probs):
+            row = dataclasses.replace(row, label=label, teacher_label=teacher_label, teacher_probs=probs)
         fitted.append(row)
     return fitted, [
         Respelling(field, written, label, len(places), places[0])

@@ -37,6 +37,8 @@ class ColumnMap:
     label: str | None = None
     teacher_label: str | None = None
     rationale: str | None = None
+    rationales: str | None = None
+    teacher_probs: str | None = None
     choices: str | None = None
     confidence: str | None = None
 
@@ -166,6 +168,50 @@ def _confidence(value: Any) -> float:
     return number
 
 
+def _rationales(value: Any, first: str | None) -> tuple[str, ...]:
+    """Read a list of texts, or a cell that holds one as JSON; ``first`` leads, and every text stands once."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        value = choices_cell(value) if value.lstrip().startswith("[") else [value]
+    if not isinstance(value, list | tuple):
+        raise _Unusable("wrong type of 'rationales'", f"{type(value).__name__} instead of a list of texts")
+    texts = [_text(item, "rationales") or "" for item in value]
+    if not all(texts):
+        raise _Unusable("empty 'rationales'", "leave out what is unknown")
+    found = tuple(dict.fromkeys([*([first] if first else []), *texts]))
+    return found if len(found) > 1 else ()
+
+
+def _probs(value: Any) -> tuple[tuple[str, float], ...]:
+    """Read ``{"refund": 0.7, "reply": 0.3}``, or a cell that holds it as JSON, and scale it to the sum 1."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise _Unusable("wrong type of 'teacher_probs'", "the text is not a JSON object") from None
+    if not isinstance(value, dict):
+        raise _Unusable("wrong type of 'teacher_probs'", f"{type(value).__name__} instead of an object")
+    shares: dict[str, float] = {}
+    for label, share in value.items():
+        name = (_text(label, "teacher_probs", numbers=True) or "").strip()
+        if share is None:  # a Parquet struct has every name in every row
+            continue
+        if isinstance(share, bool) or not isinstance(share, int | float | Decimal):
+            raise _Unusable(
+                "wrong type of 'teacher_probs'", f"{name!r} has {type(share).__name__}, not a number"
+            )
+        if not 0.0 <= share < math.inf:
+            raise _Unusable("'teacher_probs' below 0 or not finite", f"{name!r} has {share}")
+        shares[name] = shares.get(name, 0.0) + float(share)
+    total = sum(shares.values())
+    if value and not 0.0 < total < math.inf:
+        raise _Unusable("'teacher_probs' without a probability above 0")
+    return tuple((label, share / total) for label, share in shares.items() if share > 0.0)
+
+
 def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, source: str) -> Example:
     """Turn one row into an example; raises the module's private error with the reason."""
     text = _text(_fetch(values, columns, "input"), "input")
@@ -178,12 +224,16 @@ def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, sour
         if found is None:
             raise _Unusable("'label' is none of 'choices'", f"{label!r} is not in {list(choices)}"[:200])
         label = found
+    rationale = _text(_fetch(values, columns, "rationale"), "rationale")
+    rationales = _rationales(_fetch(values, columns, "rationales"), rationale)
     return Example(
         id=_text(_fetch(values, columns, "id"), "id", numbers=True) or default_id,
         input=text,
         label=label,
         teacher_label=_text(_fetch(values, columns, "teacher_label"), "teacher_label", numbers=True),
-        rationale=_text(_fetch(values, columns, "rationale"), "rationale"),
+        rationale=rationale or (rationales[0] if rationales else None),
+        rationales=rationales,
+        teacher_probs=_probs(_fetch(values, columns, "teacher_probs")),
         choices=choices,
         confidence=_confidence(_fetch(values, columns, "confidence")),
         source=source,

@@ -126,9 +126,9 @@ def _stratified(examples: Sequence[Example], keys: Sequence[str], share: float, 
 
 def shuffle_rationales(examples: Sequence[Example], seed: int) -> list[Example]:
     """Give every row another row's rationale: a control that keeps the work and removes the content."""
-    rationales = [example.rationale for example in examples]
+    rationales = [(example.rationale, example.rationales) for example in examples]
     random.Random(seed + 555).shuffle(rationales)
     return [
-        dataclasses.replace(example, rationale=rationale)
-        for example, rationale in zip(examples, rationales, strict=True)
+        dataclasses.replace(example, rationale=first, rationales=all_of_row)
+        for example, (first, all_of_row) in zip(examples, rationales, strict=True)
     ]

@@ -7,6 +7,7 @@ with half the batch do what one does with the whole.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from sbs_edge.data.example import Example
-from sbs_edge.data.targets import label_for, rationale_for
+from sbs_edge.data.rationales import best_rationale
+from sbs_edge.data.targets import label_for, rationale_for, rationales_for, soft_label
 from sbs_edge.tokens import TextTokenizer, within_limit
 from sbs_edge.training.config import TrainConfig
 
@@ -27,52 +30,112 @@ if TYPE_CHECKING:
 __all__ = ["Batches", "Collator", "Encoded", "Encoder", "MemoryRows", "StreamRows"]
 
 IGNORE = -100
+LEAST_SHARE = 1e-3
+"""A further target with a smaller share of its row costs a decoder row and moves nothing."""
+
+
+Targets = tuple[tuple[list[int], float], ...]
 
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids of one example: per task ``(input, target)`` or None where the row lacks the target."""
+    """Token ids of one example.
+
+    Attributes:
+        tasks: per task ``(input, target)``, or None where the row lacks the target.
+        weight: of the row, in both tasks.
+        further: per task further targets of the same input with their shares of the row's weight; the
+            target in ``tasks`` has the rest.
+
+    """
 
     tasks: tuple[tuple[list[int], list[int]] | None, tuple[list[int], list[int]] | None]
     weight: float = 1.0
+    further: tuple[Targets, Targets] = ((), ())
+
+    def with_one_rationale(self, rng: random.Random) -> Encoded:
+        """Return the row with one of its rationales, each equally likely."""
+        pair = self.tasks[1]
+        if pair is None or not self.further[1]:
+            return self
+        target = rng.choice([pair[1], *(ids for ids, _ in self.further[1])])
+        return Encoded((self.tasks[0], (pair[0], target)), self.weight, (self.further[0], ()))
 
 
 class Encoder:
     """Tokenises examples for a mode; counts what had to be cut.
+
+    Args:
+        tokenizer: the student's.
+        config: see :class:`TrainConfig`.
+        eos_id: ends every input and target.
+        labels: the closed set; empty for other kinds of label.
 
     Attributes:
         cut_sources, cut_targets: rows that were longer than the limits, cut before the end token.
 
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: TrainConfig, eos_id: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, config: TrainConfig, eos_id: int, labels: Sequence[str] = ()
+    ) -> None:
         self.texts = TextTokenizer(tokenizer)
         self.config = config
         self.eos_id = eos_id
+        self.labels = tuple(labels)
         self.cut_sources = 0
         self.cut_targets = 0
 
-    def __call__(self, example: Example) -> Encoded | None:
-        """Return the row's tokens, or None when it has neither target the mode learns from."""
+    def __call__(self, example: Example, *, plain: bool = False) -> Encoded | None:
+        """Return the row's tokens, or None when it has neither target the mode learns from.
+
+        Args:
+            example: the row.
+            plain: weigh it as every other row, with one target a task; validation reads rows so.
+
+        """
         config = self.config
-        wanted = (label_for(example, config.mode), rationale_for(example, config.mode))
+        label = label_for(example, config.mode)
+        rationales = rationales_for(example, config.mode)
+        if config.rationales == "best" and len(rationales) > 1:
+            rationales = (
+                best_rationale(rationales, example.input, label, self.labels or example.choices or ()),
+            )
+        if plain:
+            rationales = rationales[:1]
+        wanted: tuple[dict[str, float], dict[str, float]] = (
+            {} if label is None else {label: 1.0},
+            dict.fromkeys(rationales, 1.0 / max(1, len(rationales))),
+        )
+        if label is not None and config.soft_labels and not plain:
+            known = self.labels or example.choices or ()
+            wanted = (
+                soft_label(example, label, known, config.soft_labels, config.soft_temperature),
+                wanted[1],
+            )
         tasks: list[tuple[list[int], list[int]] | None] = []
-        for prefix, target in zip(config.prefix_pair, wanted, strict=True):
-            if target is None or not target.strip():
+        further: list[Targets] = []
+        for prefix, shares in zip(config.prefix_pair, wanted, strict=True):
+            targets = [(self._target(text), share) for text, share in shares.items() if text.strip()]
+            if not targets:
                 tasks.append(None)
+                further.append(())
                 continue
             source, cut_source = self.texts.encode_within(
                 example.input, config.max_source_tokens, self.eos_id, prefix
             )
-            ids = self.texts.encode_target(target, self.eos_id)
             self.cut_sources += cut_source
-            self.cut_targets += len(ids) > config.max_target_tokens
-            ids = within_limit(ids, config.max_target_tokens, self.eos_id)
-            tasks.append((source, ids))
+            tasks.append((source, targets[0][0]))
+            further.append(tuple((ids, share) for ids, share in targets[1:] if share >= LEAST_SHARE))
         if not any(tasks):
             return None
-        weight = example.confidence if config.row_weight == "confidence" else 1.0
-        return Encoded((tasks[0], tasks[1]), weight)
+        weight = example.confidence if config.row_weight == "confidence" and not plain else 1.0
+        return Encoded((tasks[0], tasks[1]), weight, (further[0], further[1]))
+
+    def _target(self, text: str) -> list[int]:
+        ids = self.texts.encode_target(text, self.eos_id)
+        self.cut_targets += len(ids) > self.config.max_target_tokens
+        return within_limit(ids, self.config.max_target_tokens, self.eos_id)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -94,24 +157,42 @@ class Collator:
         self.n_tasks = n_tasks
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return tensors on the CPU, and ``denominators`` (2,): the sums of weights of this batch."""
+        """Return tensors on the CPU, and ``denominators`` (2,): the sums of weights of this batch.
+
+        A row's first targets come first in each task, its further ones behind them, in segment ``task + 2``:
+        they share the encoder's pass, and ``decoder_rows`` names the row of it that each belongs to.
+        """
         sources: list[list[int]] = []
         decoder_ids, targets, segments, weights = [], [], [], []
+        decoder_rows: list[Tensor] = []
         for task in range(self.n_tasks):
-            mine = [(pair, row.weight) for row in rows if (pair := row.tasks[task]) is not None]
-            pairs = [pair for pair, _ in mine] or [([self.eos_id], [IGNORE])]
-            factors = torch.tensor([weight for _, weight in mine] or [0.0])
+            mine = [row for row in rows if row.tasks[task] is not None]
+            pairs = [pair for row in mine if (pair := row.tasks[task])] or [([self.eos_id], [IGNORE])]
+            further = [
+                (owner, ids, row.weight * share)
+                for owner, row in enumerate(mine)
+                for ids, share in row.further[task]
+            ]
+            first = [
+                row.weight * max(0.0, 1.0 - sum(share for _, share in row.further[task])) for row in mine
+            ]
+            factors = torch.tensor([*(first or [0.0]), *(weight for _, _, weight in further)])
+            owners = [*range(len(pairs)), *(owner for owner, _, _ in further)]
+            decoder_rows.append(torch.tensor(owners) + len(sources))
             sources += [source for source, _ in pairs]
-            wanted = _pad([target for _, target in pairs], IGNORE)
+            wanted = _pad([*(target for _, target in pairs), *(ids for _, ids, _ in further)], IGNORE)
             shifted = torch.full_like(wanted, self.start_id)
             shifted[:, 1:] = wanted[:, :-1].masked_fill(wanted[:, :-1] == IGNORE, self.pad_id)
             decoder_ids.append(shifted)
             targets.append(wanted.reshape(-1))
-            segments.append(torch.full((wanted.numel(),), task, dtype=torch.long))
+            segment = torch.full(wanted.shape, task, dtype=torch.long)
+            segment[len(pairs) :] = task + 2
+            segments.append(segment.reshape(-1))
             weights.append(factors.repeat_interleave(wanted.shape[1]))
         flat, segment_ids, row_weights = torch.cat(targets), torch.cat(segments), torch.cat(weights)
         valid = (flat != IGNORE).nonzero().squeeze(1)
-        denominators = torch.zeros(2).index_add_(0, segment_ids[valid], row_weights[valid])
+        denominators = torch.zeros(2).index_add_(0, segment_ids[valid] % 2, row_weights[valid])
+        several = sum(map(len, decoder_rows)) > len(sources)
         input_ids = _pad(sources, self.pad_id)
         lengths = torch.tensor([len(source) for source in sources])
         return {
@@ -123,15 +204,25 @@ class Collator:
             "row_weights": row_weights,
             "valid_indices": valid,
             "denominators": denominators,
+            **({"decoder_rows": decoder_rows} if several else {}),
         }
 
 
-class MemoryRows:
-    """Rows held in memory, tokenised once, in a new seeded order every epoch, without end."""
+def _rng(seed: int, epoch: int, key: int | str) -> random.Random:
+    """The generator that draws a row's rationale: the same wherever and whenever an epoch is entered."""
+    return random.Random(f"{seed}/{epoch}/{key}")
 
-    def __init__(self, rows: Sequence[Encoded], seed: int) -> None:
+
+class MemoryRows:
+    """Rows held in memory, tokenised once, in a new seeded order every epoch, without end.
+
+    With ``sample``, each epoch draws one of a row's rationales.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], seed: int, *, sample: bool = False) -> None:
         self.rows = rows
         self.seed = seed
+        self.sample = sample
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -143,7 +234,8 @@ class MemoryRows:
             order = list(range(len(self.rows)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             for index in order[skip:]:
-                yield self.rows[index]
+                row = self.rows[index]
+                yield row.with_one_rationale(_rng(self.seed, epoch, index)) if self.sample else row
             epoch, skip = epoch + 1, 0
 
     def encode(self, row: Encoded) -> Encoded:
@@ -169,9 +261,13 @@ class StreamRows:
         rng = random.Random(f"{self.seed}/{epoch}")
         held: list[Example] = []
         mode = self.encoder.config.mode
+        sample = self.encoder.config.rationales == "sample"
         for example in self.open_rows():
             if not (label_for(example, mode) or rationale_for(example, mode)):
                 continue
+            if sample and example.rationales:
+                drawn = _rng(self.seed, epoch, example.id).choice(rationales_for(example, mode) or (None,))
+                example = dataclasses.replace(example, rationale=drawn, rationales=())
             if len(held) < self.buffer:
                 held.append(example)
                 continue

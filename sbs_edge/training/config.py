@@ -60,6 +60,20 @@ class TrainConfig(BaseModel):
     row_weight: Literal["none", "confidence"] = Field(
         "none", description="Weight each row's tokens by its confidence, or all rows equally."
     )
+    soft_labels: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the label's target that is the teacher's distribution (teacher_probs); the rest is its "
+        "label.",
+    )
+    soft_temperature: float = Field(
+        1.0, gt=0, description="Temperature of the teacher's distribution; above 1 flattens it."
+    )
+    rationales: Literal["sample", "all", "best"] = Field(
+        "sample",
+        description="Where rows have several rationales: draw one in each epoch, learn all with equal weights, or the best.",
+    )
 
     model: str | None = Field(
         None,
@@ -173,6 +187,11 @@ class TrainConfig(BaseModel):
         if self.uses_rationales and label == rationale:
             raise ValueError(
                 f"label_prefix and rationale_prefix are both {label!r}: they tell the tasks apart"
+            )
+        if self.soft_labels and self.mode in ("finetune", "stepwise"):
+            raise ValueError(
+                f"soft_labels are the teacher's, and mode {self.mode} learns gold labels: use mode distill or "
+                "stepwise-teacher"
             )
         if self.early_stopping_patience is not None and self.validation_rows == 0:
             raise ValueError("early_stopping_patience needs validation rows; validation_rows is 0")

@@ -105,6 +105,7 @@ class TwoTaskModel(nn.Module):
         row_weights: Tensor,
         valid_indices: Tensor,
         denominators: Tensor | None = None,
+        decoder_rows: list[Tensor] | None = None,
         label_tokens: Tensor | None = None,
         label_exact: bool = False,
     ) -> dict[str, Tensor]:
@@ -113,24 +114,31 @@ class TwoTaskModel(nn.Module):
         Args:
             input_ids: (B, S), the rows of task 0 first, then those of task 1.
             attention_mask: (B, S).
-            decoder_ids: for each task (B_k, T_k) decoder inputs; the B_k add up to B.
-            targets: (N,) with N = sum B_k T_k, -100 where padded.
-            segment_ids: (N,) task of each position.
+            decoder_ids: for each task (R_k, T_k) decoder inputs.
+            targets: (N,) with N = sum R_k T_k, -100 where padded.
+            segment_ids: (N,) task of each position, plus 2 where the target is a further one of its row.
             row_weights: (N,) float weight of each position.
             valid_indices: (M,) positions whose target is real.
-            denominators: (K,) see :func:`fused_linear_cross_entropy`.
+            denominators: (2,) sums of weights a task; see :func:`fused_linear_cross_entropy`. Needed with
+                ``decoder_rows``.
+            decoder_rows: for each task (R_k,) the encoder row of each decoder row, where a row has several
+                targets; None: the encoder's rows in order.
             label_tokens: (C,) token ids; adds ``scores`` (B_0, C), float32 logits of the first step.
             label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max,
                 which is when greedy decoding gives exactly the target.
 
         Returns:
-            ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and what was asked for.
+            ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and what was asked for. Counts are
+            of first targets only.
 
         """
+        parts = 1 if decoder_rows is None else 2  # first targets; and further ones, which are not counted
+        if parts == 2 and denominators is None:
+            raise ValueError("Rows with several targets need denominators: a task's targets share one sum.")
         states = self.encode(input_ids, attention_mask)
         hidden, start = [], 0
-        for ids in decoder_ids:
-            rows = slice(start, start + ids.shape[0])
+        for task, ids in enumerate(decoder_ids):
+            rows = slice(start, start + ids.shape[0]) if decoder_rows is None else decoder_rows[task]
             hidden.append(self.decode(ids, states[rows], attention_mask[rows]))
             start += ids.shape[0]
         flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in hidden])
@@ -144,15 +152,20 @@ class TwoTaskModel(nn.Module):
                 head,
                 targets,
                 segment_ids=segment_ids,
-                n_segments=2,
-                segment_weights=self.segment_weights,
+                n_segments=2 * parts,
+                segment_weights=self.segment_weights * parts,
                 row_weights=row_weights,
                 valid_indices=valid_indices,
-                denominators=denominators,
+                denominators=None if denominators is None else denominators.repeat(parts),
                 logit_scale=self.logit_scale,
                 **self.options,
             )
-        result = {"loss": loss.total, "losses": loss.losses, "counts": loss.counts, "correct": loss.correct}
+        result = {
+            "loss": loss.total,
+            "losses": loss.losses.view(parts, 2).sum(0),
+            "counts": loss.counts[:2],
+            "correct": loss.correct[:2],
+        }
         if label_tokens is not None:
             first = hidden[0][:, 0].float() * self.logit_scale
             result["scores"] = first @ head[label_tokens].float().t()

@@ -54,6 +54,9 @@ class TrainOptions(TypedDict, total=False):
     max_source_tokens: int
     max_target_tokens: int
     row_weight: Literal["none", "confidence"]
+    soft_labels: float
+    soft_temperature: float
+    rationales: Literal["sample", "all", "best"]
 
     eval_steps: int | None
     eval_batch_size: int

@@ -11,7 +11,7 @@ from sbs_edge import files
 from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.spiece import spiece_tokenizer
-from sbs_edge.data.targets import label_for, rationale_for
+from sbs_edge.data.targets import label_for, rationales_for
 from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer, load_tokenizer
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.tokens import without_limits
@@ -28,7 +28,7 @@ def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: Train
     kind = config.tokenizer or ("word" if task.name == BUILTIN else "unigram")
     texts: list[str] = []
     for example in examples:
-        targets = (label_for(example, config.mode), rationale_for(example, config.mode))
+        targets = (label_for(example, config.mode), *rationales_for(example, config.mode))
         texts += [example.input, *(target for target in targets if target), *(example.choices or ())]
     return build_tokenizer([*texts, *task.labels], config.prefix_pair, kind, config.vocabulary)
 

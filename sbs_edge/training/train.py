@@ -88,6 +88,8 @@ def _fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[st
             digest.update(
                 repr((example.input, example.label, example.teacher_label, example.rationale)).encode()
             )
+            if example.rationales or example.teacher_probs:
+                digest.update(repr((example.rationales, example.teacher_probs)).encode())
         print_["training rows"] = digest.hexdigest()[:16]
     return print_
 
@@ -149,11 +151,8 @@ def _validation(
     batches, answers = [], []
     for start in range(0, len(rows), config.eval_batch_size):
         part = rows[start : start + config.eval_batch_size]
-        encoded = [encoder(row) for row in part]
-        batch_rows = [item for item in encoded if item is not None]
-        for item in batch_rows:
-            item.weight = 1.0
-        batches.append(collator(batch_rows))
+        encoded = [encoder(row, plain=True) for row in part]
+        batches.append(collator([item for item in encoded if item is not None]))
         indices = []
         for row, item in zip(part, encoded, strict=True):
             if item is None or item.tasks[0] is None:
@@ -308,7 +307,7 @@ def _run(
     n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 
-    encoder = Encoder(tokenizer, config, ids["eos_id"])
+    encoder = Encoder(tokenizer, config, ids["eos_id"], splits.task.labels)
     collator = Collator(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
     source: MemoryRows | StreamRows
     if stream is None:
@@ -324,7 +323,7 @@ def _run(
                 f"No training row has a rationale, and mode {config.mode!r} learns from them. Ask a teacher for some "
                 "with 'sbs-edge annotate', name their column, or choose --mode finetune or distill."
             )
-        source = MemoryRows(encoded, config.seed)
+        source = MemoryRows(encoded, config.seed, sample=config.rationales == "sample")
         used: int | None = len(encoded)
     else:
         source = StreamRows(stream, encoder, config.seed, config.shuffle_buffer)
