@@ -10,7 +10,11 @@ __all__ = ["Answer", "CallFailed"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. Token counts are None where the server counts none; thought is kept apart."""
+    """What came back. Token counts are None where the server counts none; thought is kept apart.
+
+    ``top_logprobs`` are the last tokens of the text, each with the log-probabilities of what the model might have
+    written in its place, where the server was asked for them and gave them.
+    """
 
     text: str
     finish_reason: str | None = None
@@ -20,6 +24,7 @@ class Answer:
     has_thought: bool = False
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    top_logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
 
 
 class CallFailed(Exception):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from sbs_edge.chat.answer import Answer, CallFailed
 from sbs_edge.chat.endpoint import one_line
+from sbs_edge.chat.logprobs import read_logprobs
 
 __all__ = ["content_text", "failure", "parse_body", "read_answer", "token_count"]
 
@@ -95,6 +96,7 @@ class _Choice(_Foreign):
     text: _Text | None = None
     finish_reason: _Word = None
     error: Any = None
+    logprobs: Any = None
 
 
 class _Usage(_Foreign):
@@ -174,6 +176,7 @@ def read_answer(body: Any, headers: Mapping[str, str] | None = None, raw: str = 
         has_thought=bool(message.reasoning_content or message.reasoning),
         model=response.model,
         headers=headers or {},
+        top_logprobs=read_logprobs(choice.logprobs),
     )
 
 

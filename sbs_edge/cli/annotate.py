@@ -142,6 +142,15 @@ def register(app: typer.Typer) -> None:
                 min=1, help="Answers a row; above 1 the label is voted on and costs grow as many times."
             ),
         ] = 1,
+        logprobs: Annotated[
+            int,
+            typer.Option(
+                min=0,
+                max=20,
+                help="Ask for so many log-probabilities at each token, where the server has them; a row then gets the "
+                "teacher's distribution over the labels, for --soft-labels.",
+            ),
+        ] = 0,
         temperature: Annotated[
             float | None, typer.Option(min=0, help="0 is greedy. None: 0 for one sample, 0.7 for several.")
         ] = None,
@@ -227,6 +236,7 @@ def register(app: typer.Typer) -> None:
         sbs-edge annotate --engine ray --task task.yaml --model any --input 'rows/*.jsonl' --output annotated
         """
         from sbs_edge.chat.endpoint import redacted_headers, redacted_url
+        from sbs_edge.chat.logprobs import logprob_fields
         from sbs_edge.errors import UsageError
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
         from sbs_edge.teacher.calls import Sampling
@@ -255,6 +265,13 @@ def register(app: typer.Typer) -> None:
             omit=omit or (),
             extra_body=extra_body,
         )
+        if logprobs:
+            if backend is Backend.local:
+                raise UsageError(
+                    "--logprobs is for a server behind HTTP; --backend local gives none. Use --samples."
+                )
+            fields = logprob_fields(logprobs, chat=spec.form == "chat")
+            sampling = dataclasses.replace(sampling, extra={**fields, **sampling.extra})
         if samples > 1 and sampling.parameters().get("temperature", 1) == 0:
             raise UsageError(
                 "--samples above 1 needs a --temperature above 0: greedy answers are all the same."
