@@ -92,6 +92,10 @@ def register(app: typer.Typer) -> None:
                 min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
             ),
         ] = 0.0,
+        teacher_samples: Annotated[
+            int,
+            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
+        ] = 1,
         train_rows: Annotated[
             int | None, typer.Option(min=1, help="Use at most this many training rows.")
         ] = None,
@@ -202,7 +206,12 @@ def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     train_rows = values["train_rows"]
     if values["data"] == "builtin":
         size = {"n_train": train_rows} if train_rows else {}
-        return builtin_splits(seed=values["seed"], teacher_error=values["teacher_error"], **size)
+        return builtin_splits(
+            seed=values["seed"],
+            teacher_error=values["teacher_error"],
+            teacher_samples=values["teacher_samples"],
+            **size,
+        )
     spec = load_task(values["task"]).spec if values["task"] else None
     splits = load_splits(
         values["data"],

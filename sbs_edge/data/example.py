@@ -21,14 +21,14 @@ class Example:
         label: the gold label y, or None when unknown.
         teacher_label: the teacher's label, or None when the teacher gave none.
         rationale: the teacher's rationale r, or None.
-        rationales: every rationale that argues for ``teacher_label``, ``rationale`` first; empty where the
-            teacher gave at most one.
-        teacher_probs: ``(label, probability)`` as the teacher distributes them, summing to 1; empty where
-            only its label is known.
         choices: the labels this row may take (``choices`` tasks), else None.
         confidence: weight of the row in training, in (0, 1]; the vote share when the teacher
             was sampled several times, else 1.
         source: ``file:line`` the row came from, for messages.
+        rationales: every rationale that argues for ``teacher_label``, ``rationale`` first; empty where the
+            teacher gave at most one.
+        teacher_probs: ``(label, probability)`` as the teacher distributes them, summing to 1; empty where
+            only its label is known.
 
     """
 
@@ -37,11 +37,11 @@ class Example:
     label: str | None = None
     teacher_label: str | None = None
     rationale: str | None = None
-    rationales: tuple[str, ...] = ()
-    teacher_probs: tuple[tuple[str, float], ...] = ()
     choices: tuple[str, ...] | None = None
     confidence: float = 1.0
     source: str = ""
+    rationales: tuple[str, ...] = ()
+    teacher_probs: tuple[tuple[str, float], ...] = ()
 
     @property
     def distinct_choices(self) -> tuple[str, ...]:

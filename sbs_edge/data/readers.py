@@ -173,7 +173,8 @@ def _rationales(value: Any, first: str | None) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
-        value = choices_cell(value) if value.lstrip().startswith("[") else [value]
+        listed = choices_cell(value) if value.lstrip().startswith("[") else value
+        value = [value] if isinstance(listed, str) else listed  # text may begin with a bracket
     if not isinstance(value, list | tuple):
         raise _Unusable("wrong type of 'rationales'", f"{type(value).__name__} instead of a list of texts")
     texts = [_text(item, "rationales") or "" for item in value]
