@@ -53,13 +53,21 @@ class Encoded:
     weight: float = 1.0
     further: tuple[Targets, Targets] = ((), ())
 
+    def rationale_only(self) -> Encoded:
+        """Return the row without its label; a row that has nothing else keeps it."""
+        if self.tasks[1] is None:
+            return self
+        return dataclasses.replace(self, tasks=(None, self.tasks[1]), further=((), self.further[1]))
+
     def with_one_rationale(self, rng: random.Random) -> Encoded:
         """Return the row with one of its rationales, each equally likely."""
         pair = self.tasks[1]
         if pair is None or not self.further[1]:
             return self
         target = rng.choice([pair[1], *(ids for ids, _ in self.further[1])])
-        return Encoded((self.tasks[0], (pair[0], target)), self.weight, (self.further[0], ()))
+        return dataclasses.replace(
+            self, tasks=(self.tasks[0], (pair[0], target)), further=(self.further[0], ())
+        )
 
 
 class Encoder:
@@ -217,12 +225,18 @@ class MemoryRows:
     """Rows held in memory, tokenised once, in a new seeded order every epoch, without end.
 
     With ``sample``, each epoch draws one of a row's rationales.
+
+    Attributes:
+        dropped: rows that weigh nothing from now on. They keep their places in the order, so that a position
+            means the same before and after.
+
     """
 
     def __init__(self, rows: Sequence[Encoded], seed: int, *, sample: bool = False) -> None:
         self.rows = rows
         self.seed = seed
         self.sample = sample
+        self.dropped: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -235,6 +249,8 @@ class MemoryRows:
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             for index in order[skip:]:
                 row = self.rows[index]
+                if index in self.dropped:
+                    row = dataclasses.replace(row, weight=0.0)
                 yield row.with_one_rationale(_rng(self.seed, epoch, index)) if self.sample else row
             epoch, skip = epoch + 1, 0
 
@@ -303,6 +319,7 @@ class Batches(IterableDataset):
         collator: see :class:`Collator`.
         start_row: rows that all processes together have already used.
         last_row: stop there (the last step may then have fewer rows, even none here); None: no end.
+        labels_from: a row before this position that has a rationale gives that task alone.
         steps: optimiser steps to give.
         batch_size: examples a forward pass.
         passes: forward passes a step.
@@ -320,6 +337,7 @@ class Batches(IterableDataset):
         *,
         start_row: int = 0,
         last_row: int | None = None,
+        labels_from: int = 0,
         steps: int,
         batch_size: int,
         passes: int = 1,
@@ -330,6 +348,7 @@ class Batches(IterableDataset):
         self.collator = collator
         self.start_row = start_row
         self.last_row = last_row
+        self.labels_from = labels_from
         self.steps = steps
         self.batch_size = batch_size
         self.passes = passes
@@ -344,9 +363,13 @@ class Batches(IterableDataset):
         rows: Iterator[Any] = self.source.starting_at(self.start_row)
         if self.last_row is not None:
             rows = itertools.islice(rows, max(0, self.last_row - self.start_row))
+        position = self.start_row
         for _ in range(self.steps):
             step = list(itertools.islice(rows, self.batch_size * self.passes * self.world))
             mine = [self.source.encode(row) for row in step[self.rank :: self.world]]
+            if position < self.labels_from:
+                mine = [row and row.rationale_only() for row in mine]
+            position += len(step)
             for index in range(self.passes):
                 part = mine[index * self.batch_size : (index + 1) * self.batch_size]
                 batch = self.collator([row for row in part if row is not None])

@@ -52,6 +52,18 @@ class TrainConfig(BaseModel):
         le=1,
         description="The same weight as alpha * L_label + (1 - alpha) * L_rationale: lambda = (1 - alpha) / alpha.",
     )
+    head_start: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of the steps that learn rationales alone, before labels join. Default: 0.4 for a student "
+        "from scratch in mode stepwise-teacher, otherwise 0.",
+    )
+    drop_doubtful: bool | None = Field(
+        None,
+        description="After the head start, or 0.4 of the steps, leave out rows whose rationales stand apart by their "
+        "losses. Default: where head_start is left at a default above 0.",
+    )
     prefixes: Literal["seed", "authors"] = Field(
         "seed", description="'[label] ' and '[rationale] ' (seed), or 'predict: ' and 'explain: ' (authors)."
     )
@@ -226,6 +238,22 @@ class TrainConfig(BaseModel):
         if self.rationale_weight is not None:
             return self.rationale_weight
         return 3.0 if self.from_scratch else 1.0
+
+    @property
+    def head_start_(self) -> float:
+        """Share of the steps that learn rationales alone."""
+        if not self.uses_rationales:
+            return 0.0
+        if self.head_start is not None:
+            return self.head_start
+        return 0.4 if self.mode == "stepwise-teacher" and self.from_scratch else 0.0
+
+    @property
+    def drop_doubtful_(self) -> bool:
+        """Whether rows are left out after the head start."""
+        if self.drop_doubtful is not None:
+            return self.drop_doubtful and self.uses_rationales
+        return self.head_start is None and self.head_start_ > 0
 
     @property
     def peak_learning_rate(self) -> float:

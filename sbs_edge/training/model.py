@@ -108,6 +108,7 @@ class TwoTaskModel(nn.Module):
         decoder_rows: list[Tensor] | None = None,
         label_tokens: Tensor | None = None,
         label_exact: bool = False,
+        row_losses: bool = False,
     ) -> dict[str, Tensor]:
         """Run both tasks and return their losses.
 
@@ -126,6 +127,7 @@ class TwoTaskModel(nn.Module):
             label_tokens: (C,) token ids; adds ``scores`` (B_0, C), float32 logits of the first step.
             label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max,
                 which is when greedy decoding gives exactly the target.
+            row_losses: adds ``row_losses`` (R,), the mean loss of each decoder row of the last task.
 
         Returns:
             ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and what was asked for. Counts are
@@ -175,6 +177,17 @@ class TwoTaskModel(nn.Module):
             # A few label tokens a row: evaluation only, never in training.
             guess = (label @ head.float().t()).argmax(-1)
             result["exact"] = ((guess == wanted) | (wanted == -100)).all(1)
+        if row_losses:
+            rows, width = decoder_ids[-1].shape
+            result["row_losses"] = fused_linear_cross_entropy(
+                flat[-rows * width :],
+                head,
+                targets[-rows * width :],
+                segment_ids=torch.arange(rows, device=flat.device).repeat_interleave(width),
+                n_segments=rows,
+                logit_scale=self.logit_scale,
+                **self.options,
+            ).losses
         return result
 
 

@@ -18,6 +18,8 @@ class TrainOptions(TypedDict, total=False):
     mode: Mode
     rationale_weight: float | None
     alpha: float | None
+    head_start: float | None
+    drop_doubtful: bool | None
     prefixes: Literal["seed", "authors"]
     label_prefix: str | None
     rationale_prefix: str | None

@@ -41,6 +41,8 @@ from sbs_edge.training.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION,
 __all__ = ["TrainResult", "train"]
 
 CALIBRATION_ROWS = 512
+DROP_AT = 0.4
+"""Share of the steps after which doubtful rows are dropped, where there is no head start to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +333,7 @@ def _run(
     global_batch = config.batch_size * config.gradient_accumulation * world
     steps = config.steps_for(used, global_batch)
     last_row = None if config.epochs is None or used is None else int(config.epochs * used)
+    head_start = int(config.head_start_ * steps)
 
     validation_rows = list(splits.validation)
     if len(validation_rows) > config.validation_rows:
@@ -349,13 +352,14 @@ def _run(
         arguments,
         config=config,
         batches=Batches(
-            source, collator, last_row=last_row, steps=steps, batch_size=config.batch_size,
-            passes=config.gradient_accumulation, rank=rank, world=world,
+            source, collator, last_row=last_row, labels_from=head_start * global_batch, steps=steps,
+            batch_size=config.batch_size, passes=config.gradient_accumulation, rank=rank, world=world,
         ),
         validation=batches,
         label_tokens=firsts,
         label_answers=answers,
         callbacks=callbacks,
+        drop_at=(head_start or int(DROP_AT * steps)) if config.drop_doubtful_ else None,
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     if bar is not None:
@@ -383,6 +387,8 @@ def _run(
         "steps": trainer.state.global_step,
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
+        "head_start_steps": head_start,
+        "dropped_rows": len(getattr(source, "dropped", ())),
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
         "spelling": spelling,
         "cut_inputs": encoder.cut_sources,

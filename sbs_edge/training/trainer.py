@@ -13,6 +13,7 @@ What is overridden and why:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -28,8 +29,9 @@ from transformers import Trainer, TrainingArguments
 
 from sbs_edge import files
 from sbs_edge.errors import UsageError
-from sbs_edge.training.batches import Batches
+from sbs_edge.training.batches import Batches, Encoded, MemoryRows
 from sbs_edge.training.config import TrainConfig
+from sbs_edge.training.doubt import doubtful
 from sbs_edge.training.model import TwoTaskModel
 from sbs_edge.training.sharding import Sharded, shard, spread_optimizer_state, whole, whole_optimizer_state
 
@@ -96,6 +98,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         label_tokens: first token of every closed label when those tell the labels apart, else None.
         label_answers: for each validation batch, the index of the right closed label a label row.
         callbacks: transformers callbacks.
+        drop_at: the step before which rows with doubtful rationales are dropped; None: none are.
 
     """
 
@@ -110,6 +113,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         label_tokens: Tensor | None,
         label_answers: list[Tensor],
         callbacks: list[Any],
+        drop_at: int | None = None,
     ) -> None:
         self.config = config
         self.batches = batches
@@ -122,6 +126,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self._sharded: Sharded | None = None
         self._sums = torch.zeros(6)  # losses, correct tokens, tokens; of both tasks
         self._passes = 0
+        self.drop_at = drop_at
         super().__init__(
             model=model, args=args, train_dataset=batches, eval_dataset=validation, callbacks=callbacks
         )
@@ -144,6 +149,8 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Fetch the passes of one step and set their common denominators."""
+        if self.state.global_step == self.drop_at:
+            self._drop_doubtful_rows()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return [], None
@@ -259,6 +266,40 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         row["eval_score"] = row.get("eval_label_accuracy", 0.0) - 1e-5 * min(loss, 100.0)
         return row
 
+    # ------------------------------------------------------------------ rows
+
+    def _drop_doubtful_rows(self) -> None:
+        """Score the rationale of every training row, once, and drop the rows that stand apart."""
+        source = self.batches.source
+        if not isinstance(source, MemoryRows):
+            return
+        known = [index for index, row in enumerate(source.rows) if row.tasks[1] is not None]
+        losses = self._rationale_losses([source.rows[index] for index in known])
+        source.dropped = frozenset(index for index, drop in zip(known, doubtful(losses), strict=True) if drop)
+
+    def _rationale_losses(self, rows: list[Encoded]) -> Tensor:
+        """Return (N,) mean token losses of the rows' own rationales, the same on every process."""
+        model, size = self.model_wrapped, self.config.eval_batch_size
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        shared = self.config.fsdp or world == 1  # sharded parameters need every process in every pass
+        was_training = model.training
+        model.eval()
+        losses = torch.zeros(len(rows), device=self.args.device)
+        for number, start in enumerate(range(0, len(rows), size)):
+            if not shared and number % world != rank:
+                continue
+            part = [
+                dataclasses.replace(row, tasks=(None, row.tasks[1]), further=((), ()))
+                for row in rows[start : start + size]
+            ]
+            inputs = self._prepare_inputs(self.batches.collator(part))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses[start : start + size] = model(**inputs, row_losses=True)["row_losses"].float()
+        model.train(was_training)
+        if world > 1:
+            losses = self.accelerator.reduce(losses, "mean" if shared else "sum")
+        return losses.cpu()
+
     # ------------------------------------------------------------------ files
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -354,6 +395,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
                     "rows": self.rows_used(),
                     "step": self.state.global_step,
                     "world": self.accelerator.num_processes,
+                    "dropped": sorted(getattr(self.batches.source, "dropped", ())),
                 },
             )
             for entry in partial.rglob("*"):
@@ -379,3 +421,5 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             self.first_step = position["step"]
             self.batches.start_row = position["rows"]
             self.batches.steps = max(0, steps - self.first_step)
+            if isinstance(self.batches.source, MemoryRows):
+                self.batches.source.dropped = frozenset(position.get("dropped", ()))
