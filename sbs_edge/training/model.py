@@ -178,13 +178,13 @@ class TwoTaskModel(nn.Module):
             guess = (label @ head.float().t()).argmax(-1)
             result["exact"] = ((guess == wanted) | (wanted == -100)).all(1)
         if row_losses:
-            rows, width = decoder_ids[-1].shape
+            n_rows, width = decoder_ids[-1].shape
             result["row_losses"] = fused_linear_cross_entropy(
-                flat[-rows * width :],
+                flat[-n_rows * width :],
                 head,
-                targets[-rows * width :],
-                segment_ids=torch.arange(rows, device=flat.device).repeat_interleave(width),
-                n_segments=rows,
+                targets[-n_rows * width :],
+                segment_ids=torch.arange(n_rows, device=flat.device).repeat_interleave(width),
+                n_segments=n_rows,
                 logit_scale=self.logit_scale,
                 **self.options,
             ).losses
