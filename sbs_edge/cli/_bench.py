@@ -28,7 +28,7 @@ OutOption = Annotated[
     Path | None,
     typer.Option(
         callback=_writable,
-        help="Directory for JSON, Markdown, pictures and a page; without it only stdout has the result.",
+        help="Directory for JSON, Markdown, pictures and a page. Default: the result is only on stdout.",
         show_default=False,
     ),
 ]

@@ -26,6 +26,20 @@ _KEPT = {
     "predict": "Finished shards of --engine ray stay, and the same command goes on with the others; a file is "
     "written whole or not at all.",
 }
+# The order in which a project uses the commands, for the help page; commands of groups keep their own.
+_ORDER = (
+    "run",
+    "data",
+    "task",
+    "annotate",
+    "train",
+    "evaluate",
+    "compare-teacher",
+    "export",
+    "predict",
+    "serve",
+    "bench",
+)
 _NOTHING = "Nothing half-written was kept under its final name. The same command starts again."
 
 
@@ -90,6 +104,11 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """The program itself, or a group of its commands such as ``data``."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands in the order of a project: data before training before serving."""
+        order = {name: place for place, name in enumerate(_ORDER)}
+        return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help page."""

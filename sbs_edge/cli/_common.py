@@ -77,7 +77,7 @@ ConfigOption = Annotated[
         "--config",
         is_eager=True,
         callback=_load_config,
-        help="YAML file of flags; flags and environment win over it.",
+        help="YAML file of options; flags and environment variables win over it.",
         show_default=False,
     ),
 ]
@@ -85,7 +85,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, say what would be done, change nothing.")
+    bool, typer.Option("--dry-run", help="Check everything and say what would be done, but change nothing.")
 ]
 
 

@@ -71,30 +71,33 @@ DatasetOption = Annotated[
     PaperDataset | None, typer.Option(help="Read DATA in the paper's layout instead of by its suffix.")
 ]
 ValidationOption = Annotated[
-    Path | None, typer.Option(help="File of validation rows; none: a tenth of the training inputs.")
+    Path | None, typer.Option(help="File of validation rows. Default: a tenth of the training inputs.")
 ]
 TestOption = Annotated[
     Path | None,
-    typer.Option(help="File of test rows, kept out of training; none: a tenth of the inputs."),
+    typer.Option(help="File of test rows, kept out of training. Default: a tenth of the inputs."),
 ]
 LabelKindOption = Annotated[
-    LabelKind | None, typer.Option(help="closed, choices or open; none: decided from the rows.")
+    LabelKind | None,
+    typer.Option(
+        help="One fixed label set, choices in each row, or free text. Default: decided from the rows."
+    ),
 ]
 CompareOption = Annotated[
-    Compare, typer.Option(help="Labels are equal as text, or by arithmetic value: 84/2 is 42.")
+    Compare, typer.Option(help="Compare labels as text, or by arithmetic value (84/2 is 42).")
 ]
 ColumnOption = Annotated[
     list[str] | None,
-    typer.Option(help="For example input=question."),
+    typer.Option(help="Read FIELD from COLUMN, for example input=question."),
 ]
 SkipBadRowsOption = Annotated[
     bool,
-    typer.Option("--skip-bad-rows", help="Go on without malformed rows and list them in a file."),
+    typer.Option("--skip-bad-rows", help="Leave malformed rows out and list them in a file."),
 ]
 LeaveOutBadRowsOption = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows and say how many.")
+    bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
 ]
-ModeOption = Annotated[Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")]
+ModeOption = Annotated[Mode, typer.Option(help="Learn gold or teacher labels, with or without rationales.")]
 
 
 def judge(splits: Splits, mode: str) -> None:
