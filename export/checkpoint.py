@@ -52,8 +52,8 @@ def open_student(
     if checkpoint.adapter is None and (root / CARD).is_file():
         if labels or label_prefix is not None or rationale_prefix is not None:
             raise UsageError(
-                f"{root / CARD} already says what the labels and prefixes are; leave --label, --label-prefix "
-                "and --rationale-prefix out."
+                f"{root / CARD} already gives the labels and prefixes; leave out labels, label_prefix and "
+                "rationale_prefix."
             )
         opened = StudentDir.load(root)
         if max_source_tokens is None:

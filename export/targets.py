@@ -87,8 +87,8 @@ def check_runnable(targets: Iterable[Target]) -> None:
         if not providers_here(target):
             raise UsageError(
                 f"{target.name} runs on {' or '.join(target.providers)}, which this machine's onnxruntime does not have, "
-                "so what it costs in accuracy cannot be measured here; nothing was written. Export on a machine that "
-                "has it (pip install 'sbs-edge[gpu]'), or write the target unmeasured with sbs-edge export --unguarded."
+                "so its loss of accuracy cannot be measured here; nothing was written. Export on a machine that "
+                "has it (pip install 'sbs-edge[gpu]'), or write the target unmeasured with unguarded=True."
             )
 
 
@@ -101,5 +101,5 @@ def targets_named(names: tuple[str, ...]) -> list[Target]:
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         wrong = f"There is no target {unknown[0]!r}" if unknown else "No target was given"
-        raise UsageError(f"{wrong}; known are {', '.join(TARGETS)}.")
+        raise UsageError(f"{wrong}; the targets are {', '.join(TARGETS)}.")
     return [TARGETS[name] for name in dict.fromkeys(names)]

@@ -221,7 +221,7 @@ def _check(
 ) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden must be (N, D) and weight (V, D) with one D; got {tuple(hidden.shape)} and "
+            f"hidden must be (N, D) and weight (V, D) with the same D; got {tuple(hidden.shape)} and "
             f"{tuple(weight.shape)}. An empty weight is a parameter that its owner sharded away: gather it "
             "first (FSDP: call inside the wrapped module's forward; ZeRO-3: GatheredParameters)."
         )
@@ -291,7 +291,9 @@ def _check_values(
     if valid_indices is not None:
         given = valid_indices.sort().values
         if not torch.equal(given, valid.nonzero().squeeze(1).to(given.dtype)):
-            raise ValueError("valid_indices is not the set of rows whose target is not ignore_index.")
+            raise ValueError(
+                "valid_indices must be the rows whose target is not ignore_index; it is another set."
+            )
     for what, bad in problems:
         rows = bad.nonzero()
         if len(rows):

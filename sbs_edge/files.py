@@ -92,8 +92,8 @@ def to_json(content: Any, **options: Any) -> str:
         if place is None:
             raise
         raise SbsEdgeError(
-            f"The result holds a number that is not finite (NaN or infinity) at {place}: JSON cannot hold it, and "
-            "it is not an answer. Nothing was written. Check the student that produced it."
+            f"The result has a number that is not finite (NaN or infinity) at {place}, which JSON cannot represent. "
+            "Nothing was written. Check the student that produced it."
         ) from error
 
 
@@ -127,14 +127,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     if target.is_dir():
-        raise UsageError(f"{target} is a directory, and a file is to be written there. Name a file.")
+        raise UsageError(f"{target} is a directory, but a file is needed. Name a file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
         raise UsageError(
-            f"{target} cannot be written: {error.strerror or error}. Name another place."
+            f"{target} cannot be written: {error.strerror or error}. Choose another path."
         ) from error
 
 
@@ -153,8 +153,8 @@ def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str],
     here, resolved = Path.cwd(), target.resolve()
     if resolved == here or resolved in here.parents:
         raise UsageError(
-            f"{target} is the directory this command runs in, or above it, and cannot be replaced as a whole. Name a "
-            "directory of its own."
+            f"{target} is the directory this command runs in, or above it, and cannot be replaced as a whole. Choose a "
+            "separate directory."
         )
     if target.is_dir():
         if not any(target.iterdir()) or any(any(target.glob(mark)) for mark in marks):
@@ -162,7 +162,7 @@ def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str],
     elif not target.exists():
         return
     raise UsageError(
-        f"{target} is there already and is not a {kind}. Writing would delete its content; give another directory, "
+        f"{target} exists and is not a {kind}. Writing there would delete its content: choose another directory, "
         "or remove it yourself."
     )
 

@@ -29,7 +29,7 @@ def label_ids(labels: Sequence[str], texts: TextTokenizer, eos_id: int) -> list[
         if not texts.decode([index for index in ids if index != texts.unknown_id]):
             raise UsageError(
                 f"The label {label!r} has no token in this student's tokenizer. Rename the label, or train with "
-                "a tokenizer that knows its characters."
+                "a tokenizer that has its characters."
             )
         if ids in found:
             raise UsageError(

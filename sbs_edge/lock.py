@@ -60,7 +60,7 @@ def _locked(path: Path, target: Path, doing: str) -> int:
             holder = os.read(fd, 200).decode("utf-8", "replace") or "another process"
             os.close(fd)
             raise UsageError(
-                f"A {doing} of {holder} is already writing to {target}. Wait for its end, or give another directory."
+                f"A {doing} of {holder} is already writing to {target}. Wait until it ends, or choose another directory."
             ) from error
         # The holder before may have removed the file between opening and locking it.
         with contextlib.suppress(FileNotFoundError):

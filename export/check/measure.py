@@ -38,12 +38,12 @@ def check_labels_known(rows: Sequence[Example], plan: LabelPlan, source: str) ->
         gold = gold_of(row)
         if known is None:
             raise DataError(
-                f"{row.source or f'{source}, row {number}'} has no choices, and this task's rows need them."
+                f"{row.source or f'{source}, row {number}'} has no choices, which this task needs in every row."
             )
         if gold is not None and gold not in known:
             raise DataError(
                 f"{row.source or f'{source}, row {number}'} has the label {gold!r}, which the student cannot give; "
-                f"it knows {', '.join(map(repr, known))}. Correct the row or leave it out."
+                f"it has {', '.join(map(repr, known))}. Correct the row or leave it out."
             )
 
 

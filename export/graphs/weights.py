@@ -97,13 +97,13 @@ def weights_of(model: Any) -> T5Weights:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UsageError(
-                f"The checkpoint's tensor {name} holds numbers that are not finite, so nothing it answers can be "
-                "trusted. Training has diverged, or the file is damaged; train again or copy it again."
+                f"The checkpoint's tensor {name} has numbers that are not finite, so its answers cannot be trusted. "
+                "Either training diverged or the file is damaged: train again, or copy it again."
             )
     activation = config.dense_act_fn
     if activation not in ACTIVATIONS:
         raise UsageError(
-            f"The checkpoint's activation {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}."
+            f"The checkpoint's activation {activation!r} is not supported; the supported ones are {', '.join(ACTIVATIONS)}."
         )
     return T5Weights(
         family=config.model_type,

@@ -52,7 +52,7 @@ def write_optimum(
         UsageError: more than one target was asked for; the layout has room for one.
     """
     if len(wanted) != 1:
-        raise UsageError("The optimum layout holds one target; give --target once.")
+        raise UsageError("The optimum layout has a single target; give one.")
     weights, target = recipe.weights, wanted[0]
     with files.atomic_directory(out) as work:
         save_graphs(

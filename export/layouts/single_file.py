@@ -44,18 +44,16 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Gr
     if "CPUExecutionProvider" not in target.providers:
         raise UsageError(
             f"A single file needs the tokenizer operator, which {target.name} cannot run. Use a cpu target, or leave "
-            "--single-file out."
+            "out single_file."
         )
     if plan.kind != "closed":
-        raise UsageError(
-            "A single file answers with one of a closed label set; this student's labels are not closed."
-        )
+        raise UsageError("A single file needs a closed label set; this student's labels are not closed.")
     saved = json.loads((opened.companion("tokenizer.json")).read_text(encoding="utf-8"))
     kind = saved["model"].get("type", "BPE")
     if kind not in KINDS:
         raise UsageError(
             f"The tokenizer is of the kind {kind!r}; only {' and '.join(KINDS)} can be put into a graph. Train with "
-            "tokenizer='unigram' (run --training tokenizer=unigram), or leave --single-file out."
+            "tokenizer='unigram', or leave out single_file."
         )
     precision = precision_of(target, recipe)
     if plan.method == "first-token":
@@ -95,7 +93,7 @@ def _check(content: bytes, scorer: Path, opened: StudentDir, eos_id: int) -> Non
         if not np.allclose(found, chances / chances.sum(), atol=1e-3):
             raise UsageError(
                 f"onnxruntime-extensions reads this student's tokenizer.json differently (on {text!r}), so a single "
-                "file would answer differently from the bundle. Leave --single-file out."
+                "file would answer differently from the bundle. Leave out single_file."
             )
 
 

@@ -88,8 +88,8 @@ def write_triton_repository(
     alone = [target for target in stepwise if not any(role in manifest["targets"][target] for role in _ROLES)]
     if alone:
         raise UsageError(
-            f"The target {alone[0]!r} of this bundle only generates, in steps that a loop on the host drives, and Triton "
-            "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph holds the loop."
+            f"The target {alone[0]!r} of this bundle only generates, in steps that the host repeats, and Triton "
+            "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph contains the loop."
         )
     names: list[tuple[str, str, str]] = []
     with files.atomic_directory(out) as work:

@@ -35,7 +35,7 @@ def check_layers(weights: T5Weights, keep: Collection[str]) -> None:
     unknown = [name for name in keep if name not in known]
     if unknown:
         raise UsageError(
-            f"There is no layer {unknown[0]!r} to keep in float32; the student has {', '.join(known)}."
+            f"There is no layer {unknown[0]!r} to keep in float32; the student's layers are {', '.join(known)}."
         )
 
 

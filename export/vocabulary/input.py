@@ -110,8 +110,8 @@ def small_vocabulary(
     training, validation = opened.calibration(), opened.validation()
     if not (training or validation or rows):
         raise UsageError(
-            "Pruning the vocabulary needs rows to see which tokens are read; this student kept none. Give labelled "
-            "rows with --guard-data, or leave --prune-input-vocabulary out."
+            "Pruning the vocabulary needs rows that show which tokens are read, but this student has none stored. Pass "
+            "labelled rows as guard_data, or leave out prune_input_vocabulary."
         )
     saved = json.loads((opened.companion("tokenizer.json")).read_text(encoding="utf-8"))
     whole = _loaded(saved)
@@ -132,7 +132,7 @@ def small_vocabulary(
     if kept[-1] >= weights.vocab_size:
         raise UsageError(
             f"The tokenizer has tokens beyond the checkpoint's {weights.vocab_size} rows; leave "
-            "--prune-input-vocabulary out."
+            "out prune_input_vocabulary."
         )
     judged = [opened.prefixes["label"] + row.input for row in validation or rows]
     figures: dict[str, Any] = {

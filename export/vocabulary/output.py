@@ -34,7 +34,7 @@ def output_tokens(
     """
     if not rows:
         raise UsageError(
-            "Pruning the vocabulary needs rows to see which tokens are written; this student kept none."
+            "Pruning the vocabulary needs rows that show which tokens are written, but this student has none stored."
         )
     counts: Counter[int] = Counter()
     texts = TextTokenizer(tokenizer)

@@ -139,13 +139,13 @@ def header_value(value: str, origin: str) -> str:
     plain = value.strip()
     if plain == HIDDEN:
         raise UsageError(
-            f"{origin} is {HIDDEN}: a saved configuration leaves secrets out. Give the value again."
+            f"{origin} is {HIDDEN}, because saved configurations leave secrets out. Give the value again."
         )
     bad = next((c for c in plain if not (c == "\t" or " " <= c <= "~")), None)
     if bad is not None:
         kind = "a line break" if bad in "\r\n" else f"the character U+{ord(bad):04X}"
         raise UsageError(
-            f"{origin} holds {kind}, which cannot stand in an HTTP header. Set it to the bare value: one line, "
+            f"{origin} contains {kind}, which an HTTP header cannot have. Set it to the bare value: one line, "
             "without quotation marks."
         )
     return plain
@@ -253,7 +253,7 @@ def _address(url: str, origin: str) -> tuple[str, str, str | None]:
     except ValueError:
         raise UsageError(f"{origin} is not an address: its host or port cannot be read.") from None
     if any(c.isspace() or not c.isprintable() for c in plain):
-        raise UsageError(f"{origin} holds white space or a control character inside the address; remove it.")
+        raise UsageError(f"{origin} has white space or a control character inside the address; remove it.")
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise UsageError(
             f"{origin} must be a full address such as http://localhost:8000/v1; {redacted_url(plain)!r} does not "
@@ -261,7 +261,7 @@ def _address(url: str, origin: str) -> tuple[str, str, str | None]:
         )
     if HIDDEN in parts.netloc or HIDDEN in parts.query:
         raise UsageError(
-            f"{origin} holds {HIDDEN}: a saved configuration leaves secrets out. Give the full address again."
+            f"{origin} contains {HIDDEN}, because saved configurations leave secrets out. Give the full address again."
         )
     path = parts.path.rstrip("/")
     for route in _ROUTES:  # the full address of a route works as well

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,9 @@ class Command(TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise Interrupted(self._kept(ctx)) from stop
+        except SbsEdgeError as error:
+            error.args = (_with_options(str(error), self.params), *error.args[1:])
+            raise
         except Exception as error:
             if not lacks_space(error):
                 raise
@@ -153,6 +158,32 @@ def _name_near_options(command: Any, ctx: Any, error: Exception) -> None:
     near = suggested(given, known)
     where = f" Did you mean {' or '.join(near)}?" if near else ""
     vars(error).update(possibilities=None, message=f"No such option: {given}.{where}")
+
+
+_VALUE = r"=(?P<value>True|\[[^][]*\]|'[^']*'|[\w./-]*\w)"
+
+
+def _with_options(message: str, parameters: Iterable[Any]) -> str:
+    """Write the parameters that a message of the library names as options: ``max_steps`` as ``--max-steps``.
+
+    A name of one word is an option only with a value, since it may be an ordinary word: ``mode='distill'`` becomes
+    ``--mode distill``. Names inside paths and quotes stay.
+    """
+    options = {item.name: max(item.opts, key=len) for item in parameters if item.param_type_name == "option"}
+    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    if not names:
+        return message
+
+    def option(found: re.Match[str]) -> str:
+        flag, value = options[found["name"]], found["value"]
+        if value is None:
+            return flag if "_" in found["name"] else found[0]
+        if value == "True":
+            return flag
+        each = re.findall(r"'([^']*)'", value) if value.startswith("[") else [value.strip("'")]
+        return " ".join(f"{flag} {item}" for item in each)
+
+    return re.sub(rf"(?<![\w./'\"-])(?P<name>{names})(?:{_VALUE})?(?![\w/'\"-]|\.\w)", option, message)
 
 
 def _expanded(value: Any) -> Any:

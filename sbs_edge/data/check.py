@@ -33,7 +33,7 @@ _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
 def _counter(folder: str | Path | None) -> tuple[str, Callable[[Sequence[str]], list[int]]]:
     """Return what counts the tokens, in words, and the function; the end mark counts as one."""
     if folder is None:
-        return "words, numbers and signs (--tokenizer DIR takes a checkpoint's own)", lambda texts: [
+        return "words, numbers and signs (tokenizer=DIR counts with a checkpoint's)", lambda texts: [
             len(_WORD.findall(text)) + 1 for text in texts
         ]
     tokenizer = TextTokenizer(load_tokenizer(folder))

@@ -234,7 +234,7 @@ def agreement(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
         )
         if fits:
             message += f"; moved by {shift:+d} row(s) the teacher's labels agree in {best[0]} of {best[1]}"
-            message += ". The outputs stand beside the wrong rows: match them by position again."
+            message += ". The outputs belong to other rows: match them by position again."
         else:
             message += ". Check that outputs and rows belong together, and which column is which."
         stop = fits or (name == "train" and chance <= 0.6)

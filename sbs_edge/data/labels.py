@@ -106,13 +106,13 @@ def infer_task(
     if with_choices and without and kind in (None, "choices"):
         raise DataError(
             f"{without.source or without.id} has no choices, but {with_choices.source or with_choices.id} has. Give "
-            "every row a value in the column 'choices', or take the column out"
-            + (", or name another --label-kind." if kind else ".")
+            "every row a value in the column 'choices', or remove the column"
+            + (", or choose another label_kind." if kind else ".")
         )
     if kind == "choices" and without:
         raise DataError(
             f"{without.source or without.id} has no choices, which a task of kind 'choices' needs in every row. "
-            "Add a column 'choices', or name another --label-kind."
+            "Add a column 'choices', or choose another label_kind."
         )
     if kind is None:
         if with_choices:

@@ -77,16 +77,18 @@ def _from_folder(folder: Path, columns: ColumnMap) -> dict[str, ReadResult]:
             if (folder / f"{name}{suffix}").is_file()
         ]
         if len(here) > 1:
-            raise DataError(f"{folder} holds {here[0].name} and {here[1].name}, both {ours} rows. Keep one.")
+            raise DataError(
+                f"{folder} has {here[0].name} and {here[1].name}, both for {ours} rows. Keep one."
+            )
         if here:
             found[ours] = _read_file(here[0], columns)
     if "train" in found:
         return found
     for name in PAPER_DATASETS:
         if (folder / name).is_dir() or (folder / f"{name}_train.json").is_file():
-            raise DataError(f"{folder} holds {name} in the paper's layout. Say so with --dataset {name}.")
+            raise DataError(f"{folder} has {name} in the paper's layout: pass dataset={name!r}.")
     raise DataError(
-        f"{folder} holds no training rows. Name the file train, with one of {', '.join(FORMATS)} "
+        f"{folder} has no training rows. Name their file train, with one of the endings {', '.join(FORMATS)} "
         "(and validation and test likewise), or give the file itself."
     )
 
@@ -207,7 +209,7 @@ def load_splits(
     parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
     splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     if not splits.train:
-        raise DataError(f"{source} holds no usable training row ({len(rejected)} were rejected).")
+        raise DataError(f"{source} has no usable training row ({len(rejected)} were rejected).")
     if skip_bad_rows:
         rejected += drop_overlaps(splits)
     check_disjoint(splits)
@@ -229,7 +231,7 @@ def hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> 
     for name in ("train", "validation", "test"):
         if not getattr(splits, name):
             raise DataError(
-                f"{source} leaves no row for the split {name!r}. Give at least three different inputs, and more "
+                f"{source} has too few rows for the split {name!r}. Give at least three different inputs, and more "
                 "than one for some label of a closed set; or give the split's own file."
             )
 

@@ -55,7 +55,7 @@ def _question(values: dict[str, Any]) -> tuple[str, str, tuple[str, ...] | None]
     if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise _BadRow("wrong type of 'choices'")
     if answer not in choices:
-        raise _BadRow("'answer' is none of 'choices'")
+        raise _BadRow("'answer' is not among 'choices'")
     lettered = "\n".join(f"({chr(ord('a') + i)}) {choice}" for i, choice in enumerate(choices))
     return (
         f"{question}\nAnswer Choices:\n{lettered}",
@@ -72,7 +72,7 @@ def _pair(values: dict[str, Any]) -> tuple[str, str, tuple[str, ...] | None]:
     premise, hypothesis = _string(values, "premise"), _string(values, "hypothesis")
     label = values.get("label")
     if isinstance(label, bool) or label not in (0, 1, 2):
-        raise _BadRow("'label' is none of 0, 1, 2")
+        raise _BadRow("'label' is not 0, 1 or 2")
     # The authors join the two by their tokenizer's end mark; words say the same to every tokenizer.
     return f"premise: {premise}\nhypothesis: {hypothesis}", NLI_LABELS[int(label)], None
 
@@ -165,22 +165,22 @@ def _teacher_outputs(folder: Path, split: str, n_rows: int) -> list[str] | None:
     for expected, (number, path) in enumerate(numbered):
         if number != expected:
             raise DataError(
-                f"{folder}/{split}_CoT_{expected}.json is missing, so later outputs would stand beside "
+                f"{folder}/{split}_CoT_{expected}.json is missing, so later outputs would belong to "
                 "the wrong rows. Fetch the file."
             )
         content = read_json(path)
         if not isinstance(content, list) or not all(isinstance(item, str) for item in content):
-            raise DataError(f"{path} must hold one JSON array of strings, the teacher's raw outputs.")
+            raise DataError(f"{path} must be a JSON array of strings, the teacher's raw outputs.")
         batch = batch or len(content)
         if len(content) != batch and number != len(numbered) - 1:
             raise DataError(
-                f"{path} holds {len(content)} outputs where {batch} belong, so later ones would stand "
-                "beside the wrong rows. Fetch the file again."
+                f"{path} has {len(content)} outputs instead of {batch}, so later ones would belong to the wrong "
+                "rows. Fetch the file again."
             )
         outputs += content
     if len(outputs) != n_rows:
         raise DataError(
-            f"{folder} holds {len(outputs)} teacher outputs for {n_rows} rows of the split {split!r}. They "
+            f"{folder} has {len(outputs)} teacher outputs for {n_rows} rows of the split {split!r}. They "
             "are matched by position, so the numbers must be equal; fetch the files again."
         )
     return outputs
@@ -191,7 +191,7 @@ def _find(root: Path, name: str) -> Path:
         if (folder / f"{name}_train.json").is_file():
             return folder
     raise DataError(
-        f"{root} holds no {name}/{name}_train.json. Give the folder with the authors' layout "
+        f"{root} has no {name}/{name}_train.json. Give the folder with the authors' layout "
         f"({name}/{name}_<split>.json and {name}/llm/<split>_CoT_<k>.json), or the folder {name} itself."
     )
 

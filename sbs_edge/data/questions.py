@@ -59,7 +59,7 @@ def text_of(values: dict[str, Any], column: str) -> str:
         found = "not text" if column in values else f"it has {', '.join(map(str, values)) or 'none'}"
         raise Unanswerable(
             printable(f"no text in the column {column!r} ({found})"),
-            "Name the column with --column input=NAME, or mend the row.",
+            "Map its column with column=['input=NAME'], or correct the row.",
         )
     if fault := text_fault(value):
         raise Unanswerable(f"the text in the column {column!r} {fault}")
@@ -130,7 +130,9 @@ def answers_of(
     if own:
         ask_own(own)
     if others and labels is None and student.manifest["labels"]["method"] == "choices":
-        lacking = Unanswerable("no 'choices', and rows of this bundle bring their own (or all take --label)")
+        lacking = Unanswerable(
+            "no 'choices', which the rows of this bundle need (or give labels for all rows)"
+        )
         answers = [lacking if answer is None else answer for answer in answers]
     elif others:
         ask(others, labels)

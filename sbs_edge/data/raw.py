@@ -66,5 +66,5 @@ def refuse_foreign_bytes(start: bytes, where: object) -> None:
             raise DataError(f"{where} {what}")
     if start[1:2] == b"\x00" or start[:1] == b"\x00":  # UTF-16 without a byte order mark
         raise DataError(
-            f"{where} holds NUL bytes at its beginning, as UTF-16 does. Convert it to UTF-8 and try again."
+            f"{where} has NUL bytes at its beginning, as UTF-16 does. Convert it to UTF-8 and try again."
         )

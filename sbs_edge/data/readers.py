@@ -49,7 +49,7 @@ class ColumnMap:
             name, equals, column = item.partition("=")
             if not equals or name not in known or not column or name in chosen:
                 raise UsageError(
-                    f"{item!r} maps no column. Write FIELD=COLUMN once a field, for example "
+                    f"{item!r} is not a column mapping. Write FIELD=COLUMN, once for each field, for example "
                     f"input=question; the fields are {', '.join(known)}."
                 )
             chosen[name] = column
@@ -100,7 +100,7 @@ def _fetch(values: dict[str, Any], columns: ColumnMap, name: str) -> Any:
             raise _Unusable("missing column 'input'", f"columns are {', '.join(map(str, values)) or 'none'}")
         return values.get(name)
     if column not in values:
-        raise _Unusable(f"missing column {column!r}", f"it was named as the column of {name!r}")
+        raise _Unusable(f"missing column {column!r}", f"it was mapped to {name!r}")
     return values[column]
 
 
@@ -176,7 +176,7 @@ def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, sour
     if choices and label is not None:
         found = match_label(label, choices)
         if found is None:
-            raise _Unusable("'label' is none of 'choices'", f"{label!r} is not in {list(choices)}"[:200])
+            raise _Unusable("'label' is not among 'choices'", f"{label!r} is not in {list(choices)}"[:200])
         label = found
     return Example(
         id=_text(_fetch(values, columns, "id"), "id", numbers=True) or default_id,
@@ -258,7 +258,7 @@ def stream_examples(
         if isinstance(item, Example):
             yield item
         elif on_reject is None:
-            raise DataError(f"{item}. Correct the row, or go on without such rows with --skip-bad-rows.")
+            raise DataError(f"{item}. Correct the row, or leave such rows out with skip_bad_rows=True.")
         else:
             on_reject(item)
 
@@ -313,6 +313,6 @@ def refuse(rejected: Sequence[RejectedRow]) -> None:
         f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     )
     raise DataError(
-        f"{len(rejected)} row(s) cannot be used: {shown}. Correct them, or go on without them "
-        "with --skip-bad-rows, which says what was left out."
+        f"{len(rejected)} row(s) cannot be used: {shown}. Correct them, or leave them out with "
+        "skip_bad_rows=True, which reports them."
     )

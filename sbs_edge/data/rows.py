@@ -61,8 +61,8 @@ def iterate_rows(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as handle:
         refuse_foreign_bytes(handle.read(8), path)
     raise DataError(
-        f"{path} ends in {suffix or 'nothing'!r}, which says no format. Known are {', '.join(FORMATS)}; "
-        "rename the file after what it holds."
+        f"The format of {path} is unknown, because it ends in {suffix or 'nothing'!r}. Rename it after its format: "
+        f"{', '.join(FORMATS)}."
     )
 
 
@@ -75,7 +75,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(
-            f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object"
+            f"the name {next(n for n in names if names.count(n) > 1)!r} occurs twice in one object"
         )
     return found
 
@@ -162,7 +162,7 @@ def _document_rows(path: Path) -> list[Any] | None:
         raise DataError(
             f"{path} is one JSON object over several lines, with "
             + (f"rows in {' and '.join(map(repr, fields))}" if fields else "no list of rows in it")
-            + ". Write an array of rows, or one object a line."
+            + ". Write an array of rows, or one object per line."
         )
     rows = content[fields[0]]
     assert isinstance(rows, list)  # checked by _are_rows
@@ -189,7 +189,7 @@ def read_json(path: Path) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(
-            f"{path} is broken JSON: nested too deeply. Write the file again; in JSON Lines one such row costs one line."
+            f"{path} is broken JSON: nested too deeply. Write the file again; in JSON Lines only this row is affected."
         ) from error
     except ValueError as error:
         raise DataError(f"{path} is broken JSON: {printable(str(error))}. Write the file again.") from error

@@ -54,8 +54,8 @@ def check_disjoint(splits: Splits) -> None:
     more = f" and {len(overlaps) - 5} more" if len(overlaps) > 5 else ""
     raise DataError(
         f"Two splits share {len(overlaps)} input(s), so accuracy on them would mean nothing: {shown}{more}. "
-        "Remove these rows from one of the splits, or let --skip-bad-rows drop them from training and "
-        "validation; inputs are compared in NFKC, lower case, single spaces."
+        "Remove these rows from one of the splits, or let skip_bad_rows=True drop them from training and "
+        "validation. Inputs are compared in NFKC, lower case, with single spaces."
     )
 
 

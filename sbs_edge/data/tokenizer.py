@@ -157,7 +157,7 @@ def check_covered(tokenizer: Tokenizer, n_embeddings: int, where: object) -> Non
     token, largest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if largest >= n_embeddings:
         raise UsageError(
-            f"The tokenizer of {where} gives the token {token!r} the number {largest}, but the model's embedding has "
+            f"The tokenizer of {where} gives the token {token!r} the number {largest}, but the model's embedding has only "
             f"{n_embeddings} rows: they do not belong together. Put the checkpoint's own tokenizer.json beside it, or "
             "enlarge the model with resize_token_embeddings and train it."
         )

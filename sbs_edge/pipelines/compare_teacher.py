@@ -73,7 +73,7 @@ def compare_with_teacher(
     judged = [row for row in test_rows if row.label is not None]
     if not judged:
         raise DataError(
-            "The comparison needs test rows with gold labels; they are used to judge, not to train."
+            "The comparison needs test rows with gold labels. They are used to evaluate, not to train."
         )
     arms = [_teacher_arm(task, judged, annotation or {}, teacher_parameters)]
     plain = Splits(task, without_gold(train_rows), without_gold(validation_rows))

@@ -136,7 +136,7 @@ class Bundle:
         if chosen not in targets:
             raise UsageError(
                 f"The bundle {self.root} has no target {chosen!r}; it has {', '.join(targets)}. "
-                f"Export it with --target {chosen}."
+                f"Export it with target={chosen!r}."
             )
         return chosen, targets[chosen]
 

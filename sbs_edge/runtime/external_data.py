@@ -118,7 +118,7 @@ def inlined(content: bytes, constants: Mapping[str, bytes]) -> bytes:
         return b"".join(_rebuilt(memoryview(content), "model", 0, constants))
     except (_Malformed, ValueError, KeyError) as error:
         raise IntegrityError(
-            "A graph names constants that its files do not hold; export the bundle again from the student."
+            "A graph needs constants that its files do not contain; export the bundle again from the student."
         ) from error
 
 

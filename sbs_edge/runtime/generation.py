@@ -70,7 +70,7 @@ class StepLoop:
         """
         if limit > self._room:
             raise UsageError(
-                f"{limit} tokens were asked for, and this target's cache holds {self._room}; ask for fewer, or "
+                f"max_new_tokens is {limit}, but this target's cache holds {self._room} tokens; ask for fewer, or "
                 "export the bundle again from a student with a higher max_target_tokens."
             )
         batch = len(ids)

@@ -40,7 +40,7 @@ def copy_bundle(root: Path, out: Path, *, within: Path | None = None) -> None:
     source, target = root.resolve(), out.resolve()
     if source != target and (source in target.parents or target in source.parents):
         raise UsageError(
-            f"{out} and the bundle {root} lie inside each other; give a directory beside the bundle."
+            f"{out} and the bundle {root} are inside each other; choose a directory beside the bundle."
         )
     files.check_replaceable(out, [MANIFEST], "bundle")
 

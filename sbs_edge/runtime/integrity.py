@@ -33,7 +33,7 @@ def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: 
         size = path.stat().st_size
         if size != files[name]["bytes"]:
             raise IntegrityError(
-                f"{path} has {size} bytes where the manifest says {files[name]['bytes']}. Copy the bundle again."
+                f"{path} has {size} bytes; the manifest says {files[name]['bytes']}. Copy the bundle again."
             )
     _reject_unlisted_files(root, files)
     reading = {name: path for name, path in paths.items() if name not in unchanged}
@@ -69,10 +69,12 @@ def _reject_unlisted_files(root: Path, files: Mapping[str, Any]) -> None:
             path = Path(folder) / name
             relative = path.relative_to(root).as_posix()
             if path.is_symlink():
-                raise IntegrityError(f"The bundle {root} holds the link {relative!r}; links are not allowed.")
+                raise IntegrityError(
+                    f"The bundle {root} contains the link {relative!r}; links are not allowed."
+                )
             if name in names and relative not in files and relative not in (MANIFEST, DIGEST):
                 raise IntegrityError(
-                    f"The bundle {root} holds {relative!r}, which its manifest does not list. Remove it."
+                    f"The bundle {root} contains {relative!r}, which its manifest does not list. Remove it."
                 )
 
 
@@ -86,6 +88,6 @@ def check_external_data(root: Path, name: str, files: Mapping[str, Any]) -> None
         beside = str(PurePosixPath(name).parent / location) if safe_name(location) else ""
         if beside not in files:
             raise IntegrityError(
-                f"The graph {root / name} wants its constants from {location!r}, which is not a file of this "
+                f"The graph {root / name} takes constants from {location!r}, which is not a file of this "
                 "bundle. Do not use this bundle; export it again from the student."
             )

@@ -71,7 +71,8 @@ def safe_member(root: Path, name: str) -> Path:
         path, status = root, os.stat(root)
     except OSError as error:
         raise IntegrityError(
-            f"The bundle directory {root} cannot be read: {error.strerror}. Load the bundle from where it is now."
+            f"The bundle directory {root} cannot be read: {error.strerror}. If it was moved, load the bundle "
+            "from its new place."
         ) from error
     for depth, part in enumerate(parts, start=1):
         path = path / part
@@ -85,14 +86,14 @@ def safe_member(root: Path, name: str) -> Path:
             raise IntegrityError(f"The bundle member {name!r} of {root} cannot be read: {error}.") from error
         if not (stat.S_ISREG(status.st_mode) if depth == len(parts) else stat.S_ISDIR(status.st_mode)):
             raise IntegrityError(
-                f"The bundle {root} holds {name!r} as a link or special file; only plain files are allowed. "
+                f"The bundle {root} contains {name!r} as a link or special file; only plain files are allowed. "
                 "Copy the bundle with its links resolved (cp -rL)."
             )
     if status.st_nlink > 1:
         # The file could be changed through its other name after its digest was checked.
         raise IntegrityError(
-            f"The bundle {root} holds {name!r} as a hard link: the file has {status.st_nlink} names, and a change "
-            "through another one would go unseen. Copy the bundle (cp -r) and use the copy."
+            f"The bundle {root} contains {name!r} as a hard link: the file has {status.st_nlink} names, and a change "
+            "through another one would not be noticed. Copy the bundle (cp -r) and use the copy."
         )
     return path
 
@@ -101,10 +102,10 @@ def no_bundle(root: Path) -> SbsEdgeError:
     """Return the error for a directory without a manifest: a student in a bundle's place, or something else."""
     if (root / "config.json").is_file():
         return UsageError(
-            f"{root} is a student or another checkpoint, not a bundle. Export it first, and give what that writes: "
+            f"{root} is a student or another checkpoint, not a bundle. Export it first, and use the result: "
             f"sbs-edge export {root} --out {root.with_name(root.name + '.bundle')}"
         )
-    return IntegrityError(f"{root} is not a bundle: it has no {MANIFEST}. Make one with sbs-edge export.")
+    return IntegrityError(f"{root} is not a bundle: it has no {MANIFEST}. Create one with sbs-edge export.")
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -116,12 +117,14 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     if not root.is_dir():
         what = "it is a file" if root.is_file() else "there is no such directory"
-        raise UsageError(f"{root} is not a bundle: {what}. Check the path, or make one with sbs-edge export.")
+        raise UsageError(
+            f"{root} is not a bundle: {what}. Check the path, or create one with sbs-edge export."
+        )
     if not os.path.lexists(root / MANIFEST):
         raise no_bundle(root)
     path, digest = safe_member(root, MANIFEST), safe_member(root, DIGEST)
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest.")
+        raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a manifest.")
     content = path.read_bytes()
     wanted = hashlib.sha256(content).hexdigest().encode() + b"\n"
     if digest.stat().st_size != len(wanted) or digest.read_bytes() != wanted:

@@ -37,7 +37,7 @@ def onnxruntime_module() -> Any:
                 f"There is not enough memory to load onnxruntime: {error}. {memory_advice()}"
             ) from error
         raise SbsEdgeError(
-            f"onnxruntime is installed and cannot be loaded: {error}. Remove it and "
+            f"onnxruntime is installed but cannot be loaded: {error}. Remove it and "
             "install it again: pip uninstall onnxruntime, then pip install 'sbs-edge[cpu]'."
         ) from error
     return onnxruntime

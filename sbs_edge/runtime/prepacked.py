@@ -205,7 +205,7 @@ def max_bytes() -> int:
     text = os.environ.get(MAX_MB_VARIABLE, "").strip() or str(MAX_MB)
     if not (text.isascii() and text.isdigit()):
         raise UsageError(
-            f"{MAX_MB_VARIABLE} is {text!r}, and must be a whole number of megabytes; 0 switches the cache off."
+            f"{MAX_MB_VARIABLE} is {text!r}; it must be a whole number of megabytes, where 0 switches the cache off."
         )
     return int(text) << 20
 

@@ -147,12 +147,12 @@ class Session:
                     raise OutOfMemory(
                         f"There is not enough memory to load the graph {path}: {error}. {memory_advice()}"
                     ) from error
-                raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
+                raise IntegrityError(f"onnxruntime rejects the graph {path}: {error}") from error
         started = session.get_providers()[0]
         if started != provider:  # it falls back to the CPU where the provider's libraries cannot be loaded
             raise UsageError(
-                f"onnxruntime has {provider} but could not start it and fell back to {started}: its libraries or "
-                "the GPU's driver are missing or of another version (sbs-edge doctor lists what is installed). "
+                f"onnxruntime could not start {provider} and fell back to {started}: its libraries or "
+                "the GPU's driver are missing or have another version (sbs-edge doctor lists what is installed). "
                 "Install what is missing, or use a CPU target."
             )
         _return_freed_pages()
@@ -177,7 +177,7 @@ class Session:
             shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in inputs.items())
             raise OutOfMemory(
                 f"There is not enough memory for a call with {shapes}. Lower max_batch_tokens, so that a call "
-                f"carries fewer rows, or send shorter inputs. {memory_advice()}"
+                f"has fewer rows, or send shorter inputs. {memory_advice()}"
             ) from error
 
 

@@ -185,7 +185,7 @@ class Student:
             root = fetch(root, revision, token)
         elif revision is not None:
             raise UsageError(
-                f"{root} is a directory, which has no revision {revision!r}; leave revision out, or give the "
+                f"{root} is a directory, which has no revision {revision!r}; leave out revision, or give the "
                 "bundle's name on the hub."
             )
         bundle = Bundle.open(root, verify=verify, recheck=recheck or not prepacked_cache)
@@ -312,8 +312,8 @@ class Student:
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
-                "This bundle's rows bring their own labels: pass labels=[[...], ...], one list for each text "
-                "(sbs-edge predict: a 'choices' field, or --label)."
+                "The rows of this bundle have their own choices: pass labels=[[...], ...], a list for each text "
+                "(in a file: the field 'choices')."
             )
         if labels is not None:
             scored = self._score_choices(rows, label_lists(labels, len(texts)))
@@ -598,7 +598,9 @@ class Student:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise UsageError("This Student was closed; load the bundle again, or ask within the with block.")
+            raise UsageError(
+                "This Student was closed; load the bundle again, or use it inside the with block."
+            )
 
     def _session(self, role: str, purpose: str) -> Session:
         self._check_open()
@@ -607,7 +609,7 @@ class Student:
             raise UsageError(
                 f"The target {self.target!r} of this bundle has no graph for {purpose}; "
                 + (
-                    "it answers with labels alone. Export a student that was trained with rationales, without --label-only."
+                    "it answers with labels alone. Export a student that was trained with rationales, with label_only=False."
                     if only_labels
                     else "export the bundle again with it."
                 )
@@ -734,9 +736,9 @@ class Student:
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled or copied: graphs belong to one process."""
         raise UsageError(
-            "A Student cannot be pickled or copied: its graphs belong to this process. Send the bundle's path "
-            f"({str(self.bundle.root)!r}) and call Student.from_pretrained there, once in each process; threads can "
-            "share one."
+            "A Student cannot be pickled or copied, because its graphs belong to this process. Send the bundle's path "
+            f"({str(self.bundle.root)!r}) and call Student.from_pretrained once in each process; threads can "
+            "share a Student."
         )
 
     def __enter__(self) -> Student:

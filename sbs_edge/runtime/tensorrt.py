@@ -72,7 +72,7 @@ def _profiles(graph: Path) -> dict[str, str]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
-            f"{path} does not hold the shapes of a graph's inputs ({type(error).__name__}: {error}). Export the "
+            f"{path} does not have the shapes of a graph's inputs ({type(error).__name__}: {error}). Export the "
             "bundle again."
         ) from error
 

@@ -19,7 +19,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     """
     if isinstance(texts, str | bytes | Mapping | Set) or getattr(texts, "ndim", 1) != 1:
         raise UsageError(
-            f"The texts must be a list of strings, not a {type(texts).__name__}; put a single text into a list: [text]."
+            f"The texts must be a list of strings, not a {type(texts).__name__}; pass a single text as a list: [text]."
         )
     try:
         found = list(texts)
@@ -28,7 +28,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     for row, text in enumerate(found):
         fault = text_fault(text)
         if fault is not None:
-            raise UsageError(f"Text {row} {fault}. Every text gets an answer: correct it or leave it out.")
+            raise UsageError(f"Text {row} {fault}. Every text needs an answer: correct it or leave it out.")
     return found
 
 
@@ -113,9 +113,7 @@ class Texts:
         for row, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
             too_long = len(ids) > limit or len(text) > most
             if too_long and not truncate:
-                raise UsageError(
-                    over_limit(f"Text {row}", text, len(ids), limit, "truncate=True (--truncate)")
-                )
+                raise UsageError(over_limit(f"Text {row}", text, len(ids), limit, "truncate=True"))
             rows.append(within_limit(ids, limit, self._eos))
             cut.append(too_long)
         return rows, cut
@@ -128,7 +126,7 @@ class Texts:
         """
         tokens = self._tokenizer.encode_target(label, self._eos)
         if len(tokens) < 2:
-            raise UsageError(f"The label {label!r} has no token of this student's vocabulary.")
+            raise UsageError(f"The label {label!r} has no token in this student's vocabulary.")
         limit = self._limits["max_label_tokens"]
         if len(tokens) > 1 + limit:
             raise UsageError(f"The label {label!r} has {len(tokens) - 1} tokens; the limit is {limit}.")

@@ -195,8 +195,8 @@ def annotate_with_ray(
     """
     if journal is None and "://" in str(out):
         raise UsageError(
-            f"The journals cannot lie in {out}: an object store cannot append a line. Name a folder that all "
-            "nodes share with --journal."
+            f"The journals cannot be in {out}, because an object store cannot append a line. Pass a folder that all "
+            "nodes share (journal=FOLDER)."
         )
     ColumnMap.parse(columns or ())  # refused here, not by every worker
     journals = str(Path(journal or Path(str(out)) / "journal").absolute())

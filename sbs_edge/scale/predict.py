@@ -95,7 +95,7 @@ def _short_enough(
         if cut or (count <= limit and len(question.text) <= most_characters(limit)):
             kept.append(i)
         else:
-            answers[question.place]["error"] = over_limit("It", question.text, count, limit, "--truncate")
+            answers[question.place]["error"] = over_limit("It", question.text, count, limit, "truncate")
     return [good[i] for i in kept], {task: [rows[i] for i in kept] for task, rows in tokens.items()}
 
 
@@ -122,8 +122,8 @@ class PredictWorker:
         self._student = Student.load(bundle, target=target, threads=threads)
         if digests_of(self._student.manifest) != bundle_files:  # an actor that died is started again later
             raise IntegrityError(
-                f"The bundle {bundle} is not the one that this run began with: it was replaced meanwhile, or another "
-                "lies at this path on this node. Put the first one back and start the command again."
+                f"The bundle {bundle} is not the one that this run started with: it was replaced, or another "
+                "is at this path on this node. Restore the first one and start the command again."
             )
         # Ray's modules and the student are no garbage: left to the collector, each of its rounds reads them all.
         gc.collect()

@@ -43,7 +43,7 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
     try:
         import ray
     except ImportError as error:
-        raise MissingExtra("ray", "scale", "--engine ray") from error
+        raise MissingExtra("ray", "scale", "The engine 'ray'") from error
     with contextlib.suppress(ImportError, AttributeError):  # its own place, which may move
         from ray.data._internal import logging as ray_data_logging
 
@@ -61,8 +61,9 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             raise UsageError(
-                f"No Ray cluster answers at {address}. Check the address, that both sides have the same versions of Ray "
-                "and Python, and, where it asks for a token, that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH says it here."
+                f"No Ray cluster answers at {address}. Check the address, and that both sides have the same "
+                "versions of Ray "
+                "and Python. If it needs a token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here."
             ) from error
     try:
         yield ray
@@ -81,7 +82,8 @@ def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]
     changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         raise UsageError(
-            f"{out.where} holds shards of another run: {', '.join(changed)} changed since. Give another output "
+            f"{out.where} has shards of another run, whose settings differ in: {', '.join(changed)}. Choose "
+            "another output "
             "folder, or remove this one to start again."
         )
 
@@ -253,9 +255,10 @@ def run_units(
                 there = folder.names()
                 unit = next((unit for unit in left if shards[unit.index] not in there), left[0])
                 raise SbsEdgeError(
-                    f"Ray ended the run ({type(error).__name__}: {_said(error)}). One unit may take down every worker, by "
-                    f"its memory or a crash; the first without a shard is {shards[unit.index]} (from {unit.place}). "
-                    f"Finished shards are in {out}; run the same command again to go on."
+                    f"Ray ended the run ({type(error).__name__}: {_said(error)}). A unit may end every worker, "
+                    "by its memory or a "
+                    f"crash; the first without a shard is {shards[unit.index]} (from {unit.place}). "
+                    f"Finished shards are in {out}; run the same command again to continue."
                 ) from error
     if failures:
         raise _failed(failures, units, form, out)
@@ -263,9 +266,10 @@ def run_units(
     missing = [index for index, name in shards.items() if name not in there]
     if missing:
         raise SbsEdgeError(
-            f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended, "
-            "calls stayed unanswered, or the server refused every call of the unit. "
-            "Run the same command again; it goes on with these."
+            f"{len(missing)} of {len(units)} units are unfinished; the first is unit {missing[0]}. The budget "
+            "was used up, "
+            "calls were left unanswered, or the server refused every call of a unit. "
+            "Run the same command again; it continues with these."
         )
     totals = {
         "units": len(units),

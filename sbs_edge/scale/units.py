@@ -134,7 +134,7 @@ def _listed(pattern: str) -> list[tuple[str, int, str]]:
         files = [(info.path, info.size) for info in infos if info.type == fs.FileType.File]
     except UnicodeError as error:
         raise UsageError(
-            f"A file's name under {printable(base)} is not UTF-8, and pyarrow opens no such file. Rename it."
+            f"The name of a file under {printable(base)} is not UTF-8, so pyarrow cannot open it. Rename it."
         ) from error
     found = []
     for path, size in files:
@@ -143,7 +143,7 @@ def _listed(pattern: str) -> list[tuple[str, int, str]]:
         if is_data and (not wanted or _fits(name.split("/"), wanted)):
             found.append((prefix + path, size, name))
     if not found:
-        raise UsageError(f"No .jsonl or .parquet file fits {pattern}.")
+        raise UsageError(f"No .jsonl or .parquet file matches {pattern}.")
     return sorted(found)
 
 
@@ -173,7 +173,7 @@ def _refuse_document(uri: str) -> None:
     refuse_foreign_bytes(start[:8], uri)
     if starts_as_array(start):
         raise DataError(
-            f"{uri} holds one JSON array, which cannot be cut. Write one object a line, or leave out --engine ray."
+            f"{uri} is one JSON array, which cannot be divided. Write one object per line, or use the local engine."
         )
 
 

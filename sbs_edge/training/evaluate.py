@@ -153,7 +153,7 @@ def predict_labels(
         for example in examples[start : start + len(part)]:
             choices = labels if kind == "closed" else example.choices
             if not choices:
-                raise DataError(f"{example.source or example.id} brings no choices, which its task needs.")
+                raise DataError(f"{example.source or example.id} has no choices, which its task needs.")
             own.append(choices)
         candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
         for row, values in zip(own, _sequence_scores(model, ids, mask, candidates), strict=True):

@@ -84,7 +84,8 @@ def _settings(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # version 5 validates with errors of its own
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(
-            f"{checkpoint.folder / 'config.json'} is not a configuration that transformers reads: {reason}. Copy it again "
+            f"{checkpoint.folder / 'config.json'} is not a configuration that transformers can read: {reason}. "
+            "Copy it again "
             "from where the checkpoint was saved."
         ) from error
     for name, standard in (("pad_token_id", 0), ("eos_token_id", 1)):
@@ -92,8 +93,9 @@ def _settings(checkpoint: Checkpoint) -> Any:
         if isinstance(value, list):
             if len(value) != 1:
                 raise UsageError(
-                    f"{checkpoint.folder / 'config.json'} has several values of {name} ({value}). A student has one: write "
-                    "the one that ends a text there."
+                    f"{checkpoint.folder / 'config.json'} has several values of {name} ({value}). A student has "
+                    "one: write "
+                    "the one that ends a text."
                 )
             value = value[0]
         setattr(settings, name, standard if value is None else value)
@@ -112,8 +114,9 @@ def _one_table(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     for name, table in tables[1:]:
         if not _same(table, tables[0][1]):
             raise UsageError(
-                f"{folder} holds two different embeddings, {tables[0][0]} and {name}. A model of the T5 family has one for "
-                "encoder and decoder, so this checkpoint is another model."
+                f"{folder} has two different embeddings, {tables[0][0]} and {name}. A model of the T5 family "
+                "has a single one for "
+                "encoder and decoder, so this checkpoint is of another kind."
             )
     if tables:
         found[TABLE] = tables[0][1]
@@ -137,7 +140,8 @@ def _own_head(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> bool:
     if head is None:
         if said is False and TABLE in tensors:
             raise UsageError(
-                f"{checkpoint.folder} lacks {HEAD}, although its config.json says that the head has weights of its own "
+                f"{checkpoint.folder} lacks {HEAD}, although its config.json says that the head has weights of "
+                "its own "
                 '("tie_word_embeddings": false). Copy the weights again; or write true there if the head is the embedding.'
             )
         return False
@@ -163,19 +167,22 @@ def _filled(settings: Any, tensors: dict[str, Tensor], own_head: bool, folder: P
     absent, left = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if absent:
         raise UsageError(
-            f"{folder} lacks {len(absent)} tensor(s) of the model that its config.json describes: {_few(absent)}. Copy it "
+            f"{folder} lacks {len(absent)} tensor(s) of the model that its config.json describes: "
+            f"{_few(absent)}. Copy it "
             "again from where it was saved, or train again."
         )
     if left:
         raise UsageError(
-            f"{folder} holds {len(left)} tensor(s) that a language model of the T5 family does not have: {_few(left)}. It "
-            "is another model than its config.json describes, and what it computes would be lost."
+            f"{folder} has {len(left)} tensor(s) that a language model of the T5 family does not have: "
+            f"{_few(left)}. It "
+            "is not the model that its config.json describes, and a part of it would be lost."
         )
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UsageError(
-                f"{folder} holds {name} in the shape {tuple(tensors[name].shape)}, and its config.json describes "
-                f"{tuple(shape)}. The two do not belong together; copy both again from where the checkpoint was saved."
+                f"{folder} has {name} in the shape {tuple(tensors[name].shape)}, but its config.json describes "
+                f"{tuple(shape)}. The two do not belong together; copy both again from where the checkpoint was "
+                "saved."
             )
     # Copies: the files may be replaced while the model lives.
     state = {name: tensors[name].to(torch.float32, copy=True) for name in shapes}
@@ -233,7 +240,8 @@ def _merged(model: nn.Module, adapter: Path) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(
-            f"The LoRA adapter in {adapter} does not fit its base, or is damaged: {reason}. Copy it again from where it was "
+            f"The LoRA adapter in {adapter} does not fit its base, or is damaged: {reason}. Copy it again from "
+            "where it was "
             "saved, or correct base_model_name_or_path in its adapter_config.json."
         ) from error
 

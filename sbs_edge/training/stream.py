@@ -79,9 +79,7 @@ def open_stream(
 
     """
     if validation is None:
-        raise UsageError(
-            "--stream cannot hold validation rows out of the source: name a file with --validation."
-        )
+        raise UsageError("A stream cannot hold out validation rows: pass a file of them as validation=FILE.")
     held = read_examples(validation, columns=columns)
     refuse(held.rejected)
     excluded = {normalise(row.input) for row in held.examples}
@@ -89,7 +87,7 @@ def open_stream(
     rows = StreamSource(source, columns, excluded, skip_bad_rows=skip_bad_rows)
     sample = list(itertools.islice(rows(), SAMPLE_ROWS))
     if not sample:
-        raise DataError(f"{source} holds no usable training row outside {validation}.")
+        raise DataError(f"{source} has no usable training row outside {validation}.")
     task = infer_task(Path(source).stem, [*sample, *held.examples], label_kind, compare)
     rows.task = task
     return Splits(task, fit_labels(sample, task)[0], fit_labels(held.examples, task)[0]), rows

@@ -79,7 +79,7 @@ class StudentDir:
         if not card_path.is_file():
             raise UsageError(
                 f"{root} has no {CARD}, so its task and prefixes are unknown. Train with sbs-edge train, or "
-                "say what the labels are when you export it (--label)."
+                "pass the labels when you export it."
             )
         try:
             card = json.loads(card_path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ class StudentDir:
         if bad:
             # Training wrote them all, so the file is damaged; fewer rows would judge more mildly.
             raise DataError(
-                f"{bad[0]}. {len(bad)} row(s) of {path} cannot be read, though training wrote them. Mend them, or "
+                f"{bad[0]}. {len(bad)} row(s) of {path} cannot be read, although training wrote them. Correct them, or "
                 "copy the student again."
             )
         return rows

@@ -37,8 +37,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATING:
             raise UsageError(
-                f"{folder} holds {name} as {str(tensor.dtype).removeprefix('torch.')}: its weights are quantised. Give the "
-                "checkpoint it was made from; export quantises by itself (--target cpu-int8)."
+                f"{folder} has {name} as {str(tensor.dtype).removeprefix('torch.')}: its weights are quantised. Give the "
+                "checkpoint it was made from; export quantises by itself (target cpu-int8)."
             )
     return tensors
 
@@ -77,7 +77,7 @@ def _bin(path: Path) -> dict[str, Tensor]:
         if begin not in (b"PK", b"\x80\x02"):
             raise _damaged(path, "not a file of PyTorch") from error
         raise UsageError(
-            f"{path} holds more than tensors, and opening that could run code of its author. If you trust the file, "
+            f"{path} contains more than tensors, and opening it could run its author's code. If you trust the file, "
             f"save its tensors alone where you trained: torch.save(model.state_dict(), {path.name!r})."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
@@ -87,6 +87,6 @@ def _bin(path: Path) -> dict[str, Tensor]:
             content = content[inner]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UsageError(
-            f"{path} is not a state dict: it holds something else than named tensors. Save the model with save_pretrained."
+            f"{path} is not a state dict: it has something other than named tensors. Save the model with save_pretrained."
         )
     return {str(name): value for name, value in content.items()}

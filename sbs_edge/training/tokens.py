@@ -120,7 +120,7 @@ def _converted(folder: Path) -> Tokenizer:
     fast: Any = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
         raise UsageError(
-            f"The tokenizer in {folder} ({type(loaded).__name__}) has no fast form, so a bundle cannot carry it. Give a "
+            f"The tokenizer in {folder} ({type(loaded).__name__}) has no fast form, so a bundle cannot contain it. Use a "
             "checkpoint with a tokenizer.json."
         )
     return fast
@@ -155,7 +155,7 @@ def _check_against_pieces(folder: Path, tokenizer: Tokenizer) -> None:
         if ours != theirs:
             raise UsageError(
                 f"The tokenizer.json in {folder} reads {text!r} as {ours}, and the spiece.model beside it as "
-                f"{theirs}. The model was trained with the latter: take tokenizer.json away, and spiece.model is read."
+                f"{theirs}. The model was trained with the latter: remove tokenizer.json, and spiece.model is read."
             )
 
 

@@ -278,7 +278,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         if missing or any(own[name].shape != value.shape for name, value in values.items()):
             raise UsageError(
                 f"{path} does not fit this student ({missing[0] if missing else 'other shapes'}): it was "
-                "made with another model or size. Train without resume, or into another directory."
+                "made with another model or size. Train without resume, or write to another directory."
             )
         with torch.no_grad():
             for name, value in values.items():

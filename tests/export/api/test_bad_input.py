@@ -184,7 +184,7 @@ def test_an_export_replaces_nothing_but_an_export(make_student: Any, tmp_path: P
     student = make_student(tmp_path / "students" / "first")
     before = listing(tmp_path)
     for out in (student, tmp_path / "students"):
-        with pytest.raises(UsageError, match="holds the student itself"):
+        with pytest.raises(UsageError, match="is the student's own directory"):
             export(student, out, targets=("cpu-fp32",))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
@@ -236,7 +236,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor is not finite": (
         lambda s: _edit_tensors(s, lambda t: t[WO][0].fill_(float("nan"))),
-        rf"{WO} holds numbers that are not finite",
+        rf"{WO} has numbers that are not finite",
     ),
     "the weights are cut off": (_cut, "cannot be read .* damaged or cut"),
     "the tokenizer is damaged": (
