@@ -19,8 +19,8 @@ def label_lists(labels: Iterable[Any], n_texts: int) -> list[tuple[str, ...]]:
         n_texts: how many texts there are.
 
     Raises:
-        UsageError: the number of lists differs from that of the texts, or a list is empty, repeats a label or holds
-            something else than strings.
+        UsageError: the numbers of lists and texts differ, or a list is empty, repeats a label or has
+            anything but strings.
     """
     if isinstance(labels, str):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Check that a directory is exactly what its manifest says, before anything else of the bundle is used."""
+"""Check that a directory is exactly what its manifest says, before the bundle is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, safe_member
 
 __all__ = ["check_external_data", "verify_files"]
 
-_HASH_THREADS = 4  # hashing releases the interpreter lock; files of all targets are read side by side
+_HASH_THREADS = 4  # hashing releases the GIL, so files are read in parallel
 
 
 def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: Collection[str] = ()) -> None:
@@ -22,7 +22,7 @@ def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: 
     Args:
         root: the bundle's directory.
         files: name -> ``bytes`` and ``sha256``.
-        unchanged: names whose content passed this check before and is the same: not read again.
+        unchanged: names that passed this check before and have not changed; they are not read again.
 
     Raises:
         IntegrityError: a file is missing, extra, changed, a link or special, or a graph takes its
@@ -39,7 +39,7 @@ def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: 
     reading = {name: path for name, path in paths.items() if name not in unchanged}
     if not reading:
         return
-    from concurrent.futures import ThreadPoolExecutor  # after the return: importing it takes milliseconds
+    from concurrent.futures import ThreadPoolExecutor  # imported late, because it takes milliseconds
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         digests = list(pool.map(_digest, reading.values()))

@@ -42,7 +42,7 @@ def file_digest(path: Path) -> str:
 
 
 def safe_name(name: object) -> bool:
-    """Tell whether ``name`` is a plain relative path: no ``..``, drive, backslash or control character."""
+    """Return whether ``name`` is a plain relative path, without ``..``, drive, backslash or control character."""
     if not isinstance(name, str) or not name or name != str(PurePosixPath(name)):
         return False
     pure = PurePosixPath(name)
@@ -99,7 +99,7 @@ def safe_member(root: Path, name: str) -> Path:
 
 
 def no_bundle(root: Path) -> SbsEdgeError:
-    """Return the error for a directory without a manifest: a student in a bundle's place, or something else."""
+    """Return the error for a directory without a manifest, with a hint if it is a student."""
     if (root / "config.json").is_file():
         return UsageError(
             f"{root} is a student or another checkpoint, not a bundle. Export it first, and use the result: "
@@ -113,7 +113,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such directory.
-        IntegrityError: the manifest is absent, damaged, of a later format or not shaped like one.
+        IntegrityError: the manifest is missing, damaged, of a later format, or lacks fields.
     """
     if not root.is_dir():
         what = "it is a file" if root.is_file() else "there is no such directory"
@@ -210,7 +210,7 @@ def _shape_problem(manifest: dict[str, Any]) -> str | None:
 
 
 def _clash(files: Mapping[str, Any]) -> str | None:
-    """Return the complaint about two names that are one on systems which fold case or accents."""
+    """Return the complaint about two names that are the same on systems that ignore case or accents, or None."""
     seen: dict[str, str] = {}
     for name in files:
         for path in (PurePosixPath(name), *PurePosixPath(name).parents):
@@ -223,6 +223,6 @@ def _clash(files: Mapping[str, Any]) -> str | None:
 def _folded(path: str) -> str:
     if path.isascii():
         return path.lower()
-    import unicodedata  # here: its tables are a third of a megabyte, and names of our own are plain ASCII
+    import unicodedata  # imported here: its tables take a third of a megabyte, and our own names are plain ASCII
 
     return unicodedata.normalize("NFC", path).casefold()
