@@ -1,7 +1,7 @@
-"""Find a checkpoint and read its configuration without torch: one reading for train, run and export.
+"""Find a checkpoint and read its configuration, in the same way for train, run and export. Imports no torch.
 
-A checkpoint is named by a directory, by a directory that holds just one (a Trainer's output, a hub's cache), or by
-its name on a hub. What cannot be read as a model of the T5 family with a language-model head is refused here, from
+A checkpoint is given as a directory, as a directory that contains exactly one (a Trainer's output, a hub cache), or
+as a name on a hub. A checkpoint that is not a model of the T5 family with a language-model head is refused here, from
 its small files, before any tensor is opened.
 """
 
@@ -44,13 +44,13 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was found, and may be read.
+    """A checkpoint that was found and accepted.
 
     Attributes:
         name: as the user wrote it, for messages.
         folder: holds ``config.json`` and the weights.
         config: the content of ``config.json``.
-        adapter: directory of a LoRA adapter to be merged into the weights; None: there is none.
+        adapter: directory of a LoRA adapter to merge into the weights, or None.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The directory with the tokenizer: the adapter's where it brought one."""
+        """Return the directory with the tokenizer: the adapter's if it has one."""
         if self.adapter is not None and any(
             (self.adapter / name).is_file() for name in ("tokenizer.json", "spiece.model")
         ):
@@ -69,22 +69,22 @@ class Checkpoint:
 
     @property
     def start_id(self) -> int:
-        """First token of the decoder; a configuration without one means its padding, as T5 was trained."""
+        """Return the decoder's first token; without one in the configuration, the padding token, as in T5."""
         return start_token_id(self.config)
 
 
 def is_bundle(folder: Path) -> bool:
-    """Tell whether ``folder`` is what export writes."""
+    """Return whether ``folder`` is a bundle or another output of export."""
     return (folder / "manifest.json").is_file() and not (folder / CARD).is_file()
 
 
 def is_student(folder: Path) -> bool:
-    """Tell whether ``folder`` is what training writes, or another checkpoint."""
+    """Return whether ``folder`` is a student directory or another checkpoint."""
     return (folder / "config.json").is_file() and not (folder / "manifest.json").is_file()
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Find the checkpoint ``name`` and check that it is one of the T5 family with a language-model head.
+    """Find the checkpoint ``name`` and check that it is of the T5 family and has a language-model head.
 
     Args:
         name: a directory, or a name on a hub.
@@ -101,7 +101,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights in ``folder``, in transformers' order of preference.
+    """Return the weight files in ``folder``, chosen by transformers' order of preference.
 
     Raises:
         UsageError: there is none, one of several is missing, or the index names a file outside the directory.
@@ -133,14 +133,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise UsageError(_no_weights(folder))
 
 
-# ---------------------------------------------------------------------- where it lies
+# ---------------------------------------------------------------------- finding it
 
 
 def _local(name: str) -> Path | None:
     """Return the directory of the checkpoint ``name``; None: it is a name on a hub.
 
     Raises:
-        UsageError: ``name`` is a path where no checkpoint lies.
+        UsageError: ``name`` is a path without a checkpoint.
     """
     given = Path(name).expanduser()
     if given.is_dir():
@@ -177,10 +177,10 @@ def _not_there(given: Path, near: list[str]) -> Path:
 
 
 def _inside(folder: Path) -> Path:
-    """Return ``folder``, or the one checkpoint it leads to.
+    """Return ``folder``, or the only checkpoint inside it.
 
     Raises:
-        UsageError: it holds none, several, or something else.
+        UsageError: there is none, several, or something else.
     """
     if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
         if is_bundle(folder):
@@ -268,7 +268,7 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------- what it says of itself
+# ---------------------------------------------------------------------- its configuration
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _with_adapter(name: str, folder: Path) -> Checkpoint:
     """Return the checkpoint that an adapter was trained on, and the adapter.
 
     Raises:
-        UsageError: the base is not to be found, or it is not plain which model is meant.
+        UsageError: the base cannot be found, or it is not clear which model is meant.
     """
     settings = _json(folder / ADAPTER)
     base = settings.get("base_model_name_or_path")
@@ -348,7 +348,7 @@ def _with_adapter(name: str, folder: Path) -> Checkpoint:
 
 
 def _no_weights(folder: Path) -> str:
-    """Say why ``folder`` has no weights that can be read, and the lines that make some."""
+    """Return why ``folder`` has no readable weights, and the commands that create them."""
     script = folder / "zero_to_fp32.py"
     steps = sorted(path.name for path in folder.glob("global_step*"))
     if script.is_file() or steps:

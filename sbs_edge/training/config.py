@@ -196,17 +196,17 @@ class TrainConfig(BaseModel):
 
     @property
     def uses_rationales(self) -> bool:
-        """Whether the mode has the rationale task."""
+        """Return whether the mode has the rationale task."""
         return self.mode in ("stepwise", "stepwise-teacher")
 
     @property
     def from_scratch(self) -> bool:
-        """Whether the student starts from random weights."""
+        """Return whether the student starts from random weights."""
         return self.model is None
 
     @property
     def prefix_pair(self) -> tuple[str, str]:
-        """The prefixes in force, ``(label, rationale)``."""
+        """Return the prefixes ``(label, rationale)`` that are used."""
         label, rationale = PREFIXES[self.prefixes]
         return (
             label if self.label_prefix is None else self.label_prefix,
@@ -215,7 +215,7 @@ class TrainConfig(BaseModel):
 
     @property
     def lambda_(self) -> float:
-        """Weight of the rationale loss; 0 in the modes without rationales."""
+        """Return the weight of the rationale loss; 0 in modes without rationales."""
         if not self.uses_rationales:
             return 0.0
         if self.alpha is not None:
@@ -226,7 +226,7 @@ class TrainConfig(BaseModel):
 
     @property
     def peak_learning_rate(self) -> float:
-        """Learning rate after warm-up."""
+        """Return the learning rate after warm-up."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 3e-3 if self.from_scratch else 1e-4

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's files, as they stand there: safetensors or .bin, whole or in parts."""
+"""Read the tensors of a checkpoint's files unchanged: safetensors or .bin, whole or sharded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sbs_edge.training.checkpoint import weight_files
 
 __all__ = ["read_tensors"]
 
-# What wrapping a model puts before every name: DistributedDataParallel, torch.compile, a Lightning module.
+# Prefixes that wrappers add to every name: DistributedDataParallel, torch.compile, a Lightning module.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the state dict that the weight files in ``folder`` hold, tensors in the files' own precision.
+    """Return the state dict in the weight files of ``folder``, with tensors in the files' own precision.
 
-    A .bin file is opened by PyTorch's reader of tensors alone (``weights_only``), which runs no code of the file.
+    A .bin file is read with ``weights_only=True``, which runs no code from the file.
 
     Raises:
-        UsageError: there are no weights, or a file is damaged or holds something else.
+        UsageError: there are no weights, or a file is damaged or has other content.
     """
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
