@@ -1,8 +1,8 @@
 """The data sets of *Distilling Step-by-Step* in their authors' layout (Hsieh et al. 2023, arXiv 2305.02301).
 
-``<name>/<name>_<split>.json`` holds one JSON object a line, ``<name>/llm/<split>_CoT_<k>.json`` the
-teacher's raw outputs, one string a row in row order. A raw output runs on into invented further
-questions: it is cut where the next one begins, and then split into rationale and label.
+``<name>/<name>_<split>.json`` has one JSON object per line, ``<name>/llm/<split>_CoT_<k>.json`` the
+teacher's raw outputs, one string per row in row order. A raw output continues with invented
+questions: it is cut where the first of them begins, and then split into rationale and label.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How one data set is read."""
+    """The layout of a data set."""
 
     task: TaskSpec
     splits: tuple[str, ...]
@@ -73,7 +73,7 @@ def _pair(values: dict[str, Any]) -> tuple[str, str, tuple[str, ...] | None]:
     label = values.get("label")
     if isinstance(label, bool) or label not in (0, 1, 2):
         raise _BadRow("'label' is not 0, 1 or 2")
-    # The authors join the two by their tokenizer's end mark; words say the same to every tokenizer.
+    # The authors join the two with their tokenizer's end mark; words are the same for every tokenizer.
     return f"premise: {premise}\nhypothesis: {hypothesis}", NLI_LABELS[int(label)], None
 
 
@@ -123,10 +123,10 @@ PAPER_DATASETS = tuple(_LAYOUTS)
 
 @dataclass(slots=True)
 class PaperFiles:
-    """The files of one data set as they are, before any row is moved.
+    """The files of a data set as they are, before any row is moved.
 
     Attributes:
-        task: what kind of label it has.
+        task: its description.
         splits: ``train``, ``validation`` (the NLI sets) and ``test`` to rows in file order.
         rejected: the same names to rows that cannot be used.
         unparsed: the same names to the number of teacher outputs without a readable label.
@@ -140,7 +140,7 @@ class PaperFiles:
 
 
 def parse_teacher(text: str, name: str) -> tuple[str | None, str | None]:
-    """Return (rationale, label) of one raw output of the teacher; None for what is not there.
+    """Return (rationale, label) of a raw output of the teacher; None for a missing part.
 
     The mark before the answer must occur exactly once in the first answer, as in the authors' rules.
     """
@@ -152,7 +152,7 @@ def parse_teacher(text: str, name: str) -> tuple[str | None, str | None]:
 
 
 def _teacher_outputs(folder: Path, split: str, n_rows: int) -> list[str] | None:
-    """Return one output a row, or None when the split has no teacher; alignment is by position."""
+    """Return an output for each row, matched by position, or None if the split has no teacher."""
     numbered = sorted(
         (int(found.group(1)), path)
         for path in folder.glob(f"{split}_CoT_*.json")
@@ -213,10 +213,10 @@ def _read_row(rules: _Layout, row: RawRow, identity: str, source: str, output: s
 
 
 def read_paper_files(root: str | Path, name: str) -> PaperFiles:
-    """Read a data set's files as they are; rows keep their place beside the teacher's outputs.
+    """Read a data set's files as they are; rows stay aligned with the teacher's outputs.
 
     Raises:
-        DataError: a file is absent or broken, or the outputs cannot be matched to the rows.
+        DataError: a file is missing or broken, or the outputs cannot be matched to the rows.
 
     """
     if name not in _LAYOUTS:
