@@ -168,11 +168,11 @@ def test_ctrl_c_says_what_is_left_and_exits_130(
 
     monkeypatch.setattr("sbs_edge.cli.doctor.diagnose", stop)
     assert main(["doctor"]) == 130
-    assert "interrupted: Nothing half-written" in capsys.readouterr().err
+    assert "interrupted: No incomplete file" in capsys.readouterr().err
     monkeypatch.setattr("sbs_edge.training.train.train", stop)
     assert main(["train", "--out", str(tmp_path / "student")]) == 130
     said = "".join(capsys.readouterr().err.split())
-    assert f"arein{tmp_path}/student.training;goonwiththesamecommandand--resume" in said
+    assert f"arein{tmp_path}/student.training;continuewiththesamecommandand--resume" in said
 
 
 def test_guard_rows_that_cannot_be_used_may_be_left_out(sbs_edge_cli: Run, tmp_path: Path) -> None:

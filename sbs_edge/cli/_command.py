@@ -1,4 +1,4 @@
-"""The classes of all commands: help pages, near misses, NaN and infinity, and what Ctrl-C leaves behind."""
+"""The classes of all commands: help pages, suggestions, checks of numbers, and the message after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sbs_edge.errors import SbsEdgeError, UsageError
 
 __all__ = ["Command", "Group", "Interrupted", "install"]
 
-# By command: what an interrupted run keeps and how to go on; {fields} are the command's parameters.
+# By command: what an interrupted run keeps and how to continue; {fields} are the command's parameters.
 _KEPT = {
-    "run": "Students that were finished are under {out}/students, the others' checkpoints beside them; an old "
+    "run": "Finished students are under {out}/students, with the checkpoints of the others beside them. An old "
     "bundle is unchanged. The same command starts again.",
-    "train": "Checkpoints, if it came to one, are in {out}.training; go on with the same command and --resume.",
-    "annotate": "Finished calls are in the journal. The same command goes on and asks only what is missing.",
-    "export": "{out} is as it was before. The same command starts again.",
-    "predict": "Finished shards of --engine ray stay, and the same command goes on with the others; a file is "
+    "train": "Checkpoints, if there are any, are in {out}.training; continue with the same command and --resume.",
+    "annotate": "Finished calls are in the journal. The same command continues and asks only what is missing.",
+    "export": "{out} is unchanged. The same command starts again.",
+    "predict": "With --engine ray finished shards stay, and the same command makes the others. A file is "
     "written whole or not at all.",
 }
 # The order in which a project uses the commands, for the help page; commands of groups keep their own.
@@ -42,7 +42,7 @@ _ORDER = (
     "serve",
     "bench",
 )
-_NOTHING = "Nothing half-written was kept under its final name. The same command starts again."
+_NOTHING = "No incomplete file was left under its final name. The same command starts again."
 
 
 class Interrupted(SbsEdgeError):
@@ -52,10 +52,10 @@ class Interrupted(SbsEdgeError):
 
 
 class Command(TyperCommand):
-    """A command of this program; :func:`install` makes every command one."""
+    """A command of this program; :func:`install` gives every command this class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Write the names of arguments in capitals, as the texts do."""
+        """Write the names of arguments in capitals, as the help texts do."""
         super().__init__(*args, **kwargs)
         for item in self.params:
             if item.param_type_name == "argument" and item.metavar is None and item.name:
@@ -66,7 +66,7 @@ class Command(TyperCommand):
         show_help(self, ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; an unknown option is answered with the options it may stand for."""
+        """Parse the arguments; for an unknown option, suggest similar ones."""
         try:
             return list(super().parse_args(ctx, args))
         except Exception as error:
@@ -77,7 +77,7 @@ class Command(TyperCommand):
         """Run the command.
 
         Raises:
-            UsageError: a float option is NaN or infinite, which no range check refuses.
+            UsageError: a float option is NaN or infinite, which range checks accept.
             SbsEdgeError: the disk is full.
             Interrupted: instead of ``KeyboardInterrupt``, which typer turns into a silent exit code.
 
@@ -98,8 +98,9 @@ class Command(TyperCommand):
                 raise
             where = getattr(error, "filename", None)
             raise SbsEdgeError(
-                f"The disk is full{f' (while writing {where})' if where else ''}: no space left on the device, a quota, "
-                f"or a limit on the size of a file. Make room. {self._kept(ctx)}"
+                f"The disk is full{f' (while writing {where})' if where else ''}: no space is left on the "
+                "device, or a quota "
+                f"or a limit on the size of a file was reached. Free some space. {self._kept(ctx)}"
             ) from error
 
     def _kept(self, ctx: Any) -> str:
@@ -128,7 +129,7 @@ class Group(TyperGroup):
             raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; an unknown one is answered with the commands it may stand for."""
+        """Find the command; for an unknown one, suggest similar ones."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             inner = {
                 f"{name} {each}": each
@@ -144,7 +145,7 @@ class Group(TyperGroup):
 
 
 def _name_near_options(command: Any, ctx: Any, error: Exception) -> None:
-    """Complete the message of an unknown option in place; other errors stay as they are."""
+    """Add suggestions to the message of an unknown option, in place; other errors are not changed."""
     given = getattr(error, "option_name", None)
     if given is None or not hasattr(error, "possibilities"):
         return
@@ -187,7 +188,7 @@ def _with_options(message: str, parameters: Iterable[Any]) -> str:
 
 
 def _expanded(value: Any) -> Any:
-    """Return a value with ``~/`` expanded, which the shell leaves alone in ``--out=~/x`` and in files of flags."""
+    """Return a value with ``~/`` expanded, which the shell does not do in ``--out=~/x`` and configuration files."""
     if isinstance(value, list | tuple):
         return type(value)(map(_expanded, value))
     if isinstance(value, Path):

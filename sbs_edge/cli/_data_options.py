@@ -1,4 +1,4 @@
-"""Options that say which rows a command reads, shared by all commands that read examples."""
+"""Options that select the rows of a command, shared by all commands that read examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class Mode(StrEnum):
-    """Where labels and rationales come from."""
+    """The training modes: gold or teacher labels, with or without rationales."""
 
     finetune = "finetune"
     distill = "distill"
@@ -52,14 +52,14 @@ class PaperDataset(StrEnum):
 
 
 class Compare(StrEnum):
-    """When two labels are the same answer."""
+    """The ways to compare two labels."""
 
     text = "text"
     value = "value"
 
 
 class LabelKind(StrEnum):
-    """Where the labels to choose from come from."""
+    """The kinds of label sets."""
 
     closed = "closed"
     choices = "choices"
@@ -101,7 +101,7 @@ ModeOption = Annotated[Mode, typer.Option(help="Learn gold or teacher labels, wi
 
 
 def judge(splits: Splits, mode: str) -> None:
-    """Say on stderr what the checks of ``data check`` warn of, and refuse at their stops.
+    """Print the warnings of ``data check`` on stderr; raise an error if a check says stop.
 
     Raises:
         DataError: training would fail, or the student would be useless.
@@ -119,7 +119,7 @@ def judge(splits: Splits, mode: str) -> None:
 
 
 def read_rows(path: Path, column: Iterable[str] | None, skip_bad_rows: bool) -> list[Example]:
-    """Read one file of rows; malformed ones stop the command, or are left out and counted on stderr."""
+    """Read a file of rows; malformed rows stop the command, or are left out and counted on stderr."""
     from sbs_edge.data.readers import ColumnMap, read_examples, refuse
 
     read = read_examples(path, columns=ColumnMap.parse(column or ()))

@@ -35,14 +35,14 @@ __all__ = ["register"]
 
 
 class Backend(StrEnum):
-    """Who answers."""
+    """The kinds of teacher."""
 
     openai = "openai"
     local = "local"
 
 
 class Engine(StrEnum):
-    """What runs the calls."""
+    """The ways to run the calls."""
 
     local = "local"
     ray = "ray"
@@ -249,10 +249,10 @@ def register(app: typer.Typer) -> None:
         data = either(ctx, "data", "input", "INPUT and --input")
         out = either(ctx, "out", "output", "--out and --output")
         if data is None:
-            raise UsageError("There is nothing to annotate: name the rows as INPUT, or with --input.")
+            raise UsageError("There is nothing to annotate: give the rows as INPUT, or with --input.")
         console = Console(stderr=True, markup=False)
         spec = load_task(task)
-        if not (show_prompt or outputs):  # these ask nobody
+        if not (show_prompt or outputs):  # these do not call the teacher
             refuse_placeholders(spec, task)
         heat = temperature if temperature is not None else (0.7 if samples > 1 else 0.0)
         sampling, connection = connection_of(
@@ -271,7 +271,7 @@ def register(app: typer.Typer) -> None:
             )
         if (max_cost or max_total_tokens) and sampling.limit_name in sampling.omit:
             raise UsageError(
-                f"A budget needs a limit on each answer, and --omit {sampling.limit_name} takes it away. Leave out one."
+                f"A budget needs a limit on each answer, but --omit {sampling.limit_name} removes it. Leave one out."
             )
         if backend is Backend.local and (header or request or omit or extra_body or server):
             raise UsageError(
@@ -279,7 +279,7 @@ def register(app: typer.Typer) -> None:
                 "for a server behind HTTP."
             )
         asks = not (show_prompt or outputs or emit_batch or dry_run)
-        ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # what is saved holds no secret
+        ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # no secret is saved
         ctx.params["header"] = redacted_headers(header or []) or None
         ctx.params["request"] = shown_request(request or []) or None
         ctx.params["extra_body"] = shown_extra_body(extra_body) if extra_body else None
@@ -298,8 +298,8 @@ def register(app: typer.Typer) -> None:
         if engine is Engine.ray:
             if outputs or emit_batch or show_prompt or dry_run or dataset or limit or keep_failed:
                 raise UsageError(
-                    "--engine ray asks a teacher for whole files: it takes none of --outputs, --emit-batch, "
-                    "--show-prompt, --dry-run, --dataset, --limit, --keep-failed. Leave --engine out for those."
+                    "--engine ray annotates whole files and cannot be combined with --outputs, --emit-batch, "
+                    "--show-prompt, --dry-run, --dataset, --limit or --keep-failed. Leave out --engine for those."
                 )
             from sbs_edge.scale.annotate import annotate_with_ray
 
@@ -314,7 +314,7 @@ def register(app: typer.Typer) -> None:
         journal_path = journal or place.with_suffix(".journal.jsonl")
         rows = read_rows(data, dataset, split, column or [], limit, skip_bad_rows, console)
         if not rows:
-            raise UsageError(f"{data} holds no row to annotate.")
+            raise UsageError(f"{data} has no row to annotate.")
         if show_prompt:
             import sys
 
@@ -330,8 +330,8 @@ def register(app: typer.Typer) -> None:
             return
         if place.exists() and not any(p.exists() for p in (journal_path, place.with_suffix(".report.json"))):
             raise UsageError(
-                f"{place} is there already, and no journal or report beside it says that annotate wrote it. Name "
-                "another file with --out, or remove this one. (A teacher's finished answers are --outputs.)"
+                f"{place} exists, and no journal or report beside it shows that annotate wrote it. Choose "
+                "another file with --out, or remove this one. (To read a teacher's finished answers, use --outputs.)"
             )
         place.parent.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, place.with_suffix(".config.yaml"))

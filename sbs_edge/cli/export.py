@@ -29,7 +29,7 @@ EXPORTING = ("onnx", "onnxruntime", "torch", "transformers", "safetensors")
 
 
 class Layout(StrEnum):
-    """What the output directory is for."""
+    """The layouts of the output directory."""
 
     bundle = "bundle"
     optimum = "optimum"

@@ -31,7 +31,7 @@ ROWS_A_CALL = 256
 
 
 class Engine(StrEnum):
-    """What runs the students."""
+    """The ways to run the students."""
 
     local = "local"
     ray = "ray"

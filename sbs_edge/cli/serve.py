@@ -17,11 +17,11 @@ _FLAGS = {"watch_s": "watch", "drain_timeout_s": "drain_timeout"}  # settings wh
 
 
 def _found(name: str | None, path: Path, max_versions: int) -> dict[str, Any]:
-    """Say which bundles would be served for one argument; their manifests are read, their files are not."""
+    """Return the bundles that would be served for an argument, from their manifests alone."""
     from sbs_edge.runtime.manifest import read_manifest
     from sbs_edge.serve.models import Model
 
-    # A folder without any bundle is read as one itself, which says what is missing.
+    # A folder without any bundle is read as a bundle itself, so that the error says what is missing.
     found = Model(name, path).candidates(max_versions)[:max_versions] or [(None, path)]
     bundles = [(version, bundle, read_manifest(bundle)) for version, bundle in found]
     return {

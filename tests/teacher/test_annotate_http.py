@@ -314,7 +314,7 @@ def test_input_and_output_are_other_names(http_teacher, desk, raw_rows, tmp_path
     for wrong, said in (
         ((data, "--input", data), "INPUT and --input are two names of the same option"),
         ((data, "--out", out, "--output", out), "--out and --output are two names of the same option"),
-        ((), "name the rows as INPUT, or with --input"),
+        ((), "give the rows as INPUT, or with --input"),
     ):
         done = run(*wrong)
         assert done.returncode == 2
