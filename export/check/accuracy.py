@@ -49,11 +49,11 @@ def compare_rationales(reference: Sequence[Sequence[int]], got: Sequence[Sequenc
     """Return two agreements of decoded token lists, each in [0, 1].
 
     ``rationale_token_agreement`` is the share of positions with the same token, over the longer of each
-    pair: what a reader sees. One token that turns moves all after it, so a fluent rationale may score low.
+    pair. A different token shifts all later ones, so a good rationale may score low.
 
-    ``rationale_next_token_agreement`` is how often the same token follows the same beginning: equal tokens
-    before the first difference, over those and the first difference. It tells a student that took another
-    turn somewhere from one that is broken, whatever the length, and is what the accuracy check limits.
+    ``rationale_next_token_agreement`` is how often the same token follows the same beginning: the number of equal
+    tokens before the first difference, divided by that number plus the difference. It distinguishes a student that
+    continues differently at some point from one that is broken, whatever the length. The accuracy check limits it.
     """
     same = places = followed = asked = 0
     for first, second in zip(reference, got, strict=True):
@@ -69,12 +69,12 @@ def compare_rationales(reference: Sequence[Sequence[int]], got: Sequence[Sequenc
 
 
 def drifted(figures: dict[str, Any], least: float) -> bool:
-    """Tell whether rationales go on like the reference's less often than ``least``."""
+    """Return whether rationales have the reference's next token less often than ``least``."""
     return bool(figures.get("rationale_next_token_agreement", 1.0) < least)
 
 
 def too_much(figures: dict[str, Any], max_drop: float) -> bool:
-    """Tell whether the drop is over ``max_drop`` points."""
+    """Return whether the drop is over ``max_drop`` points."""
     return bool(figures["drop_points"] > max_drop)
 
 
@@ -89,7 +89,7 @@ def refusal(
 
     Args:
         target: its name.
-        figures: what :func:`compare_labels` returned.
+        figures: the result of :func:`compare_labels`.
         max_drop: the limit, in points.
         layers: the layers that cost most, each with its share of the error.
         pruned: the given options that make the vocabulary smaller.

@@ -1,6 +1,6 @@
-"""Which tokens a student needs to read: those of its texts, everything it takes to spell others, and a margin.
+"""Choose the tokens that a student needs to read: those of its texts, tokens that spell other texts, and a margin.
 
-The embedding is a quarter of a small label bundle, and most of its rows are never looked up.
+The embedding is a quarter of a small label bundle, and most of its rows are never used.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = ["SmallVocabulary", "copy_tokenizer_and_config", "small_vocabulary"]
 
-MARGIN = 8192  # or a quarter of the vocabulary, whichever is less: filled up with the most frequent tokens
+MARGIN = 8192  # or a quarter of the vocabulary, if that is less; filled up with the most frequent tokens
 COMPANIONS = ("tokenizer.json", "config.json", "generation_config.json")
 _IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id", "unk_token_id")
 
 
 @dataclass(frozen=True, slots=True)
 class SmallVocabulary:
-    """A smaller vocabulary, and how ids move.
+    """A smaller vocabulary, and its mapping of ids.
 
     Attributes:
         kept: (n,) int64, the old id of every new one.
         saved: content of the new ``tokenizer.json``.
-        figures: what the manifest says of it.
+        figures: its entry in the manifest.
     """
 
     kept: np.ndarray

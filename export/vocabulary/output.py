@@ -1,4 +1,4 @@
-"""Which tokens a student needs to write: those of its targets, and a margin.
+"""Choose the tokens that a student needs to write: those of its targets, and a margin.
 
 The LM head is a third of a rationale's cost, and most of its rows never win.
 """
