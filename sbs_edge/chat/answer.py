@@ -10,7 +10,7 @@ __all__ = ["Answer", "CallFailed"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. Token counts are None where the server counts none; thought is kept apart."""
+    """An answer. Token counts are None if the server gives none; thinking is kept apart from the text."""
 
     text: str
     finish_reason: str | None = None
@@ -23,7 +23,7 @@ class Answer:
 
 
 class CallFailed(Exception):
-    """A call brought no answer.
+    """A call that gave no answer.
 
     Attributes:
         reason: short and stable, such as ``http-429`` or ``rejected``.
