@@ -10,10 +10,10 @@ __all__ = ["Answer", "CallFailed"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. Token counts are None where the server counts none; thought is kept apart.
+    """An answer. Token counts are None if the server gives none; thinking is kept apart from the text.
 
-    ``top_logprobs`` are the last tokens of the text, each with the log-probabilities of what the model might have
-    written in its place, where the server was asked for them and gave them.
+    ``top_logprobs`` holds the last tokens of the text, each with the log-probabilities of the likeliest tokens at
+    its place, if the server was asked for them and gave them.
     """
 
     text: str
@@ -28,7 +28,7 @@ class Answer:
 
 
 class CallFailed(Exception):
-    """A call brought no answer.
+    """A call that gave no answer.
 
     Attributes:
         reason: short and stable, such as ``http-429`` or ``rejected``.

@@ -95,7 +95,7 @@ _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED, _TEACHER_SEED = 10_001, 20_002, 30_00
 
 @dataclass(frozen=True, slots=True)
 class BuiltinSize:
-    """How large and how hard a draw of the task is."""
+    """The size and difficulty of the generated task."""
 
     n_train: int
     n_validation: int

@@ -25,7 +25,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def label_for(example: Example, mode: Mode) -> str | None:
-    """Return the label that ``mode`` learns from ``example``, or None when the row has none."""
+    """Return the label that ``mode`` learns from ``example``, or None if the row has none."""
     return example.label if mode in ("finetune", "stepwise") else example.teacher_label
 
 
@@ -75,7 +75,7 @@ def soft_label(
 
 
 def teacher_agreement(examples: Iterable[Example], compare: Literal["text", "value"]) -> dict[str, int]:
-    """Count rows where gold and teacher's label are known, and where they agree."""
+    """Count the rows in which gold and teacher labels are known, and those in which they agree."""
     total = equal = 0
     for example in examples:
         if example.label is not None and example.teacher_label is not None:

@@ -1,8 +1,8 @@
-"""From examples to the tensors of one forward pass: tokens, both tasks in one batch, who sees which row.
+"""Turn examples into the tensors of a forward pass: tokens, both tasks in one batch, rows per process.
 
-The order of rows depends on the seed alone, not on the number of processes: row ``i`` of a step goes to
-process ``i % world``. So a run continues at another world size where it stopped, and two processes
-with half the batch do what one does with the whole.
+The order of rows depends only on the seed, not on the number of processes: row ``i`` of a step goes to
+process ``i % world``. So a run can be resumed with another world size, and two processes
+with half the batch make the same step as one process with the whole.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenises examples for a mode; counts what had to be cut.
+    """Tokenises examples for a mode, and counts the cut ones.
 
     Args:
         tokenizer: the student's.
@@ -95,7 +95,7 @@ class Encoder:
         self.cut_targets = 0
 
     def __call__(self, example: Example, *, plain: bool = False) -> Encoded | None:
-        """Return the row's tokens, or None when it has neither target the mode learns from.
+        """Return the row's tokens, or None if it has no target that the mode learns from.
 
         Args:
             example: the row.
@@ -152,10 +152,10 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 class Collator:
-    """Makes the arguments of :meth:`TwoTaskModel.forward` out of encoded rows.
+    """Builds the arguments of :meth:`TwoTaskModel.forward` from encoded rows.
 
-    A task without a row in this batch gets one placeholder row that weighs nothing: every process
-    then runs the same passes, which sharded parameters need, and an empty batch is no special case.
+    A task without a row in this batch gets a placeholder row of weight 0. Every process then runs the same
+    passes, as sharded parameters require, and an empty batch is not a special case.
     """
 
     def __init__(self, *, pad_id: int, eos_id: int, start_id: int, n_tasks: int = 2) -> None:
@@ -222,7 +222,7 @@ def _rng(seed: int, epoch: int, key: int | str) -> random.Random:
 
 
 class MemoryRows:
-    """Rows held in memory, tokenised once, in a new seeded order every epoch, without end.
+    """Rows in memory, tokenised once and repeated forever, in a new seeded order each epoch.
 
     With ``sample``, each epoch draws one of a row's rationales.
 
@@ -255,14 +255,14 @@ class MemoryRows:
             epoch, skip = epoch + 1, 0
 
     def encode(self, row: Encoded) -> Encoded:
-        """Return ``row``: it is tokenised already."""
+        """Return ``row``, which is tokenised already."""
         return row
 
 
 class StreamRows:
-    """Rows that are read again for every pass and never held: memory does not grow with their number.
+    """Rows that are read again for every pass, so that memory does not grow with their number.
 
-    Shuffled within a buffer. To resume, the rows before the position are read again but not tokenised.
+    They are shuffled within a buffer. To resume, earlier rows are read but not tokenised.
     """
 
     def __init__(
@@ -312,18 +312,18 @@ class StreamRows:
 
 
 class Batches(IterableDataset):
-    """The forward passes of one process, ``gradient_accumulation`` of them a step, ready as tensors.
+    """The forward passes of a process as tensors, ``gradient_accumulation`` of them per step.
 
     Args:
-        source: where rows come from, in what order.
+        source: the rows, in order.
         collator: see :class:`Collator`.
         start_row: rows that all processes together have already used.
         last_row: stop there (the last step may then have fewer rows, even none here); None: no end.
         labels_from: a row before this position that has a rationale gives that task alone.
-        steps: optimiser steps to give.
-        batch_size: examples a forward pass.
-        passes: forward passes a step.
-        rank, world: this process and how many there are.
+        steps: number of optimiser steps.
+        batch_size: examples per forward pass.
+        passes: forward passes per step.
+        rank, world: number of this process, and how many there are.
 
     Attributes:
         tokens: real input and target tokens given out so far by this process.

@@ -1,6 +1,6 @@
-"""One sequence-to-sequence student, two tasks: a single encoder pass, a decoder pass a task, one loss.
+"""A sequence-to-sequence student for two tasks: one encoder pass, a decoder pass per task, one loss.
 
-Works around any T5-family checkpoint (T5, T5 v1.1, FLAN-T5, mT5, UMT5, ByT5) without knowing which.
+It wraps any T5-family checkpoint (T5, T5 v1.1, FLAN-T5, mT5, UMT5, ByT5).
 The factor between decoder output and LM head (``d_model ** -0.5`` in some tied models) is measured on
 the model itself, because transformers 4 and 5 keep it in different places.
 """
@@ -28,7 +28,7 @@ LORA_LAYERS = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 
 
 def measure_logit_scale(student: Any) -> float:
-    """Return the factor the model puts between its decoder's output and its LM head."""
+    """Return the factor that the model applies between its decoder's output and its LM head."""
     seen: dict[str, Tensor] = {}
     hooks = [
         student.get_decoder().register_forward_hook(lambda _m, _i, out: seen.__setitem__("out", out[0])),
@@ -50,7 +50,7 @@ def measure_logit_scale(student: Any) -> float:
 
 
 def is_tied(student: Any) -> bool:
-    """Tell whether the LM head is the embedding itself."""
+    """Return whether the LM head is the embedding itself."""
     return bool(student.get_output_embeddings().weight is student.get_input_embeddings().weight)
 
 
@@ -125,12 +125,12 @@ class TwoTaskModel(nn.Module):
             decoder_rows: for each task (R_k,) the encoder row of each decoder row, where a row has several
                 targets; None: the encoder's rows in order.
             label_tokens: (C,) token ids; adds ``scores`` (B_0, C), float32 logits of the first step.
-            label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max,
-                which is when greedy decoding gives exactly the target.
+            label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max, so that greedy
+                decoding gives exactly the target.
             row_losses: adds ``row_losses`` (R,), the mean loss of each decoder row of the last task.
 
         Returns:
-            ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and what was asked for. Counts are
+            ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and the requested additions. Counts are
             of first targets only.
 
         """
@@ -174,7 +174,7 @@ class TwoTaskModel(nn.Module):
         if label_exact:
             label = hidden[0].float() * self.logit_scale
             wanted = targets[: label.shape[0] * label.shape[1]].view(label.shape[:2])
-            # A few label tokens a row: evaluation only, never in training.
+            # A few label tokens per row; only in evaluation, never in training.
             guess = (label @ head.float().t()).argmax(-1)
             result["exact"] = ((guess == wanted) | (wanted == -100)).all(1)
         if row_losses:
@@ -192,7 +192,7 @@ class TwoTaskModel(nn.Module):
 
 
 def build_student(config: TrainConfig, vocabulary: int) -> Any:
-    """Make a T5 with random weights of the configured size; the vocabulary is rounded up to 8."""
+    """Return a T5 of the configured size with random weights; the vocabulary is rounded up to a multiple of 8."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     student = T5ForConditionalGeneration(

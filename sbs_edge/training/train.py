@@ -108,7 +108,7 @@ def _prepare_work(work: Path, config: TrainConfig, asked: dict[str, str], first:
             if before.get(name) != asked.get(name):
                 raise UsageError(
                     f"The run in {work} cannot be continued: {name} was {before.get(name)} and is now "
-                    f"{asked.get(name)}. Give what it was started with, or train without resume to start again."
+                    f"{asked.get(name)}. Use the settings that it was started with, or train without resume to start over."
                 )
         return checkpoint
     if first:
@@ -243,7 +243,9 @@ def train(
         )
     if isinstance(data, Splits):
         if data_options:
-            raise UsageError("data_options say how a file or data set is read; leave them out with splits.")
+            raise UsageError(
+                "data_options describe how a file or data set is read; leave them out if you pass splits."
+            )
         splits = data
     else:
         from sbs_edge.data.load import load_splits
@@ -277,8 +279,8 @@ def _run(
     first = rank == 0
     if config.fsdp and world < 2:
         raise UsageError(
-            "fsdp shards parameters over processes, and this is the only one. Start several: torchrun "
-            "--nproc-per-node 2 -m sbs_edge train ... --fsdp, or leave --fsdp out."
+            "fsdp shards parameters over processes, but this is the only one. Start several with torchrun, or leave out "
+            "fsdp."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
     refuse_stops(examine(seen_by(splits, config.mode), config.mode))
@@ -318,12 +320,12 @@ def _run(
             raise DataError(
                 f"No training row has what mode {config.mode!r} learns from "
                 f"({'gold' if config.mode in ('finetune', 'stepwise') else 'teacher'} labels"
-                f"{' or rationales' if config.uses_rationales else ''}). Choose another --mode or add the column."
+                f"{' or rationales' if config.uses_rationales else ''}). Choose another mode or add the column."
             )
         if config.uses_rationales and not any(example.rationale for example in splits.train):
             raise DataError(
                 f"No training row has a rationale, and mode {config.mode!r} learns from them. Ask a teacher for some "
-                "with 'sbs-edge annotate', name their column, or choose --mode finetune or distill."
+                "with 'sbs-edge annotate', name their column, or choose the mode 'finetune' or 'distill'."
             )
         source = MemoryRows(encoded, config.seed, sample=config.rationales == "sample")
         used: int | None = len(encoded)

@@ -197,7 +197,7 @@ def test_parquet_of_pyarrow_with_lists_and_nulls(tmp_path):
         (b'{"input": "x", "rationale": 3}', "wrong type of 'rationale'"),
         (b'{"input": "x", "choices": "a"}', "unusable 'choices'"),
         (b'{"input": "x", "choices": 3}', "wrong type of 'choices'"),
-        (b'{"input": "x", "choices": ["a", "b"], "label": "c"}', "'label' is none of 'choices'"),
+        (b'{"input": "x", "choices": ["a", "b"], "label": "c"}', "'label' is not among 'choices'"),
         (b'{"input": "x", "confidence": 0}', "'confidence' outside (0, 1]"),
         (b'{"input": "x", "confidence": "much"}', "wrong type of 'confidence'"),
         (b'{"input": "x", "confidence": NaN}', "broken JSON"),
