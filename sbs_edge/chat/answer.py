@@ -10,14 +10,18 @@ __all__ = ["Answer", "CallFailed"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. Token counts are None where the server counts none; thought is kept apart."""
+    """What came back. Token counts are None where the server counts none.
+
+    ``text`` is the message's content, or the arguments of its function call; ``reasoning`` is what the server sent
+    in a field of its own.
+    """
 
     text: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     refusal: str | None = None
-    has_thought: bool = False
+    reasoning: str = ""
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 

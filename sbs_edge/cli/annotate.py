@@ -19,6 +19,7 @@ from sbs_edge.cli._annotate import (
     read_outputs,
     read_rows,
     say_estimate,
+    settle_from_journal,
     summary,
 )
 from sbs_edge.cli._common import (
@@ -39,6 +40,17 @@ class Backend(StrEnum):
 
     openai = "openai"
     local = "local"
+
+
+class StructuredOption(StrEnum):
+    """Whether and how the teacher is asked for a JSON object."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+    json_schema = "json_schema"
+    json_object = "json_object"
+    tool = "tool"
 
 
 class Engine(StrEnum):
@@ -120,6 +132,13 @@ def register(app: typer.Typer) -> None:
         ] = None,
         extra_body: Annotated[
             str | None, typer.Option(help="JSON object of further fields of the request.")
+        ] = None,
+        structured: Annotated[
+            StructuredOption | None,
+            typer.Option(
+                help="Ask for a JSON object with rationale and label. auto: where the server takes it, else plain "
+                "text; on: fail elsewhere; tool: as a function call. None: as the task file or preset says, else auto."
+            ),
         ] = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
         device: Annotated[str | None, typer.Option(help="Device of a local model.")] = None,
@@ -254,7 +273,10 @@ def register(app: typer.Typer) -> None:
             request=request or (),
             omit=omit or (),
             extra_body=extra_body,
+            structured=structured,
         )
+        if backend is Backend.local and sampling.structured == "auto":
+            sampling = dataclasses.replace(sampling, structured="off")
         if samples > 1 and sampling.parameters().get("temperature", 1) == 0:
             raise UsageError(
                 "--samples above 1 needs a --temperature above 0: greedy answers are all the same."
@@ -263,10 +285,11 @@ def register(app: typer.Typer) -> None:
             raise UsageError(
                 f"A budget needs a limit on each answer, and --omit {sampling.limit_name} takes it away. Leave out one."
             )
-        if backend is Backend.local and (header or request or omit or extra_body or server):
+        asks_for_object = sampling.structured != "off"
+        if backend is Backend.local and (header or request or omit or extra_body or server or asks_for_object):
             raise UsageError(
-                "--backend local generates in this process: --server, --header, --request, --omit and --extra-body are "
-                "for a server behind HTTP."
+                "--backend local generates in this process: --server, --header, --request, --omit, --extra-body and "
+                "--structured are for a server behind HTTP."
             )
         asks = not (show_prompt or outputs or emit_batch or dry_run)
         ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # what is saved holds no secret
@@ -308,9 +331,11 @@ def register(app: typer.Typer) -> None:
         if show_prompt:
             import sys
 
+            settings, _ = settle_from_journal(settings, journal_path)
+
             if row >= len(rows):
                 raise UsageError(f"--row {row} is beyond the last row, {len(rows) - 1}.")
-            sys.stdout.write(show(render(spec, rows[row])) + "\n")
+            sys.stdout.write(show(render(spec, rows[row], settings.sampling.structured)) + "\n")
             return
         if emit_batch is not None:
             emit(rows, spec, settings, journal_path, emit_batch, console, json)
@@ -326,6 +351,7 @@ def register(app: typer.Typer) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, place.with_suffix(".config.yaml"))
         if outputs:
+            settings, _ = settle_from_journal(settings, journal_path)
             annotation = annotate_outputs(rows, spec, read_outputs(outputs, settings), settings)
         else:
             annotation = ask_teacher(rows, spec, settings, connection, journal_path, console)
@@ -339,4 +365,4 @@ def register(app: typer.Typer) -> None:
                 "are asked again.",
                 highlight=False,
             )
-        outcome(annotation, report, place, settings.server, [*sampling.parameters(), "stop"])
+        outcome(annotation, report, place, settings.server, annotation.sampling.field_names())

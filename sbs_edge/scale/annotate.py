@@ -213,8 +213,11 @@ def annotate_with_ray(
         shown.pop(name)  # may change between a run and its continuation
     plain = task.model_dump(mode="json", exclude_none=True)
     # The request's fields are judged as they are sent; headers may hold a secret.
-    of_request = ("headers", "request", "omit", "extra_body", "max_tokens")
+    of_request = ("headers", "request", "omit", "extra_body", "max_tokens", "structured")
     asked = {name: value for name, value in plain.items() if name not in of_request}
+    for name in ("rationale_from", "thinking_marks"):  # at their defaults, folders of older versions go on
+        if getattr(task, name) == type(task).model_fields[name].default:
+            del asked[name]
     shown["sampling"] = settings.sampling.answer_parameters()
 
     def ledger(ray: Any, units: list[Unit]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
-from sbs_edge.teacher.calls import Sampling
+from sbs_edge.teacher.calls import Sampling, request_fields
 from sbs_edge.teacher.journal import Record
 from sbs_edge.teacher.parse import Parsed, check_quality, parse_answer
 from sbs_edge.teacher.prompt import Call, call_key, render
@@ -31,6 +31,7 @@ class RowResult:
         votes: answers that were parsed, by label, most votes first.
         texts: what the teacher wrote, one a sample that was answered.
         detail: the server's words where it refused, or None.
+        reasoning: the model's reasoning behind the annotation, empty where none came.
 
     """
 
@@ -39,6 +40,7 @@ class RowResult:
     votes: tuple[tuple[str, int], ...] = ()
     texts: tuple[str, ...] = ()
     detail: str | None = None
+    reasoning: str = ""
 
 
 def calls_for(
@@ -46,11 +48,11 @@ def calls_for(
 ) -> Iterator[Call]:
     """Yield the calls for ``rows``, ``samples`` a row; equal prompts give equal keys."""
     for row in rows:
-        prompt = render(task, row)
+        prompt = render(task, row, sampling.structured)
         if "stop" in sampling.omit:
             prompt = dataclasses.replace(prompt, stop=())
         for sample in range(samples):
-            yield Call(call_key(prompt, model, sampling.parameters(sample), sample), prompt, sample)
+            yield Call(call_key(prompt, model, request_fields(prompt, sampling, sample), sample), prompt, sample)
 
 
 def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, samples: int = 1) -> list[str]:
@@ -61,10 +63,15 @@ def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, sampl
 def read_record(task: TaskFile, record: Record, choices: Sequence[str] | None) -> Parsed:
     """Parse one finished call and run the filters over it; ``reason`` says why it is of no use."""
     if record.error:
-        return Parsed(reason=record.error.split(":", 1)[0])
+        return Parsed(reason=record.error.split(":", 1)[0], reasoning=record.reasoning)
     parsed = parse_answer(task, record.text, choices, record.finish_reason)
-    if parsed.reason is None and (refused := check_quality(task, parsed, choices)) is not None:
-        return Parsed(parsed.label, parsed.rationale, refused)
+    parsed = parsed._replace(reasoning=record.reasoning or parsed.reasoning)
+    if parsed.reason is None and task.rationale_from != "answer":
+        parsed = parsed._replace(rationale=" ".join(parsed.reasoning.split()))
+        if not parsed.rationale:
+            return parsed._replace(reason="reasoning-missing")
+    if parsed.reason is None:
+        return parsed._replace(reason=check_quality(task, parsed, choices))
     return parsed
 
 
@@ -161,4 +168,4 @@ def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowR
         confidence=len(groups[0]) / len(records),
     )
     votes = tuple((group[0].label or "", len(group)) for group in groups)
-    return RowResult(example, None, votes, texts)
+    return RowResult(example, None, votes, texts, reasoning=best.reasoning)

@@ -120,6 +120,8 @@ class OpenAITeacher:
             if response.status_code != 200:
                 raise failure(response.status_code, parse_body(response.content), headers, raw)
             answer = read_answer(parse_body(response.content), headers, raw)
-            return dataclasses.replace(answer, text=endpoint.hide(answer.text))
+            return dataclasses.replace(
+                answer, text=endpoint.hide(answer.text), reasoning=endpoint.hide(answer.reasoning)
+            )
         except CallFailed as failed:
             raise failed.reworded(clean(failed.detail, 500)) from None
