@@ -149,13 +149,15 @@ def _thought_marks(text: str, own: str, names: Sequence[str]) -> list[tuple[int,
     if names:
         openings.append(re.compile(rf"<(?:{spelled})>|\[(?:{spelled})\]", re.IGNORECASE))
         closings.append(re.compile(rf"</(?:{spelled})>|\[/(?:{spelled})\]", re.IGNORECASE))
-    return sorted({
-        (found.start(), found.end(), step)
-        for patterns, step in ((openings, 1), (closings, -1))
-        for pattern in patterns
-        for found in pattern.finditer(text)
-        if found[0] not in own
-    })
+    return sorted(
+        {
+            (found.start(), found.end(), step)
+            for patterns, step in ((openings, 1), (closings, -1))
+            for pattern in patterns
+            for found in pattern.finditer(text)
+            if found[0] not in own
+        }
+    )
 
 
 def _without_thought(text: str, marks: Sequence[tuple[int, int, int]]) -> tuple[str, str, bool]:

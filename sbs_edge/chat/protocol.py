@@ -101,7 +101,9 @@ def _joined(value: object, depth: int = 0) -> str:
 def _arguments(message: Mapping[str, Any]) -> str:
     """Return the arguments of the first function call as JSON text, or an empty text."""
     calls = message.get("tool_calls")
-    listed = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    listed = (
+        [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    )
     for called in (*listed, message.get("function_call")):
         arguments = called.get("arguments") if isinstance(called, dict) else None
         if isinstance(arguments, dict):  # some servers send the object itself

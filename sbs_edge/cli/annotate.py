@@ -31,6 +31,7 @@ from sbs_edge.cli._common import (
     save_resolved,
     save_resolved_beside,
 )
+from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
 
 __all__ = ["register"]
 
@@ -40,17 +41,6 @@ class Backend(StrEnum):
 
     openai = "openai"
     local = "local"
-
-
-class StructuredOption(StrEnum):
-    """Whether and how the teacher is asked for a JSON object."""
-
-    auto = "auto"
-    on = "on"
-    off = "off"
-    json_schema = "json_schema"
-    json_object = "json_object"
-    tool = "tool"
 
 
 class Engine(StrEnum):
@@ -133,13 +123,8 @@ def register(app: typer.Typer) -> None:
         extra_body: Annotated[
             str | None, typer.Option(help="JSON object of further fields of the request.")
         ] = None,
-        structured: Annotated[
-            StructuredOption | None,
-            typer.Option(
-                help="Ask for a JSON object with rationale and label. auto: where the server takes it, else plain "
-                "text; on: fail elsewhere; tool: as a function call. None: as the task file or preset says, else auto."
-            ),
-        ] = None,
+        structured: StructuredOption = None,
+        rationale_from: RationaleFromOption = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
         device: Annotated[str | None, typer.Option(help="Device of a local model.")] = None,
         dataset: Annotated[
@@ -260,7 +245,7 @@ def register(app: typer.Typer) -> None:
         if data is None:
             raise UsageError("There is nothing to annotate: name the rows as INPUT, or with --input.")
         console = Console(stderr=True, markup=False)
-        spec = load_task(task)
+        spec = with_rationale_from(load_task(task), rationale_from)
         if not (show_prompt or outputs):  # these ask nobody
             refuse_placeholders(spec, task)
         heat = temperature if temperature is not None else (0.7 if samples > 1 else 0.0)
@@ -286,10 +271,17 @@ def register(app: typer.Typer) -> None:
                 f"A budget needs a limit on each answer, and --omit {sampling.limit_name} takes it away. Leave out one."
             )
         asks_for_object = sampling.structured != "off"
-        if backend is Backend.local and (header or request or omit or extra_body or server or asks_for_object):
+        if backend is Backend.local and (
+            header or request or omit or extra_body or server or asks_for_object
+        ):
             raise UsageError(
                 "--backend local generates in this process: --server, --header, --request, --omit, --extra-body and "
                 "--structured are for a server behind HTTP."
+            )
+        if spec.rationale_from == "summary" and (outputs or emit_batch):
+            raise UsageError(
+                "A summary takes a second call to the teacher, which --outputs and --emit-batch do not make. Leave out "
+                "--rationale-from summary, or ask directly."
             )
         asks = not (show_prompt or outputs or emit_batch or dry_run)
         ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # what is saved holds no secret

@@ -14,17 +14,26 @@ from typing import Any
 from sbs_edge import files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example
-from sbs_edge.data.jsonl import write_examples
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.ask import AskStats, ask
 from sbs_edge.teacher.calls import Sampling, Teacher
-from sbs_edge.teacher.collect import RowResult, calls_for, collect, read_record, row_keys, unfinished
+from sbs_edge.teacher.collect import (
+    RowResult,
+    calls_for,
+    collect,
+    output_row,
+    plain_row,
+    read_record,
+    row_keys,
+    unfinished,
+)
 from sbs_edge.teacher.cost import Budget, Estimate, Prices, TokenEstimator
 from sbs_edge.teacher.journal import Journal, Record
 from sbs_edge.teacher.probe import CANDIDATES, PROBED_ROWS, Settled, settle_form
 from sbs_edge.teacher.prompt import Call
 from sbs_edge.teacher.report import annotation_page, annotation_report
 from sbs_edge.teacher.structured import Form
+from sbs_edge.teacher.summary import before_summary, summary_call, with_summary
 from sbs_edge.teacher.task import Structured, TaskFile
 
 __all__ = ["Annotation", "Settings", "annotate", "annotate_outputs", "estimate", "write_annotation"]
@@ -124,8 +133,8 @@ def annotate(
     """
     with Journal(journal_path) as journal:
         budget = (budget_of or partial(_own_budget, settings))(journal)
-        run = _Run(rows, task, teacher, journal, settings, budget, on_progress, on_wait)
-        return asyncio.run(run.annotate())
+        run = _Run(rows, before_summary(task), teacher, journal, settings, budget, on_progress, on_wait)
+        return asyncio.run(run.annotate(task))
 
 
 def _own_budget(settings: Settings, journal: Journal) -> Budget:
@@ -151,23 +160,28 @@ class _Run:
     on_progress: Callable[[Progress], None] | None
     on_wait: Callable[[float, str], None] | None
     stats: AskStats = field(default_factory=AskStats)
+    progress: Progress = field(default_factory=lambda: Progress(0))
 
-    async def annotate(self) -> Annotation:
+    async def annotate(self, task: TaskFile) -> Annotation:
+        records = self.journal.records
         try:
             settled = await self._settle()
             sampling = dataclasses.replace(self.settings.sampling, structured=settled.form)
-            self.settings = dataclasses.replace(self.settings, sampling=sampling)
-            owners = _by_key(self.rows, self.task, self.settings)
+            self.settings = settings = dataclasses.replace(self.settings, sampling=sampling)
+            owners = _by_key(self.rows, self.task, settings)
             await self._ask_rows(owners)
+
+            def lookup(_: int, row: Example) -> list[Record | None]:
+                return [records.get(key) for key in _keys(row, self.task, settings)]
+
+            results = collect(self.rows, self.task, lookup)
+            keys = [*owners, *settled.probes]
+            if task.rationale_from == "summary":
+                results, summaries = await self._summarise(task, results)
+                keys += summaries
         finally:
             await self.teacher.close()
-        records, settings = self.journal.records, self.settings
-
-        def lookup(_: int, row: Example) -> list[Record | None]:
-            return [records.get(key) for key in _keys(row, self.task, settings)]
-
-        results = collect(self.rows, self.task, lookup)
-        used = [records[key] for key in dict.fromkeys((*owners, *settled.probes)) if key in records]
+        used = [records[key] for key in dict.fromkeys(keys) if key in records]
         return Annotation(results, used, self.stats, self.journal.skipped, sampling, settled.refusal)
 
     async def _settle(self) -> Settled:
@@ -201,7 +215,7 @@ class _Run:
 
     async def _ask_rows(self, owners: dict[str, Example]) -> None:
         settings, journal = self.settings, self.journal
-        progress = Progress(total=len(owners), cost=journal.total_cost)
+        self.progress = progress = Progress(total=len(owners), cost=journal.total_cost)
 
         def note(record: Record) -> None:
             row = owners[record.key]
@@ -235,6 +249,43 @@ class _Run:
             probed = self.stats
             self.stats = await self._ask(wanted, settings.sampling.structured, note)
             self.stats.add_requests(probed)
+
+    async def _summarise(
+        self, task: TaskFile, results: Sequence[RowResult]
+    ) -> tuple[list[RowResult], list[str]]:
+        """Ask for a summary of each annotated row's reasoning; return the results with them, and their keys."""
+        sampling = dataclasses.replace(self.settings.sampling, structured="off")
+        calls = [
+            summary_call(result, self.settings.model, sampling) if result.reason is None else None
+            for result in results
+        ]
+
+        def finished(index: int, call: Call | None) -> RowResult:
+            if call is None:
+                return results[index]
+            record = self.journal.records.get(call.key)
+            return with_summary(task, plain_row(self.rows[index]), results[index], record)
+
+        wanted: dict[str, Call] = {}
+        for index, call in enumerate(calls):
+            if call is None:
+                continue
+            record = self.journal.records.get(call.key)
+            again = self.settings.retry_failed and finished(index, call).reason is not None
+            if record is None or record.is_refusal or again:
+                wanted[call.key] = call
+        self.progress.total += len(wanted)
+
+        def note(record: Record) -> None:
+            self.progress.done += 1
+            self.progress.cost += record.cost
+            if self.on_progress is not None:
+                self.on_progress(self.progress)
+
+        if wanted:
+            self.stats.add(await self._ask(list(wanted.values()), "off", note))
+        made = [finished(index, call) for index, call in enumerate(calls)]
+        return made, [call.key for call in calls if call is not None]
 
     async def _ask(
         self, calls: Sequence[Call], form: Structured, on_record: Callable[[Record], None] | None
@@ -330,6 +381,10 @@ def estimate(
     )
 
 
+def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_annotation(
     annotation: Annotation, task: TaskFile, out: Path, *, model: str, keep_failed: bool = False
 ) -> dict[str, Any]:
@@ -339,8 +394,8 @@ def write_annotation(
         The report.
 
     """
-    good = [item.example for item in annotation.results if item.reason is None or keep_failed]
-    write_examples(out, good)
+    good = [output_row(item) for item in annotation.results if item.reason is None or keep_failed]
+    files.write_text(out, _json_lines(good))
     failed = [
         {
             "id": item.example.id,
@@ -348,14 +403,12 @@ def write_annotation(
             "reason": item.reason,
             "texts": list(item.texts),
             **({"detail": item.detail} if item.detail else {}),
+            **({"reasoning": item.reasoning} if item.reasoning else {}),
         }
         for item in annotation.results
         if item.reason is not None
     ]
-    files.write_text(
-        out.with_suffix(".failed.jsonl"),
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed),
-    )
+    files.write_text(out.with_suffix(".failed.jsonl"), _json_lines(failed))
     report = annotation_report(task, annotation.results, annotation.records, model=model)
     report["structured"] = annotation.sampling.structured
     report["run"] = dataclasses.asdict(annotation.stats)

@@ -41,6 +41,14 @@ class AskStats:
     stopped: str | None = None
     waited_seconds: float = 0.0
 
+    def add(self, other: AskStats) -> None:
+        """Add what a later round did, its unanswered calls included."""
+        self.add_requests(other)
+        for reason, number in other.unanswered.items():
+            self.unanswered[reason] = self.unanswered.get(reason, 0) + number
+        self.last_failure = other.last_failure or self.last_failure
+        self.stopped = other.stopped or self.stopped
+
     def add_requests(self, other: AskStats) -> None:
         """Count the requests of another round, whose unanswered calls are asked again or not needed."""
         self.answered += other.answered

@@ -9,16 +9,27 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
+from sbs_edge.data.jsonl import example_to_json
 from sbs_edge.teacher.calls import Sampling, request_fields
 from sbs_edge.teacher.journal import Record
 from sbs_edge.teacher.parse import Parsed, check_quality, parse_answer
 from sbs_edge.teacher.prompt import Call, call_key, render
 from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["RowResult", "calls_for", "collect", "read_record", "row_keys", "unfinished"]
+__all__ = [
+    "RowResult",
+    "calls_for",
+    "collect",
+    "output_row",
+    "plain_row",
+    "read_record",
+    "row_keys",
+    "unfinished",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,9 @@ def calls_for(
         if "stop" in sampling.omit:
             prompt = dataclasses.replace(prompt, stop=())
         for sample in range(samples):
-            yield Call(call_key(prompt, model, request_fields(prompt, sampling, sample), sample), prompt, sample)
+            yield Call(
+                call_key(prompt, model, request_fields(prompt, sampling, sample), sample), prompt, sample
+            )
 
 
 def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, samples: int = 1) -> list[str]:
@@ -130,13 +143,22 @@ def collect(
         if task.filters.duplicates and result.reason is None:
             identity = (normalise(row.input), row.choices)
             if identity in inputs:
-                result = dataclasses.replace(result, example=_plain(row), reason="duplicate-input")
+                result = dataclasses.replace(result, example=plain_row(row), reason="duplicate-input")
             inputs.add(identity)
         results.append(result)
     return results
 
 
-def _plain(row: Example) -> Example:
+def output_row(result: RowResult) -> dict[str, Any]:
+    """Return a row's fields as they are written, with the model's reasoning where it gave any."""
+    return {
+        **example_to_json(result.example),
+        **({"reasoning": result.reasoning} if result.reasoning else {}),
+    }
+
+
+def plain_row(row: Example) -> Example:
+    """Return the row without any teacher's annotation."""
     return dataclasses.replace(row, teacher_label=None, rationale=None, confidence=1.0)
 
 
@@ -144,13 +166,14 @@ def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowR
     answered = [record for record in records if record is not None]
     texts = tuple(record.text for record in answered)
     if not answered:
-        return RowResult(_plain(row), "unanswered")
+        return RowResult(plain_row(row), "unanswered")
     parsed = [read_record(task, record, row.choices) for record in answered]
     good = [item for item in parsed if item.reason is None and item.label]
     if not good:
         reasons = Counter(item.reason or "label-unreadable" for item in parsed)
         detail = next((record.error for record in answered if record.error), None)
-        return RowResult(_plain(row), reasons.most_common(1)[0][0], (), texts, detail)
+        reasoning = next((item.reasoning for item in parsed if item.reasoning), "")
+        return RowResult(plain_row(row), reasons.most_common(1)[0][0], (), texts, detail, reasoning)
     groups: list[list[Parsed]] = []
     for item in good:
         for group in groups:

@@ -181,4 +181,3 @@ class _Probe:
         if found is not None and found.reason != "json-unreadable":
             return "works"
         return "unclear" if body.reason is not None or not body.text or cut_off else "ignored"
-

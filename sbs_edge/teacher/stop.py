@@ -152,6 +152,7 @@ _ANSWERS = {
     "marker-repeated": "the answer marker stands before two different labels; ask for one answer, at the end.",
     "json-unreadable": "the answer is not valid JSON; ask for plain text with --structured off.",
     "reasoning-missing": "no reasoning came beside the answer; use --rationale-from answer.",
+    "summary-missing": "the second call brought no summary; raise max_tokens, and ask again with --retry-failed.",
     "label-unreadable": "no label follows the marker; show the form in a worked example or in format_note.",
     "label-not-in-set": "the model chose outside labels; add the missing label, or list the labels in the instruction.",
     "rationale-missing": "there is no reasoning before the marker; ask for it in format_note.",

@@ -88,7 +88,9 @@ def form_fields(form: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def names_form(words: str, form: str) -> bool:
     """Whether a server's refusal speaks of the fields that ``form`` adds."""
-    own = r"\btools?\b|tool_choice|function" if form == "tool" else r"response.?format|json.?(?:schema|object)"
+    own = (
+        r"\btools?\b|tool_choice|function" if form == "tool" else r"response.?format|json.?(?:schema|object)"
+    )
     return re.search(rf"{own}|structured.output|guided|grammar|\bschema\b", words, re.IGNORECASE) is not None
 
 
