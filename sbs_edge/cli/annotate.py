@@ -93,8 +93,9 @@ def register(app: typer.Typer) -> None:
         server: Annotated[
             str | None,
             typer.Option(
-                help="Preset of a server: openai, azure, openrouter, anthropic, vllm, llama.cpp, ollama or lmstudio. It "
-                "gives the address, the key's variable and the names of parameters; flags win."
+                help="Preset of a server: openai, azure, openrouter, anthropic, gemini, mistral, deepseek, groq, "
+                "together, fireworks, xai, vllm, sglang, llama.cpp, llama-cpp-python, ollama or lmstudio. It gives the "
+                "address, the key's variable and the names of parameters; flags win."
             ),
         ] = None,
         api_key_env: Annotated[

@@ -12,7 +12,7 @@ from sbs_edge.teacher.calls import CallFailed
 from sbs_edge.teacher.stop import advice, advice_on_answer
 from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["changes"]
+__all__ = ["changes", "notes"]
 
 Row = Mapping[str, Any]
 """One row of :func:`sbs_edge.teacher.trial.trial_report`."""
@@ -29,7 +29,6 @@ def changes(rows: Sequence[Row], task: TaskFile, annotation: Annotation) -> list
     """
     return [
         *_on_reasons(rows, task, annotation),
-        *_on_form(annotation),
         *_on_labels(rows, task),
         *_on_rationales(rows, task),
     ]
@@ -56,22 +55,28 @@ def _details(name: str, found: Sequence[Row], task: TaskFile, annotation: Annota
         thought = f", and {thinking} of these answers had not ended their reasoning" if thinking else ""
         return f"the limit is {limit} tokens{thought}; "
     if name == "label-not-in-set":
-        written = ", ".join(repr(item["label"]) for item in found[:3])
+        written = ", ".join(map(repr, list(dict.fromkeys(item["label"] for item in found))[:3]))
         known = f", and labels are {', '.join(task.labels)}" if task.labels else ""
         return f"the model wrote {written}{known}; "
     if name == "marker-missing":
-        return f"answer_marker is {task.answer_marker!r}; "
+        return f"the marker is {task.answer_marker!r}; "
     return ""
 
 
-def _on_form(annotation: Annotation) -> Iterator[str]:
-    if annotation.refusal is None:
-        return
-    words = annotation.refusal.removeprefix("rejected: ").rstrip(". ")
-    yield (
-        f"structured outputs are not used ({words}). Nothing has to change; --structured off saves the request "
-        "that found out, --structured tool asks for a function call."
-    )
+def notes(rows: Sequence[Row], task: TaskFile, annotation: Annotation) -> list[str]:
+    """Return sentences on what is good to know and needs no change; arguments as for :func:`changes`."""
+    found: list[str] = []
+    if annotation.refusal is not None:
+        words = annotation.refusal.removeprefix("rejected: ").rstrip(". ")
+        found.append(
+            f"structured outputs are not used ({words}). --structured off saves the requests that found out; "
+            "--structured tool asks for a function call."
+        )
+    if task.rationale_from == "answer" and any(item["reasoning"] for item in rows):
+        found.append(
+            "the model's reasoning comes beside its answer; --rationale-from reasoning or summary makes it the rationale."
+        )
+    return found
 
 
 def _on_labels(rows: Sequence[Row], task: TaskFile) -> Iterator[str]:
@@ -87,9 +92,13 @@ def _on_labels(rows: Sequence[Row], task: TaskFile) -> Iterator[str]:
 
 def _on_rationales(rows: Sequence[Row], task: TaskFile) -> Iterator[str]:
     own = {normalise(shot.rationale) for shot in task.shots}
-    copied = sum(normalise(item["rationale"] or "") in own for item in rows if item["reason"] is None)
+    written = Counter(normalise(item["rationale"] or "") for item in rows if item["reason"] is None)
+    copied = sum(n for text, n in written.items() if text in own)
     if copied:
         yield (
             f"{copied} of {len(rows)} rationales repeat a worked example word for word; use worked examples that "
             "differ more, or a larger model."
         )
+    same = max((n for text, n in written.items() if text and text not in own), default=0)
+    if same > 2:
+        yield f"{same} of {len(rows)} rows have the same rationale word for word; ask for the words that decide."

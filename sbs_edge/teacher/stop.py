@@ -134,6 +134,8 @@ _NOT_STRUCTURED = "Ask for plain text with --structured off, or for a function c
 def _about_fields(words: str, fields: set[str]) -> str:
     if "--structured" in fields and any(names_form(words, form) for form in ("json_schema", "tool")):
         return _NOT_STRUCTURED
+    if "--structured" not in fields and re.search(r"\btools?\b|function.call", words, re.IGNORECASE):
+        return "Ask for a function call with --structured tool."
     if "max_completion_tokens" in words and "max_tokens" in fields:
         return "Add --request max_completion_tokens: the limit is then sent under that name."
     for name in _OPTIONAL:
@@ -147,7 +149,8 @@ _ANSWERS = {
     "refused": "the model or its filter declined; reword the instruction.",
     "cut-off": "raise max_tokens, ask for a shorter reasoning, or switch thinking off.",
     "thought-only": "the model thought and wrote no answer; raise max_tokens or switch thinking off.",
-    "unknown-mark": "the server leaves a template's mark in the text; set its reasoning parser, or stop.",
+    "unknown-mark": "the server leaves a template's mark in the text; set its reasoning parser, or name the mark in "
+    "thinking_marks or stop.",
     "marker-missing": "the answer lacks answer_marker; add a worked example, or say the marker in format_note.",
     "marker-repeated": "the answer marker stands before two different labels; ask for one answer, at the end.",
     "json-unreadable": "the answer is not valid JSON; ask for plain text with --structured off.",

@@ -10,7 +10,7 @@ from typing import Any
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example
 from sbs_edge.teacher.annotate import Annotation
-from sbs_edge.teacher.changes import changes
+from sbs_edge.teacher.changes import changes, notes
 from sbs_edge.teacher.collect import read_record, row_keys
 from sbs_edge.teacher.cost import Prices
 from sbs_edge.teacher.prompt import input_text, render, show
@@ -80,6 +80,7 @@ def trial_report(
         "answer_tokens": sum(record.completion_tokens for record in annotation.records),
         "cost": sum(record.cost for record in annotation.records) if prices.known else None,
         "change": changes(shown, task, annotation),
+        "notes": notes(shown, task, annotation),
     }
 
 
@@ -105,8 +106,9 @@ def trial_text(report: dict[str, Any], width: int | None = None) -> str:
     said += f"; {report['requests']} requests, {report['prompt_tokens']} prompt tokens, "
     said += f"{report['answer_tokens']} answer tokens" + ("" if cost is None else f", cost {cost:.6f}")
     lines += _wrapped(f"{said}.", columns, "", "")
-    for sentence in report["change"]:
-        lines += _wrapped(f"To change: {sentence}", columns, "", "  ")
+    for kind, sentences in (("To change", report["change"]), ("Note", report["notes"])):
+        for sentence in sentences:
+            lines += _wrapped(f"{kind}: {sentence}", columns, "", "  ")
     return "\n".join(lines)
 
 
@@ -150,7 +152,7 @@ def _wrapped(line: str, columns: int, first: str, following: str) -> list[str]:
 
 def _table(rows: Sequence[dict[str, Any]], columns: int) -> list[str]:
     """Return one line a row: verdict, label, gold label, tokens."""
-    cells = [("row", "verdict", "label", "gold", "tokens")]
+    cells = [("row", "verdict", "label", "gold", "tokens in + out")]
     for number, item in enumerate(rows, 1):
         tokens = f"{item['prompt_tokens']} + {item['answer_tokens']}"
         cells.append(
