@@ -196,12 +196,18 @@ class _Run:
 
         settled = await settle_form(
             settings.sampling.structured, settings.model, self.journal, calls_of, ask_one,
-            marks=self.task.thinking_marks,
+            has_plain=self._has_plain, marks=self.task.thinking_marks,
         )  # fmt: skip
         if settled.form == "off":
             for form in CANDIDATES:
                 self._keep_probes(calls_of(form), calls_of("off"), settled.probes)
         return settled
+
+    def _has_plain(self) -> bool:
+        sampling = dataclasses.replace(self.settings.sampling, structured="off")
+        calls = calls_for(self.rows, self.task, self.settings.model, sampling, self.settings.samples)
+        found = (self.journal.records.get(call.key) for call in calls)
+        return any(record is not None and not record.is_refusal for record in found)
 
     def _keep_probes(self, probed: Sequence[Call], plain: Sequence[Call], probes: Sequence[str]) -> None:
         """Keep what a server that ignores the form answered to its probe, where the row can be read from it."""

@@ -80,6 +80,7 @@ async def settle_form(
     calls_of: CallsOf,
     ask_one: AskOne,
     *,
+    has_plain: Callable[[], bool] = lambda: False,
     marks: Sequence[str] = (),
 ) -> Settled:
     """Return the form in which ``model`` is asked, from the journal or by asking.
@@ -94,6 +95,7 @@ async def settle_form(
         journal: open journal; the decision is noted in it.
         calls_of: see :data:`CallsOf`.
         ask_one: see :data:`AskOne`.
+        has_plain: whether the journal holds a plain answer to one of the rows.
         marks: the task's own names of marks around thought.
 
     Raises:
@@ -103,7 +105,7 @@ async def settle_form(
     known = form_from_notes(policy, journal.notes, model)
     if known is not None:
         return known
-    if policy == "auto" and any(_answered(journal.records.get(call.key)) for call in calls_of("off")):
+    if policy == "auto" and journal.records and has_plain():
         return Settled("off")
     settled, is_final = await _Probe(journal, calls_of, ask_one, marks).run()
     if policy == "on" and settled.form == "off":

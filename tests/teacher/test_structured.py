@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from scripted import GOOD, TASK, body
 
 from sbs_edge.data.example import Example
+from sbs_edge.teacher.annotate import Settings
+from sbs_edge.teacher.annotate import annotate as annotate_rows
 from sbs_edge.teacher.calls import Sampling
 from sbs_edge.teacher.collect import row_keys
+from sbs_edge.teacher.openai_api import OpenAITeacher
 from sbs_edge.teacher.parse import parse_answer
 from sbs_edge.teacher.presets import PRESETS
 from sbs_edge.teacher.prompt import render
@@ -110,6 +113,16 @@ def test_a_journal_of_plain_answers_keeps_to_them(scripted, annotate):
     scripted.reply = takes("json_schema")
     assert annotate(n=6)[0] == 0
     assert (annotate.sent, set(forms(scripted))) == (2, {"off"})
+
+
+def test_new_rows_before_old_ones_do_not_hide_the_plain_answers(scripted, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    teacher = lambda: OpenAITeacher("m", scripted.url)  # noqa: E731
+    rows = [Example(str(i), f"message {i}") for i in range(9)]
+    plain, auto = Settings("m"), Settings("m", Sampling(structured="auto"))
+    annotate_rows(rows[5:], SHOP, teacher(), tmp_path / "j.jsonl", plain)
+    found = annotate_rows(rows, SHOP, teacher(), tmp_path / "j.jsonl", auto)
+    assert (found.sampling.structured, found.stats.attempts, len(scripted.requests)) == ("off", 5, 9)
 
 
 def test_a_server_that_ignores_the_form_costs_one_answer_which_is_used(scripted, annotate, tmp_path):
