@@ -319,6 +319,17 @@ def outcome(
         )
 
 
+COPIED_SHARE = 0.1
+"""From this share on, rationales that are a worked example's are worth a word."""
+
+
+def _copied(report: dict[str, Any]) -> str:
+    copied = report["copied_rationales"]
+    if copied <= COPIED_SHARE * report["annotated"]:
+        return ""
+    return f"; {copied:,} rationales repeat a worked example word for word"
+
+
 def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -> None:
     """Print one line about the outcome."""
     agreement = report["agreement"]["rate"]
@@ -327,6 +338,7 @@ def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -
         + (f"; agreement with gold {agreement:.1%}" if agreement is not None else "")
         + (f"; without: {report['reasons']}" if report["reasons"] else "")
         + (f"; the server's words: {report['refusal']}" if report.get("refusal") else "")
+        + _copied(report)
         + (f"; cost {report['calls']['cost']:.4f}" if priced or report["calls"]["cost"] else "")
         + f". Read {out.with_suffix('.report.html')}.",
         highlight=False,

@@ -333,14 +333,15 @@ def annotate_outputs(
                 "No output belongs to any of the rows. Use the task file, model, samples and sampling options "
                 "with which --emit-batch was called: they are part of each request's custom_id."
             )
-        return Annotation(collect(rows, task, lookup), used)
+        return Annotation(collect(rows, task, lookup), used, sampling=settings.sampling)
     listed = list(outputs)
     if len(listed) != len(rows):
         raise DataError(
             f"There are {len(listed)} outputs for {len(rows)} rows; outputs without keys are matched by "
             "position, so the numbers must be equal."
         )
-    return Annotation(collect(rows, task, lambda index, _: [listed[index]]), listed)
+    results = collect(rows, task, lambda index, _: [listed[index]])
+    return Annotation(results, listed, sampling=settings.sampling)
 
 
 def estimate(

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sbs_edge.data.answers import normalise
 from sbs_edge.teacher.annotate import Annotation
 from sbs_edge.teacher.calls import CallFailed
+from sbs_edge.teacher.report import repeated_rationales
 from sbs_edge.teacher.stop import advice, advice_on_answer
 from sbs_edge.teacher.task import TaskFile
 
@@ -91,14 +91,13 @@ def _on_labels(rows: Sequence[Row], task: TaskFile) -> Iterator[str]:
 
 
 def _on_rationales(rows: Sequence[Row], task: TaskFile) -> Iterator[str]:
-    own = {normalise(shot.rationale) for shot in task.shots}
-    written = Counter(normalise(item["rationale"] or "") for item in rows if item["reason"] is None)
-    copied = sum(n for text, n in written.items() if text in own)
+    copied, same = repeated_rationales(
+        task, (item["rationale"] or "" for item in rows if item["reason"] is None)
+    )
     if copied:
         yield (
             f"{copied} of {len(rows)} rationales repeat a worked example word for word; use worked examples that "
             "differ more, or a larger model."
         )
-    same = max((n for text, n in written.items() if text and text not in own), default=0)
     if same > 2:
         yield f"{same} of {len(rows)} rows have the same rationale word for word; ask for the words that decide."

@@ -143,3 +143,15 @@ def test_every_preset_is_complete_and_named_in_the_help(capsys):
         assert server.base_url.startswith("http") or name == "azure"
         local = server.base_url.startswith("http://localhost")
         assert server.api_key_env == "OPENAI_API_KEY" if local else server.api_key_env.endswith("_API_KEY")
+
+
+def test_annotate_says_how_many_rationales_are_a_worked_examples(scripted, annotate, tmp_path):
+    shot = {"input": "x", "rationale": "The buyer asks for money back.", "label": "refund"}
+    other = body(OBJECT.replace("The buyer asks for money back.", "Money is asked for."))
+    scripted.reply = lambda request, hit: (200, other if hit > 4 else body(OBJECT), {})
+    code, said, _ = annotate("--concurrency", "1", n=7, task={"shots": [shot]})
+    assert code == 0
+    assert "4 rationales repeat a worked example word for word" in said
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert (report["copied_rationales"], report["most_repeated_rationale"]) == (4, 3)
+    assert "4 rationales are a worked example" in (tmp_path / "out.report.html").read_text()
