@@ -11,7 +11,7 @@ from typing import Any
 from sbs_edge.chat.labels import choice_letter
 from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example
-from sbs_edge.teacher.structured import answer_schema, label_value
+from sbs_edge.teacher.structured import answer_schema
 from sbs_edge.teacher.task import Shot, TaskFile
 
 __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
@@ -95,7 +95,7 @@ def _object_note(task: TaskFile, form: str) -> str:
     )
     what = {
         "label": f"one of: {', '.join(task.labels)}" if task.labels else "the label",
-        "choice": "the letter of the choice",
+        "choice": "the text of the choice, word for word",
         "expression": "the expression",
     }["choice" if task.label_kind == "choices" else task.parser]
     note = f'{how} first "rationale", your reasoning in one to three sentences; then "label", {what}.'
@@ -103,7 +103,7 @@ def _object_note(task: TaskFile, form: str) -> str:
 
 
 def _object_answer(shot: Shot) -> str:
-    found = {"rationale": shot.rationale.strip(), "label": label_value(shot.label, shot.choices)}
+    found = {"rationale": shot.rationale.strip(), "label": shot.label}
     return json.dumps(found, ensure_ascii=False)
 
 
@@ -137,7 +137,7 @@ def render(task: TaskFile, row: Example, form: str = "off") -> Prompt:
             messages.append(("user", input_text(shot.input, shot.choices)))
             messages.append(("assistant", _object_answer(shot)))
         messages.append(("user", question))
-        return Prompt(messages=tuple(messages), schema=answer_schema(task, row.choices))
+        return Prompt(messages=tuple(messages), schema=answer_schema(task))
     if task.form == "chat":
         messages = [("system", f"{task.instruction.strip()}\n\n{_format_note(task)}")]
         for shot in shots:

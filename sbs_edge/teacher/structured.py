@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from sbs_edge.chat.labels import choice_letter
 from sbs_edge.chat.marks import without_invisible
 from sbs_edge.data.raw import printable
 from sbs_edge.teacher.task import TaskFile
@@ -22,7 +21,6 @@ __all__ = [
     "ObjectAnswer",
     "answer_schema",
     "form_fields",
-    "label_value",
     "names_form",
     "read_object",
 ]
@@ -45,27 +43,21 @@ _AROUND = " \t\r\n`[],.;"  # a fence, an array's brackets, a stop
 _DECODER = json.JSONDecoder(strict=False)  # a line break inside a string is accepted
 
 
-def answer_schema(task: TaskFile, choices: Sequence[str] | None) -> dict[str, Any]:
-    """Return the JSON schema of an answer. A closed set is an enum; choices are named by their letters.
+def answer_schema(task: TaskFile) -> dict[str, Any]:
+    """Return the JSON schema of an answer; a closed set is an enum.
 
-    Letters give rows with equally many choices one schema: servers compile each new one.
+    Choices are written out as text. An enum of them would be a new schema for each row, which hosted servers compile
+    for seconds, and small models write a letter that does not follow from their own rationale.
     """
     label: dict[str, Any] = {"type": "string"}
-    if task.label_kind == "closed":
+    if task.labels:
         label["enum"] = list(task.labels)
-    elif choices:
-        label["enum"] = [choice_letter(index) for index in range(len(choices))]
     return {
         "type": "object",
         "properties": {"rationale": {"type": "string"}, "label": label},
         "required": ["rationale", "label"],
         "additionalProperties": False,
     }
-
-
-def label_value(label: str, choices: Sequence[str] | None) -> str:
-    """Return what stands for ``label`` in the object: a choice's letter, or the label itself."""
-    return choice_letter(list(choices).index(label)) if choices and label in choices else label
 
 
 def form_fields(form: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
