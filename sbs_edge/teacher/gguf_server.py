@@ -85,5 +85,8 @@ def serve_model(
     try:
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError, OSError) as error:
-        raise SbsEdgeError(f"llama.cpp cannot serve {model} on port {port}: {error}.") from error
+        raise SbsEdgeError(
+            f"llama.cpp cannot serve {model} on port {port}: {str(error).rstrip('. ')}. Is the port taken (--port 0 takes "
+            "a free one), or the file not a model that this version of xllamacpp knows?"
+        ) from error
     return server, f"{str(server.listening_address).rstrip('/')}/v1"

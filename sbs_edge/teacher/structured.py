@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 from sbs_edge.chat.marks import without_invisible
@@ -40,6 +41,7 @@ _LABEL_KEYS = ("label", "answer", "choice")
 _RATIONALE_KEYS = ("rationale", "reasoning", "explanation", "reason")
 _OBJECT = re.compile(rf'\{{\s*"(?:{"|".join((*_LABEL_KEYS, *_RATIONALE_KEYS))})"\s*:', re.IGNORECASE)
 _AROUND = " \t\r\n`[],.;"  # a fence, an array's brackets, a stop
+_MOST_OBJECTS = 20  # of one answer that are compared; a model in a loop may write thousands
 _DECODER = json.JSONDecoder(strict=False)  # a line break inside a string is accepted
 
 
@@ -129,7 +131,7 @@ def read_object(text: str, *, cut_off: bool = False) -> ObjectAnswer | None:
     if cut_off and not whole:
         return ObjectAnswer(reason="cut-off")
     answer = _answer(found)
-    for other in _OBJECT.finditer(rest):
+    for other in islice(_OBJECT.finditer(rest), _MOST_OBJECTS):
         following, _, _ = _decode(rest, other.start())
         if following is not None and _answer(following).label not in (None, answer.label):
             return ObjectAnswer(answer.rationale, reason="marker-repeated")
