@@ -226,6 +226,7 @@ class _Run:
             at=round(time.time(), 3),
             server=self.server,
             reasoning=answer.reasoning,
+            top_logprobs=answer.top_logprobs,
         )
 
 

@@ -46,7 +46,8 @@ class Record:
         sample: number of the sample, from 0.
         at: when it was finished, seconds since 1970.
         server: the address that was asked, without secrets; a refusal holds for that server only.
-        reasoning: what the server sent as the model's reasoning, apart from ``text``.
+        reasoning: the model's reasoning, if the server sent it apart from ``text``.
+        top_logprobs: the answer's last tokens with the log-probabilities at their places, where asked for.
 
     """
 
@@ -64,6 +65,7 @@ class Record:
     at: float = 0.0
     server: str = ""
     reasoning: str = ""
+    top_logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("text", "finish_reason", "error", "model", "reasoning"):
@@ -212,6 +214,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _encode(record: Record) -> bytes:
     content = asdict(record)
+    if not record.top_logprobs:
+        del content["top_logprobs"]
     content["at"] = content["at"] or round(time.time(), 3)
     if not record.reasoning:
         del content["reasoning"]

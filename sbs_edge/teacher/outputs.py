@@ -97,6 +97,7 @@ def _batch_line(content: Any, where: str, prices: Prices) -> Record:
         cost=prices.cost(asked, written),
         model=answer.model or "",
         reasoning=answer.reasoning,
+        top_logprobs=answer.top_logprobs,
     )
 
 

@@ -69,5 +69,5 @@ def with_summary(task: TaskFile, row: Example, result: RowResult, record: Record
         return dataclasses.replace(result, example=row, reason="summary-missing", detail=record.error)
     parsed = Parsed(result.example.teacher_label, text)
     reason = check_quality(task, parsed, row.choices)
-    example = row if reason else dataclasses.replace(result.example, rationale=text)
+    example = row if reason else dataclasses.replace(result.example, rationale=text, rationales=())
     return dataclasses.replace(result, example=example, reason=reason)

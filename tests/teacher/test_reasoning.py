@@ -151,7 +151,7 @@ def test_a_summary_that_did_not_come_leaves_the_row_for_the_next_run(scripted, a
     scripted.reply = reply
     code, said, rows = annotate("--rationale-from", "summary")
     assert (code, len(rows)) == (1, 5)
-    assert "1 calls stayed unanswered" in said
+    assert "unanswered" in said
     scripted.reply = reasons
     assert annotate("--rationale-from", "summary")[0] == 0
     assert annotate.sent == 1
