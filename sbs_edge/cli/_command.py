@@ -35,15 +35,8 @@ class Interrupted(SbsEdgeError):
     exit_code = 130
 
 
-class Command(TyperCommand):
-    """A command of this program; :func:`install` makes every command one."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Write the names of arguments in capitals, as the texts do."""
-        super().__init__(*args, **kwargs)
-        for item in self.params:
-            if item.param_type_name == "argument" and item.metavar is None and item.name:
-                item.metavar = item.name.upper() + ("..." if item.nargs != 1 else "")
+class _Answering:
+    """The help page and the words about an unknown option, the same for commands and groups."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help page."""
@@ -52,10 +45,21 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; an unknown option is answered with the options it may stand for."""
         try:
-            return list(super().parse_args(ctx, args))
+            return list(super().parse_args(ctx, args))  # type: ignore[misc]  # of the class beside this one
         except Exception as error:
             _name_near_options(self, ctx, error)
             raise
+
+
+class Command(_Answering, TyperCommand):
+    """A command of this program; :func:`install` makes every command one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Write the names of arguments in capitals, as the texts do."""
+        super().__init__(*args, **kwargs)
+        for item in self.params:
+            if item.param_type_name == "argument" and item.metavar is None and item.name:
+                item.metavar = item.name.upper() + ("..." if item.nargs != 1 else "")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -88,20 +92,8 @@ class Command(TyperCommand):
         return kept.format(**ctx.params)
 
 
-class Group(TyperGroup):
+class Group(_Answering, TyperGroup):
     """The program itself, or a group of its commands such as ``data``."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help page."""
-        show_help(self, ctx)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments in front of the command's name."""
-        try:
-            return list(super().parse_args(ctx, args))
-        except Exception as error:
-            _name_near_options(self, ctx, error)
-            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; an unknown one is answered with the commands it may stand for."""

@@ -20,15 +20,18 @@ from sbs_edge.errors import UsageError
 __all__ = ["field_options", "parse_fields"]
 
 
-def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that gives a command one option for each field of ``model``.
+def field_options(
+    model: type[BaseModel], before: str, flags: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that gives a command one option for each described field of ``model``.
 
     The options arrive in the command's ``**`` parameter. Their names, bounds, choices, defaults and help
     are the fields' own.
 
     Args:
-        model: configuration class; every field has a description.
+        model: configuration class; a field without a description gets no option.
         before: parameter of the command in front of which the options go.
+        flags: fields whose option has another name, and that name.
 
     """
 
@@ -37,7 +40,11 @@ def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[...
         parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(command).parameters.items():
             if name == before:
-                parameters += [_parameter(field, info) for field, info in model.model_fields.items()]
+                parameters += [
+                    _parameter((flags or {}).get(field, field), info)
+                    for field, info in model.model_fields.items()
+                    if info.description
+                ]
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
                 parameters.append(
                     parameter.replace(annotation=hints[name], kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)

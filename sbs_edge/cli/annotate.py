@@ -12,6 +12,8 @@ from rich.console import Console
 
 from sbs_edge.cli._annotate import (
     Connection,
+    PriceInOption,
+    PriceOutOption,
     ask_teacher,
     connection_of,
     emit,
@@ -30,6 +32,7 @@ from sbs_edge.cli._common import (
     save_resolved,
     save_resolved_beside,
 )
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
 
 __all__ = ["register"]
 
@@ -129,13 +132,9 @@ def register(app: typer.Typer) -> None:
         split: Annotated[
             str, typer.Option(help="Split to annotate, with --dataset or a data set's name.")
         ] = "train",
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
+        column: ColumnOption = None,
         limit: Annotated[int | None, typer.Option(min=1, help="Annotate only the first rows.")] = None,
-        skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows.")
-        ] = False,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         samples: Annotated[
             int,
             typer.Option(
@@ -159,8 +158,8 @@ def register(app: typer.Typer) -> None:
         max_attempts: Annotated[
             int, typer.Option(min=1, help="How often one call is sent before it is left to the next run.")
         ] = 6,
-        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
-        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        price_in: PriceInOption = 0.0,
+        price_out: PriceOutOption = 0.0,
         max_cost: Annotated[
             float | None,
             typer.Option(min=0, help="Stop before the journal's calls cost more than this in all."),
