@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sbs_edge import files
 from sbs_edge.bench.peers.system import load_module
 from sbs_edge.errors import SbsEdgeError
 from sbs_edge.runtime.cache import cache_directory
+from sbs_edge.versions import installed_versions
 
 __all__ = ["ConversionFailed", "cache_root", "converted", "digest"]
 
@@ -49,13 +49,6 @@ def digest(folder: Path, names: tuple[str, ...] = _DIGESTED) -> str:
     return total.hexdigest()
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
 def converted(system: str, student: Path, weights: str, options: dict[str, Any] | None = None) -> Path:
     """Return the directory of the converted student, converting it when the cache has none.
 
@@ -70,7 +63,8 @@ def converted(system: str, student: Path, weights: str, options: dict[str, Any] 
 
     """
     packages = load_module(system).PACKAGES
-    found = {name: _version(name) for name in packages}
+    installed = installed_versions(*packages)
+    found = {name: installed.get(name, "absent") for name in packages}
     absent = [name for name, version in found.items() if version == "absent"]
     if absent:
         raise ConversionFailed(f"not installed: {', '.join(absent)}")

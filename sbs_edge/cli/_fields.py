@@ -59,12 +59,8 @@ def field_options(
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = field.default
     kind, repeated, optional = _kind(name, field.annotation)
-    flag = f"--{name.replace('_', '-')}"
-    if kind is bool:
-        # A flag that is off unless given needs no opposite; the others do.
-        names = [flag] if default is False else [f"{flag}/--{'no-' + flag[2:]}"]
-    else:
-        names = [flag]
+    # A flag that is off unless given needs no opposite; typer gives the others one.
+    names = [f"--{name.replace('_', '-')}"] if kind is not bool or default is False else []
     if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(default, str):
         default = kind(default)
     annotation: Any = list[kind] if repeated else kind  # type: ignore[valid-type]
