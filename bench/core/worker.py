@@ -190,7 +190,7 @@ def serve(start: Callable[[Spec], Answer]) -> None:
 
 
 def _open(spec: Spec) -> Answer:
-    system = load_module(spec.system).create(spec)
+    system = load_module(spec.system).SYSTEM(spec)
     system.open()
     return functools.partial(answer, system)
 

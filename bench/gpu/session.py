@@ -148,13 +148,11 @@ def run_session(
     return document
 
 
-def _stage(stage: str, device_name: str, out: Path, seconds: float) -> None:
+def _stage(stage: str, device: str, out: Path, seconds: float) -> None:
     """The body of a stage's own process."""
     import torch
 
-    from sbs_edge.bench.gpu import stages as gpu_stages
-
-    device, small = torch.device(device_name), device_name == "cpu"
+    from sbs_edge.bench.gpu import stages
 
     def save(found: Any) -> None:
         files.write_json(out / f"{stage}.json", found)
@@ -163,18 +161,8 @@ def _stage(stage: str, device_name: str, out: Path, seconds: float) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
-    if stage == "kernels":
-        save(gpu_stages.kernels(device, small, save, 0.93 * seconds, say))
-    elif stage == "train":
-        gpu_stages.train(device, small, save, say)
-    elif stage == "targets":
-        gpu_stages.targets(device, small, save, say)
-    elif stage == "matmul":
-        gpu_stages.matmul(device, small, save)
-    elif stage == "correctness":
-        gpu_stages.correctness(device, small, save)
-    else:
-        gpu_stages.sweep(device, small, save)
+    measure: Callable[[stages.Stage], None] = getattr(stages, stage)  # a name of STAGES
+    measure(stages.Stage(torch.device(device), device == "cpu", save, say, seconds))
 
 
 def passed(document: dict[str, Any]) -> bool:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from sbs_edge import files
 from sbs_edge.bench.peers.system import load_module
@@ -49,14 +48,13 @@ def digest(folder: Path, names: tuple[str, ...] = _DIGESTED) -> str:
     return total.hexdigest()
 
 
-def converted(system: str, student: Path, weights: str, options: dict[str, Any] | None = None) -> Path:
+def converted(system: str, student: Path, weights: str) -> Path:
     """Return the directory of the converted student, converting it when the cache has none.
 
     Args:
         system: a peer's name.
         student: the student directory.
         weights: :func:`digest` of it.
-        options: what the converter reads; part of the cache key.
 
     Raises:
         ConversionFailed: a package is missing or the converter failed; the last line of its error.
@@ -68,11 +66,11 @@ def converted(system: str, student: Path, weights: str, options: dict[str, Any] 
     absent = [name for name, version in found.items() if version == "absent"]
     if absent:
         raise ConversionFailed(f"not installed: {', '.join(absent)}")
-    key = json.dumps([weights, system, found, options or {}, 2], sort_keys=True)
+    key = json.dumps([weights, system, found, {}, 2], sort_keys=True)
     target = cache_root() / f"{system}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if (target / _STAMP).is_file():
         return target
-    order = {"system": system, "student": str(student), "out": str(target), "options": options or {}}
+    order = {"system": system, "student": str(student), "out": str(target)}
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "sbs_edge.bench.peers.convert"],
@@ -95,7 +93,7 @@ def _main() -> None:
     order = json.loads(sys.stdin.read())
     started = time.perf_counter()
     with files.atomic_directory(order["out"]) as work:
-        facts = load_module(order["system"]).prepare(Path(order["student"]), work, order["options"])
+        facts = load_module(order["system"]).prepare(Path(order["student"]), work)
         facts["seconds"] = round(time.perf_counter() - started, 1)
         files.write_json(work / _STAMP, facts)
 
