@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.teacher.presets import PRESETS
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from scripted_server import annotate, scripted  # noqa: F401 (fixtures)
 
 
 @dataclass
