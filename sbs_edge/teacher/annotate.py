@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from sbs_edge.data.example import Example
 from sbs_edge.data.jsonl import write_examples
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.ask import AskStats, ask
-from sbs_edge.teacher.calls import Sampling, Teacher
+from sbs_edge.teacher.calls import Call, Sampling, Teacher
 from sbs_edge.teacher.collect import RowResult, collect, read_record, row_keys, unfinished
 from sbs_edge.teacher.cost import Budget, Estimate, Prices, TokenEstimator
 from sbs_edge.teacher.journal import Journal, Record
@@ -119,18 +119,7 @@ def annotate(
             if on_progress is not None:
                 on_progress(progress)
 
-        wanted = list(
-            unfinished(
-                rows,
-                task,
-                settings.model,
-                settings.sampling,
-                settings.samples,
-                journal.records,
-                retry_failed=settings.retry_failed,
-                server=settings.server,
-            )
-        )
+        wanted = _left(rows, task, settings, journal.records)
         asked_again = {call.key for call in wanted}
         for key in owners:
             if key in journal and key not in asked_again:
@@ -222,6 +211,18 @@ def annotate_outputs(
     return Annotation(collect(rows, task, lambda index, _: [listed[index]]), listed)
 
 
+def _left(
+    rows: Sequence[Example], task: TaskFile, settings: Settings, records: Mapping[str, Record]
+) -> list[Call]:
+    """Return the calls that ``records`` do not answer yet."""
+    return list(
+        unfinished(
+            rows, task, settings.model, settings.sampling, settings.samples, records,
+            retry_failed=settings.retry_failed, server=settings.server,
+        )
+    )  # fmt: skip
+
+
 def estimate(
     rows: Sequence[Example], task: TaskFile, settings: Settings, records: dict[str, Record]
 ) -> Estimate:
@@ -231,18 +232,7 @@ def estimate(
     3.5 a token; a likely answer is as long as those in the journal, else as the worked examples'.
     """
     estimator = TokenEstimator()
-    calls = list(
-        unfinished(
-            rows,
-            task,
-            settings.model,
-            settings.sampling,
-            settings.samples,
-            records,
-            retry_failed=settings.retry_failed,
-            server=settings.server,
-        )
-    )
+    calls = _left(rows, task, settings, records)
     written = [record.completion_tokens for record in records.values() if record.completion_tokens]
     counted = [record for record in records.values() if record.text and record.completion_tokens]
     for record in counted:
