@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.core.stats import paired_ratio, percentiles
@@ -50,7 +50,7 @@ def median_row(
     section: str, system: str, variant: str, case: str, unit: str, rounds: list[float], **extra: Any
 ) -> Row:
     """The row of a figure known once a round: rates are better when higher, all else when lower."""
-    better = "higher" if unit.endswith("/s") else "lower"
+    better: Literal["lower", "higher"] = "higher" if unit.endswith("/s") else "lower"
     return Row(section, system, variant, case, unit, better, percentiles(rounds)["p50"], rounds, extra)
 
 

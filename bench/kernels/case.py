@@ -140,7 +140,7 @@ class CaseRecord:
             }
             for section, key, more in (("gradient error", "gradient", extra), ("loss error", "loss", {})):
                 if math.isfinite(errors[key]):
-                    rows.append(self._row(entry, section, "relative", errors[key], **more))
+                    rows.append(self._row(entry, section, "relative", errors[key], (), **more))
         return rows
 
     def _withheld(self, ours: Entry, peer: Entry) -> str | None:

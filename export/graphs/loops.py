@@ -47,7 +47,7 @@ def text_graph(weights: T5Weights, precision: Precision) -> tuple[Writer, Value,
 
 def cache_inputs(graph: Graph, weights: T5Weights, rows: str, places: str | int) -> list[Value]:
     """Declare key and value of every decoder layer, (rows, H, places, d_kv) each."""
-    shape = [rows, weights.n_heads, places, weights.d_kv]
+    shape: list[int | str] = [rows, weights.n_heads, places, weights.d_kv]
     return [graph.input(f"past_{i}", FLOAT, shape) for i in range(2 * weights.n_decoder_layers)]
 
 
@@ -55,7 +55,7 @@ def cache_outputs(
     graph: Graph, weights: T5Weights, rows: str, places: str | int, present: Iterable[Value]
 ) -> None:
     """Carry the caches after a step to the next one."""
-    shape = [rows, weights.n_heads, places, weights.d_kv]
+    shape: list[int | str] = [rows, weights.n_heads, places, weights.d_kv]
     for index, cache in enumerate(present):
         graph.output(f"present_{index}", FLOAT, shape, cache)
 

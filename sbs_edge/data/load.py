@@ -140,8 +140,8 @@ def open_source(source: str | Path, **options: Unpack[SourceOptions]) -> Source:
         found = {"train": _read_file(path, columns)}
     else:
         raise DataError(f"There is no file or directory {source}. Check the path.")
-    for name in ("validation", "test"):
-        if (extra := options.get(name)) is not None:
+    for name, extra in (("validation", options.get("validation")), ("test", options.get("test"))):
+        if extra is not None:
             found[name] = _read_file(Path(extra), columns)
     rows = [example for part in found.values() for example in part.examples]
     for part in found.values():

@@ -484,7 +484,7 @@ class Student:
         """
         import asyncio  # here: a service has it loaded, and a script that asks once need not wait for it
 
-        return await asyncio.to_thread(self.predict, texts, labels, **options)
+        return await asyncio.to_thread(lambda: self.predict(texts, labels, **options))
 
     @overload
     async def aexplain(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
@@ -518,7 +518,7 @@ class Student:
         """
         import asyncio
 
-        return await asyncio.to_thread(self.explain, texts, max_new_tokens, num_beams, **options)
+        return await asyncio.to_thread(lambda: self.explain(texts, max_new_tokens, num_beams, **options))
 
     def warm_up(self, tasks: Sequence[str] = ("label", "rationale")) -> None:
         """Open and run every graph of ``tasks`` once on a short input, so that the first request is not slower."""

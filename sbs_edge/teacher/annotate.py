@@ -17,10 +17,11 @@ from sbs_edge.data.example import Example
 from sbs_edge.data.jsonl import write_examples
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.ask import AskStats, ask
-from sbs_edge.teacher.calls import Call, Sampling, Teacher
+from sbs_edge.teacher.calls import Sampling, Teacher
 from sbs_edge.teacher.collect import RowResult, collect, read_record, row_keys, unfinished
 from sbs_edge.teacher.cost import Budget, Estimate, Prices, TokenEstimator
 from sbs_edge.teacher.journal import Journal, Record
+from sbs_edge.teacher.prompt import Call
 from sbs_edge.teacher.report import annotation_page, annotation_report
 from sbs_edge.teacher.task import TaskFile
 
