@@ -36,7 +36,6 @@ class Row:
         value: the figure (a median unless ``extra`` says otherwise).
         rounds: the figure of each interleaved round; empty for facts measured once.
         extra: percentiles, sample counts, settings; plain JSON values.
-
     """
 
     section: str
@@ -100,7 +99,6 @@ def load_document(path: Path) -> dict[str, Any]:
 
     Raises:
         DataError: it cannot be read, is not a result of these benchmarks, or has another format number.
-
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

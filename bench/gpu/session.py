@@ -122,7 +122,6 @@ def run_session(
         minutes: for everything; a stage that the time does not reach is a row that says so.
         only: the stages to run.
         say: takes a line of progress.
-
     """
     out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:  # an older session's figures are not this one's

@@ -50,7 +50,6 @@ class KernelOptions:
         slow_cases: losses that compile for most of a minute take part in this many of the first cases.
         graph_cases: steps are also captured in a CUDA graph and replayed in this many of the first cases;
             none where the device is a CPU.
-
     """
 
     cases: list[Case]
@@ -281,7 +280,6 @@ def measure_kernels(
 
     Raises:
         UsageError: no case, no peer, or a peer that does not exist.
-
     """
     unknown = [name for name in options.peers if name not in PEERS]
     if unknown or not options.peers or not options.cases:

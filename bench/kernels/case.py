@@ -52,7 +52,6 @@ class CaseRecord:
         memory_failures: why an entry has times but no memory.
         graph_failures: why an entry has times but none of a captured step.
         roofs: the slice products' rates, one a round.
-
     """
 
     case: Case

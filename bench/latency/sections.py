@@ -40,7 +40,6 @@ class Schedule:
         loads: shares of a system's own capacity offered in the open loop.
         load_seconds: length of one open-loop run.
         cold_rounds: new processes of each system.
-
     """
 
     rounds: int = 10

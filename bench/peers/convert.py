@@ -58,7 +58,6 @@ def converted(system: str, student: Path, weights: str) -> Path:
 
     Raises:
         ConversionFailed: a package is missing or the converter failed; the last line of its error.
-
     """
     packages = load_module(system).PACKAGES
     installed = installed_versions(*packages)

@@ -18,6 +18,8 @@ from typing import Any
 from sbs_edge.bench.core.results import new_document
 from sbs_edge.bench.serving import scenarios
 from sbs_edge.bench.serving.client import run
+from sbs_edge.bench.serving.overload import overload
+from sbs_edge.bench.serving.requests import requests_of
 from sbs_edge.bench.serving.server import shared_cores, split_cores
 from sbs_edge.errors import DataError
 from sbs_edge.runtime.bundle import Bundle
@@ -73,10 +75,10 @@ def _step(name: Scenario, bundle: Path, options: Options) -> Coroutine[Any, Any,
         Scenario.throughput: lambda: scenarios.throughput(bundle, threads, min(options.seconds, 4.0), rounds),
         Scenario.drain: lambda: scenarios.drain(bundle, threads),
         Scenario.cost: lambda: scenarios.cost(bundle, threads, cores),
-        Scenario.overload: lambda: scenarios.overload(bundle, threads, options.seconds, cores),
+        Scenario.overload: lambda: overload(bundle, threads, options.seconds, cores),
         Scenario.soak: lambda: scenarios.soak(bundle, threads, options.requests, options.soak_seconds),
         Scenario.plain: lambda: against_plain(
-            bundle, threads, min(options.seconds, 2.0), cores, scenarios.requests_of, options.workers, rounds
+            bundle, threads, min(options.seconds, 2.0), cores, requests_of, options.workers, rounds
         ),
     }
     return start[name]()
@@ -120,7 +122,6 @@ def shape_to_bundle(shape: str, say: Say) -> Path:
 
     Raises:
         UsageError: there is no such shape.
-
     """
     from sbs_edge.bench.latency.bench import shape_bundle, shape_student
 
@@ -132,7 +133,6 @@ def gathered(path: Path, bundle: Path) -> dict[str, Any] | None:
 
     Raises:
         DataError: the file holds figures of another bundle or another benchmark.
-
     """
     if not path.exists():
         return None

@@ -54,7 +54,6 @@ def make_pairs(options: TrainBenchOptions) -> list[list[list[int]]]:
 
     Raises:
         DataError: fewer examples with label and rationale than one batch.
-
     """
     from sbs_edge.data.load import load_splits
     from sbs_edge.data.tokenizer import build_tokenizer
@@ -273,7 +272,6 @@ def measure_train(
     Raises:
         UsageError: unknown shape, device or precision.
         DataError: too little data.
-
     """
     if options.shape not in SHAPES:
         raise UsageError(f"There is no shape {options.shape!r}; choose one of {', '.join(SHAPES)}.")

@@ -246,7 +246,6 @@ def run_units(
         on_unit: receives each finished unit's figures.
         again: whether a finished shard, given its content, is to be made once more.
         with_ray: given Ray and all units of the plan, returns further constructor arguments (handles of actors).
-
     """
     if form not in SHARD_FORMATS:
         raise UsageError(f"Shards are written as {' or '.join(SHARD_FORMATS)}, not {form!r}.")
