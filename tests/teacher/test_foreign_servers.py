@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_server import GOOD, body
+from scripted import GOOD, body
 
 from sbs_edge.chat.protocol import failure, read_answer, token_count
 from sbs_edge.cli.app import main

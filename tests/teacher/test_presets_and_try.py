@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from scripted_server import body
+from scripted import body
 
 from sbs_edge.cli.app import main
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_server import TASK
+from scripted import TASK
 
 from sbs_edge.chat.endpoint import Endpoint, redacted_url
 from sbs_edge.cli.app import main

@@ -1,15 +1,10 @@
-"""A server on loopback that answers as a test scripts it, and ``annotate`` against it."""
+"""A scripted server of the OpenAI protocol on loopback; each test says what it answers."""
 
 from __future__ import annotations
 
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-import pytest
-import yaml
-
-from sbs_edge.cli.app import main
 
 GOOD = "The buyer asks for money back. So the answer is refund."
 TASK = {
@@ -64,43 +59,3 @@ class Scripted:
         self.server.handle_error = lambda *_: None  # a run that stops closes its connections
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def scripted():
-    server = Scripted()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
-
-
-@pytest.fixture
-def annotate(scripted, tmp_path, capsys, monkeypatch):
-    """Run ``annotate`` on ``n`` rows; return exit code, what was said, and the rows of OUT."""
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.delenv("SBS_EDGE_DEBUG", raising=False)
-
-    def run(*flags, n=6, task=None, url=None):
-        (tmp_path / "task.yaml").write_text(yaml.safe_dump({**TASK, **(task or {})}))
-        (tmp_path / "rows.jsonl").write_text(
-            "".join(json.dumps({"input": f"message {i}"}) + "\n" for i in range(n))
-        )
-        out = tmp_path / "out.jsonl"
-        before = len(scripted.requests)
-        files = [
-            "annotate",
-            str(tmp_path / "rows.jsonl"),
-            "--task",
-            str(tmp_path / "task.yaml"),
-            "--out",
-            str(out),
-        ]
-        code = main(
-            [*files, "--model", "m", "--base-url", url or scripted.url, "--max-attempts", "2", *flags]
-        )
-        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        run.sent = len(scripted.requests) - before
-        return code, " ".join(capsys.readouterr().err.split()), rows
-
-    return run
