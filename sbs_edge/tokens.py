@@ -129,7 +129,9 @@ class TextTokenizer:
 
     def encode(self, text: str, prefix: str = "") -> list[int]:
         """Return the ids of ``prefix`` and ``text``, with what the tokenizer's template adds."""
-        return self._checked(self.tokenizer.encode(prefix + text).ids, text, prefix)
+        return self.encode_batch([text], prefix)[
+            0
+        ]  # unlike the library's `encode`, it lets other threads run
 
     def encode_batch(self, texts: Sequence[str], prefix: str = "") -> list[list[int]]:
         """Return :meth:`encode` of every text."""
@@ -143,10 +145,10 @@ class TextTokenizer:
         than ``limit`` ids are returned, unless the text is longer than :func:`most_characters`: then only its
         beginning counts, however few tokens that has. So the cost does not grow with the text.
         """
-        short = max(8 * limit, 1024)
+        short = max(4 * limit, 1024)
         if all(len(text) <= short for text in texts):
             return self.encode_batch(texts, prefix)
-        return [self._beginning(text, limit, short, prefix) for text in texts]
+        return [self._beginning(text, limit, (short, 2 * short), prefix) for text in texts]
 
     def encode_within(self, text: str, limit: int, eos_id: int, prefix: str = "") -> tuple[list[int], bool]:
         """Return at most ``limit`` ids of prefix and text, end-of-sequence last, and whether the text was cut."""
@@ -168,11 +170,12 @@ class TextTokenizer:
 
     # -- long texts -----------------------------------------------------------------------------------
 
-    def _beginning(self, text: str, limit: int, short: int, prefix: str) -> list[int]:
-        if len(text) > short and (place := self._boundary(text, short)):
-            ids = self.encode(text[:place], prefix)
-            if len(ids) > limit:
-                return ids
+    def _beginning(self, text: str, limit: int, lengths: Sequence[int], prefix: str) -> list[int]:
+        for length in lengths:  # the first is enough where a token has few characters
+            if len(text) > length and (place := self._boundary(text, length)):
+                ids = self.encode(text[:place], prefix)
+                if len(ids) > limit:
+                    return ids
         most = most_characters(limit)
         if len(text) > most:
             text = text[: self._boundary(text, most) or most]
