@@ -150,21 +150,21 @@ def _check_request(
             f"A beam has a width of at least 2, not {min(options.beams)}; greedy decoding needs no option."
         )
     if layout != "bundle" and single_file:
-        raise UsageError("A single file is part of a bundle; leave --single-file or --layout out.")
+        raise UsageError("A single file is part of a bundle: use single_file only with layout='bundle'.")
     for target in wanted:
         if (layout == "optimum" or single_file) and target.numbers not in ("float32", "int8"):
             raise UsageError(
-                f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8 and "
-                f"rules {target.name} out; choose cpu-fp32 or cpu-int8 with it."
+                f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8, not as "
+                f"{target.name}; choose cpu-fp32 or cpu-int8."
             )
     if options.prune_input_vocabulary and (layout == "optimum" or single_file):
         raise UsageError(
-            "A single file and the optimum layout keep the student's own tokenizer; leave --prune-input-vocabulary out."
+            "A single file and the optimum layout keep the student's own tokenizer; leave out prune_input_vocabulary."
         )
     source, there = Path(student).resolve(), Path(out).resolve()
     if there == source or there in source.parents:
         raise UsageError(
-            f"{out} holds the student itself, and a bundle replaces its directory; give another one."
+            f"{out} is the student's own directory, and a bundle replaces its directory. Choose another one."
         )
     files.check_replaceable(out, _EXPORTED, "bundle or other output of export")
 

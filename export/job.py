@@ -76,13 +76,13 @@ class ExportJob:
         return self.full.plan
 
     @property
-    def pruning_flags(self) -> list[str]:
-        """The flags that made the vocabulary smaller."""
+    def pruning_options(self) -> list[str]:
+        """The options that made the vocabulary smaller."""
         given = {
-            "--prune-vocabulary": self.pruned.output_tokens is not None,
-            "--prune-input-vocabulary": self.small is not None,
+            "prune_vocabulary": self.pruned.output_tokens is not None,
+            "prune_input_vocabulary": self.small is not None,
         }
-        return [flag for flag, on in given.items() if on]
+        return [name for name, on in given.items() if on]
 
 
 def build_job(
@@ -103,9 +103,7 @@ def build_job(
     plan = plan_labels(opened.task, tokenizer, weights.eos_id)
     rows = _checked_rows(opened, plan, guard_data)
     if options.label_only and plan.method == "decode":
-        raise UsageError(
-            "Open labels are generated, so there is nothing to leave out; leave --label-only out."
-        )
+        raise UsageError("Open labels need the graph that generates text; leave out label_only.")
     explains = not options.label_only and (_learnt_rationales(opened) or plan.method == "decode")
     kept = None
     if options.prune_vocabulary and explains:
@@ -122,7 +120,7 @@ def build_job(
     for target in wanted:
         if not stats.rows and target.numbers in ("int4", "fp16", "int8-pairs"):
             raise UsageError(
-                f"{target.name} is calibrated on rows, and this student kept none; give labelled rows as guard data, "
+                f"{target.name} is calibrated on rows, but this student has none stored; pass labelled rows as guard_data, "
                 "or choose cpu-int8 or cuda-bf16."
             )
     full = GraphInputs(

@@ -66,7 +66,7 @@ def write_bundle(
         seal(work, manifest)
         reference = _measure_reference(job, manifest)
         manifest["calibration"], report["pytorch"] = reference.calibration, reference.pytorch
-        if job.pruning_flags and job.rows:
+        if job.pruning_options and job.rows:
             job.say(f"checking the accuracy of the smaller vocabulary on {len(job.rows)} rows")
             manifest["pruning"] = report["pruning"] = _judge_pruning(job, manifest, reference)
         for target in wanted if job.rows else ():
@@ -125,7 +125,7 @@ def _judge_pruning(job: ExportJob, manifest: dict[str, Any], reference: _Referen
         with _candidate(job, manifest, REFERENCE)(Path(scratch), entry) as pruned:
             figures = _figures(pruned, job, reference)
     if figures is not None and (
-        refused := accuracy.pruning_refusal(figures, job.limits.max_drop, job.pruning_flags)
+        refused := accuracy.pruning_refusal(figures, job.limits.max_drop, job.pruning_options)
     ):
         raise refused
     return figures
@@ -174,7 +174,7 @@ def _judge(
     limits = job.limits
     if accuracy.too_much(figures, limits.max_drop):
         costly = layers(label_distance)
-        raise accuracy.refusal(target.name, figures, limits.max_drop, costly, job.pruning_flags)
+        raise accuracy.refusal(target.name, figures, limits.max_drop, costly, job.pruning_options)
     if accuracy.drifted(figures, limits.min_rationale_agreement):
         costly = layers(rationale_distance)
         raise accuracy.rationale_refusal(target.name, figures, limits.min_rationale_agreement, costly)

@@ -20,11 +20,11 @@ _FIELDS = {option: field for field, option in _FLAGS.items()}
 
 
 def _found(name: str | None, path: Path, max_versions: int) -> dict[str, Any]:
-    """Say which bundles would be served for one argument; their manifests are read, their files are not."""
+    """Return the bundles that would be served for an argument, from their manifests alone."""
     from sbs_edge.runtime.manifest import read_manifest
     from sbs_edge.serve.models import Model
 
-    # A folder without any bundle is read as one itself, which says what is missing.
+    # A folder without any bundle is read as a bundle itself, so that the error says what is missing.
     found = Model(name, path).candidates(max_versions)[:max_versions] or [(None, path)]
     bundles = [(version, bundle, read_manifest(bundle)) for version, bundle in found]
     return {
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
             list[str],
             typer.Argument(
                 metavar="[NAME=]PATH...",
-                help="A bundle, or a folder with one bundle for each version; several may be given.",
+                help="A bundle, or a folder with a bundle for each version; several may be given.",
             ),
         ],
         token_file: Annotated[
@@ -70,8 +70,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Serve bundles over HTTP: Open Inference Protocol v2 and POST /v1/predict.
 
-        Loads, verifies and warms each bundle before /v2/health/ready says yes. SIGTERM drains,
-        SIGHUP looks for new versions. Logs are JSON on stderr.
+        Each bundle is loaded, verified and warmed up before /v2/health/ready answers 200. SIGTERM drains; SIGHUP
+        checks for new versions. Logs are JSON on stderr.
 
         Example: sbs-edge serve desk=runs/latest/bundle --port 8080
         """

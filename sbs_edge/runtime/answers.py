@@ -17,7 +17,7 @@ class Prediction:
 
     Attributes:
         label: the answer.
-        probability: calibrated probability of ``label`` among the labels asked about; for an open
+        probability: calibrated probability of ``label`` among the possible labels; for an open
             label, the probability of its tokens.
         probabilities: the same for every label; for an open label, only the answer.
         abstained: the probability is below the bundle's (or the call's) ``abstain_below``.
@@ -79,7 +79,7 @@ def answer_document(prediction: Any, explanation: Any = None) -> dict[str, Any]:
 
 
 def probabilities_of(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the softmax of ``scores`` (K,) over ``temperature``, in float64."""
+    """Return the softmax of ``scores`` (K,), divided by ``temperature``, in float64."""
     scaled = scores.astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
     normalised: np.ndarray = weights / weights.sum()

@@ -132,7 +132,7 @@ class TargetGraphs:
         self.sessions["choice_scorer"].run({"input_ids": ids, "attention_mask": mask, **batch_tries([trie])})
 
     def check_finite(self, scores: Any, index: int) -> None:
-        """Raise AnswerError where a score of text ``index`` is NaN or infinite."""
+        """Raise AnswerError if a score of text ``index`` is NaN or infinite."""
         if not np.isfinite(scores).all():
             raise AnswerError(
                 f"The target {self._target!r} of the bundle {self._root} computed a score that is not finite "
@@ -143,7 +143,9 @@ class TargetGraphs:
     def check_open(self) -> None:
         """Raise UsageError after :meth:`close`."""
         if self.closed:
-            raise UsageError("This Student was closed; load the bundle again, or ask within the with block.")
+            raise UsageError(
+                "This Student was closed; load the bundle again, or use it inside the with block."
+            )
 
     def close(self) -> None:
         """Release the graphs."""
@@ -187,7 +189,7 @@ class TargetGraphs:
             raise UsageError(
                 f"The target {self._target!r} of this bundle has no graph for {purpose}; "
                 + (
-                    "it answers with labels alone. Export a student that was trained with rationales, without --label-only."
+                    "it answers with labels alone. Export a student that was trained with rationales, with label_only=False."
                     if only_labels
                     else "export the bundle again with it."
                 )

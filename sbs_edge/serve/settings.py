@@ -28,85 +28,92 @@ class ServeSettings(BaseModel):
         1,
         ge=1,
         le=256,
-        description="Processes that answer together; each has an event loop, and an equal part of the limits. "
-        "They share the weights' memory.",
+        description="Processes that share the port, the memory of the weights and, in equal parts, the "
+        "limits.",
     )
-    target: str | None = Field(
-        None, description="Which target of the bundle to run; its default when left out."
-    )
+    target: str | None = Field(None, description="Target of the bundle to run. Default: its first.")
     threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of one inference; more shortens a call, fewer let calls overlap. "
-        "None: as many as the CPU quota and affinity allow.",
+        description="CPU threads per inference: more make a call shorter, fewer let calls overlap. Default: "
+        "as many as the CPU quota and affinity allow.",
     )
 
     watch_s: float = Field(
-        0.0, ge=0, description="Look for new versions every so many seconds; 0 only on SIGHUP."
+        0.0, ge=0, description="Seconds between checks for new versions; 0 checks only on SIGHUP."
     )
-    max_versions: int = Field(2, ge=1, description="Newest versions kept in memory; each costs its size.")
+    max_versions: int = Field(2, ge=1, description="Versions to keep in memory, the newest first.")
 
     max_batch_tokens: int = Field(
         512,
         ge=1,
-        description="Tokens in one inference, padding included; larger adds latency, hardly throughput.",
+        description="Tokens per inference, padding included; more adds latency and little throughput.",
     )
     max_wait_ms: float = Field(
         2.0,
         ge=0,
         le=1000,
-        description="Longest time a text waits for company; only while others are on their way.",
+        description="Longest wait for texts that are still being tokenised; a lone text never waits.",
     )
-    label_workers: int = Field(1, ge=1, description="Label batches run at once; each uses --threads threads.")
+    label_workers: int = Field(
+        1, ge=1, description="Label batches that run at once, each with --threads threads."
+    )
     rationale_workers: int = Field(
-        1, ge=1, description="Rationale batches run at once, beside the label batches."
+        1, ge=1, description="Rationale batches that run at once, beside the label batches."
     )
     worker_nice: int = Field(
         0,
         ge=0,
         le=19,
-        description="Priority steps of inference below the event loop: refusals are quicker on a busy core, and "
+        description="Niceness of inference below the event loop: rejections are faster on a busy core, but "
         "other processes of the machine go first.",
     )
 
-    truncate: bool = Field(False, description="Cut texts over the token limit and say so, instead of a 400.")
+    truncate: bool = Field(
+        False, description="Cut texts over the token limit and say so, instead of answering 400."
+    )
     max_body_bytes: int = Field(
-        2_000_000, ge=1, description="Larger bodies, counted after decompression, get 413."
+        2_000_000, ge=1, description="Largest body, counted after decompression; larger get 413."
     )
     max_inside_bytes: int = Field(
         67_108_864,
         ge=1,
-        description="More bytes of bodies inside at once get 429: plan four times this in memory.",
+        description="Most bytes of bodies in the server at once; more get 429. Plan four times this in "
+        "memory.",
     )
-    max_texts: int = Field(32, ge=1, description="More texts in one request get 400.")
-    max_concurrent: int = Field(512, ge=1, description="More requests at once get 429.")
-    max_queue_texts: int = Field(
-        1024, ge=1, description="More texts inside one model's queue get 429 instead of waiting."
-    )
+    max_texts: int = Field(32, ge=1, description="Most texts per request; more get 400.")
+    max_concurrent: int = Field(512, ge=1, description="Most requests at once; more get 429.")
+    max_queue_texts: int = Field(1024, ge=1, description="Most texts in the queue of a model; more get 429.")
     max_queue_ms: float = Field(
         500.0,
         gt=0,
-        description="A longer estimated wait gets 429: lower refuses earlier and answers sooner.",
+        description="Longest estimated wait; a longer one gets 429. Lower rejects earlier and answers sooner.",
     )
     timeout_s: float = Field(
-        30.0, gt=0, description="Requests not answered in this time get 504; a header may set another."
+        30.0,
+        gt=0,
+        description="Longest time to answer; later is a 504. A request header may set another time.",
     )
     body_timeout_s: float = Field(
-        10.0, gt=0, description="Bodies that take longer to arrive get 408: a slow link may need more."
+        10.0,
+        gt=0,
+        description="Longest time for a body to arrive; later is a 408. A slow link may need more.",
     )
     head_timeout_s: float = Field(
-        10.0, gt=0, description="Connections whose request line and headers take longer are closed."
+        10.0,
+        gt=0,
+        description="Longest time for the request line and headers; then the connection is closed.",
     )
     max_head_bytes: int = Field(
         65_536,
         ge=1024,
-        description="Longer request lines and headers get 431; more is memory for strangers.",
+        description="Most bytes of request line and headers; more get 431. Any client can use this memory.",
     )
     max_connections: int = Field(
-        2048, ge=1, description="More connections at once get 503; each may hold one head."
+        2048, ge=1, description="Most connections at once; more get 503. Each may hold a full set of headers."
     )
     drain_timeout_s: float = Field(
-        30.0, ge=0, description="Seconds running requests get after SIGTERM; then they are cut (exit 1)."
+        30.0, ge=0, description="Seconds for running requests after SIGTERM; then they are cut off (exit 1)."
     )
 
     token: SecretStr | None = None
@@ -115,28 +122,28 @@ class ServeSettings(BaseModel):
 
     escalate_url: str | None = Field(
         None,
-        description="OpenAI-compatible base URL asked when the student is unsure: texts leave this machine. "
-        "The key comes from SBS_EDGE_SERVE_ESCALATE_KEY.",
+        description="OpenAI-compatible base URL that is asked when the student is uncertain: texts leave this"
+        " machine. The key is SBS_EDGE_SERVE_ESCALATE_KEY.",
     )
-    escalate_model: str = Field("default", description="Model name sent to it.")
+    escalate_model: str = Field("default", description="Name of the larger model.")
     escalate_key: SecretStr | None = None
     escalate_timeout_s: float = Field(
-        10.0, gt=0, description="After this the student's own answer is given, marked as unsure."
+        10.0,
+        gt=0,
+        description="Longest wait for the larger model; then the student's answer stays, marked as uncertain.",
     )
     escalate_concurrency: int = Field(
-        8, ge=1, description="Escalated texts at once; what is beyond keeps the student's answer."
+        8, ge=1, description="Most escalated texts at once; others keep the student's answer."
     )
 
     abstain_below: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Probability below which an answer is marked unsure; the bundle's when left out.",
+        description="Probability below which an answer is marked as uncertain. Default: the bundle's.",
     )
-    log_inputs: bool = Field(False, description="Write the texts into the log: personal data may follow.")
-    access_log: bool = Field(
-        True, description="One log line for each answered request; off saves the time of writing them."
-    )
+    log_inputs: bool = Field(False, description="Write the texts into the log. They may be personal data.")
+    access_log: bool = Field(True, description="Write a log line for each answered request.")
     otel_endpoint: str | None = Field(
         None, description="Send OpenTelemetry traces to this OTLP/HTTP URL (extra 'otel')."
     )

@@ -29,6 +29,8 @@ def fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[str
             digest.update(
                 repr((example.input, example.label, example.teacher_label, example.rationale)).encode()
             )
+            if example.rationales or example.teacher_probs:
+                digest.update(repr((example.rationales, example.teacher_probs)).encode())
         print_["training rows"] = digest.hexdigest()[:16]
     return print_
 
@@ -45,7 +47,7 @@ def prepare_work(work: Path, config: TrainConfig, asked: dict[str, str], first: 
             if before.get(name) != asked.get(name):
                 raise UsageError(
                     f"The run in {work} cannot be continued: {name} was {before.get(name)} and is now "
-                    f"{asked.get(name)}. Give what it was started with, or train without resume to start again."
+                    f"{asked.get(name)}. Use the settings that it was started with, or train without resume to start over."
                 )
         return checkpoint
     if first:
