@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sbs_edge.cli._common import JsonOption, print_json
 from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
+from sbs_edge.cli._serve_teacher import register_serve
 from sbs_edge.cli._try import register_try
 
 __all__ = ["register"]
@@ -105,3 +106,4 @@ def register(app: typer.Typer) -> None:
         )
 
     register_try(group)
+    register_serve(group)

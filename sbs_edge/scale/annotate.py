@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.data.example import Example
-from sbs_edge.data.jsonl import example_to_json
 from sbs_edge.data.questions import Unanswerable, id_of
 from sbs_edge.data.readers import ColumnMap, examples_of
 from sbs_edge.data.rows import RawRow, printable
@@ -98,6 +97,7 @@ class AnnotateWorker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Work on one unit (a batch of one row) and return its figures as JSON."""
         from sbs_edge.teacher.annotate import annotate
+        from sbs_edge.teacher.collect import output_row
         from sbs_edge.teacher.connect import connect
 
         unit = unit_of(batch)
@@ -125,9 +125,7 @@ class AnnotateWorker:
                 lines.append(item)
                 continue
             result = next(results)
-            lines.append(
-                {**example_to_json(result.example), **({"error": result.reason} if result.reason else {})}
-            )
+            lines.append({**output_row(result), **({"error": result.reason} if result.reason else {})})
         unanswered = sum(annotation.stats.unanswered.values())
         all_refused = bool(annotation.records) and all(record.is_refusal for record in annotation.records)
         if unanswered == 0 and annotation.stats.stopped is None and not all_refused:
@@ -213,8 +211,11 @@ def annotate_with_ray(
         shown.pop(name)  # may change between a run and its continuation
     plain = task.model_dump(mode="json", exclude_none=True)
     # The request's fields are compared as they are sent; headers may contain a secret.
-    of_request = ("headers", "request", "omit", "extra_body", "max_tokens")
+    of_request = ("headers", "request", "omit", "extra_body", "max_tokens", "structured")
     asked = {name: value for name, value in plain.items() if name not in of_request}
+    for name in ("rationale_from", "thinking_marks"):  # at their defaults, folders of older versions go on
+        if getattr(task, name) == type(task).model_fields[name].default:
+            del asked[name]
     shown["sampling"] = settings.sampling.answer_parameters()
 
     def ledger(ray: Any, units: list[Unit]) -> dict[str, Any]:

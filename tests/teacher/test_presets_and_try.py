@@ -13,9 +13,8 @@ from sbs_edge.cli.app import main
 def test_presets_are_read_and_give_their_own_names(scripted, annotate, monkeypatch):
     from sbs_edge.teacher.connect import servers
 
-    assert {"openai", "azure", "openrouter", "anthropic", "vllm", "llama.cpp", "ollama", "lmstudio"} == set(
-        servers()
-    )
+    asked_for = {"openai", "azure", "openrouter", "anthropic", "vllm", "llama.cpp", "ollama", "lmstudio"}
+    assert asked_for <= set(servers())
     monkeypatch.setenv("AZURE_OPENAI_API_KEY", "sk-hidden")
     assert annotate("--server", "azure", url=scripted.url + "?api-version=1")[0] == 0
     assert scripted.headers[0]["api-key"] == "sk-hidden"
