@@ -22,8 +22,8 @@ from sbs_edge.serve.settings import ServeSettings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-# Flags of other programs that texts of the package name: Triton's, and the pages' CSS variables.
-_FOREIGN = {"--model-repository", "--line", "--soft"}
+# Flags of other programs that texts of the package name: Triton's, pip's, and the pages' CSS variables.
+_FOREIGN = {"--model-repository", "--no-deps", "--line", "--soft"}
 
 
 def _commands(group: typer.Typer = app, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
