@@ -128,7 +128,6 @@ def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation
     Raises:
         UsageError: the shape is unknown.
         MissingExtra: torch or transformers is not installed.
-
     """
     if shape not in SHAPES:
         raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")

@@ -64,7 +64,6 @@ class LatencyOptions:
         seed: of inputs, arrivals and random weights.
         prepare_only: make and check everything, time nothing.
         schedule: how long and how often.
-
     """
 
     bundles: tuple[Path, ...] = ()
@@ -116,7 +115,6 @@ def shape_bundle(student: Path, targets: Sequence[str], say: Say, **options: Any
         targets: what to export it for.
         say: receives a line when it is made.
         options: switches of the export.
-
     """
     import sbs_edge.export.api as export_package
     from sbs_edge import __version__
@@ -270,7 +268,6 @@ def measure_latency(
     Raises:
         UsageError: neither or both of bundles and shape; an unknown peer or processor.
         DataError: a bundle or student that cannot be read.
-
     """
     began = provenance(command)
     benchmark, compare = set_up(options, say)

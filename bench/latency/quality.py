@@ -64,7 +64,6 @@ def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
         benchmark: its entries; the reference (eager fp32) is the judge of agreement.
         compare: the task's comparison, ``text`` or ``value``.
         steps: tokens of a rationale.
-
     """
     golds = [row.get("label") for row in benchmark.inputs.rows]
     judge = benchmark.reference or next((e for e in benchmark.entries if e.name == "transformers"), None)

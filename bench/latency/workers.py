@@ -143,7 +143,6 @@ def student_facts(student: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         DataError: one of them is missing or damaged.
-
     """
     found = []
     for name in ("sbs_edge.json", "config.json"):
@@ -208,7 +207,6 @@ def peer_entries(names: Sequence[str], student: Path, make: Callable[..., Spec],
 
     Raises:
         UsageError: a name is not in :data:`~sbs_edge.bench.peers.system.PEERS`.
-
     """
     unknown = [name for name in names if name not in PEERS]
     if unknown:

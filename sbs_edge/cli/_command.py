@@ -51,15 +51,8 @@ class Interrupted(SbsEdgeError):
     exit_code = 130
 
 
-class Command(TyperCommand):
-    """A command of this program; :func:`install` gives every command this class."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Write the names of arguments in capitals, as the help texts do."""
-        super().__init__(*args, **kwargs)
-        for item in self.params:
-            if item.param_type_name == "argument" and item.metavar is None and item.name:
-                item.metavar = item.name.upper() + ("..." if item.nargs != 1 else "")
+class _Answering:
+    """The help page and the words about an unknown option, the same for commands and groups."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help page."""
@@ -68,10 +61,21 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; for an unknown option, suggest similar ones."""
         try:
-            return list(super().parse_args(ctx, args))
+            return list(super().parse_args(ctx, args))  # type: ignore[misc]  # of the class beside this one
         except Exception as error:
             _name_near_options(self, ctx, error)
             raise
+
+
+class Command(_Answering, TyperCommand):
+    """A command of this program; :func:`install` makes every command one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Write the names of arguments in capitals, as the texts do."""
+        super().__init__(*args, **kwargs)
+        for item in self.params:
+            if item.param_type_name == "argument" and item.metavar is None and item.name:
+                item.metavar = item.name.upper() + ("..." if item.nargs != 1 else "")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -108,25 +112,13 @@ class Command(TyperCommand):
         return kept.format(**ctx.params)
 
 
-class Group(TyperGroup):
+class Group(_Answering, TyperGroup):
     """The program itself, or a group of its commands such as ``data``."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands in the order of a project: data before training before serving."""
         order = {name: place for place, name in enumerate(_ORDER)}
         return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help page."""
-        show_help(self, ctx)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments in front of the command's name."""
-        try:
-            return list(super().parse_args(ctx, args))
-        except Exception as error:
-            _name_near_options(self, ctx, error)
-            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; for an unknown one, suggest similar ones."""
