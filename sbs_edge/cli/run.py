@@ -24,6 +24,8 @@ from sbs_edge.cli._data_options import (
     CompareOption,
     DataArgument,
     DatasetOption,
+    DecoderLayersOption,
+    EncoderLayersOption,
     LabelKindOption,
     Mode,
     ModeOption,
@@ -80,6 +82,8 @@ def register(app: typer.Typer) -> None:
                 help="T5-family checkpoint, by hub name or directory; none: a tiny one from scratch."
             ),
         ] = None,
+        encoder_layers: EncoderLayersOption = None,
+        decoder_layers: DecoderLayersOption = None,
         controls: Annotated[
             bool,
             typer.Option(
@@ -134,8 +138,12 @@ def register(app: typer.Typer) -> None:
 
         console = Console(stderr=True)
         flags = {"mode": "--mode", "max_steps": "--steps", "epochs": "--steps", "seed": "--seed"}
-        flags |= {"rationale_weight": "--rationale-weight"} if rationale_weight is not None else {}
-        flags |= {"model": "--model"} if model else {}
+        own = {
+            "rationale_weight": rationale_weight, "model": model or None, "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+        }  # fmt: skip
+        own = {name: value for name, value in own.items() if value is not None}
+        flags |= {name: f"--{name.replace('_', '-')}" for name in own}
         settings = RunConfig(
             mode=mode.value,
             steps=steps,
@@ -144,11 +152,7 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             max_drop=max_drop,
             min_rationale_agreement=min_rationale_agreement,
-            training={
-                **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
-                **({"model": model} if model else {}),
-                **parse_fields(training or (), TrainConfig, flags),
-            },
+            training={**own, **parse_fields(training or (), TrainConfig, flags)},
         )
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
