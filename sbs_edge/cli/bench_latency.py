@@ -33,6 +33,16 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="Random weights of t5-small, t5-v1_1-small, flan-t5-base or tiny instead."),
         ] = None,
+        encoder_layers: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                help="Encoder layers of --shape in place of its own; its full depth is measured beside.",
+            ),
+        ] = None,
+        decoder_layers: Annotated[
+            int | None, typer.Option(min=1, help="Decoder layers of --shape in place of its own.")
+        ] = None,
         against: Annotated[
             str, typer.Option(help="Peers, separated by commas; an absent one becomes a row with the reason.")
         ] = _ALL,
@@ -67,7 +77,8 @@ def register(app: typer.Typer) -> None:
         Label and rationale latency, throughput, latency under load, cold start, memory, disk and
         installed size; every speed is shown with its accuracy. The last line of stdout is one JSON document.
 
-        Example: sbs-edge bench latency runs/demo/bundle --out runs/bench
+        Examples: sbs-edge bench latency runs/demo/bundle --out runs/bench; sbs-edge bench latency --shape t5-small
+        --decoder-layers 2
         """
         require("tokenizers", "The latency bench")
         from sbs_edge.bench.latency.bench import LatencyOptions, measure_latency
@@ -91,6 +102,8 @@ def register(app: typer.Typer) -> None:
             bundles=tuple(bundles or ()),
             student=student,
             shape=shape,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
             against=names(against),
             targets=names(target),
             threads=threads,
