@@ -20,6 +20,7 @@ __all__ = ["Command", "Group", "Interrupted", "install"]
 _KEPT = {
     "run": "Students that were finished are under {out}/students, the others' checkpoints beside them; an old "
     "bundle is unchanged. The same command starts again.",
+    "study": "Finished runs and checkpoints of the others are in {work}. The same command goes on with them.",
     "train": "Checkpoints, if it came to one, are in {out}.training; go on with the same command and --resume.",
     "annotate": "Finished calls are in the journal. The same command goes on and asks only what is missing.",
     "export": "{out} is as it was before. The same command starts again.",

@@ -22,6 +22,12 @@ _COMMON = {"config", "dry_run", "help", "json"}
 # By command: the option that starts a panel, in the order of declaration.
 _PANELS: dict[str, dict[str, str]] = {
     "run": {"mode": "Students", "target": "Export", "skip_bad_rows": "Data", "seed": "Students"},
+    "study": {
+        "method": "Grid",
+        "within": "Choice",
+        "target": "Export",
+        "engine": "Where runs are carried out",
+    },
     "train": {
         "mode": "Objective",
         "model": "Student",
@@ -54,11 +60,13 @@ _PANELS: dict[str, dict[str, str]] = {
         "abstain_below": "Answers and logs",
     },
 }
-_DIRECTORIES = {"student", "out", "tokenizer"}
+_DIRECTORIES = {"student", "out", "tokenizer", "work"}
 _FILES = {"task", "data", "input", "journal", "emit_batch"}
 _VALUES = {
     "base_url": "URL",
     "column": "FIELD=COLUMN",
+    "decoder_layers": "LAYERS",
+    "encoder_layers": "LAYERS",
     "escalate_url": "URL",
     "extra_body": "JSON",
     "header": "NAME=VALUE",

@@ -31,6 +31,7 @@ app = typer.Typer(
 # only, so that `--help` is fast. Order here is the order of `--help`.
 _MODULES: tuple[str, ...] = (
     "run",
+    "study",
     "data",
     "train",
     "evaluate",

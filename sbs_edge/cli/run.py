@@ -43,7 +43,7 @@ from sbs_edge.lock import held
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
-__all__ = ["register"]
+__all__ = ["load_rows", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -157,7 +157,7 @@ def register(app: typer.Typer) -> None:
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
-        splits = _load(ctx.params, out, dry_run)
+        splits = load_rows(ctx.params, out, dry_run)
         judge(splits, mode.value)
         if dry_run:
             plan = {
@@ -194,7 +194,15 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+def load_rows(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+    """Return the rows that the data options of a command ask for.
+
+    Args:
+        values: the command's parameters.
+        out: directory for the list of malformed rows that were left out.
+        dry_run: write nothing.
+
+    """
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits
