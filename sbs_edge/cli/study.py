@@ -188,7 +188,7 @@ def register(app: typer.Typer) -> None:
             raise UsageError(
                 "--ray-address and --worker-gpus belong to --engine ray; add it, or leave them out."
             )
-        placement = Placement(engine.value, processes, threads, worker_gpus, ray_address)  # type: ignore[arg-type]
+        placement = Placement(engine.value, processes, threads, worker_gpus, ray_address)
 
         from sbs_edge.cli.run import load_rows
 

@@ -88,7 +88,10 @@ def test_a_shallower_shape_is_measured_beside_its_full_depth(sbs_edge_cli: Cli, 
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.strip().splitlines()[-1])
     assert document["model"]["shape"] == "tiny at 3/1 layers"
-    assert (document["model"]["config"]["num_layers"], document["model"]["config"]["num_decoder_layers"]) == (3, 1)
+    assert (document["model"]["config"]["num_layers"], document["model"]["config"]["num_decoder_layers"]) == (
+        3,
+        1,
+    )
     states = {system["name"]: system["why"] for system in document["systems"]}
     full = ("sbs-edge:cpu-int8 (full depth, 2/2)", "ctranslate2 (full depth, 2/2)")
     assert {name: states[name] for name in full} == dict.fromkeys(full, "")

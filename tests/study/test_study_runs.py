@@ -300,5 +300,5 @@ def test_a_bundles_place_with_something_else_is_refused_first(
     with pytest.raises(UsageError, match="is not a bundle"):
         run_study(splits, tmp_path / "work", config(), ONE, out=tmp_path)
     assert not (tmp_path / "work").exists()
-    with pytest.raises(DataError, match="None of 0 of 0 training rows have a label"):
+    with pytest.raises(DataError, match="None of the 0 training rows of a share has a label"):
         run_study(Splits(splits.task, [], splits.validation, []), tmp_path / "work", config(), ONE)

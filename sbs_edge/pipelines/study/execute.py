@@ -88,7 +88,7 @@ def _read_data(folder: str) -> Splits:
     root = Path(folder)
     task = json.loads((root / "task.json").read_text(encoding="utf-8"))
     spec = TaskSpec(task["name"], task["label_kind"], tuple(task["labels"]), task["compare"])
-    parts = {
+    parts: dict[str, Any] = {
         name: list(stream_examples(root / f"{name}.jsonl")) if (root / f"{name}.jsonl").stat().st_size else []
         for name in _SPLITS
     }

@@ -41,6 +41,7 @@ class StudyProgress:
         self._done: set[int] = set()
         self._stream = stream or sys.stderr
         self._began = self._last = clock()
+        self._text = ""
         self._bar: Progress | None = None
         if self._stream.isatty():
             self._bar = Progress(
@@ -76,8 +77,8 @@ class StudyProgress:
         count = len(self._done) + len(self._before)
         left = "" if seconds is None or count == len(self._efforts) else f"{duration(seconds)} left"
         if self._bar is not None:
-            more = {"text": text} if text else {}
-            self._bar.update(self._bar.task_ids[0], completed=count, left=left, **more)
+            self._text = text or self._text
+            self._bar.update(self._bar.task_ids[0], completed=count, left=left, text=self._text)
             return
         parts = [f"study: {count} of {len(self._efforts)} runs", left, text]
         self._stream.write(", ".join(part for part in parts if part) + "\n")

@@ -97,8 +97,8 @@ def plan_study(
         part = dataclasses.replace(splits, train=subset(splits.train, rows, seed))
         if not any(label_for(row, mode) is not None for row in part.train):
             raise DataError(
-                f"None of {len(part.train):,} of {len(splits.train):,} training rows have a label that mode {mode} learns "
-                "from. Name the column, or choose a larger --share."
+                f"None of the {len(part.train):,} training rows of a share has a label that mode {mode} learns from. Name "
+                "the column, or choose a larger --share."
             )
         try:
             refuse_stops(examine(seen_by(part, mode), mode))
