@@ -186,7 +186,7 @@ def register(app: typer.Typer) -> None:
             print_json(report)
         else:
             Console().print(run_table(report))
-            if sentence := headline(report):
+            for sentence in filter(None, (headline(report), report["linear"]["sentence"])):
                 Console().print(sentence, markup=False, highlight=False)
         console.print(
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",

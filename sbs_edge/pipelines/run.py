@@ -178,6 +178,7 @@ def run(
     from sbs_edge.data.targets import teacher_agreement
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import check_runnable, targets_named
+    from sbs_edge.pipelines.linear import linear_baseline, linear_sentence
     from sbs_edge.training.evaluate import evaluate
 
     check_runnable(targets_named(config.targets))  # now, not after an hour of training
@@ -204,6 +205,8 @@ def run(
     ]
     gain = gain_of(rights[0], rights[1]) if len(students) > 1 and rights[0] else None
     bundle = _measure_bundle(Path(exported.path), splits.test, splits)
+    linear = linear_baseline(splits, gold=config.mode in ("finetune", "stepwise"))
+    best = max((s["test"]["label_accuracy"] for s in students if rights[0]), default=None)
     return {
         "task": dataclasses.asdict(splits.task),
         "mode": config.mode,
@@ -211,6 +214,7 @@ def run(
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "students": students,
         "gain": gain,
+        "linear": {**linear, "sentence": linear_sentence(linear, "test", best)},
         "bundle": {
             "path": str(exported.path),
             "targets": bundle,

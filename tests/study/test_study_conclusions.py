@@ -11,7 +11,7 @@ import pytest
 
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.pipelines.study.conclude import conclude, frontier, group_runs, sentences
-from sbs_edge.pipelines.study.linear import BUCKETS, features, linear_baseline
+from sbs_edge.pipelines.linear import BUCKETS, features, linear_baseline
 from sbs_edge.pipelines.study.progress import StudyProgress
 
 Run = dict[str, Any]

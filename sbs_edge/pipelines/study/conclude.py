@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sbs_edge.pipelines.linear import linear_sentence
+
 __all__ = ["Group", "conclude", "frontier", "group_runs", "sentences"]
 
 Group = dict[str, Any]
@@ -232,7 +234,7 @@ def sentences(found: dict[str, Any], linear: dict[str, Any] | None = None) -> li
 
     Args:
         found: of :func:`conclude`.
-        linear: of :func:`sbs_edge.pipelines.study.linear.linear_baseline`, if it was trained.
+        linear: of :func:`sbs_edge.pipelines.linear.linear_baseline`, if it was trained.
 
     """
     chosen, best, within = found["chosen"], found["best"], _points(found["within"])
@@ -242,8 +244,8 @@ def sentences(found: dict[str, Any], linear: dict[str, Any] | None = None) -> li
     else:
         said[0] += f" The best is {named(best)}, {best['rows']:,} rows: {_figures(best)}."
     said += [_of_teacher(found), _of_rows(found), _of_more(found)]
-    if linear is not None and linear.get("accuracy"):
-        said.append(_of_linear(found, linear))
+    split = "test" if best["test"] else "validation"
+    said.append(linear_sentence(linear or {}, split, best[split]["mean"], found["within"]) or "")
     return [sentence for sentence in said if sentence]
 
 
@@ -302,19 +304,3 @@ def _of_more(found: dict[str, Any]) -> str:
         f"{trend}; if errors go on falling at this rate, twice the rows would be worth {more['doubling']:.1f} points"
         f"{spread}. This is an extrapolation from two points."
     )
-
-
-def _of_linear(found: dict[str, Any], linear: dict[str, Any]) -> str:
-    best = found["best"]
-    split = "test" if best["test"] and linear["accuracy"].get("test") else "validation"
-    if not (best[split] and linear["accuracy"].get(split)):
-        return ""
-    reached, wanted = linear["accuracy"][split]["share"], best[split]["mean"]
-    figures = f"{percent(reached)} on {split} rows, {linear['ms']:.3f} ms a label"
-    if reached >= wanted - found["within"] / 100 - 1e-9:
-        return (
-            f"A linear model on word n-grams solves this task as well: {figures}, against {percent(wanted)} of the best "
-            "student. Unless you need rationales, use that."
-        )
-    behind = f"{100 * (wanted - reached):.1f} points less than the best student"
-    return f"A linear model on word n-grams reaches {figures}: {behind}."

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import time
@@ -176,11 +177,13 @@ def _said_to(log: io.TextIOBase | Any) -> Any:
 
 
 def _execute(order: Order, folder: Path) -> dict[str, Any]:
-    from sbs_edge.runtime.student import Student
-
     if is_finished(order):
         return dict(json.loads(result_path(order).read_text(encoding="utf-8")))
     share_cpus(order["threads"])
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # read when torch and tokenizers are loaded
+        os.environ.setdefault(name, str(order["threads"]))
+    from sbs_edge.runtime.student import Student
+
     splits = _read_data(order["data"])
     trained = _trained(order, folder, splits)
     manifest = _exported(order, folder)
@@ -200,6 +203,7 @@ def _execute(order: Order, folder: Path) -> dict[str, Any]:
         "steps": trained["metrics"]["steps"],
         "best_step": trained["metrics"].get("best_step"),
         "train_seconds": trained["seconds"],
+        "train_cpu_seconds": trained["cpu_seconds"],
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "accuracy": accuracy,
         "drop_points": None if check is None else round(check["drop_points"], 3),
@@ -218,15 +222,19 @@ def _trained(order: Order, folder: Path, splits: Splits) -> dict[str, Any]:
         if record.is_file():
             return dict(json.loads(record.read_text(encoding="utf-8")))
         metrics = StudentDir.load(student).card["training"]
-        return {"metrics": metrics, "seconds": None}
-    began = time.perf_counter()
+        return {"metrics": metrics, "seconds": None, "cpu_seconds": None}
+    began, cpu = time.perf_counter(), time.process_time()
     rows = subset(splits.train, order["rows"], order["seed"])
     settings = TrainConfig(**order["config"]).model_copy(
         update={"threads": order["threads"], "progress": False, "trackers": (), "resume": True}
     )
     parts = Splits(splits.task, rows, splits.validation)
     result = train(parts, out=student, config=settings)
-    trained = {"metrics": result.metrics, "seconds": round(time.perf_counter() - began, 1)}
+    trained = {
+        "metrics": result.metrics,
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+    }
     files.write_json(record, trained)
     shutil.rmtree(folder / "student.training", ignore_errors=True)
     return trained

@@ -20,8 +20,10 @@ _SMALL = 8
 _Row = list[str]
 
 
-def _columns(report: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-    """Return the table's columns: heading, and how a group is shown in it."""
+def _columns(
+    report: dict[str, Any], narrow: bool = False
+) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return the table's columns, heading and how a group is shown in it; narrow ones fit 80 characters."""
     seeds = len(report["grid"]["seeds"])
 
     def accuracy(split: str) -> Callable[[dict[str, Any]], str]:
@@ -30,23 +32,28 @@ def _columns(report: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]
             if spread is None:
                 return "–"
             mean = f"{100 * spread['mean']:.1f}"
-            return f"{mean} ({100 * spread['low']:.1f}–{100 * spread['high']:.1f})" if seeds > 1 else mean
+            if seeds == 1:
+                return mean
+            if narrow:
+                return f"{mean} ±{50 * (spread['high'] - spread['low']):.1f}"
+            return f"{mean} ({100 * spread['low']:.1f}–{100 * spread['high']:.1f})"
 
         return shown
 
     def milliseconds(name: str, digits: int) -> Callable[[dict[str, Any]], str]:
         return lambda group: "–" if group[name] is None else f"{group[name]:.{digits}f}"
 
+    parameters = ("parameters", lambda group: f"{group['parameters']:,}")
     return [
         ("method", lambda group: group["method"]),
         ("student", lambda group: group["student"]),
         ("rows", lambda group: f"{group['rows']:,}"),
-        ("validation, %", accuracy("validation")),
-        ("test, %", accuracy("test")),
-        ("parameters", lambda group: f"{group['parameters']:,}"),
+        ("valid. %" if narrow else "validation, %", accuracy("validation")),
+        ("test %" if narrow else "test, %", accuracy("test")),
+        *([] if narrow else [parameters]),
         ("bundle", lambda group: size(group["bytes"])),
-        ("label, ms", milliseconds("label_ms", 2)),
-        ("rationale, ms", milliseconds("rationale_ms", 1)),
+        ("label ms" if narrow else "label, ms", milliseconds("label_ms", 2)),
+        ("rat. ms" if narrow else "rationale, ms", milliseconds("rationale_ms", 1)),
     ]
 
 
@@ -59,22 +66,21 @@ def _ordered(report: dict[str, Any]) -> list[dict[str, Any]]:
     )
 
 
-def _cells(report: dict[str, Any]) -> tuple[list[str], list[_Row], int]:
+def _cells(report: dict[str, Any], narrow: bool = False) -> tuple[list[str], list[_Row], int]:
     """Return headings, rows, and the place of the chosen group."""
-    columns, groups = _columns(report), _ordered(report)
+    columns, groups = _columns(report, narrow), _ordered(report)
     rows = [[shown(group) for _, shown in columns] for group in groups]
     return [name for name, _ in columns], rows, groups.index(report["conclusions"]["chosen"])
 
 
 def study_table(report: dict[str, Any]) -> Table:
-    """Return the groups as a rich table, the chosen one in bold."""
-    headings, rows, best = _cells(report)
-    shown = [number for number, name in enumerate(headings) if name != "parameters"]  # 80 columns are few
+    """Return the groups as a rich table, the chosen one in bold; ± is half the spread over the seeds."""
+    headings, rows, best = _cells(report, narrow=True)
     table = Table(title=f"{report['task']['name']}: {len(report['runs'])} runs", padding=(0, 0))
-    for number in shown:
-        table.add_column(headings[number], justify="left" if number < 2 else "right")
+    for number, name in enumerate(headings):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
     for number, row in enumerate(rows):
-        table.add_row(*(row[each] for each in shown), style="bold" if number == best else None)
+        table.add_row(*row, style="bold" if number == best else None)
     return table
 
 
@@ -114,10 +120,11 @@ def study_page(report: dict[str, Any]) -> str:
         "Test accuracy by parameters with all rows of the largest share: mean and spread over the seeds.",
     )
     page.section("What accuracy costs")
+    small = max(group["bytes"] for group in report["groups"]) < 1e6
     page.figures(
         [
             _costs(report, "label_ms", "median time of a label, ms", 1.0),
-            _costs(report, "bytes", "bundle, MB", 1e-6),
+            _costs(report, "bytes", "bundle, kB" if small else "bundle, MB", 1e-3 if small else 1e-6),
         ],
         "Each point is a method and student, all rows. No student on the line is matched by a cheaper one.",
     )
@@ -131,11 +138,15 @@ def study_page(report: dict[str, Any]) -> str:
         "Latency: one text a call, one thread, one bundle at a time, on the machine that ran this.", note=True
     )
     page.section("All runs")
+    page.text(
+        "Drop: what the exported target lost against the float32 student on validation rows.", note=True
+    )
     page.table(
-        ["method", "student", "rows", "seed", "validation, %", "test, %", "int8 drop, points", "training s"],
+        ["method", "student", "rows", "seed", "validation, %", "test, %", "drop, points", "training, CPU s"],
         [
             [run["method"], run["student"], run["rows"], run["seed"],
-             *(_run_accuracy(run, split) for split in ("validation", "test")), run["drop_points"], run["train_seconds"]]
+             *(_run_accuracy(run, split) for split in ("validation", "test")), run["drop_points"],
+             run["train_cpu_seconds"]]
             for run in report["runs"]
         ],
     )  # fmt: skip

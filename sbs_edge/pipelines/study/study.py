@@ -184,7 +184,7 @@ def run_study(
         say(f"timing {len(plan.runs)} bundles, one at a time")
         timed = [_timed(order, splits) for order in plan.orders]
         say("training the linear baseline")
-        from sbs_edge.pipelines.study.linear import linear_baseline
+        from sbs_edge.pipelines.linear import linear_baseline
 
         linear = linear_baseline(splits, plan.gold)
     runs = [
@@ -221,7 +221,7 @@ def run_study(
         "groups": groups,
         "conclusions": concluded,
         "sentences": sentences(concluded, linear),
-        "bundle": str(chosen if out is None else out),
+        "bundle": str(work / chosen.relative_to(work.resolve()) if out is None else out),
         "runs_before": len(plan.finished),
         "at_once": plan.spread.processes,
         "threads": plan.spread.threads,

@@ -1,4 +1,4 @@
-"""The baseline of a study: a linear model on hashed words and word pairs, trained on the same rows.
+"""A baseline: a linear model on hashed words and word pairs, trained on the same rows as the students.
 
 It answers in microseconds. A task that it solves as well as a student does not need a student for its labels.
 """
@@ -17,7 +17,7 @@ from zlib import crc32
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
 
-__all__ = ["BUCKETS", "features", "linear_baseline"]
+__all__ = ["BUCKETS", "features", "linear_baseline", "linear_sentence"]
 
 BUCKETS = 1 << 16
 """Columns that words and word pairs are hashed to."""
@@ -89,6 +89,31 @@ def linear_baseline(splits: Splits, gold: bool) -> dict[str, Any]:
         "ms": _milliseconds(weight, bias, [row.input for row in splits.test or splits.train]),
         "penalty": penalty,
     }
+
+
+def linear_sentence(
+    linear: dict[str, Any], split: str, reached: float | None, within: float = 1.0
+) -> str | None:
+    """Return what the linear model says about the task, in a sentence or two; None where that is unknown.
+
+    Args:
+        linear: of :func:`linear_baseline`.
+        split: the rows that are compared on, ``validation`` or ``test``.
+        reached: the best student's accuracy on them as a share.
+        within: points that the linear model may be worse and still solves the task as well.
+
+    """
+    own = (linear.get("accuracy") or {}).get(split)
+    if own is None or reached is None:
+        return None
+    figures = f"{100 * own['share']:.1f} % on {split} rows, {linear['ms']:.3f} ms a label"
+    if own["share"] >= reached - within / 100 - 1e-9:
+        return (
+            f"A linear model on word n-grams solves this task as well: {figures}, against {100 * reached:.1f} % of the best "
+            "student. Unless you need rationales, use that."
+        )
+    behind = f"{100 * (reached - own['share']):.1f} points less than the best student"
+    return f"A linear model on word n-grams reaches {figures}: {behind}."
 
 
 def _fit(inputs: list[list[int]], wanted: list[int], n_labels: int, penalty: float) -> tuple[Any, Any]:
