@@ -10,8 +10,8 @@ from zlib import crc32
 import pytest
 
 from sbs_edge.data.example import Example, Splits, TaskSpec
-from sbs_edge.pipelines.study.conclude import conclude, frontier, group_runs, sentences
 from sbs_edge.pipelines.linear import BUCKETS, features, linear_baseline
+from sbs_edge.pipelines.study.conclude import conclude, frontier, group_runs, sentences
 from sbs_edge.pipelines.study.progress import StudyProgress
 
 Run = dict[str, Any]
@@ -189,6 +189,13 @@ def test_progress_says_what_is_left_by_the_work_in_the_runs() -> None:
     progress.tick()
     assert stream.getvalue() == "study: 1 of 4 runs\n"
     progress.finish(1, "large: 90.0 %")
-    # 4 units done and half of the 4 under way in 30 s: 5 s a unit, 2 units left.
-    assert progress.seconds_left() == pytest.approx(10.0)
-    assert stream.getvalue().splitlines()[1] == "study: 2 of 4 runs, 10 s left, large: 90.0 %"
+    # 4 units done and half of the 2 beside them in 30 s; 3 are left.
+    assert progress.seconds_left() == pytest.approx(18.0)
+    assert stream.getvalue().splitlines()[1] == "study: 2 of 4 runs, 18 s left, large: 90.0 %"
+    now[0] = 36.0
+    assert progress.seconds_left() == pytest.approx(12.0)  # it counts down between runs
+    now[0] = 300.0
+    assert progress.seconds_left() == pytest.approx(0.9)
+    progress.finish(2, "small: 80.0 %")
+    progress.finish(3, "small: 81.0 %")
+    assert stream.getvalue().splitlines()[-1] == "study: 4 of 4 runs, small: 81.0 %"

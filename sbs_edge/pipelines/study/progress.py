@@ -40,7 +40,7 @@ class StudyProgress:
         self._before = set(finished)
         self._done: set[int] = set()
         self._stream = stream or sys.stderr
-        self._began = self._last = clock()
+        self._began = self._last = self._finished_at = clock()
         self._text = ""
         self._bar: Progress | None = None
         if self._stream.isatty():
@@ -52,17 +52,26 @@ class StudyProgress:
             self._bar.add_task("study", total=len(efforts), completed=len(self._before), left="", text="")
 
     def seconds_left(self) -> float | None:
-        """Return an estimate, or None before the first run has finished; runs under way count as half done."""
+        """Return an estimate, or None before the first run has finished.
+
+        The rate is that up to the last run that finished; the runs beside it count as half done then. What has been
+        done since follows from the rate, up to nearly all of the runs under way.
+        """
         if not self._done:
             return None
         left = [e for n, e in enumerate(self._efforts) if n not in self._done and n not in self._before]
-        half = sum(left[: self._at_once]) / 2
-        done = sum(self._efforts[n] for n in self._done) + half
-        return (self._clock() - self._began) * (sum(left) - half) / done
+        beside = sum(left[: self._at_once - 1]) / 2
+        rate = (sum(self._efforts[n] for n in self._done) + beside) / max(
+            self._finished_at - self._began, 1e-9
+        )
+        since = rate * (self._clock() - self._finished_at)
+        under_way = sum(left[: self._at_once]) - beside
+        return (sum(left) - beside - min(since, 0.95 * under_way)) / rate
 
     def finish(self, index: int, text: str) -> None:
         """Note that a run is done; ``text`` says what came of it."""
         self._done.add(index)
+        self._finished_at = self._clock()
         self._show(text, due=True)
 
     def tick(self) -> None:
