@@ -180,6 +180,7 @@ def _worth_of_more(
     if not gains:
         return None
     return {
+        "split": split,
         "from": before["rows"],
         "to": last["rows"],
         "gained": 100 * (last[split]["mean"] - before[split]["mean"]),
@@ -291,7 +292,7 @@ def _of_more(found: dict[str, Any]) -> str:
         return "What more rows would be worth is unknown: it takes two shares of the training rows to see a trend."
     trend = (
         f"From {more['from']:,} to {more['to']:,} rows, {named(chosen)} changed by {more['gained']:+.1f} points "
-        "on validation rows"
+        f"on {more['split']} rows"
     )
     if more["errors_left"] == 0:
         return (

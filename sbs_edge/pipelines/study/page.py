@@ -104,21 +104,23 @@ def study_page(report: dict[str, Any]) -> str:
     page.text(
         f"{len(report['runs'])} runs of {grid['steps']} steps each: {', '.join(grid['methods'])}; "
         f"{', '.join(percent(share) for share in grid['shares'])} of {rows['train']:,} training rows; "
-        f"{len(grid['students'])} student(s); {len(grid['seeds'])} seed(s). Students are chosen by their accuracy on "
-        f"{rows['validation']:,} validation rows; {rows['test']:,} test rows only report. Labels are judged by "
+        f"{_counted(grid['students'], 'student')}; {_counted(grid['seeds'], 'seed')}. Students are chosen by their accuracy "
+        f"on {rows['validation']:,} validation rows; {rows['test']:,} test rows only report. Labels are judged by "
         f"{report['judged_by']}. Accuracy and size are those of the exported bundle, {grid['target']}.",
         note=True,
     )
-    page.section("Fewer rows")
-    page.figures(
-        [_by_rows(report, name) for name in grid["students"]],
-        "Test accuracy by training rows, for each student: the mean over the seeds, and their spread as a band.",
-    )
-    page.section("Smaller students")
-    page.figures(
-        [_by_size(report)],
-        "Test accuracy by parameters with all rows of the largest share: mean and spread over the seeds.",
-    )
+    if len(grid["shares"]) > 1:
+        page.section("Fewer rows")
+        page.figures(
+            [_by_rows(report, name) for name in grid["students"]],
+            "Accuracy by training rows, for each student: the mean over the seeds, and their spread as a band.",
+        )
+    if len(grid["students"]) > 1:
+        page.section("Smaller students")
+        page.figures(
+            [_by_size(report)],
+            "Accuracy by parameters with the largest share of the rows: mean and spread over the seeds.",
+        )
     page.section("What accuracy costs")
     small = max(group["bytes"] for group in report["groups"]) < 1e6
     page.figures(
@@ -126,7 +128,8 @@ def study_page(report: dict[str, Any]) -> str:
             _costs(report, "label_ms", "median time of a label, ms", 1.0),
             _costs(report, "bytes", "bundle, kB" if small else "bundle, MB", 1e-3 if small else 1e-6),
         ],
-        "Each point is a method and student, all rows. No student on the line is matched by a cheaper one.",
+        "Each point is a method and student with the largest share of the rows. A student on the line is matched by no "
+        "cheaper one.",
     )
     page.section("All points")
     headings, cells, best = _cells(report)
@@ -151,6 +154,10 @@ def study_page(report: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     return page.html()
+
+
+def _counted(items: Sequence[Any], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _run_accuracy(run: dict[str, Any], split: str) -> float | None:
