@@ -1,7 +1,7 @@
-"""From a trained student to graphs, targets and a bundle.
+"""Export a trained student: graphs, targets and a bundle.
 
-The package can be called: ``sbs_edge.export(student, out)`` is :func:`sbs_edge.export.api.export`. A package
-and a function share the name, and whichever a ``from sbs_edge import export`` finds must work.
+The package can be called: ``sbs_edge.export(student, out)`` is :func:`sbs_edge.export.api.export`. The package
+and the function have the same name, and ``from sbs_edge import export`` may find either.
 """
 
 from __future__ import annotations

@@ -126,13 +126,13 @@ class _Job:
         return self.full.plan
 
     @property
-    def pruning_flags(self) -> list[str]:
-        """The flags that made the vocabulary smaller."""
+    def pruning_options(self) -> list[str]:
+        """The options that made the vocabulary smaller."""
         given = {
-            "--prune-vocabulary": self.pruned.output_tokens is not None,
-            "--prune-input-vocabulary": self.small is not None,
+            "prune_vocabulary": self.pruned.output_tokens is not None,
+            "prune_input_vocabulary": self.small is not None,
         }
-        return [flag for flag, on in given.items() if on]
+        return [name for name, on in given.items() if on]
 
 
 def export(
@@ -236,21 +236,21 @@ def _check_request(
             f"A beam has a width of at least 2, not {min(options.beams)}; greedy decoding needs no option."
         )
     if layout != "bundle" and single_file:
-        raise UsageError("A single file is part of a bundle; leave --single-file or --layout out.")
+        raise UsageError("A single file is part of a bundle: use single_file only with layout='bundle'.")
     for target in wanted:
         if (layout == "optimum" or single_file) and target.numbers not in ("float32", "int8"):
             raise UsageError(
-                f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8 and "
-                f"rules {target.name} out; choose cpu-fp32 or cpu-int8 with it."
+                f"{'A single file' if single_file else 'The optimum layout'} runs on the CPU in float32 or int8, not as "
+                f"{target.name}; choose cpu-fp32 or cpu-int8."
             )
     if options.prune_input_vocabulary and (layout == "optimum" or single_file):
         raise UsageError(
-            "A single file and the optimum layout keep the student's own tokenizer; leave --prune-input-vocabulary out."
+            "A single file and the optimum layout keep the student's own tokenizer; leave out prune_input_vocabulary."
         )
     source, there = Path(student).resolve(), Path(out).resolve()
     if there == source or there in source.parents:
         raise UsageError(
-            f"{out} holds the student itself, and a bundle replaces its directory; give another one."
+            f"{out} is the student's own directory, and a bundle replaces its directory. Choose another one."
         )
     files.check_replaceable(out, _EXPORTED, "bundle or other output of export")
 
@@ -273,9 +273,7 @@ def _build(
     plan = plan_labels(opened.task, tokenizer, weights.eos_id)
     rows = _checked_rows(opened, plan, guard_data)
     if options.label_only and plan.method == "decode":
-        raise UsageError(
-            "Open labels are generated, so there is nothing to leave out; leave --label-only out."
-        )
+        raise UsageError("Open labels need the graph that generates text; leave out label_only.")
     explains = not options.label_only and (_learnt_rationales(opened) or plan.method == "decode")
     kept = None
     if options.prune_vocabulary and explains:
@@ -292,7 +290,7 @@ def _build(
     for target in wanted:
         if not stats.rows and target.numbers in ("int4", "fp16", "int8-pairs"):
             raise UsageError(
-                f"{target.name} is calibrated on rows, and this student kept none; give labelled rows as guard data, "
+                f"{target.name} is calibrated on rows, but this student has none stored; pass labelled rows as guard_data, "
                 "or choose cpu-int8 or cuda-bf16."
             )
     full = GraphInputs(
@@ -381,7 +379,7 @@ def _write_bundle(
             manifest["calibration"] = calibration_of(answers, job.rows, job.limits.abstain_below)
             padding = padding_figures(reference, job.rows, job.plan)
             rationales = rationale_tokens(reference, job.texts, job.opened)
-        if job.pruning_flags and job.rows:
+        if job.pruning_options and job.rows:
             job.say(f"checking the accuracy of the smaller vocabulary on {len(job.rows)} rows")
             manifest["pruning"] = report["pruning"] = _judge_pruning(job, manifest, answers, rationales)
         for target in wanted if job.rows else ():
@@ -414,7 +412,7 @@ def _judge_pruning(
         with _candidate(job, manifest, REFERENCE)(Path(scratch), entry) as pruned:
             figures = accuracy_figures(pruned, answers, rationales, job.texts, job.rows, job.opened, job.plan)
     if figures is not None and (
-        refused := accuracy.pruning_refusal(figures, job.limits.max_drop, job.pruning_flags)
+        refused := accuracy.pruning_refusal(figures, job.limits.max_drop, job.pruning_options)
     ):
         raise refused
     return figures
@@ -457,7 +455,7 @@ def _judge(
 
     if accuracy.too_much(figures, job.limits.max_drop):
         raise accuracy.refusal(
-            target.name, figures, job.limits.max_drop, layers(label_distance), job.pruning_flags
+            target.name, figures, job.limits.max_drop, layers(label_distance), job.pruning_options
         )
     if accuracy.drifted(figures, job.limits.min_rationale_agreement):
         least = job.limits.min_rationale_agreement

@@ -1,13 +1,13 @@
-"""The Triton kernels of the ``triton`` engine: logits exist in registers only, one tile at a time.
+"""The Triton kernels of the ``triton`` engine. Logits exist only in registers, one tile at a time.
 
-``partial_softmax`` walks a strip of the vocabulary for a block of rows and keeps, for each row, the running
-maximum, the sum of exponentials and where the maximum was met first. ``combine_partials`` joins a row's
+``partial_softmax`` walks over a strip of the vocabulary for a block of rows and keeps, for each row, the running
+maximum, the sum of exponentials and the position of the first maximum. ``combine_partials`` combines a row's
 strips and adds its target. ``logits_grad`` computes a slice of the scores again and writes the gradient
 of the logits. For chunks of rows ``partial_softmax`` also keeps each tile's exponentials, from which
-``probs_to_grad`` makes the gradient without another product. ``column_sums`` adds the rows of a gradient
-for the bias. No atomics and no locks: every element has one writer, so a repeated run gives the same
+``probs_to_grad`` computes the gradient without another product. ``column_sums`` adds the rows of a gradient
+for the bias. There are no atomics and no locks: every element has a single writer, so a repeated run gives the same
 bits. Scores are in base 2, ``z2 = z * log2(e)``, with the logit scale folded into the same factor.
-Offsets are 64-bit. Knows nothing of torch.
+Offsets are 64-bit. This module knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Exponentials are kept times 2^8: float16's smallest normal number is 6e-5, its largest 65504.
+# Exponentials are stored times 2^8: float16's smallest normal number is 6e-5, its largest 65504.
 KEPT_GAIN = tl.constexpr(8.0)
 
 
@@ -251,7 +251,7 @@ def combine_partials(  # type: ignore[no-untyped-def]
     if smoothing > 0.0:  # apart: 0 * -inf is no loss
         loss += LN2 * (smoothing * (largest - summed / n_classes))
     lse = natural + LN2 * largest
-    if z_loss > 0.0:  # apart: the square of a large lse is infinite, and 0 * inf is NaN
+    if z_loss > 0.0:  # separate: the square of a large lse is infinite, and 0 * inf is NaN
         loss += z_loss * lse * lse
     tl.store(losses + row, tl.where(bad, float("nan"), loss))
     tl.store(hits + row, hit.to(tl.int8))

@@ -42,7 +42,8 @@ def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Resu
     """
     if options.softcap:
         raise RuntimeError(
-            "Chunks of rows keep exponentials, which do not tell a soft cap's slope: take chunks of the vocabulary."
+            "Chunks of rows keep exponentials, from which a soft cap's derivative cannot be recovered: use chunks of the "
+            "vocabulary."
         )
     hidden, weight, _ = inputs
     n_rows, n_classes, device = plan.indices.shape[0], weight.shape[0], hidden.device

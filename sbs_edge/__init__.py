@@ -1,6 +1,6 @@
 """sbs-edge: distil a large model's rationales into a small student and ship it as a bundle.
 
-Three names do the work; the others are their results, settings and errors::
+Three names do the work. The others are their results, settings and errors::
 
     from sbs_edge import Student, export, train
 
@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         from importlib import import_module
 
-        # `export` is a package of this name too, which can be called just the same.
+        # `export` is also a package of this name, which can be called in the same way.
         return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,7 +1,7 @@
 """Processors and memory that this process may use: affinity, control groups and resource limits.
 
-A container with half a processor sees every core of its host. Threads beyond its quota only take turns, so
-defaults are taken from here and not from ``os.cpu_count()``.
+A container with half a processor sees every core of its host, but threads beyond its quota only take turns. So
+defaults come from here and not from ``os.cpu_count()``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 _own_share: int | None = None  # threads that this process keeps to, beside others of the same work
 
-# Parts of messages of onnxruntime, the C++ library and the dynamic loader when memory cannot be had.
+# Messages of onnxruntime, the C++ library and the dynamic loader when memory cannot be allocated.
 _NO_MEMORY = (
     "bad_alloc", "failed to allocate memory", "cannot allocate memory", "out of memory", "enomem",
     "failed to map segment",
@@ -33,7 +33,7 @@ _NO_MEMORY = (
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """Return how many threads can run at once: the lesser of the affinity and the quota, rounded up.
+    """Return how many threads can run at once: the smaller of affinity and quota, rounded up.
 
     Args:
         root: the file system to read ``proc`` and ``sys`` from.
@@ -83,10 +83,10 @@ def plan_processes(tasks: int, memory_each: int, threads: int | None = None) -> 
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the processors that control groups grant, 0.5 for half of one; None where nothing limits them.
+    """Return how many processors the control groups (cgroups) grant, such as 0.5; None if there is no limit.
 
     Reads ``cpu.max`` (version 2) or ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us`` (version 1) of this process's
-    group and of every group above it; the least counts.
+    group and of every group above it; the smallest counts.
     """
     found = []
     for folder in _groups("cpu", root):
@@ -101,7 +101,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that control groups and ``ulimit -v`` allow; None where nothing limits them.
+    """Return the bytes of memory that control groups and ``ulimit -v`` allow; None if there is no limit.
 
     Reads ``memory.max`` (version 2) or ``memory.limit_in_bytes`` (version 1).
     """
@@ -128,14 +128,14 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def memory_advice() -> str:
-    """Return what to tell a user who has run out of memory."""
+    """Return advice for a user who has run out of memory."""
     limit = memory_limit()
     known = f"This process may use {limit >> 20} MB" if limit else "No limit is set on this process"
     return f"{known}; docs/bundle.md says what a bundle needs."
 
 
 def limit_torch_threads(threads: int | None = None) -> None:
-    """Give torch ``threads`` compute threads; None: its own default, but no more than a CPU quota lets run at once."""
+    """Set torch's compute threads to ``threads``; None: torch's default, but no more than the CPU quota allows."""
     import torch
 
     if threads is None and cpu_quota() is None and _own_share is None:
@@ -144,7 +144,7 @@ def limit_torch_threads(threads: int | None = None) -> None:
 
 
 def _whole(word: str) -> int | None:
-    """Return a positive whole number, or None for ``max``, -1 and whatever else is not a limit."""
+    """Return a positive whole number, or None for ``max``, -1 and other values that are not a limit."""
     return int(word) if word.isascii() and word.isdigit() and int(word) > 0 else None
 
 

@@ -1,9 +1,9 @@
-"""Beam search of a fixed width in one graph, with the bookkeeping of ``transformers``' ``generate``.
+"""Beam search of a fixed width in one graph, with the rules of ``transformers``' ``generate``.
 
-Width w keeps w running beams and the w best finished ones a row. Of the 2w best continuations, those among the first
-w that end become candidates for the finished ones, with the mean log-probability of their tokens as score; the best w
-that do not end run on. The search stops when no row's best running beam could still beat its worst finished one, or
-at the limit, where what runs counts as finished.
+With width w, each row has w running beams and its w best finished beams. Of the 2w best continuations, those among the
+first w that end become candidates for the finished beams, with the mean log-probability of their tokens as score. The
+best w that do not end keep running. The search stops when no row's best running beam can still beat its worst finished
+one, or at the limit, where running beams count as finished.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def build_beam_generator(
 ) -> onnx.ModelProto:
     """Write ``input_ids, attention_mask (B, S), max_new_tokens () int64 -> tokens (B, N), log_probability (B,)``.
 
-    The best finished beam of every row, padded; ``log_probability`` is the sum over its tokens.
+    The tokens are the best finished beam of every row, padded; ``log_probability`` is the sum over them.
 
     Args:
         weights: the checkpoint.
         precision: the number format.
         width: beams, at least 2.
-        output_tokens: sorted token ids the student may write; None: all.
+        output_tokens: sorted ids of the tokens that the student may write; None: all.
         step_precision: another number format for the loop's body; None: ``precision``.
     """
     if width < 2:
@@ -134,7 +134,7 @@ def build_beam_generator(
 
     hope = body.op("Div", body.op("ReduceMax", next_score, _axes(1), keepdims=1), divisor)
     worst = body.op("ReduceMin", next_best, _axes(1), keepdims=1)
-    # A row that cannot improve takes no candidate any more, however long the others of its batch run.
+    # A row that cannot improve takes no more candidates, however long the other rows run.
     still_hopeful = body.op("And", hopeful, body.op("Greater", hope, worst))
     improvable = body.op("ReduceMax", body.op("Cast", still_hopeful, to=6), keepdims=0)
     not_over = body.op("Not", at_limit)

@@ -25,7 +25,7 @@ def build_rationale_generator(
     """Write ``input_ids, attention_mask (B, S), max_new_tokens () int64 -> tokens (B, N), log_probability (B,)``.
 
     The encoder and the cross-attention's keys and values are computed once; the loop ends when every
-    row has met end-of-sequence or after ``max_new_tokens``. Rows that ended early are filled with the
+    row has reached end-of-sequence, or after ``max_new_tokens``. Rows that ended early are filled with the
     padding token. ``log_probability`` is the sum over a row's tokens, end-of-sequence included.
 
     Args:

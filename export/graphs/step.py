@@ -1,6 +1,6 @@
-"""Rationales on a GPU: an encoder graph, and a step graph with a cache of fixed size that a host loop drives.
+"""Rationales on a GPU: an encoder graph, and a step graph with a cache of fixed size for a loop on the host.
 
-TensorRT refuses a loop whose tensors grow, and a fixed cache can stay on the device between calls.
+TensorRT refuses a loop whose tensors grow. A fixed cache can stay on the device between calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["build_decoder_step", "build_encoder"]
 def build_encoder(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
     """Write ``input_ids, attention_mask (B, S) int64 -> cross_0 .. cross_{2L-1} (B, H, S, d_kv)``.
 
-    ``cross_{2l}`` and ``cross_{2l+1}`` are keys and values of decoder layer l, made once a request.
+    ``cross_{2l}`` and ``cross_{2l+1}`` are keys and values of decoder layer l, computed once per request.
     """
     graph = Graph()
     ids = graph.input("input_ids", INT64, ["batch", "source"])
@@ -37,7 +37,7 @@ def build_encoder(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
 def build_decoder_step(
     weights: T5Weights, precision: Precision, max_new_tokens: int, output_tokens: np.ndarray | None = None
 ) -> onnx.ModelProto:
-    """Write one step: the token at ``position`` in, the next token and the caches out.
+    """Write a step graph, from the token at ``position`` to the next token and the caches.
 
     Inputs: ``token (B, 1)`` and ``position (1,)`` int64, ``finished (B, 1)`` bool, ``score (B, 1)`` float32,
     ``past_i (B, H, max_new_tokens, d_kv)``, of which places from ``position`` on are not read, whatever they hold;
@@ -48,7 +48,7 @@ def build_decoder_step(
     Args:
         weights: the checkpoint.
         precision: the number format.
-        max_new_tokens: places in the cache.
+        max_new_tokens: positions in the cache.
         output_tokens: sorted token ids the student may write; None: all.
     """
     graph = Graph()
@@ -62,8 +62,8 @@ def build_decoder_step(
     past = [graph.input(f"past_{i}", FLOAT, ["batch", heads, max_new_tokens, width]) for i in range(layers)]
     writer = Writer(graph, weights, precision)
     places = np.arange(max_new_tokens, dtype=np.int64)[None, None, :, None]
-    # Places that no step has filled take this step's key and value: finite, and masked by the bias. What the
-    # buffers held before is never read, so nobody has to clear them.
+    # Positions that no step has filled get this step's key and value, which are finite and masked by the bias. The
+    # earlier content of the buffers is never read, so they need not be cleared.
     filled = graph.op("Less", places, position)
 
     def attend(layer: int, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:

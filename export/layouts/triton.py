@@ -13,10 +13,10 @@ across requests needs every tensor to have a batch dimension, so the scalar ``ma
 explainer becomes a constant here. Triton batches requests of equal shape: clients pad to a multiple
 of 16 tokens so that batches form.
 
-Rationales of targets for GPUs are left out: their encoder and step graphs are driven by a loop on the host, with a
-cache between the steps, which is no request and answer. The repository's README says so.
+Rationales of targets for GPUs are left out: their encoder and step graphs need a loop on the host with a
+cache between the steps, which does not fit a request and a response. The repository's README says so.
 
-Source of the fields: Triton's ``model_config.proto``. Knows nothing of training or HTTP.
+Source of the fields: Triton's ``model_config.proto``. The module knows nothing of training or HTTP.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def write_triton_repository(
     Args:
         bundle: the bundle's directory; its digests are checked first.
         out: the repository's directory.
-        targets: which targets; None: all of the bundle.
+        targets: the targets; None: all of the bundle.
         model_version: the numeric version directory.
-        max_batch_size: most requests Triton puts into one call.
-        max_queue_delay_us: longest time a request waits for company.
-        max_queue_size: requests beyond this are refused, as the bundle's own server does.
-        timeout_ms: requests that wait longer in the queue are refused.
-        instances: copies of each graph that run side by side.
+        max_batch_size: largest number of requests that Triton puts into one call.
+        max_queue_delay_us: longest time that a request waits for others.
+        max_queue_size: largest queue; more requests are refused, as by our own server.
+        timeout_ms: longest wait in the queue; then a request is refused.
+        instances: copies of each graph that run in parallel.
 
     Raises:
         UsageError: a target is not in the bundle or has no graph to serve, or a number is out of range.
@@ -88,8 +88,8 @@ def write_triton_repository(
     alone = [target for target in stepwise if not any(role in manifest["targets"][target] for role in _ROLES)]
     if alone:
         raise UsageError(
-            f"The target {alone[0]!r} of this bundle only generates, in steps that a loop on the host drives, and Triton "
-            "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph holds the loop."
+            f"The target {alone[0]!r} of this bundle only generates, in steps that the host repeats, and Triton "
+            "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph contains the loop."
         )
     names: list[tuple[str, str, str]] = []
     with files.atomic_directory(out) as work:
@@ -147,7 +147,7 @@ def write_triton_repository(
 
 
 class _Word(str):
-    """A bare word of the text format: an enum value."""
+    """An enum value, which is a bare word in the text format."""
 
     __slots__ = ()
 
@@ -157,7 +157,7 @@ def _kind(providers: Sequence[str]) -> _Word:
 
 
 def _accelerator(providers: Sequence[str]) -> dict[str, Any]:
-    """TensorRT targets ask Triton's onnxruntime backend for its TensorRT provider."""
+    """Return the setting that makes Triton's onnxruntime backend use TensorRT, for TensorRT targets."""
     if not providers[0].lower().startswith(("tensorrt", "nvtensorrt")):
         return {}
     return {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": [{"name": "tensorrt"}]}}}
@@ -194,7 +194,7 @@ def _write_graph(
 
 
 def _tensor(value: Any, graph: Path) -> tuple[str, str, list[int]]:
-    """Return one tensor as Triton describes it: the batch dimension is implied, -1 is any size."""
+    """Return a tensor in Triton's description: the batch dimension is implied, and -1 is any size."""
     import onnx
 
     numbers = {onnx.TensorProto.INT64: "TYPE_INT64", onnx.TensorProto.FLOAT: "TYPE_FP32"}
@@ -202,7 +202,7 @@ def _tensor(value: Any, graph: Path) -> tuple[str, str, list[int]]:
     if kind.elem_type not in numbers or not kind.shape.dim:
         raise UsageError(f"{graph} has the tensor {value.name!r}, which Triton cannot batch.")
     dims = [int(d.dim_value) if d.HasField("dim_value") else -1 for d in kind.shape.dim[1:]]
-    # A tensor with nothing but a batch dimension is [batch, 1] to Triton, reshaped to [batch].
+    # For Triton, a tensor with only a batch dimension is [batch, 1], reshaped to [batch].
     return value.name, numbers[kind.elem_type], dims
 
 

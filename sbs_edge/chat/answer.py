@@ -10,7 +10,11 @@ __all__ = ["Answer", "CallFailed"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. Token counts are None where the server counts none; thought is kept apart."""
+    """An answer. Token counts are None if the server gives none; thinking is kept apart from the text.
+
+    ``top_logprobs`` holds the last tokens of the text, each with the log-probabilities of the likeliest tokens at
+    its place, if the server was asked for them and gave them.
+    """
 
     text: str
     finish_reason: str | None = None
@@ -20,10 +24,11 @@ class Answer:
     has_thought: bool = False
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    top_logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
 
 
 class CallFailed(Exception):
-    """A call brought no answer.
+    """A call that gave no answer.
 
     Attributes:
         reason: short and stable, such as ``http-429`` or ``rejected``.

@@ -1,6 +1,6 @@
-"""Takes a chat template's marks out of an answer: thought, channels, turns.
+"""Remove a chat template's marks from an answer: thinking, channels, turns.
 
-A model's server should remove them; where it does not, they would be learnt as part of a rationale or a label.
+The server should remove them. If it does not, the student would learn them as part of a rationale or a label.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHANNEL = re.compile(
     r"(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
     re.DOTALL,
 )
-# The same where the special tokens were dropped and their words left: analysisWe need ...assistantfinalThe ...
+# The same if the special tokens were dropped and their words left: analysisWe need ...assistantfinalThe ...
 _BARE_CHANNEL = re.compile(r"\A(?:analysis|commentary)(?=[A-Z\"“'’])(.*?)(?:assistant\s*final|\Z)", re.DOTALL)
 _PROSE = re.compile(
     r"\A\s*Here is my thought process:.*?Here is my response:", re.DOTALL | re.IGNORECASE
@@ -54,7 +54,7 @@ _WRAPPER = re.compile(
     r"</?(?:answer|final_answer|response|output|solution)>|<\|(?:begin|end)_of_solution\|>|◁/?answer▷",
     re.IGNORECASE,
 )
-# A mark that none of the above knows: a special token anywhere, or a tag that opens the text or closes nothing.
+# An unknown mark: a special token anywhere, or a tag that opens the text or closes nothing.
 _SPECIAL = re.compile(
     r"<\|[^\s<>|]{1,40}\|?>|<[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>|◁[^\s◁▷]{1,40}▷|<unused\d+>"
 )
@@ -68,7 +68,7 @@ _HTML = re.compile(
 
 
 class Unmarked(NamedTuple):
-    """The answer without marks; ``reason`` where it is of no use; ``ended`` if a mark ended the turn."""
+    """The answer without marks; ``reason`` if it cannot be used; ``ended`` if a mark ended the turn."""
 
     text: str
     reason: str | None = None
@@ -76,11 +76,11 @@ class Unmarked(NamedTuple):
 
 
 def unmark(text: str, keep: Sequence[str] = ()) -> Unmarked:
-    """Return what the model said to the user.
+    """Return the part of the answer that is meant for the user.
 
-    Thought is removed with its marks. Thought that is opened and never closed makes the answer useless
-    (``thought-unfinished``), thought without an answer too (``thought-only``), and so does a mark that is not
-    known (``unknown-mark: <name>``): it would be taken for a part of the rationale.
+    Thinking is removed with its marks. An answer cannot be used if thinking is opened and never closed
+    (``thought-unfinished``), if there is only thinking (``thought-only``), or if a mark is unknown
+    (``unknown-mark: <name>``), because it would be read as a part of the rationale.
 
     Args:
         text: what came.
@@ -121,7 +121,7 @@ def unmark(text: str, keep: Sequence[str] = ()) -> Unmarked:
 
 
 def _without_invisible(text: str) -> str:
-    """Drop control and format characters; the two joiners stay, scripts and emoji are written with them."""
+    """Drop control and format characters, except the two joiners, which scripts and emoji need."""
     return "".join(
         c
         if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf")
@@ -133,7 +133,7 @@ def _without_invisible(text: str) -> str:
 
 
 def _without_thought(text: str, own: str) -> tuple[str, bool, bool]:
-    """Return the text without thought, whether there was any, and whether it was left open."""
+    """Return the text without thinking, whether there was any, and whether it was left open."""
     kept: list[str] = []
     start, depth, had = 0, 0, False
     marks = sorted(
@@ -147,7 +147,7 @@ def _without_thought(text: str, own: str) -> tuple[str, bool, bool]:
                 kept.append(text[start:begin])
             depth = 1  # a model that quotes the opening mark in its thought closes it once
         elif depth == 0:
-            kept.clear()  # opened in the prompt's template: all that stands before is thought
+            kept.clear()  # opened in the prompt's template: everything before it is thinking
         else:
             depth = 0
         start = end

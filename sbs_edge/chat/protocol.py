@@ -1,7 +1,7 @@
-"""The OpenAI protocol, read once: a typed answer, or a failure in the server's own words.
+"""Read responses of the OpenAI protocol: a typed answer, or a failure in the server's own words.
 
-Whatever a server, a Batch file or a proxy sends is foreign JSON. :func:`read_answer` takes the text out of it and
-refuses every other shape; only text goes further.
+Responses of servers, Batch files and proxies are untrusted JSON. :func:`read_answer` takes only the text out of it and
+rejects every other shape.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from sbs_edge.chat.answer import Answer, CallFailed
 from sbs_edge.chat.endpoint import one_line
+from sbs_edge.chat.logprobs import read_logprobs
 
 __all__ = ["content_text", "failure", "parse_body", "read_answer", "token_count"]
 
-# The server says that no retry will help: the account is empty or the project has no access.
+# The server says that a retry will not help: the account is empty or the project has no access.
 _FATAL_CODES = {"insufficient_quota", "billing_hard_limit_reached", "account_deactivated", "model_not_found"}
 _FILTER_CODES = {"content_filter", "content_policy_violation"}
 _FATAL = {401, 402, 403, 404, 405, 407, 410}
@@ -27,12 +28,12 @@ _FINISH = {
     "max_tokens": "length", "model_length": "length", "max_output_tokens": "length",
     "safety": "content_filter", "recitation": "content_filter", "prohibited_content": "content_filter",
 }  # fmt: skip
-_QUOTED = 4000  # characters; the caller takes secrets out first, then cuts further
+_QUOTED = 4000  # characters; the caller removes secrets first, then cuts further
 _THOUGHT_PARTS = {"thinking", "reasoning", "redacted_thinking", "thought", "reasoning_content"}
 
 
 def content_text(content: object) -> str:
-    """Return the text of a message's ``content``: a text, null, or a list of parts, of which thought is left out.
+    """Return the text of a message's ``content``: a text, null, or a list of parts, without thinking.
 
     Raises:
         ValueError: any other shape.
@@ -60,7 +61,7 @@ def content_text(content: object) -> str:
 
 
 def token_count(value: object) -> int | None:
-    """Return a count of tokens, or None for anything that is not one; servers send texts, floats and -1."""
+    """Return a number of tokens, or None for anything else, because servers send texts, floats and -1."""
     if isinstance(value, str) and value.strip().isdecimal() and len(value) < 16:
         value = int(value)
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
@@ -95,6 +96,7 @@ class _Choice(_Foreign):
     text: _Text | None = None
     finish_reason: _Word = None
     error: Any = None
+    logprobs: Any = None
 
 
 class _Usage(_Foreign):
@@ -109,7 +111,7 @@ class _Response(_Foreign):
 
 
 def parse_body(content: bytes) -> Any:
-    """Return the JSON of a body, or None where it is not JSON."""
+    """Return the JSON of a body, or None if it is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -174,6 +176,7 @@ def read_answer(body: Any, headers: Mapping[str, str] | None = None, raw: str = 
         has_thought=bool(message.reasoning_content or message.reasoning),
         model=response.model,
         headers=headers or {},
+        top_logprobs=read_logprobs(choice.logprobs),
     )
 
 
@@ -213,7 +216,7 @@ def _error_of(body: Any) -> tuple[str, str, int | None] | None:
 
 
 def failure(status: int, body: Any, headers: Mapping[str, str] | None = None, raw: str = "") -> CallFailed:
-    """Say what a response with an error ``status`` (or an error in a 200) means for this call and for the next.
+    """Return the failure for a response with an error ``status``, or with an error in a 200.
 
     Args:
         status: of the response, or the one its body names.

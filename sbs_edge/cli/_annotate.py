@@ -1,4 +1,4 @@
-"""The steps of ``sbs-edge annotate``, apart from its flags."""
+"""The steps of ``sbs-edge annotate``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Connection:
-    """Where the teacher is; keyword arguments of :func:`sbs_edge.teacher.connect.connect`. It holds secrets."""
+    """The address of the teacher: keyword arguments of :func:`sbs_edge.teacher.connect.connect`, with secrets."""
 
     backend: str = "openai"
     base_url: str | None = None
@@ -110,7 +110,7 @@ def read_rows(
         if split not in found.splits:
             raise UsageError(f"{dataset} has no split {split!r}; it has {', '.join(found.splits)}.")
         examples, rejected = found.splits[split], found.rejected[split]
-        # The teacher whose outputs lie beside the rows is not the teacher asked here.
+        # The teacher whose outputs are beside the rows is not the teacher of this run.
         examples = [dataclasses.replace(e, teacher_label=None, rationale=None) for e in examples[:limit]]
     else:
         result = read_examples(data, columns=ColumnMap.parse(column), limit=limit, split=split)
@@ -138,7 +138,7 @@ def read_outputs(paths: list[Path], settings: Settings) -> Any:
     for path in paths:
         matches = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else [path]
         if not matches:
-            raise UsageError(f"No file fits {path}.")
+            raise UsageError(f"No file matches {path}.")
         found += matches
     kinds = {path.suffix for path in found}
     if kinds == {".json"}:
@@ -151,7 +151,7 @@ def read_outputs(paths: list[Path], settings: Settings) -> Any:
 
 
 def journal_records(path: Path) -> dict[str, Any]:
-    """Return what the journal holds; an absent one holds nothing."""
+    """Return the records of the journal; empty if there is none."""
     from sbs_edge.teacher.journal import Journal
 
     if not path.exists():
@@ -169,7 +169,7 @@ def emit(
     console: Console,
     json_output: bool,
 ) -> None:
-    """Write Batch input for what the journal lacks."""
+    """Write OpenAI Batch input for the calls that the journal lacks."""
     from sbs_edge.teacher.collect import unfinished
     from sbs_edge.teacher.outputs import emit_batch
 
@@ -194,7 +194,7 @@ def say_estimate(
     console: Console,
     json_output: bool,
 ) -> None:
-    """Print what asking would take."""
+    """Print the estimated calls, tokens and cost."""
     from sbs_edge.teacher.annotate import estimate
 
     found = estimate(rows, spec, settings, journal_records(journal_path))
@@ -221,7 +221,7 @@ def ask_teacher(
     journal_path: Path,
     console: Console,
 ) -> Annotation:
-    """Ask with a progress bar, or a line every few seconds where there is no terminal."""
+    """Ask with a progress bar, or a line every few seconds without a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sbs_edge.teacher.annotate import Progress as Figures
@@ -258,10 +258,10 @@ REFUSED_SHARE = 0.1
 def outcome(
     annotation: Annotation, report: dict[str, Any], out: Path, server: str, fields: list[str]
 ) -> None:
-    """Raise where a run did not do what was asked; what it did is written already.
+    """Raise an error if a run did not do what was asked; its results are written already.
 
     Raises:
-        SbsEdgeError: the budget ended the run, calls stayed unanswered, no row is annotated, or the server refused
+        SbsEdgeError: the budget was used up, calls were left unanswered, no row is annotated, or the server refused
             more than :data:`REFUSED_SHARE` of the rows.
 
     """
@@ -273,7 +273,7 @@ def outcome(
     if stats.stopped == "budget":
         raise SbsEdgeError(
             f"The budget ended the run: {done} of {rows} rows are annotated and written to {out}. Raise --max-cost "
-            "or --max-total-tokens and run the same command to go on."
+            "or --max-total-tokens and run the same command to continue."
         )
     words = stats.last_failure or next((item.detail for item in annotation.results if item.detail), None)
     refused = report["reasons"].get("rejected", 0)
@@ -284,7 +284,7 @@ def outcome(
     if stats.unanswered:
         kinds = ", ".join(f"{number} {reason}" for reason, number in stats.unanswered.items())
         raise SbsEdgeError(
-            f"{sum(stats.unanswered.values())} calls stayed unanswered ({kinds}); the rest is written to {out}.{said} "
+            f"{sum(stats.unanswered.values())} calls were left unanswered ({kinds}); the rest is written to {out}.{said} "
             "Run the same command again: it asks only what is missing."
         )
     if done == 0:

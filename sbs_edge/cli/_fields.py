@@ -1,4 +1,4 @@
-"""Options generated from the fields of a configuration class, and the text form ``FIELD=VALUE``."""
+"""Generate options from the fields of a configuration class, and parse ``FIELD=VALUE``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["field_options", "parse_fields"]
 
 
 def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that gives a command one option for each field of ``model``.
+    """Return a decorator that gives a command an option for each field of ``model``.
 
-    The options arrive in the command's ``**`` parameter. Their names, bounds, choices, defaults and help
-    are the fields' own.
+    The command receives the options in its ``**`` parameter. Names, bounds, choices, defaults and help
+    come from the fields.
 
     Args:
         model: configuration class; every field has a description.
-        before: parameter of the command in front of which the options go.
+        before: parameter of the command before which the options are placed.
 
     """
 
@@ -54,7 +54,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     kind, repeated, optional = _kind(name, field.annotation)
     flag = f"--{name.replace('_', '-')}"
     if kind is bool:
-        # A flag that is off unless given needs no opposite; the others do.
+        # A flag that is off by default needs no opposite; others do.
         names = [flag] if default is False else [f"{flag}/--{'no-' + flag[2:]}"]
     else:
         names = [flag]
@@ -73,7 +73,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _kind(name: str, annotation: Any) -> tuple[Any, bool, bool]:
-    """Return the type of one value, whether several may be given, and whether None is allowed."""
+    """Return the type of a value, whether several may be given, and whether None is allowed."""
     optional = repeated = False
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is typing.Union:
         parts = get_args(annotation)
@@ -110,10 +110,10 @@ def parse_fields(
     """Read ``FIELD=VALUE`` texts; the configuration class converts and checks the values.
 
     Args:
-        items: the texts; ``null`` stands for None, every other value is text as written.
+        items: the texts; ``null`` means None, every other value is text as written.
         model: configuration class.
-        flags: fields that the command sets by an option of its own, and that option.
-        option: option that took the texts, for messages.
+        flags: fields that the command sets with another option, and that option.
+        option: option that received the texts, for messages.
 
     Raises:
         UsageError: a text is not FIELD=VALUE, names an unknown field or names one twice.

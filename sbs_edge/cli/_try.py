@@ -23,33 +23,35 @@ def register_try(group: typer.Typer) -> None:
         data: Annotated[str, typer.Argument(metavar="INPUT", help="Rows, as for annotate.")],
         task: Annotated[str, typer.Option(help="Task file or preset.")],
         model: Annotated[str, typer.Option(help="The teacher's model, as the server knows it.")],
-        rows: Annotated[int, typer.Option(min=1, help="How many rows to ask for.")] = 5,
+        rows: Annotated[int, typer.Option(min=1, help="Number of rows to ask for.")] = 5,
         base_url: Annotated[str | None, typer.Option(help="As for annotate.")] = None,
         server: Annotated[str | None, typer.Option(help="Preset of a server, as for annotate.")] = None,
         api_key_env: Annotated[
             str | None, typer.Option(help="Environment variable that holds the key.")
         ] = None,
-        header: Annotated[list[str] | None, typer.Option(help="NAME=VALUE or NAME=env:VARIABLE.")] = None,
-        request: Annotated[
-            list[str] | None, typer.Option(help="NAME=VALUE sets a field of the request.")
+        header: Annotated[
+            list[str] | None, typer.Option(help="Header sent with every request; or NAME=env:VARIABLE.")
         ] = None,
-        omit: Annotated[list[str] | None, typer.Option(help="Field of the request that is not sent.")] = None,
-        extra_body: Annotated[str | None, typer.Option(help="JSON object of further fields.")] = None,
+        request: Annotated[list[str] | None, typer.Option(help="Set a field of the request.")] = None,
+        omit: Annotated[list[str] | None, typer.Option(help="Leave a field out of the request.")] = None,
+        extra_body: Annotated[
+            str | None, typer.Option(help="JSON object with further fields of the request.")
+        ] = None,
         temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-        max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit of one answer in tokens.")] = None,
+        max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
         column: Annotated[
             list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
         ] = None,
         skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows.")
+            bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
         ] = False,
         price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
         price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
         journal: Annotated[
             Path | None,
             typer.Option(
-                help="Keep the answers here: annotate with the same journal does not pay for them again."
+                help="Keep the answers in this file; annotate with the same journal does not pay for them again."
             ),
         ] = None,
         json: JsonOption = False,

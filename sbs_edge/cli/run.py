@@ -55,31 +55,35 @@ def register(app: typer.Typer) -> None:
         data: DataArgument = "builtin",
         out: Annotated[
             Path,
-            typer.Option(help="Where students, bundle and report go; an old bundle is replaced at the end."),
+            typer.Option(
+                help="Directory of the students, bundle and report; an old bundle is replaced at the end."
+            ),
         ] = Path("runs/latest"),
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
         test: TestOption = None,
         task: Annotated[
             Path | None,
-            typer.Option(help="The task file that annotated the data: its labels and how they compare."),
+            typer.Option(
+                help="The task file that the data was annotated with; gives the labels and how they compare."
+            ),
         ] = None,
         label_kind: LabelKindOption = None,
         compare: CompareOption = Compare.text,
         column: ColumnOption = None,
         mode: ModeOption = Mode.stepwise,
-        steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every compared student.")] = 600,
+        steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each student.")] = 600,
         rationale_weight: Annotated[
             float | None,
             typer.Option(
                 min=0,
-                help="lambda in L_label + lambda * L_rationale; none: 3 from scratch, 1 from a checkpoint.",
+                help="lambda in L_label + lambda * L_rationale. Default: 3 from scratch, 1 from a checkpoint.",
             ),
         ] = None,
         model: Annotated[
             str | None,
             typer.Option(
-                help="T5-family checkpoint, by hub name or directory; none: a tiny one from scratch."
+                help="T5-family checkpoint, by hub name or directory. Default: a tiny one from scratch."
             ),
         ] = None,
         encoder_layers: EncoderLayersOption = None,
@@ -87,29 +91,38 @@ def register(app: typer.Typer) -> None:
         controls: Annotated[
             bool,
             typer.Option(
-                "--controls", help="Also train on shuffled rationales, and label-only for twice the steps."
+                "--controls",
+                help="Also train on shuffled rationales, and on labels alone for twice the steps.",
             ),
         ] = False,
         teacher_error: Annotated[
             float,
             typer.Option(
-                min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
+                min=0,
+                max=1,
+                help="Share of the built-in teacher's answers that are wrong; PaLM's was about 0.25.",
             ),
         ] = 0.0,
+        teacher_samples: Annotated[
+            int,
+            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
+        ] = 1,
         train_rows: Annotated[
             int | None, typer.Option(min=1, help="Use at most this many training rows.")
         ] = None,
         training: Annotated[
             list[str] | None,
-            typer.Option(help="FIELD=VALUE for any option of train, for example d_model=128."),
+            typer.Option(help="Set any option of train, for example d_model=128."),
         ] = None,
-        target: Annotated[list[str] | None, typer.Option(help="Export target; several may be given.")] = None,
+        target: Annotated[
+            list[str] | None, typer.Option(help="Target to export. Default: cpu-int8 and cpu-fp32.")
+        ] = None,
         max_drop: Annotated[
             float,
             typer.Option(
                 min=0,
                 max=100,
-                help="Points of accuracy a lossy target may cost before the accuracy check fails (exit 3).",
+                help="Points of accuracy that a lossy target may lose; more is exit 3.",
             ),
         ] = 1.0,
         min_rationale_agreement: Annotated[
@@ -126,7 +139,7 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
-        """Train with rationales, compare with label-only, export, predict, and write a report.
+        """Train with and without rationales, compare, export, and write a report.
 
         Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000
         """
@@ -214,7 +227,12 @@ def load_rows(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     train_rows = values["train_rows"]
     if values["data"] == "builtin":
         size = {"n_train": train_rows} if train_rows else {}
-        return builtin_splits(seed=values["seed"], teacher_error=values["teacher_error"], **size)
+        return builtin_splits(
+            seed=values["seed"],
+            teacher_error=values["teacher_error"],
+            teacher_samples=values["teacher_samples"],
+            **size,
+        )
     spec = load_task(values["task"]).spec if values["task"] else None
     splits = load_splits(
         values["data"],

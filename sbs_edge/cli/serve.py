@@ -17,11 +17,11 @@ _FLAGS = {"watch_s": "watch", "drain_timeout_s": "drain_timeout"}  # settings wh
 
 
 def _found(name: str | None, path: Path, max_versions: int) -> dict[str, Any]:
-    """Say which bundles would be served for one argument; their manifests are read, their files are not."""
+    """Return the bundles that would be served for an argument, from their manifests alone."""
     from sbs_edge.runtime.manifest import read_manifest
     from sbs_edge.serve.models import Model
 
-    # A folder without any bundle is read as one itself, which says what is missing.
+    # A folder without any bundle is read as a bundle itself, so that the error says what is missing.
     found = Model(name, path).candidates(max_versions)[:max_versions] or [(None, path)]
     bundles = [(version, bundle, read_manifest(bundle)) for version, bundle in found]
     return {
@@ -48,7 +48,7 @@ def register(app: typer.Typer) -> None:
             list[str],
             typer.Argument(
                 metavar="[NAME=]PATH...",
-                help="A bundle, or a folder with one bundle for each version; several may be given.",
+                help="A bundle, or a folder with a bundle for each version; several may be given.",
             ),
         ],
         host: Annotated[
@@ -66,33 +66,32 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 min=1,
                 max=256,
-                help="Processes that answer together; each has an event loop, and an equal part of the limits. "
-                "They share the weights' memory.",
+                help="Processes that share the port, the memory of the weights and, in equal parts, the limits.",
             ),
         ] = 1,
         target: Annotated[
-            str | None, typer.Option(help="Which target of the bundle to run; its default when left out.")
+            str | None, typer.Option(help="Target of the bundle to run. Default: its first.")
         ] = None,
         threads: Annotated[
             int | None,
             typer.Option(
                 min=1,
-                help="CPU threads of one inference; more shortens a call, fewer let calls overlap. "
-                "None: as many as the CPU quota and affinity allow.",
+                help="CPU threads per inference: more make a call shorter, fewer let calls overlap. "
+                "Default: as many as the CPU quota and affinity allow.",
             ),
         ] = None,
         watch: Annotated[
             float,
-            typer.Option(min=0, help="Look for new versions every so many seconds; 0 only on SIGHUP."),
+            typer.Option(min=0, help="Seconds between checks for new versions; 0 checks only on SIGHUP."),
         ] = 0.0,
         max_versions: Annotated[
-            int, typer.Option(min=1, help="Newest versions kept in memory; each costs its size.")
+            int, typer.Option(min=1, help="Versions to keep in memory, the newest first.")
         ] = 2,
         max_batch_tokens: Annotated[
             int,
             typer.Option(
                 min=1,
-                help="Tokens in one inference, padding included; larger adds latency, hardly throughput.",
+                help="Tokens per inference, padding included; more adds latency and little throughput.",
             ),
         ] = 512,
         max_wait_ms: Annotated[
@@ -100,73 +99,89 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 min=0,
                 max=1000,
-                help="Longest time a text waits for company; only while others are on their way.",
+                help="Longest wait for texts that are still being tokenised; a lone text never waits.",
             ),
         ] = 2.0,
         label_workers: Annotated[
-            int, typer.Option(min=1, help="Label batches run at once; each uses --threads threads.")
+            int, typer.Option(min=1, help="Label batches that run at once, each with --threads threads.")
         ] = 1,
         rationale_workers: Annotated[
-            int, typer.Option(min=1, help="Rationale batches run at once, beside the label batches.")
+            int, typer.Option(min=1, help="Rationale batches that run at once, beside the label batches.")
         ] = 1,
         worker_nice: Annotated[
             int,
             typer.Option(
                 min=0,
                 max=19,
-                help="Priority steps of inference below the event loop: refusals are quicker on a busy core, and "
-                "other processes of the machine go first.",
+                help="Niceness of inference below the event loop: rejections are faster on a busy core, but other "
+                "processes of the machine go first.",
             ),
         ] = 0,
         truncate: Annotated[
             bool,
-            typer.Option("--truncate", help="Cut texts over the token limit and say so, instead of a 400."),
+            typer.Option(
+                "--truncate", help="Cut texts over the token limit and say so, instead of answering 400."
+            ),
         ] = False,
         max_body_bytes: Annotated[
-            int, typer.Option(min=1, help="Larger bodies, counted after decompression, get 413.")
+            int, typer.Option(min=1, help="Largest body, counted after decompression; larger get 413.")
         ] = 2_000_000,
         max_inside_bytes: Annotated[
             int,
             typer.Option(
-                min=1, help="More bytes of bodies inside at once get 429: plan four times this in memory."
+                min=1,
+                help="Most bytes of bodies in the server at once; more get 429. Plan four times this in memory.",
             ),
         ] = 67_108_864,
-        max_texts: Annotated[int, typer.Option(min=1, help="More texts in one request get 400.")] = 32,
-        max_concurrent: Annotated[int, typer.Option(min=1, help="More requests at once get 429.")] = 512,
+        max_texts: Annotated[int, typer.Option(min=1, help="Most texts per request; more get 400.")] = 32,
+        max_concurrent: Annotated[
+            int, typer.Option(min=1, help="Most requests at once; more get 429.")
+        ] = 512,
         max_queue_texts: Annotated[
-            int, typer.Option(min=1, help="More texts inside one model's queue get 429 instead of waiting.")
+            int, typer.Option(min=1, help="Most texts in the queue of a model; more get 429.")
         ] = 1024,
         max_queue_ms: Annotated[
             float,
             typer.Option(
-                min=0, help="A longer estimated wait gets 429: lower refuses earlier and answers sooner."
+                min=0,
+                help="Longest estimated wait; a longer one gets 429. Lower rejects earlier and answers sooner.",
             ),
         ] = 500.0,
         timeout_s: Annotated[
             float,
-            typer.Option(min=0, help="Requests not answered in this time get 504; a header may set another."),
+            typer.Option(
+                min=0, help="Longest time to answer; later is a 504. A request header may set another time."
+            ),
         ] = 30.0,
         body_timeout_s: Annotated[
             float,
-            typer.Option(min=0, help="Bodies that take longer to arrive get 408: a slow link may need more."),
+            typer.Option(
+                min=0, help="Longest time for a body to arrive; later is a 408. A slow link may need more."
+            ),
         ] = 10.0,
         head_timeout_s: Annotated[
             float,
-            typer.Option(min=0, help="Connections whose request line and headers take longer are closed."),
+            typer.Option(
+                min=0, help="Longest time for the request line and headers; then the connection is closed."
+            ),
         ] = 10.0,
         max_head_bytes: Annotated[
             int,
             typer.Option(
-                min=1024, help="Longer request lines and headers get 431; more is memory for strangers."
+                min=1024,
+                help="Most bytes of request line and headers; more get 431. Any client can use this memory.",
             ),
         ] = 65_536,
         max_connections: Annotated[
-            int, typer.Option(min=1, help="More connections at once get 503; each may hold one head.")
+            int,
+            typer.Option(
+                min=1, help="Most connections at once; more get 503. Each may hold a full set of headers."
+            ),
         ] = 2048,
         drain_timeout: Annotated[
             float,
             typer.Option(
-                min=0, help="Seconds running requests get after SIGTERM; then they are cut (exit 1)."
+                min=0, help="Seconds for running requests after SIGTERM; then they are cut off (exit 1)."
             ),
         ] = 30.0,
         token_file: Annotated[
@@ -181,33 +196,38 @@ def register(app: typer.Typer) -> None:
         escalate_url: Annotated[
             str | None,
             typer.Option(
-                help="OpenAI-compatible base URL asked when the student is unsure: texts leave this machine. "
-                "The key comes from SBS_EDGE_SERVE_ESCALATE_KEY."
+                help="OpenAI-compatible base URL that is asked when the student is uncertain: texts leave this machine. "
+                "The key is SBS_EDGE_SERVE_ESCALATE_KEY."
             ),
         ] = None,
-        escalate_model: Annotated[str, typer.Option(help="Model name sent to it.")] = "default",
+        escalate_model: Annotated[str, typer.Option(help="Name of the larger model.")] = "default",
         escalate_timeout_s: Annotated[
-            float, typer.Option(min=0, help="After this the student's own answer is given, marked as unsure.")
+            float,
+            typer.Option(
+                min=0,
+                help="Longest wait for the larger model; then the student's answer stays, marked as uncertain.",
+            ),
         ] = 10.0,
         escalate_concurrency: Annotated[
             int,
-            typer.Option(min=1, help="Escalated texts at once; what is beyond keeps the student's answer."),
+            typer.Option(min=1, help="Most escalated texts at once; others keep the student's answer."),
         ] = 8,
         abstain_below: Annotated[
             float | None,
             typer.Option(
                 min=0,
                 max=1,
-                help="Probability below which an answer is marked unsure; the bundle's when left out.",
+                help="Probability below which an answer is marked as uncertain. Default: the bundle's.",
             ),
         ] = None,
         log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
         log_inputs: Annotated[
-            bool, typer.Option("--log-inputs", help="Write the texts into the log: personal data may follow.")
+            bool,
+            typer.Option("--log-inputs", help="Write the texts into the log. They may be personal data."),
         ] = False,
         access_log: Annotated[
             bool,
-            typer.Option(help="One log line for each answered request; off saves the time of writing them."),
+            typer.Option(help="Write a log line for each answered request."),
         ] = True,
         otel_endpoint: Annotated[
             str | None, typer.Option(help="Send OpenTelemetry traces to this OTLP/HTTP URL (extra 'otel').")
@@ -218,8 +238,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Serve bundles over HTTP: Open Inference Protocol v2 and POST /v1/predict.
 
-        Loads, verifies and warms each bundle before /v2/health/ready says yes. SIGTERM drains,
-        SIGHUP looks for new versions. Logs are JSON on stderr.
+        Each bundle is loaded, verified and warmed up before /v2/health/ready answers 200. SIGTERM drains; SIGHUP
+        checks for new versions. Logs are JSON on stderr.
 
         Example: sbs-edge serve desk=runs/latest/bundle --port 8080
         """

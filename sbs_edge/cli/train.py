@@ -124,7 +124,8 @@ def register(app: typer.Typer) -> None:
         ctx: typer.Context,
         data: DataArgument = "builtin",
         out: Annotated[
-            Path, typer.Option(help="The student's directory; checkpoints go to OUT.training beside it.")
+            Path,
+            typer.Option(help="The student directory to write; checkpoints are in OUT.training beside it."),
         ] = Path("runs/student"),
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
@@ -136,7 +137,7 @@ def register(app: typer.Typer) -> None:
         stream: Annotated[
             bool,
             typer.Option(
-                "--stream", help="Never hold the training rows; needs --validation and --max-steps."
+                "--stream", help="Read training rows as they are used; needs --validation and --max-steps."
             ),
         ] = False,
         config: ConfigOption = None,
@@ -144,7 +145,7 @@ def register(app: typer.Typer) -> None:
         dry_run: DryRunOption = False,
         **fields: Any,
     ) -> None:
-        """Train a student on labels and rationales; validation rows choose its weights.
+        """Train a student on labels and rationales; validation rows choose the weights.
 
         Examples: sbs-edge train; sbs-edge train rows.jsonl --model google/flan-t5-small --decoder-layers 2
         """

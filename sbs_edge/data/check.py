@@ -31,9 +31,9 @@ _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
 
 
 def _counter(folder: str | Path | None) -> tuple[str, Callable[[Sequence[str]], list[int]]]:
-    """Return what counts the tokens, in words, and the function; the end mark counts as one."""
+    """Return the name of the tokenizer and a function that counts tokens, end-of-sequence included."""
     if folder is None:
-        return "words, numbers and signs (--tokenizer DIR takes a checkpoint's own)", lambda texts: [
+        return "words, numbers and signs (tokenizer=DIR counts with a checkpoint's)", lambda texts: [
             len(_WORD.findall(text)) + 1 for text in texts
         ]
     tokenizer = TextTokenizer(load_tokenizer(folder))
@@ -94,7 +94,7 @@ def _split_report(
 
 
 def _drawn(splits: Splits, source: Source, where: str, seed: int) -> dict[str, Any] | None:
-    """Return the rows per split and label that training would draw, or None where the source brings every split."""
+    """Return the rows per split and label that training would draw, or None if the source has every split."""
     if {"train", "validation", "test"} <= set(source.found):
         return None
     drawn = dataclasses.replace(splits)
@@ -124,7 +124,7 @@ def check_dataset(
     mode: Mode | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Describe a source split by split, as its files are: nothing is held out, dropped or written.
+    """Describe a source split by split, as it is in its files; nothing is held out, dropped or written.
 
     Args:
         source: as for :func:`sbs_edge.data.load.load_splits`.
@@ -136,7 +136,7 @@ def check_dataset(
         columns: which column is which field.
         tokenizer: directory with a ``tokenizer.json`` that counts the tokens; by default words,
             numbers and signs are counted, as the tokenizer of the built-in task sees them.
-        mode: how a student would learn; None leaves it open.
+        mode: the training mode to check for; None: any.
         seed: decides which rows training would hold out.
 
     Returns:

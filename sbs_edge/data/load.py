@@ -23,7 +23,7 @@ from sbs_edge.errors import DataError
 
 __all__ = ["Source", "hold_out_missing", "infer_task", "load_splits", "open_source"]
 
-# What people call the three splits, in files and in Hugging Face data sets.
+# Names of the three splits in files and in Hugging Face data sets.
 _ALIASES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -33,7 +33,7 @@ _ALIASES = {
 
 @dataclass(slots=True)
 class Source:
-    """A source as it is: rows of each split it brings itself, before any is held out or dropped.
+    """A source as it is: the rows of its own splits, before any are held out or dropped.
 
     Attributes:
         task: given or inferred.
@@ -77,16 +77,18 @@ def _from_folder(folder: Path, columns: ColumnMap) -> dict[str, ReadResult]:
             if (folder / f"{name}{suffix}").is_file()
         ]
         if len(here) > 1:
-            raise DataError(f"{folder} holds {here[0].name} and {here[1].name}, both {ours} rows. Keep one.")
+            raise DataError(
+                f"{folder} has {here[0].name} and {here[1].name}, both for {ours} rows. Keep one."
+            )
         if here:
             found[ours] = _read_file(here[0], columns)
     if "train" in found:
         return found
     for name in PAPER_DATASETS:
         if (folder / name).is_dir() or (folder / f"{name}_train.json").is_file():
-            raise DataError(f"{folder} holds {name} in the paper's layout. Say so with --dataset {name}.")
+            raise DataError(f"{folder} has {name} in the paper's layout: pass dataset={name!r}.")
     raise DataError(
-        f"{folder} holds no training rows. Name the file train, with one of {', '.join(FORMATS)} "
+        f"{folder} has no training rows. Name their file train, with one of the endings {', '.join(FORMATS)} "
         "(and validation and test likewise), or give the file itself."
     )
 
@@ -101,7 +103,7 @@ def open_source(
     compare: Literal["text", "value"] = "text",
     columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
 ) -> Source:
-    """Read a source as it is; arguments as for :func:`load_splits`. Bad rows are kept, not raised."""
+    """Read a source as it is; arguments as for :func:`load_splits`. Bad rows are returned, not raised."""
     if dataset is not None:
         paper = read_paper_files(source, dataset)
         found = {name: ReadResult(rows, paper.rejected[name]) for name, rows in paper.splits.items()}
@@ -128,7 +130,7 @@ def open_source(
 
 
 def _reject_unlabelled(part: ReadResult) -> None:
-    """Move rows without any label from the usable to the rejected ones: nothing can be learnt there."""
+    """Move rows without any label to the rejected ones, because nothing can be learnt from them."""
     kept = []
     for example in part.examples:
         if example.label is not None or example.teacher_label is not None:
@@ -142,7 +144,7 @@ def _reject_unlabelled(part: ReadResult) -> None:
 
 
 def write_skipped(path: str | Path, rejected: Sequence[RejectedRow]) -> None:
-    """Write one JSON object a skipped row: file, line, reason, detail and the row as it stood."""
+    """Write a JSON object for each skipped row: file, line, reason, detail and the original row."""
     lines = (
         json.dumps(
             {"file": r.file, "line": r.line, "reason": r.reason, "detail": r.detail, "raw": r.raw},
@@ -168,8 +170,8 @@ def load_splits(
 ) -> Splits:
     """Load disjoint splits from any source.
 
-    A source without a test split gives a tenth of its inputs to one, a source without a validation
-    split a tenth of what is left: by ``seed``, stratified by label in closed tasks, and equal inputs stay together.
+    Without a test split, a tenth of the inputs is held out as one; without a validation split, a tenth of the rest.
+    Rows are chosen by ``seed``, stratified by label in closed tasks, and equal inputs stay together.
 
     Args:
         source: None or ``"builtin"``; a file; a folder with ``train``, ``validation`` and ``test``
@@ -181,10 +183,10 @@ def load_splits(
         label_kind: instead of the inferred one (:func:`infer_task`).
         compare: how labels are compared: as text, or by arithmetic value.
         columns: which column is which field.
-        skip_bad_rows: go on without unusable rows, and without training and validation rows whose
-            input a later split holds too; their number is said on stderr.
-        seed: decides what is held out, and draws the built-in task.
-        skipped_file: JSON Lines of what was skipped, written only when something was.
+        skip_bad_rows: leave out unusable rows, and training and validation rows whose
+            input a later split has too; stderr gives their number.
+        seed: decides which rows are held out, and draws the built-in task.
+        skipped_file: JSON Lines file of the skipped rows, written only if there are any.
 
     Raises:
         DataError: an unusable row or an input in two splits (unless ``skip_bad_rows``), or no rows.
@@ -207,7 +209,7 @@ def load_splits(
     parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
     splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     if not splits.train:
-        raise DataError(f"{source} holds no usable training row ({len(rejected)} were rejected).")
+        raise DataError(f"{source} has no usable training row ({len(rejected)} were rejected).")
     if skip_bad_rows:
         rejected += drop_overlaps(splits)
     check_disjoint(splits)
@@ -219,7 +221,7 @@ def load_splits(
 
 
 def hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> None:
-    """Hold out of the training rows, by ``seed``, the splits that the source lacks; ``splits`` is changed."""
+    """Hold out the missing splits from the training rows by ``seed``, in place."""
     for name in ("test", "validation"):
         if name not in opened.found:
             splits.train, held = hold_out(
@@ -229,7 +231,7 @@ def hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> 
     for name in ("train", "validation", "test"):
         if not getattr(splits, name):
             raise DataError(
-                f"{source} leaves no row for the split {name!r}. Give at least three different inputs, and more "
+                f"{source} has too few rows for the split {name!r}. Give at least three different inputs, and more "
                 "than one for some label of a closed set; or give the split's own file."
             )
 

@@ -1,8 +1,7 @@
-"""``run``: strings the stages together and compares the students they give.
+"""``run``: calls the stages one after another and compares the students.
 
-Data, training, export and prediction are called through their public functions; how any of them
-works is not known here. Every compared student sees the same label examples for the same number
-of optimiser steps; the test split is read once, after the last of them is trained.
+Data, training, export and prediction are called through their public functions. Every compared student sees the same
+label examples for the same number of optimiser steps. The test split is read once, after the last of them is trained.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class RunConfig(BaseModel):
         mode: how the main student learns; with rationales, a label-only student is trained beside it.
         steps: optimiser steps of every student (the "twice the steps" control takes twice as many).
         controls: also train on shuffled rationales, and label-only for twice the steps.
-        targets: what to export the main student for.
+        targets: export targets of the main student.
         training: further fields of the training configuration.
 
     """
@@ -50,7 +49,7 @@ class RunConfig(BaseModel):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arm:
-    """One student of the comparison."""
+    """A student of the comparison."""
 
     name: str
     mode: Mode
@@ -59,7 +58,7 @@ class Arm:
 
 
 def arms_for(config: RunConfig) -> list[Arm]:
-    """Return the students to train: the main one first, then what it is compared with."""
+    """Return the students to train: the main one first, then those it is compared with."""
     if config.mode not in LABEL_ONLY:
         return [Arm("label-only", config.mode, config.steps)]
     label_only = LABEL_ONLY[config.mode]
@@ -92,15 +91,15 @@ def _train_arm(arm: Arm, splits: Splits, out: Path, config: RunConfig) -> dict[s
 
 
 def gain_of(right: Sequence[bool], baseline_right: Sequence[bool]) -> dict[str, Any]:
-    """Return by how many points of accuracy one student is ahead of another on the same rows.
+    """Return by how many points of accuracy a student is better than another on the same rows.
 
     Args:
         right: (n,) whether the student's answer to each row is right.
-        baseline_right: (n,) the same of the student it is compared with.
+        baseline_right: (n,) the same for the other student.
 
     Returns:
         ``points``, the ends ``low`` and ``high`` of its 95 % interval, and ``n``. The interval is the
-        percentile interval of a paired bootstrap: whole rows are drawn again, with both answers.
+        percentile interval of a paired bootstrap, which resamples rows with both answers.
 
     """
     import numpy as np
@@ -118,7 +117,7 @@ def gain_of(right: Sequence[bool], baseline_right: Sequence[bool]) -> dict[str, 
 
 
 def _shares(difference: Any) -> Any:
-    """Return the shares of -1, 0 and 1: drawing rows again is drawing from these three values."""
+    """Return the shares of -1, 0 and 1, because resampling rows is drawing from these three values."""
     return [float((difference == value).mean()) for value in (-1, 0, 1)]
 
 

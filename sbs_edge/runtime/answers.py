@@ -14,7 +14,7 @@ class Prediction:
 
     Attributes:
         label: the answer.
-        probability: calibrated probability of ``label`` among the labels asked about; for an open
+        probability: calibrated probability of ``label`` among the possible labels; for an open
             label, the probability of its tokens.
         probabilities: the same for every label; for an open label, only the answer.
         abstained: the probability is below the bundle's (or the call's) ``abstain_below``.

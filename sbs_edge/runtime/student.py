@@ -1,4 +1,4 @@
-"""``Student``: a loaded bundle that gives labels with calibrated probabilities, and rationales. No torch here."""
+"""``Student``: a loaded bundle that gives labels with calibrated probabilities, and rationales. Imports no torch."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ class Student:
         >>> labels = [found.label for found in student.predict(["first text", "second text"])]
         >>> probabilities = student.predict_proba(["first text", "second text"])  # float64 (2, K)
 
-    A student is safe to share between threads. Calls run side by side and share the cores; each needs memory for
-    its own activations, and all use one set of weights.
+    A student is safe to share between threads. Calls run in parallel and share the cores and the weights; each call
+    needs memory for its own activations.
 
     Attributes:
         bundle: the opened bundle.
         manifest: its manifest.
         target: name of the loaded target.
         labels: the closed label set, in the order of :meth:`predict_proba`'s columns; empty for open labels and for
-            bundles whose rows bring their own choices.
+            bundles whose rows have their own choices.
         limits: ``max_source_tokens``, ``max_new_tokens`` and ``max_label_tokens``.
-        threads: threads a call may use.
-        abstain_below: probability under which an answer is marked as abstained.
+        threads: threads per call.
+        abstain_below: probability below which an answer is marked as abstained.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Student:
         providers: Sequence[str] | None = None,
         eager: bool = False,
     ) -> None:
-        """Load a target of an open bundle; :meth:`from_pretrained` opens the bundle too and explains the parameters."""
+        """Load a target of an open bundle. :meth:`from_pretrained` also opens the bundle, and explains the parameters."""
         self.bundle = bundle
         self.manifest: Mapping[str, Any] = bundle.manifest
         self.target, self._entry = bundle.target(target)
@@ -145,23 +145,23 @@ class Student:
         eager: bool = False,
         recheck: bool = False,
     ) -> Student:
-        """Open a bundle and check it; a graph is opened the first time it is needed.
+        """Open a bundle and check it.
 
-        Labels alone never load the graph that writes rationales.
+        A graph is opened at its first use, so labels alone never load the one that writes rationales.
 
         Args:
             path_or_hub_name: the bundle's directory, or ``owner/repository`` on the hub. A string names a repository
-                only where there is no such directory; a :class:`~pathlib.Path` is always a directory.
+                only if there is no such directory; a :class:`~pathlib.Path` is always a directory.
             target: name of the target to load; None: the bundle's default target.
             revision: branch, tag or commit on the hub; None: the main branch.
             token: for a private repository; None: the token that ``huggingface_hub`` finds by itself.
-            threads: threads a call may use; None: as many as this process's affinity and CPU quota let run at once.
-            verify: check first that every file has its digest. A file that is unchanged since this user's
-                last complete check on this machine is not read again.
+            threads: threads per call; None: as many as this process's affinity and CPU quota allow.
+            verify: check the digest of every file first. A file that is unchanged since this user's last complete
+                check on this machine is not read again.
             max_batch_tokens: largest number of padded tokens in one call of onnxruntime.
             truncate: cut inputs over the limit, and say so in the answer, instead of raising an error.
-            prepacked_cache: keep this machine's arrangement of larger weights, and the list of checked files, in the
-                user's cache directory: later starts are quicker, and processes share memory.
+            prepacked_cache: keep pre-packed weights and the list of checked files in the user's cache directory:
+                later starts are faster, and processes share memory.
             providers: onnxruntime providers to use instead of the target's own. ``["CPUExecutionProvider"]``
                 runs an fp16 GPU target slowly on a machine without a GPU, to check its answers;
                 bf16 has no kernels there.
@@ -169,7 +169,7 @@ class Student:
             recheck: read and check every file, unchanged or not.
 
         Raises:
-            UsageError: there is no such directory or repository name, or the target is absent or cannot run here.
+            UsageError: there is no such directory or repository name, or the target is missing or cannot run here.
             IntegrityError: the bundle is damaged.
             MissingExtra: onnxruntime is not installed.
             SbsEdgeError: the hub does not have the bundle, or cannot be reached.
@@ -180,12 +180,12 @@ class Student:
         """
         root: str | os.PathLike[str] = path_or_hub_name
         if isinstance(root, str) and not os.path.exists(root):
-            from sbs_edge.runtime.hub import fetch  # here: a local bundle does not pay for the import
+            from sbs_edge.runtime.hub import fetch  # here, so that a local bundle does not wait for it
 
             root = fetch(root, revision, token)
         elif revision is not None:
             raise UsageError(
-                f"{root} is a directory, which has no revision {revision!r}; leave revision out, or give the "
+                f"{root} is a directory, which has no revision {revision!r}; leave out revision, or give the "
                 "bundle's name on the hub."
             )
         bundle = Bundle.open(root, verify=verify, recheck=recheck or not prepacked_cache)
@@ -200,10 +200,10 @@ class Student:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write the bundle, with all its targets, to ``directory``, and return that directory.
 
-        The copy is checked and then takes its name in one step; an earlier bundle there is replaced.
+        The copy is checked, then renamed in one step. An earlier bundle there is replaced.
 
         Raises:
-            UsageError: ``directory`` holds something else, or lies inside this bundle or around it.
+            UsageError: ``directory`` has other content, or is inside this bundle or around it.
             IntegrityError: a file of this bundle was changed or removed since it was loaded.
 
         Example:
@@ -227,7 +227,7 @@ class Student:
         Only files that the manifest lists are sent, after their digests were checked.
 
         Args:
-            name: ``owner/repository``; created where it does not exist.
+            name: ``owner/repository``; created if it does not exist.
             private: create it as a private repository.
             token: a token that may write; None: the token that ``huggingface_hub`` finds by itself.
             message: the commit's message.
@@ -245,7 +245,7 @@ class Student:
         return upload(self._unchanged_root(), name, private=private, token=token, message=message)
 
     def _unchanged_root(self) -> Path:
-        """Return the bundle's directory; raise IntegrityError where another bundle has taken its place."""
+        """Return the bundle's directory; raise IntegrityError if another bundle has replaced it."""
         if read_manifest(self.bundle.root) != self.manifest:
             raise IntegrityError(
                 f"The bundle {self.bundle.root} was replaced after this student was loaded. Load it again."
@@ -285,12 +285,12 @@ class Student:
         abstain_below: float | None = None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> Prediction | list[Prediction]:
-        """Answer one text with a :class:`Prediction`, or several with a list of them in the order of the texts.
+        """Return a :class:`Prediction` for one text, or a list of them for several texts, in their order.
 
         Args:
             texts: one input, or any iterable of inputs, read once; without prefix.
-            labels: the labels to choose from: one list for all texts, or a list for each text. They are needed
-                where rows bring their own choices; elsewhere None means the bundle's own label set.
+            labels: the labels to choose from: one list for all texts, or a list for each text. They are required
+                if the bundle's rows have their own choices; otherwise None means the bundle's label set.
             truncate: overrides the student's setting.
             abstain_below: overrides the bundle's threshold.
             tokens: the result of :meth:`tokenize` for these texts, to save tokenising them again.
@@ -312,8 +312,8 @@ class Student:
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
-                "This bundle's rows bring their own labels: pass labels=[[...], ...], one list for each text "
-                "(sbs-edge predict: a 'choices' field, or --label)."
+                "The rows of this bundle have their own choices: pass labels=[[...], ...], a list for each text "
+                "(in a file: the field 'choices')."
             )
         if labels is not None:
             scored = self._score_choices(rows, label_lists(labels, len(texts)))
@@ -328,7 +328,7 @@ class Student:
 
     @property
     def classes_(self) -> np.ndarray:
-        """The closed label set as an array (K,) of str, in the order of :meth:`predict_proba`'s columns.
+        """Return the closed label set as an array (K,) of str, in the order of :meth:`predict_proba`'s columns.
 
         Raises:
             AttributeError: the bundle has no closed label set, so ``hasattr(student, "classes_")`` is False.
@@ -341,10 +341,10 @@ class Student:
         why = (
             "its labels are open: the student writes them"
             if self._method == "decode"
-            else "each row brings its own choices"
+            else "each row has its own choices"
         )
         return (
-            f"The bundle {self.bundle.root} has no fixed classes, because {why}. Use predict, whose answers hold "
+            f"The bundle {self.bundle.root} has no fixed classes, because {why}. Use predict, whose answers have "
             "the probabilities."
         )
 
@@ -374,7 +374,7 @@ class Student:
         return np.array(found, np.float64).reshape(len(rows), len(self.labels))
 
     def _probabilities(self, scores: np.ndarray, index: int) -> np.ndarray:
-        """Return the softmax of the scores (K,) of text ``index`` over the temperature, in float64."""
+        """Return the softmax of the scores (K,) of text ``index``, divided by the temperature, in float64."""
         self._check_finite(scores, index)
         scaled = scores.astype(np.float64) / self._temperature
         weights = np.exp(scaled - scaled.max())
@@ -403,7 +403,7 @@ class Student:
         )
 
     def _check_finite(self, scores: Any, index: int) -> None:
-        """Raise AnswerError where a score of text ``index`` is NaN or infinite."""
+        """Raise AnswerError if a score of text ``index`` is NaN or infinite."""
         if not np.isfinite(scores).all():
             raise AnswerError(
                 f"The target {self.target!r} of the bundle {self.bundle.root} computed a score that is not finite "
@@ -575,7 +575,7 @@ class Student:
     def tokenize(self, texts: Iterable[str], task: str = "label") -> list[list[int]]:
         """Return every text's token ids for ``task``, uncut: prefix and end-of-sequence included.
 
-        Of a text far over the token limit only the beginning is read: more ids than the limit come back.
+        Of a text far over the token limit only the beginning is read; it still has more ids than the limit.
         """
         self._check_open()
         return self._texts.tokenize(check_texts(texts), task)
@@ -598,7 +598,9 @@ class Student:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise UsageError("This Student was closed; load the bundle again, or ask within the with block.")
+            raise UsageError(
+                "This Student was closed; load the bundle again, or use it inside the with block."
+            )
 
     def _session(self, role: str, purpose: str) -> Session:
         self._check_open()
@@ -607,7 +609,7 @@ class Student:
             raise UsageError(
                 f"The target {self.target!r} of this bundle has no graph for {purpose}; "
                 + (
-                    "it answers with labels alone. Export a student that was trained with rationales, without --label-only."
+                    "it answers with labels alone. Export a student that was trained with rationales, with label_only=False."
                     if only_labels
                     else "export the bundle again with it."
                 )
@@ -647,12 +649,12 @@ class Student:
         abstain_below: float | None = None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> Prediction | list[Prediction]:
-        """Run :meth:`predict` in a worker thread; the event loop stays free, because onnxruntime releases the GIL.
+        """Run :meth:`predict` in a worker thread. The event loop stays free, because onnxruntime releases the GIL.
 
         Example:
             >>> answer = await student.apredict("the coil is frosted .")
         """
-        import asyncio  # here: a service has it loaded, and a script that asks once need not wait for it
+        import asyncio  # here, so that a script that predicts once does not wait for it
 
         return await asyncio.to_thread(
             self.predict, texts, labels, truncate=truncate, abstain_below=abstain_below, tokens=tokens
@@ -732,11 +734,11 @@ class Student:
         self._sessions.clear()
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled or copied: graphs belong to one process."""
+        """Refuse pickling and copying, because graphs belong to one process."""
         raise UsageError(
-            "A Student cannot be pickled or copied: its graphs belong to this process. Send the bundle's path "
-            f"({str(self.bundle.root)!r}) and call Student.from_pretrained there, once in each process; threads can "
-            "share one."
+            "A Student cannot be pickled or copied, because its graphs belong to this process. Send the bundle's path "
+            f"({str(self.bundle.root)!r}) and call Student.from_pretrained once in each process; threads can "
+            "share a Student."
         )
 
     def __enter__(self) -> Student:

@@ -210,6 +210,7 @@ class _Run:
             sample=call.sample,
             at=round(time.time(), 3),
             server=self.server,
+            top_logprobs=answer.top_logprobs,
         )
 
 

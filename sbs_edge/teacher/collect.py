@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from sbs_edge.chat.logprobs import label_distribution
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
 from sbs_edge.teacher.calls import Sampling
@@ -108,8 +109,10 @@ def collect(
     """Return one result a row, in order.
 
     With several samples the label with most votes wins (ties: the one sampled first), the rationale
-    is that of the first sample that agrees with it, and the confidence is the share of all samples
-    asked that agree: a sample that could not be read counts against.
+    is that of the first sample that agrees with it, ``rationales`` are those of all that agree, and the
+    confidence is the share of all samples asked that agree: a sample that could not be read counts against.
+    ``teacher_probs`` are the mean over the samples that could be read: of the log-probabilities at the label
+    where the server gave them, else of the votes.
 
     Args:
         rows: the rows, in input order.
@@ -130,7 +133,28 @@ def collect(
 
 
 def _plain(row: Example) -> Example:
-    return dataclasses.replace(row, teacher_label=None, rationale=None, confidence=1.0)
+    return dataclasses.replace(
+        row, teacher_label=None, rationale=None, rationales=(), teacher_probs=(), confidence=1.0
+    )
+
+
+def _probs(
+    task: TaskFile, row: Example, answers: Sequence[tuple[Record, str]]
+) -> tuple[tuple[str, float], ...]:
+    """Return the mean distribution over labels; empty for one answer without log-probabilities."""
+    known = task.labels if task.label_kind == "closed" else row.distinct_choices
+    sums: dict[str, float] = {}
+    soft = False
+    for record, label in answers:
+        found = label_distribution(record.top_logprobs, label, known, lettered=task.parser == "choice")
+        total = sum(found.values())
+        soft = soft or total > 0.0
+        for name, p in found.items() if total > 0.0 else [(label, 1.0)]:
+            sums[name] = sums.get(name, 0.0) + p / (total or 1.0)
+    if not soft and len(answers) < 2:
+        return ()
+    ordered = sorted(sums.items(), key=lambda item: -item[1])
+    return tuple((name, round(p / len(answers), 6)) for name, p in ordered if p > 0.0)
 
 
 def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowResult:
@@ -138,27 +162,31 @@ def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowR
     texts = tuple(record.text for record in answered)
     if not answered:
         return RowResult(_plain(row), "unanswered")
-    parsed = [read_record(task, record, row.choices) for record in answered]
-    good = [item for item in parsed if item.reason is None and item.label]
+    read = [(record, read_record(task, record, row.choices)) for record in answered]
+    good = [(record, item) for record, item in read if item.reason is None and item.label]
     if not good:
-        reasons = Counter(item.reason or "label-unreadable" for item in parsed)
+        reasons = Counter(item.reason or "label-unreadable" for _, item in read)
         detail = next((record.error for record in answered if record.error), None)
         return RowResult(_plain(row), reasons.most_common(1)[0][0], (), texts, detail)
-    groups: list[list[Parsed]] = []
-    for item in good:
+    groups: list[list[tuple[Record, Parsed]]] = []
+    for record, item in good:
         for group in groups:
-            if same_answer(group[0].label or "", item.label or "", task.compare):
-                group.append(item)
+            if same_answer(group[0][1].label or "", item.label or "", task.compare):
+                group.append((record, item))
                 break
         else:
-            groups.append([item])
+            groups.append([(record, item)])
     groups.sort(key=len, reverse=True)  # stable: among equals the one sampled first
-    best = groups[0][0]
+    best = groups[0][0][1]
+    rationales = tuple(dict.fromkeys(item.rationale for _, item in groups[0] if item.rationale))
+    answers = [(record, group[0][1].label or "") for group in groups for record, _ in group]
     example = dataclasses.replace(
         row,
         teacher_label=best.label,
         rationale=best.rationale,
+        rationales=rationales if len(rationales) > 1 else (),
+        teacher_probs=_probs(task, row, answers),
         confidence=len(groups[0]) / len(records),
     )
-    votes = tuple((group[0].label or "", len(group)) for group in groups)
+    votes = tuple((group[0][1].label or "", len(group)) for group in groups)
     return RowResult(example, None, votes, texts)

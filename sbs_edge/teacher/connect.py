@@ -124,7 +124,8 @@ def with_request(
     for name, value in flags.items():
         if holds_hidden(value):
             raise UsageError(
-                f"The request's field {name!r} holds {HIDDEN}: a saved configuration leaves secrets out. Give the value "
+                f"The request's field {name!r} contains {HIDDEN}, because saved configurations leave secrets "
+                "out. Give the value "
                 "again."
             )
         if name in RESERVED_FIELDS or (name == "stream" and value):

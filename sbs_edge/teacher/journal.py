@@ -46,6 +46,7 @@ class Record:
         sample: number of the sample, from 0.
         at: when it was finished, seconds since 1970.
         server: the address that was asked, without secrets; a refusal holds for that server only.
+        top_logprobs: the answer's last tokens with the log-probabilities at their places, where asked for.
 
     """
 
@@ -62,6 +63,7 @@ class Record:
     sample: int = 0
     at: float = 0.0
     server: str = ""
+    top_logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("text", "finish_reason", "error", "model"):
@@ -200,6 +202,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _encode(record: Record) -> bytes:
     content = asdict(record)
+    if not record.top_logprobs:
+        del content["top_logprobs"]
     content["at"] = content["at"] or round(time.time(), 3)
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 

@@ -95,6 +95,7 @@ def _batch_line(content: Any, where: str, prices: Prices) -> Record:
         completion_tokens=written,
         cost=prices.cost(asked, written),
         model=answer.model or "",
+        top_logprobs=answer.top_logprobs,
     )
 
 

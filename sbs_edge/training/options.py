@@ -18,6 +18,8 @@ class TrainOptions(TypedDict, total=False):
     mode: Mode
     rationale_weight: float | None
     alpha: float | None
+    head_start: float | None
+    drop_doubtful: bool | None
     prefixes: Literal["seed", "authors"]
     label_prefix: str | None
     rationale_prefix: str | None
@@ -56,6 +58,9 @@ class TrainOptions(TypedDict, total=False):
     max_source_tokens: int
     max_target_tokens: int
     row_weight: Literal["none", "confidence"]
+    soft_labels: float
+    soft_temperature: float
+    rationales: Literal["sample", "all", "best"]
 
     eval_steps: int | None
     eval_batch_size: int

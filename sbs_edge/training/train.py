@@ -41,6 +41,8 @@ from sbs_edge.training.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION,
 __all__ = ["TrainResult", "train"]
 
 CALIBRATION_ROWS = 512
+DROP_AT = 0.4
+"""Share of the steps after which doubtful rows are dropped, where there is no head start to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ def _fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[st
             digest.update(
                 repr((example.input, example.label, example.teacher_label, example.rationale)).encode()
             )
+            if example.rationales or example.teacher_probs:
+                digest.update(repr((example.rationales, example.teacher_probs)).encode())
         print_["training rows"] = digest.hexdigest()[:16]
     return print_
 
@@ -104,7 +108,7 @@ def _prepare_work(work: Path, config: TrainConfig, asked: dict[str, str], first:
             if before.get(name) != asked.get(name):
                 raise UsageError(
                     f"The run in {work} cannot be continued: {name} was {before.get(name)} and is now "
-                    f"{asked.get(name)}. Give what it was started with, or train without resume to start again."
+                    f"{asked.get(name)}. Use the settings that it was started with, or train without resume to start over."
                 )
         return checkpoint
     if first:
@@ -149,11 +153,8 @@ def _validation(
     batches, answers = [], []
     for start in range(0, len(rows), config.eval_batch_size):
         part = rows[start : start + config.eval_batch_size]
-        encoded = [encoder(row) for row in part]
-        batch_rows = [item for item in encoded if item is not None]
-        for item in batch_rows:
-            item.weight = 1.0
-        batches.append(collator(batch_rows))
+        encoded = [encoder(row, plain=True) for row in part]
+        batches.append(collator([item for item in encoded if item is not None]))
         indices = []
         for row, item in zip(part, encoded, strict=True):
             if item is None or item.tasks[0] is None:
@@ -242,7 +243,9 @@ def train(
         )
     if isinstance(data, Splits):
         if data_options:
-            raise UsageError("data_options say how a file or data set is read; leave them out with splits.")
+            raise UsageError(
+                "data_options describe how a file or data set is read; leave them out if you pass splits."
+            )
         splits = data
     else:
         from sbs_edge.data.load import load_splits
@@ -276,8 +279,8 @@ def _run(
     first = rank == 0
     if config.fsdp and world < 2:
         raise UsageError(
-            "fsdp shards parameters over processes, and this is the only one. Start several: torchrun "
-            "--nproc-per-node 2 -m sbs_edge train ... --fsdp, or leave --fsdp out."
+            "fsdp shards parameters over processes, but this is the only one. Start several with torchrun, or leave out "
+            "fsdp."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
     refuse_stops(examine(seen_by(splits, config.mode), config.mode))
@@ -308,7 +311,7 @@ def _run(
     n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 
-    encoder = Encoder(tokenizer, config, ids["eos_id"])
+    encoder = Encoder(tokenizer, config, ids["eos_id"], splits.task.labels)
     collator = Collator(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
     source: MemoryRows | StreamRows
     if stream is None:
@@ -317,14 +320,14 @@ def _run(
             raise DataError(
                 f"No training row has what mode {config.mode!r} learns from "
                 f"({'gold' if config.mode in ('finetune', 'stepwise') else 'teacher'} labels"
-                f"{' or rationales' if config.uses_rationales else ''}). Choose another --mode or add the column."
+                f"{' or rationales' if config.uses_rationales else ''}). Choose another mode or add the column."
             )
         if config.uses_rationales and not any(example.rationale for example in splits.train):
             raise DataError(
                 f"No training row has a rationale, and mode {config.mode!r} learns from them. Ask a teacher for some "
-                "with 'sbs-edge annotate', name their column, or choose --mode finetune or distill."
+                "with 'sbs-edge annotate', name their column, or choose the mode 'finetune' or 'distill'."
             )
-        source = MemoryRows(encoded, config.seed)
+        source = MemoryRows(encoded, config.seed, sample=config.rationales == "sample")
         used: int | None = len(encoded)
     else:
         source = StreamRows(stream, encoder, config.seed, config.shuffle_buffer)
@@ -332,6 +335,7 @@ def _run(
     global_batch = config.batch_size * config.gradient_accumulation * world
     steps = config.steps_for(used, global_batch)
     last_row = None if config.epochs is None or used is None else int(config.epochs * used)
+    head_start = int(config.head_start_ * steps)
 
     validation_rows = list(splits.validation)
     if len(validation_rows) > config.validation_rows:
@@ -350,13 +354,14 @@ def _run(
         arguments,
         config=config,
         batches=Batches(
-            source, collator, last_row=last_row, steps=steps, batch_size=config.batch_size,
-            passes=config.gradient_accumulation, rank=rank, world=world,
+            source, collator, last_row=last_row, labels_from=head_start * global_batch, steps=steps,
+            batch_size=config.batch_size, passes=config.gradient_accumulation, rank=rank, world=world,
         ),
         validation=batches,
         label_tokens=firsts,
         label_answers=answers,
         callbacks=callbacks,
+        drop_at=(head_start or int(DROP_AT * steps)) if config.drop_doubtful_ else None,
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     if bar is not None:
@@ -385,6 +390,8 @@ def _run(
         "steps": trainer.state.global_step,
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
+        "head_start_steps": head_start,
+        "dropped_rows": len(getattr(source, "dropped", ())),
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
         "spelling": spelling,
         "cut_inputs": encoder.cut_sources,

@@ -128,5 +128,5 @@ def test_a_bundle_for_labels_alone_says_how_to_get_rationales(own_bundle: Path) 
     seal(own_bundle, manifest)
     with Student.load(own_bundle, threads=1) as student:
         student.warm_up()
-        with pytest.raises(UsageError, match=r"labels alone.*without --label-only"):
+        with pytest.raises(UsageError, match=r"labels alone.*with label_only=False"):
             student.explain(["hot pump"])

@@ -172,7 +172,14 @@ def test_another_checkpoint_of_the_same_name_is_another_student(
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path, splits: Splits) -> None:
     row = dataclasses.replace(
-        splits.train[0], confidence=0.5, choices=("a", "b"), label="a", teacher_label="b", rationale="x"
+        splits.train[0],
+        confidence=0.5,
+        choices=("a", "b"),
+        label="a",
+        teacher_label="b",
+        rationale="x",
+        rationales=("x", "y"),
+        teacher_probs=(("b", 0.75), ("a", 0.25)),
     )
     mixed = Splits(splits.task, [row, *splits.train[1:4]], splits.validation, [])
     again = _read_data(str(write_data(tmp_path, mixed)))

@@ -173,7 +173,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(
     _, said = started.communicate(timeout=60)
     assert started.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL), said
     if stop == signal.SIGINT:
-        assert f"are in {work}. The same command goes on with them" in " ".join(said.split())
+        assert f"are in {work}. The same command continues with them" in " ".join(said.split())
     deadline = time.monotonic() + 20
     while alive(work) and time.monotonic() < deadline:
         time.sleep(0.1)
