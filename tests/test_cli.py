@@ -90,6 +90,9 @@ def test_run_without_rationales_ends_with_a_bundle_and_a_report(
     assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "rationale, as the bundle" not in page
+    assert report["linear"]["accuracy"]["test"]["n"] == report["rows"]["test"]
+    assert report["linear"]["sentence"].startswith("A linear model on word n-grams")
+    assert report["linear"]["sentence"] in page
     bold = re.compile(r'<tr class="best"><td>([^<]*)')
     assert bold.findall(page) == []
     for shares, best in (((0.5, 0.75, 0.25), ["b"]), ((0.5, 0.5, 0.5), []), ((None, None, 0.1), ["c"])):

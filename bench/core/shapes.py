@@ -17,7 +17,7 @@ from typing import Any
 from sbs_edge import __version__, files
 from sbs_edge.errors import MissingExtra, UsageError
 
-__all__ = ["SHAPES", "random_student"]
+__all__ = ["SHAPES", "layers_of", "random_student"]
 
 _COMMON: dict[str, Any] = {"vocab_size": 32128, "d_kv": 64}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -116,7 +116,21 @@ def _label_tokens(logits: Any, seed: int, k: int = 3) -> list[int]:
     return sorted(best[1])
 
 
-def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation: int = 128) -> Path:
+def layers_of(shape: str, encoder: int | None = None, decoder: int | None = None) -> tuple[int, int]:
+    """Return the encoder's and the decoder's layers: as given, or the shape's own."""
+    own = int(SHAPES[shape]["num_layers"])
+    return own if encoder is None else encoder, own if decoder is None else decoder
+
+
+def random_student(
+    shape: str,
+    destination: Path,
+    *,
+    seed: int = 0,
+    n_validation: int = 128,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
+) -> Path:
     """Write a student directory of ``shape`` with random weights and return it.
 
     Args:
@@ -124,6 +138,8 @@ def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation
         destination: the directory to create (replaced as a whole).
         seed: seeds the weights and the rows.
         n_validation: validation rows; as many calibration rows are written.
+        encoder_layers: layers in place of the shape's own.
+        decoder_layers: the same of the decoder.
 
     Raises:
         UsageError: the shape is unknown.
@@ -137,8 +153,10 @@ def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation
     except ImportError as error:
         raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
     torch.manual_seed(seed)
+    encoder, decoder = layers_of(shape, encoder_layers, decoder_layers)
+    depth = {"num_layers": encoder, "num_decoder_layers": decoder}
     config = T5Config(
-        **{"tie_word_embeddings": True, "feed_forward_proj": "relu", **SHAPES[shape]},
+        **{"tie_word_embeddings": True, "feed_forward_proj": "relu", **SHAPES[shape], **depth},
         decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=1,

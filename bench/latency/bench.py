@@ -19,7 +19,7 @@ from typing import Any
 from sbs_edge import files
 from sbs_edge.bench.core.machine import provenance
 from sbs_edge.bench.core.results import FORMAT, Row
-from sbs_edge.bench.core.shapes import SHAPES, random_student
+from sbs_edge.bench.core.shapes import SHAPES, layers_of, random_student
 from sbs_edge.bench.latency import footprint as latency_footprint
 from sbs_edge.bench.latency import quality
 from sbs_edge.bench.latency import sections as latency_sections
@@ -56,6 +56,8 @@ class LatencyOptions:
         bundles: bundle directories.
         student: the student directory they were made from; looked for next to the bundle when None.
         shape: measure random weights of this shape instead of a bundle.
+        encoder_layers: layers of the shape's encoder in place of its own; the full depth is measured beside them.
+        decoder_layers: the same of the decoder.
         against: peers.
         targets: targets of each bundle; its default target when empty.
         threads: compute threads of every system.
@@ -69,6 +71,8 @@ class LatencyOptions:
     bundles: tuple[Path, ...] = ()
     student: Path | None = None
     shape: str | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
     against: tuple[str, ...] = tuple(PEERS)
     targets: tuple[str, ...] = ()
     threads: int = 1
@@ -90,8 +94,10 @@ def student_of(bundle: Path, given: Path | None) -> Path | None:
     return None
 
 
-def shape_student(shape: str, seed: int, say: Say) -> Path:
-    """Return the cached random student of a shape, made on first use."""
+def shape_student(
+    shape: str, seed: int, say: Say, encoder_layers: int | None = None, decoder_layers: int | None = None
+) -> Path:
+    """Return the cached random student of a shape, with other numbers of layers if given, made on first use."""
     if shape not in SHAPES:
         raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
     try:
@@ -100,10 +106,13 @@ def shape_student(shape: str, seed: int, say: Say) -> Path:
     except ImportError as error:
         raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
 
-    target = cache_root() / f"student-{shape}-{seed}-v3-transformers{transformers.__version__.split('.')[0]}"
+    layers = layers_of(shape, encoder_layers, decoder_layers)
+    depth = "" if layers == layers_of(shape) else f"-{layers[0]}-{layers[1]}"
+    version = transformers.__version__.split(".")[0]
+    target = cache_root() / f"student-{shape}{depth}-{seed}-v3-transformers{version}"
     if not (target / "sbs_edge.json").is_file():
-        say(f"making a random student of shape {shape}")
-        random_student(shape, target, seed=seed)
+        say(f"making a random student of shape {shape}, {layers[0]}/{layers[1]} layers")
+        random_student(shape, target, seed=seed, encoder_layers=layers[0], decoder_layers=layers[1])
     return target
 
 
@@ -189,6 +198,22 @@ def _smaller_entries(student: Path, make: Callable[..., Any], say: Say) -> list[
     return entries
 
 
+def _full_depth_entries(options: LatencyOptions, shape: str, say: Say) -> list[Entry]:
+    """Return our bundle and CTranslate2 at the shape's full depth, so that a cut is not credited to the runtime."""
+    student = shape_student(shape, options.seed, say).resolve()
+    card, config = student_facts(student)
+    make = partial(base_spec, student, card, config, threads=options.threads, cpus=_cpus(options))
+    golds = [row["label"] for row in make_inputs(student, card, options.rows, options.seed).rows]
+    bundle = shape_bundle(student, ["cpu-int8"], say)
+    entries = [Entry("sbs-edge:cpu-int8", make(system="sbs-edge:cpu-int8", artifact=str(bundle)))]
+    entries += peer_entries([name for name in options.against if name == "ctranslate2"], student, make, say)
+    encoder, decoder = layers_of(shape)
+    for entry in entries:
+        entry.name += f" (full depth, {encoder}/{decoder})"
+        entry.sections, entry.golds = ("label", "rationale"), golds
+    return entries
+
+
 def _cpus(options: LatencyOptions) -> list[int]:
     allowed = sorted(os.sched_getaffinity(0))
     if options.cpus:
@@ -205,8 +230,18 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Benchmark, str]:
         raise UsageError("Give either bundles to measure or a shape for random weights.")
     for path in options.bundles:
         read_manifest(path)  # first: a mistyped path has no student next to it either
+    asked = (options.encoder_layers, options.decoder_layers)
+    if not options.shape and asked != (None, None):
+        raise UsageError(
+            "The numbers of layers are those of a random student: give a shape, or leave them out. A bundle has the layers "
+            "that it was trained with."
+        )
+    shape = options.shape
     if options.shape:
-        student: Path | None = shape_student(options.shape, options.seed, say)
+        student: Path | None = shape_student(options.shape, options.seed, say, *asked)
+        layers, full = layers_of(options.shape, *asked), layers_of(options.shape)
+        if layers != full:
+            shape = f"{options.shape} at {layers[0]}/{layers[1]} layers"
     else:
         student = student_of(options.bundles[0], options.student)
     if student is None:
@@ -231,12 +266,14 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Benchmark, str]:
     entries = _our_entries(options, bundles, make) if bundles else [Entry("sbs-edge", None, why=why)]
     entries += smaller
     entries += peer_entries(options.against, student.resolve(), make, say)
+    if options.shape and shape != options.shape:
+        entries += _full_depth_entries(options, options.shape, say)
     benchmark = Benchmark(
         entries,
         make_inputs(student, card, options.rows, options.seed),
         {
             "student": student.name,
-            "shape": options.shape,
+            "shape": shape,
             "random_weights": bool(card.get("training", {}).get("random_weights")),
             "weights_sha256": digest(student),
             "task": card["task"]["name"],

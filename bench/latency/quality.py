@@ -70,7 +70,7 @@ def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
     found = {entry.name: _ask(benchmark, entry, steps) for entry in benchmark.alive}
     if judge is not None and judge.name not in found:
         found[judge.name] = _ask(benchmark, judge, steps)
-    base = found.get(judge.name) if judge is not None else None
+    reference = found.get(judge.name) if judge is not None else None
     rows: list[Row] = []
     for entry in benchmark.entries:
         said = found.get(entry.name)
@@ -78,11 +78,12 @@ def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
             continue
         field = "restricted" if benchmark.inputs.random_weights else "free"
         answers = said[field]
+        base = reference if entry.golds is None else None  # other weights have other answers
         quality: dict[str, float] = {}
         if answers is not None:
             hits = [
                 same_answer(answer, gold, compare)
-                for answer, gold in zip(answers, golds, strict=True)
+                for answer, gold in zip(answers, entry.golds or golds, strict=True)
                 if gold is not None
             ]
             if hits:

@@ -81,6 +81,8 @@ def ratios(benchmark: Benchmark, rows: list[Row]) -> list[RatioRow]:
             peer = entries.get(other.system)
             if peer is None or peer.ours or not _matches(row, other):
                 continue
+            if ours.golds is not None and peer.golds is None:
+                continue  # the full depth beside a shallower peer says nothing about either
             why = None
             if row.section in _TIMED:
                 why = withheld(ours, peer, benchmark.inputs.random_weights)

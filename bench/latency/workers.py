@@ -44,6 +44,8 @@ class Entry:
 
     Attributes:
         sections: what is measured of it besides its answers and its size.
+        golds: labels that its own weights give in float32, where these are not the benchmark's student's: the same
+            shape at its full depth, beside a shallower one. It is judged by them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Entry:
     worker: Worker | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     sections: tuple[str, ...] = SECTIONS
+    golds: list[str] | None = None
 
     @property
     def ours(self) -> bool:

@@ -37,13 +37,25 @@ class Transformers(System):
         torch.set_num_interop_threads(1)
         self.torch = torch
         self.model = AutoModelForSeq2SeqLM.from_pretrained(self.spec.student, local_files_only=True).eval()
+        config = self.model.config
+        self.deep_decoder = config.num_decoder_layers > config.num_layers
 
     def generate(self, ids: list[list[int]], steps: int) -> list[list[int]]:
         """Greedy ``generate``."""
         tokens, mask = (self.torch.from_numpy(array) for array in self.padded(ids))
+        more: dict[str, Any] = {}
+        if self.deep_decoder:  # the import is for these only: a cold start is measured
+            from sbs_edge.training.model import cache_options
+
+            more = cache_options(self.model)
         with self.torch.inference_mode():
             found = self.model.generate(
-                input_ids=tokens, attention_mask=mask, max_new_tokens=steps, do_sample=False, num_beams=1
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=steps,
+                do_sample=False,
+                num_beams=1,
+                **more,
             )
         return [self.cut(row) for row in found[:, 1:].tolist()]
 

@@ -22,6 +22,7 @@ __all__ = ["Command", "Group", "Interrupted", "install"]
 _KEPT = {
     "run": "Finished students are under {out}/students, with the checkpoints of the others beside them. An old "
     "bundle is unchanged. The same command starts again.",
+    "study": "Finished runs and checkpoints of the others are in {work}. The same command continues with them.",
     "train": "Checkpoints, if there are any, are in {out}.training; continue with the same command and --resume.",
     "annotate": "Finished calls are in the journal. The same command continues and asks only what is missing.",
     "export": "{out} is unchanged. The same command starts again.",
@@ -31,6 +32,7 @@ _KEPT = {
 # The order in which a project uses the commands, for the help page; commands of groups keep their own.
 _ORDER = (
     "run",
+    "study",
     "data",
     "task",
     "annotate",

@@ -19,6 +19,8 @@ __all__ = [
     "CompareOption",
     "DataArgument",
     "DatasetOption",
+    "DecoderLayersOption",
+    "EncoderLayersOption",
     "LabelKind",
     "LabelKindOption",
     "LeaveOutBadRowsOption",
@@ -97,6 +99,15 @@ SkipBadRowsOption = Annotated[
 ]
 LeaveOutBadRowsOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
+]
+EncoderLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Encoder layers to keep of the checkpoint: a number, evenly spaced, or indices such as 0,3,5."
+    ),
+]
+DecoderLayersOption = Annotated[
+    str | None, typer.Option(help="Decoder layers to keep of the checkpoint, as --encoder-layers.")
 ]
 ModeOption = Annotated[Mode, typer.Option(help="Learn gold or teacher labels, with or without rationales.")]
 

@@ -24,6 +24,8 @@ from sbs_edge.cli._data_options import (
     CompareOption,
     DataArgument,
     DatasetOption,
+    DecoderLayersOption,
+    EncoderLayersOption,
     LabelKindOption,
     Mode,
     ModeOption,
@@ -42,7 +44,7 @@ from sbs_edge.lock import held
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
-__all__ = ["register"]
+__all__ = ["load_rows", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -85,6 +87,8 @@ def register(app: typer.Typer) -> None:
                 help="T5-family checkpoint, by hub name or directory. Default: a tiny one from scratch."
             ),
         ] = None,
+        encoder_layers: EncoderLayersOption = None,
+        decoder_layers: DecoderLayersOption = None,
         controls: Annotated[
             bool,
             typer.Option(
@@ -134,8 +138,12 @@ def register(app: typer.Typer) -> None:
 
         console = Console(stderr=True)
         flags = {"mode": "--mode", "max_steps": "--steps", "epochs": "--steps", "seed": "--seed"}
-        flags |= {"rationale_weight": "--rationale-weight"} if rationale_weight is not None else {}
-        flags |= {"model": "--model"} if model else {}
+        own = {
+            "rationale_weight": rationale_weight, "model": model or None, "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+        }  # fmt: skip
+        own = {name: value for name, value in own.items() if value is not None}
+        flags |= {name: f"--{name.replace('_', '-')}" for name in own}
         settings = RunConfig(
             mode=mode.value,
             steps=steps,
@@ -144,16 +152,12 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             max_drop=max_drop,
             min_rationale_agreement=min_rationale_agreement,
-            training={
-                **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
-                **({"model": model} if model else {}),
-                **parse_fields(training or (), TrainConfig, flags),
-            },
+            training={**own, **parse_fields(training or (), TrainConfig, flags)},
         )
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
-        splits = _load(ctx.params, out, dry_run)
+        splits = load_rows(ctx.params, out, dry_run)
         judge(splits, mode.value)
         if dry_run:
             plan = {
@@ -182,7 +186,7 @@ def register(app: typer.Typer) -> None:
             print_json(report)
         else:
             Console().print(run_table(report))
-            if sentence := headline(report):
+            for sentence in filter(None, (headline(report), report["linear"]["sentence"])):
                 Console().print(sentence, markup=False, highlight=False)
         console.print(
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
@@ -190,7 +194,15 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+def load_rows(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+    """Return the rows that the data options of a command ask for.
+
+    Args:
+        values: the command's parameters.
+        out: directory for the list of malformed rows that were left out.
+        dry_run: write nothing.
+
+    """
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits

@@ -59,6 +59,8 @@ def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
     )
     table.add_row("lambda", f"{metrics['rationale_weight']:g}")
     table.add_row("parameters", f"{metrics['parameters']:,}")
+    layers = metrics["layers"]
+    table.add_row("layers", f"{layers['encoder']} encoder, {layers['decoder']} decoder")
     table.add_row("steps (best on validation)", f"{metrics['steps']} ({metrics['best_step']})")
     for name in ("label", "rationale"):
         if f"{name}_loss" in metrics:
@@ -130,7 +132,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Train a student on labels and rationales; validation rows choose the weights.
 
-        Examples: sbs-edge train; sbs-edge train rows.jsonl --model google/flan-t5-small --max-steps 2000
+        Examples: sbs-edge train; sbs-edge train rows.jsonl --model google/flan-t5-small --decoder-layers 2
         """
         need(TRAINING, "train", "Training")
 

@@ -24,6 +24,8 @@ class TrainOptions(TypedDict, total=False):
     rationale_prefix: str | None
 
     model: str | None
+    encoder_layers: str | int | tuple[int, ...] | None
+    decoder_layers: str | int | tuple[int, ...] | None
     d_model: int
     d_ff: int
     n_heads: int

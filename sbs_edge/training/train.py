@@ -153,7 +153,7 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
     if checkpoint is None:
         student = models.build_student(config, vocabulary)
     else:
-        student = load_opened(checkpoint, config.dropout)
+        student = load_opened(checkpoint, config.dropout, config.encoder_layers, config.decoder_layers)
     if config.gradient_checkpointing:
         # transformers 5 renamed the method
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
@@ -352,6 +352,7 @@ def _run(
         "mode": config.mode,
         "rationale_weight": config.lambda_,
         "parameters": n_parameters,
+        "layers": {"encoder": settings.num_layers, "decoder": settings.num_decoder_layers},
         "steps": trainer.state.global_step,
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),

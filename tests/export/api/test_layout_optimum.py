@@ -14,6 +14,7 @@ SHAPES = {
     "tied": {},
     "untied, gated": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "deep encoder, odd width": {"num_layers": 3, "d_kv": 12},
+    "one decoder layer": {"num_layers": 3, "num_decoder_layers": 1},
 }
 
 
