@@ -330,6 +330,11 @@ def _run(
         source = MemoryRows(encoded, config.seed, sample=config.rationales == "sample")
         used: int | None = len(encoded)
     else:
+        if config.drop_doubtful:
+            raise UsageError(
+                "drop_doubtful compares all training rows with one another, and a stream never holds them. Train "
+                "without --stream, or leave --drop-doubtful out."
+            )
         source = StreamRows(stream, encoder, config.seed, config.shuffle_buffer)
         used = None
     global_batch = config.batch_size * config.gradient_accumulation * world
@@ -372,6 +377,12 @@ def _run(
     finally:
         if bar is not None:
             bar.close()
+    dropped = len(getattr(source, "dropped", ()))
+    if first and dropped:
+        sys.stderr.write(
+            f"{dropped} of {used} training rows were left out after {head_start or int(DROP_AT * steps)} steps: their "
+            "rationales stand apart from the others', as those of wrong labels do. --no-drop-doubtful keeps them.\n"
+        )
     evaluated = {row.get("step") for row in trainer.state.log_history if "tokens" in row}
     if trainer.state.global_step not in evaluated:
         trainer.evaluate()
@@ -390,7 +401,7 @@ def _run(
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "head_start_steps": head_start,
-        "dropped_rows": len(getattr(source, "dropped", ())),
+        "dropped_rows": dropped,
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
         "spelling": spelling,
         "cut_inputs": encoder.cut_sources,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sbs_edge.data.builtin import builtin_splits
+from sbs_edge.errors import UsageError
 from sbs_edge.training.batches import Batches, Collator, Encoded, MemoryRows
 from sbs_edge.training.config import TrainConfig
 from sbs_edge.training.doubt import LEAST_ROWS, doubtful
@@ -121,7 +122,18 @@ def odd(splits):
     return dataclasses.replace(splits, train=train_rows)
 
 
-def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_drop(odd, small, tmp_path):
+def test_a_stream_refuses_to_drop_rows_it_never_holds(odd, small, tmp_path):
+    with pytest.raises(UsageError, match="drop_doubtful compares all training rows"):
+        train(
+            odd, tmp_path / "s", **small, mode="stepwise-teacher", max_steps=4, drop_doubtful=True,
+            stream=lambda: iter(odd.train),
+        )  # fmt: skip
+    assert not (tmp_path / "s").exists()
+
+
+def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_drop(
+    odd, small, tmp_path, capsys
+):
     options = {
         **small, "mode": "stepwise-teacher", "max_steps": 20, "learning_rate": 0.02, "eval_steps": 5, "keep_checkpoints": 9,
         "select": "last",
@@ -129,6 +141,7 @@ def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_dr
     whole = train(odd, tmp_path / "whole", **options)
     assert whole.metrics["head_start_steps"] == 8
     assert whole.metrics["dropped_rows"] == len(odd.train) // 4
+    assert "16 of 64 training rows were left out after 8 steps" in capsys.readouterr().err
     position = json.loads((tmp_path / "whole.training" / "checkpoint-10" / "position.json").read_text())
     assert position["dropped"] == list(range(0, len(odd.train), 4))
     assert position["dropped_at"] == 8 * small["batch_size"]
