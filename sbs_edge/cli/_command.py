@@ -170,9 +170,9 @@ def _with_options(message: str, parameters: Iterable[Any]) -> str:
         return message
 
     def option(found: re.Match[str]) -> str:
-        flag, value = options[found["name"]], found["value"]
+        flag, value = str(options[found["name"]]), found["value"]
         if value is None:
-            return flag if "_" in found["name"] else found[0]
+            return flag if "_" in found["name"] else str(found[0])
         if value == "True":
             return flag
         each = re.findall(r"'([^']*)'", value) if value.startswith("[") else [value.strip("'")]

@@ -44,7 +44,7 @@ from sbs_edge.lock import held
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
-__all__ = ["load_rows", "register"]
+__all__ = ["load_data", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -157,7 +157,7 @@ def register(app: typer.Typer) -> None:
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
-        splits = load_rows(ctx.params, out, dry_run)
+        splits = load_data(ctx.params, out, dry_run)
         judge(splits, mode.value)
         if dry_run:
             plan = {
@@ -194,7 +194,7 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def load_rows(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+def load_data(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     """Return the rows that the data options of a command ask for.
 
     Args:

@@ -190,10 +190,10 @@ def register(app: typer.Typer) -> None:
             )
         placement = Placement(engine.value, processes, threads, worker_gpus, ray_address)
 
-        from sbs_edge.cli.run import load_rows
+        from sbs_edge.cli.run import load_data
 
         console = Console(stderr=True)
-        splits = load_rows(ctx.params, work, dry_run)
+        splits = load_data(ctx.params, work, dry_run)
         if dry_run:
             plan = plan_study(splits, work, settings, placement, write=False)
             shown = {

@@ -96,10 +96,16 @@ def _rows(
 
     Raises:
         DataError: no row has what the mode learns from.
+        UsageError: doubtful rows of a stream are to be dropped.
     """
     from sbs_edge.training.batches import MemoryRows, StreamRows
 
     if stream is not None:
+        if config.drop_doubtful:
+            raise UsageError(
+                "drop_doubtful compares all training rows with one another, and a stream never holds them. Train "
+                "without a stream, or leave drop_doubtful out."
+            )
         return StreamRows(stream, encoder, config.seed, config.shuffle_buffer), None
     encoded = [row for row in map(encoder, splits.train) if row is not None]
     if not encoded:
@@ -348,6 +354,12 @@ def _run(
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     history = _train_and_evaluate(trainer, bar, newest, steps)
+    dropped = len(getattr(source, "dropped", ()))
+    if first and dropped:
+        sys.stderr.write(
+            f"{dropped} of {used} training rows were left out after {head_start or int(DROP_AT * steps)} steps: their "
+            "rationales stand apart from the others', as those of wrong labels do. drop_doubtful=False keeps them.\n"
+        )
     report = {
         "mode": config.mode,
         "rationale_weight": config.lambda_,
@@ -357,7 +369,7 @@ def _run(
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "head_start_steps": head_start,
-        "dropped_rows": len(getattr(source, "dropped", ())),
+        "dropped_rows": dropped,
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
         "spelling": spelling,
         "cut_inputs": encoder.cut_sources,
