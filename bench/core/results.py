@@ -65,6 +65,7 @@ def new_document(
     threads: int,
     cpus: list[int] | None = None,
     command: list[str] | None = None,
+    began: dict[str, Any] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
     """Return a document with where and how it was measured, and ``fields``.
@@ -75,12 +76,13 @@ def new_document(
         threads: compute threads.
         cpus: processors used; None: every one this process may use.
         command: what was run; None: this process's own arguments.
+        began: :func:`~sbs_edge.bench.core.machine.provenance` as it was before the measurement; None: now.
         fields: everything else; a ``seed`` of 0 unless given.
     """
     return {
         "format": FORMAT,
         "kind": kind,
-        **provenance(command),
+        **(began or provenance(command)),
         "model": model,
         "threads": threads,
         "cpus": sorted(os.sched_getaffinity(0)) if cpus is None else cpus,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.latency.workers import Benchmark, Entry
 from sbs_edge.data.answers import same_answer
@@ -42,19 +41,13 @@ def _percent(hits: list[bool]) -> float:
 def _ask(benchmark: Benchmark, entry: Entry, steps: int) -> dict[str, Any] | None:
     rows = benchmark.inputs.rows
     choices = [row.get("choices") for row in rows] if benchmark.inputs.choices else None
-    if entry.worker is None:
-        return None
-    try:
-        return entry.worker.ask(
-            "answers",
-            texts=[row["input"] for row in rows],
-            choices=choices,
-            rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
-            steps=steps,
-        )
-    except WorkerFailed as failure:
-        entry.give_up(f"no answers: {failure}")
-        return None
+    return entry.ask(
+        "answers",
+        texts=[row["input"] for row in rows],
+        choices=choices,
+        rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
+        steps=steps,
+    )
 
 
 def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:

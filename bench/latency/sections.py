@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.core.rounds import Series, median_row, rotated
 from sbs_edge.bench.latency.inputs import poisson_arrivals
@@ -69,16 +68,6 @@ def _measured(entries: list[Entry], number: int) -> list[Entry]:
     return [entry for entry in rotated(entries, number) if entry.worker is not None]
 
 
-def _asked(entry: Entry, do: str, **order: Any) -> dict[str, Any] | None:
-    if entry.worker is None:
-        return None
-    try:
-        return entry.worker.ask(do, **order)
-    except WorkerFailed as failure:
-        entry.give_up(f"{do}: {failure}")
-        return None
-
-
 def label(benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
     """Label latency by batch and source length; peers as label + EOS and as a single token."""
     inputs = benchmark.inputs
@@ -97,8 +86,7 @@ def label(benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[
             for entry in _measured(benchmark.participants("label"), number):
                 for variant in entry.variants:
                     series = found.setdefault((entry.name, variant, case), Series())
-                    reply = _asked(
-                        entry,
+                    reply = entry.ask(
                         "label",
                         texts=texts[case],
                         choices=inputs.choice_sets(case[0]),
@@ -137,7 +125,7 @@ def rationale(
                 for table, steps in ((first, 1), (whole, schedule.rationale_steps)):
                     into = table.setdefault(key, Series())
                     order = {"seconds": schedule.call_seconds, "least": 1, "warm": into.warm}
-                    replies.append(_asked(entry, "rationale", texts=texts, steps=steps, **order))
+                    replies.append(entry.ask("rationale", texts=texts, steps=steps, **order))
                 if all(reply is not None for reply in replies):
                     for table, reply in zip((first, whole), replies, strict=True):
                         table[key].add(reply["ns"] if reply else [])
@@ -171,10 +159,10 @@ def throughput(
     budget = share * schedule.seconds / max(1, 8 * len(benchmark.alive))
     for entry in benchmark.alive:
         say(f"throughput, sweep of {entry.name}")
-        reply = _asked(entry, "settings")
+        reply = entry.ask("settings")
         best: tuple[float, dict[str, Any]] | None = None
         for setting in reply["settings"] if reply else []:
-            if _asked(entry, "apply", setting=setting) is None:
+            if entry.ask("apply", setting=setting) is None:
                 break
             if entry.name not in sizes:  # how many requests fit the time
                 probe = _stream(entry, texts[:8], setting, benchmark)
@@ -191,7 +179,7 @@ def throughput(
                 best = (rate, setting)
         if best is not None:
             entry.facts["setting"] = best[1]
-            _asked(entry, "apply", setting=best[1])
+            entry.ask("apply", setting=best[1])
     rates: dict[str, list[float]] = {}
     for number in schedule.rounds_within(share / 2):
         say(f"throughput, round {number + 1}")
@@ -220,7 +208,7 @@ def throughput(
 
 def _stream(entry: Entry, texts: list[str], setting: dict[str, Any], benchmark: Benchmark) -> float | None:
     choices = benchmark.inputs.choice_sets(len(texts))
-    reply = _asked(entry, "stream", texts=texts, setting=setting, choices=choices)
+    reply = entry.ask("stream", texts=texts, setting=setting, choices=choices)
     return None if reply is None else float(reply["ns"][0]) * 1e-9
 
 
@@ -251,8 +239,7 @@ def open_loop(
                 rng = random.Random(f"{benchmark.inputs.seed}/{case}/{number}")
                 arrivals = poisson_arrivals(rate, seconds, rng)
                 texts = benchmark.inputs.stream(len(arrivals))
-                reply = _asked(
-                    entry,
+                reply = entry.ask(
                     "open_loop",
                     texts=texts,
                     choices=benchmark.inputs.choice_sets(len(texts)),

@@ -123,7 +123,7 @@ def shape_to_bundle(shape: str, say: Say) -> Path:
     Raises:
         UsageError: there is no such shape.
     """
-    from sbs_edge.bench.latency.bench import shape_bundle, shape_student
+    from sbs_edge.bench.core.shapes import shape_bundle, shape_student
 
     return shape_bundle(shape_student(shape, 0, say), ["cpu-int8"], say)
 

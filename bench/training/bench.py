@@ -18,7 +18,7 @@ from typing import Any
 from sbs_edge.bench.core.protocol import Worker, WorkerFailed
 from sbs_edge.bench.core.results import Row, new_document
 from sbs_edge.bench.core.rounds import Series, fixed_ratio, median_row, rotated, shared_ratio
-from sbs_edge.bench.core.shapes import SHAPES
+from sbs_edge.bench.core.shapes import SHAPES, check_shape
 from sbs_edge.bench.peers.system import Spec
 from sbs_edge.errors import DataError, UsageError
 
@@ -273,8 +273,7 @@ def measure_train(
         UsageError: unknown shape, device or precision.
         DataError: too little data.
     """
-    if options.shape not in SHAPES:
-        raise UsageError(f"There is no shape {options.shape!r}; choose one of {', '.join(SHAPES)}.")
+    check_shape(options.shape)
     unknown = [name for name in options.precisions if name not in _FLOAT_NOISE]
     if unknown or not options.precisions:
         raise UsageError(f"precisions are fp32 and bf16; found {', '.join(unknown) or 'nothing'}.")

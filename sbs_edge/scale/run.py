@@ -213,6 +213,17 @@ def _collect(
             on_unit(figures)
 
 
+def _sums(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sums of the units' figures."""
+    return {
+        "rows_run": sum(int(figures["rows"]) for figures in done),
+        "errors": sum(int(figures["errors"]) for figures in done),
+        "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
+        "steady_seconds": round(_span(done), 3),
+        **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
+    }
+
+
 def run_units(
     worker: type,
     worker_arguments: dict[str, Any],
@@ -299,13 +310,9 @@ def run_units(
     totals = {
         "units": len(units),
         "units_run": len(left),
-        "rows_run": sum(int(figures["rows"]) for figures in done),
-        "errors": sum(int(figures["errors"]) for figures in done),
         "seconds": round(time.perf_counter() - started, 3),
         "workers": workers,
-        "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
-        "steady_seconds": round(_span(done), 3),
-        **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
+        **_sums(done),
     }
     folder.write("_done.json", files.to_json(totals, indent=2).encode("utf-8"))
     return totals

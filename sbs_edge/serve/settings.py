@@ -15,7 +15,8 @@ class ServeSettings(BaseModel):
     Each field's description is also its help text in ``sbs-edge serve``, in this order.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Built when a server starts: every command of the command line imports this class for its options.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     host: str = Field(
         "127.0.0.1", description="Address to bind; anything but loopback lets other machines in."
