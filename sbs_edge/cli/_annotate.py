@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from sbs_edge.cli._common import print_json
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Connection",
+    "PriceInOption",
+    "PriceOutOption",
     "ask_teacher",
     "emit",
     "outcome",
@@ -31,6 +34,10 @@ __all__ = [
     "settle_from_journal",
     "summary",
 ]
+
+
+PriceInOption = Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")]
+PriceOutOption = Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

@@ -9,8 +9,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sbs_edge.cli._annotate import Connection, ask_teacher, connection_of, read_rows
+from sbs_edge.cli._annotate import (
+    Connection,
+    PriceInOption,
+    PriceOutOption,
+    ask_teacher,
+    connection_of,
+    read_rows,
+)
 from sbs_edge.cli._common import JsonOption, print_json
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
 from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
 
 __all__ = ["register_try"]
@@ -43,14 +51,10 @@ def register_try(group: typer.Typer) -> None:
         temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
         max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
-        skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
-        ] = False,
-        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
-        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        column: ColumnOption = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
+        price_in: PriceInOption = 0.0,
+        price_out: PriceOutOption = 0.0,
         journal: Annotated[
             Path | None,
             typer.Option(

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from sbs_edge.cli._annotate import (
     Connection,
+    PriceInOption,
+    PriceOutOption,
     ask_teacher,
     connection_of,
     emit,
@@ -31,6 +33,7 @@ from sbs_edge.cli._common import (
     save_resolved,
     save_resolved_beside,
 )
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
 from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
 
 __all__ = ["register"]
@@ -133,15 +136,11 @@ def register(app: typer.Typer) -> None:
         split: Annotated[
             str, typer.Option(help="Split to annotate, with --dataset or the name of a data set.")
         ] = "train",
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
+        column: ColumnOption = None,
         limit: Annotated[
             int | None, typer.Option(min=1, help="Annotate only this many rows, from the first.")
         ] = None,
-        skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
-        ] = False,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         samples: Annotated[
             int,
             typer.Option(
@@ -180,8 +179,8 @@ def register(app: typer.Typer) -> None:
         max_attempts: Annotated[
             int, typer.Option(min=1, help="Attempts per call; then it is left to the next run.")
         ] = 6,
-        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
-        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        price_in: PriceInOption = 0.0,
+        price_out: PriceOutOption = 0.0,
         max_cost: Annotated[
             float | None,
             typer.Option(min=0, help="Stop before all calls in the journal cost more than this."),
