@@ -41,8 +41,6 @@ from sbs_edge.training.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION,
 __all__ = ["TrainResult", "train"]
 
 CALIBRATION_ROWS = 512
-DROP_AT = 0.4
-"""Share of the steps after which doubtful rows are dropped, where there is no head start to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +364,7 @@ def _run(
         label_tokens=firsts,
         label_answers=answers,
         callbacks=callbacks,
-        drop_at=(head_start or int(DROP_AT * steps)) if config.drop_doubtful_ else None,
+        score_at=config.score_steps(steps, (used or 0) / global_batch),
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     if bar is not None:
@@ -380,8 +378,8 @@ def _run(
     dropped = len(getattr(source, "dropped", ()))
     if first and dropped:
         sys.stderr.write(
-            f"{dropped} of {used} training rows were left out after {head_start or int(DROP_AT * steps)} steps: their "
-            "rationales stand apart from the others', as those of wrong labels do. --no-drop-doubtful keeps them.\n"
+            f"{dropped} of {used} training rows were left out: their rationales stand apart from the others', as those "
+            "of wrong labels do. --no-drop-doubtful keeps them.\n"
         )
     evaluated = {row.get("step") for row in trainer.state.log_history if "tokens" in row}
     if trainer.state.global_step not in evaluated:
