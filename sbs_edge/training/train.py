@@ -330,8 +330,8 @@ def _run(
     else:
         if config.drop_doubtful:
             raise UsageError(
-                "drop_doubtful compares all training rows with one another, and a stream never holds them. Train "
-                "without --stream, or leave --drop-doubtful out."
+                "drop_doubtful compares all training rows with one another, and a stream never holds them. Train on "
+                "rows in memory, or leave drop_doubtful out."
             )
         source = StreamRows(stream, encoder, config.seed, config.shuffle_buffer)
         used = None
@@ -379,7 +379,7 @@ def _run(
     if first and dropped:
         sys.stderr.write(
             f"{dropped} of {used} training rows were left out: their rationales stand apart from the others', as those "
-            "of wrong labels do. --no-drop-doubtful keeps them.\n"
+            "of wrong labels do. Set drop_doubtful to false to keep them.\n"
         )
     evaluated = {row.get("step") for row in trainer.state.log_history if "tokens" in row}
     if trainer.state.global_step not in evaluated:
