@@ -9,8 +9,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-__all__ = ["cpu_quota", "lacks_memory", "limit_torch_threads", "memory_advice", "memory_limit", "usable_cpus"]
+__all__ = [
+    "ProcessPlan",
+    "cpu_quota",
+    "lacks_memory",
+    "limit_torch_threads",
+    "memory_advice",
+    "memory_limit",
+    "plan_processes",
+    "share_cpus",
+    "usable_cpus",
+]
+
+_own_share: int | None = None  # threads that this process keeps to, beside others of the same work
 
 # Messages of onnxruntime, the C++ library and the dynamic loader when memory cannot be allocated.
 _NO_MEMORY = (
@@ -27,7 +40,46 @@ def usable_cpus(root: Path = Path("/")) -> int:
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
-    return allowed if quota is None else max(1, min(allowed, -int(-quota // 1)))
+    limits = [allowed, *([] if quota is None else [-int(-quota // 1)]), *([_own_share] if _own_share else [])]
+    return max(1, min(limits))
+
+
+def share_cpus(threads: int | None) -> None:
+    """Keep this process to ``threads`` threads from now on, because others do the same work beside it; None: no limit.
+
+    Every default taken from :func:`usable_cpus` follows it.
+    """
+    global _own_share
+    _own_share = threads
+
+
+class ProcessPlan(NamedTuple):
+    """How a number of equal tasks is spread over one machine."""
+
+    processes: int
+    threads: int  # of each process
+
+
+def plan_processes(tasks: int, memory_each: int, threads: int | None = None) -> ProcessPlan:
+    """Return how many processes run at once, and their threads, so that neither processors nor memory run out.
+
+    Args:
+        tasks: tasks to be done, at least 1.
+        memory_each: bytes that one task needs at most.
+        threads: threads of each; None: the processors shared out evenly.
+
+    Example:
+        >>> plan_processes(1, memory_each=1 << 30).processes
+        1
+
+    """
+    cpus = usable_cpus()
+    memory = memory_limit()
+    if memory is None and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fitting = cpus if memory is None else int(0.8 * memory) // memory_each
+    processes = max(1, min(tasks, cpus // (threads or 1), fitting))
+    return ProcessPlan(processes, threads or max(1, cpus // processes))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
@@ -86,7 +138,7 @@ def limit_torch_threads(threads: int | None = None) -> None:
     """Set torch's compute threads to ``threads``; None: torch's default, but no more than the CPU quota allows."""
     import torch
 
-    if threads is None and cpu_quota() is None:
+    if threads is None and cpu_quota() is None and _own_share is None:
         return
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
 

@@ -22,6 +22,12 @@ _COMMON = {"config", "dry_run", "help", "json"}
 # By command: the option that starts a panel, in the order of declaration.
 _PANELS: dict[str, dict[str, str]] = {
     "run": {"mode": "Students", "target": "Export", "skip_bad_rows": "Data", "seed": "Students"},
+    "study": {
+        "method": "Grid",
+        "within": "Choice",
+        "target": "Export",
+        "engine": "Where runs are carried out",
+    },
     "train": {
         "mode": "Objective",
         "model": "Student",
@@ -49,18 +55,22 @@ _PANELS: dict[str, dict[str, str]] = {
         "watch": "Versions",
         "max_batch_tokens": "Batches",
         "truncate": "Limits",
-        "token_file": "Security",
+        "tls_cert": "Security",
         "escalate_url": "Escalation",
         "abstain_below": "Answers and logs",
+        "token_file": "Security",
+        "log_level": "Answers and logs",
     },
 }
-_DIRECTORIES = {"student", "out", "tokenizer"}
+_DIRECTORIES = {"student", "out", "tokenizer", "work"}
 _FILES = {"task", "input", "journal", "emit_batch"}
 _VALUES = {
     **dict.fromkeys(("against", "batches", "cpus", "dtype", "padding", "peers", "precision"), "LIST"),
     **dict.fromkeys(("rationale_batches", "shapes", "sources", "stages"), "LIST"),
     "base_url": "URL",
     "column": "FIELD=COLUMN",
+    "decoder_layers": "LAYERS",
+    "encoder_layers": "LAYERS",
     "escalate_url": "URL",
     "extra_body": "JSON",
     "header": "NAME=VALUE",

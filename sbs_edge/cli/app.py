@@ -31,6 +31,7 @@ app = typer.Typer(
 # only, so that `--help` is fast.
 _MODULES: tuple[str, ...] = (
     "run",
+    "study",
     "data",
     "train",
     "evaluate",

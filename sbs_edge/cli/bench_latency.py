@@ -36,6 +36,16 @@ def register(app: typer.Typer) -> None:
                 help="Measure random weights instead: t5-small, t5-v1_1-small, flan-t5-base or tiny."
             ),
         ] = None,
+        encoder_layers: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                help="Encoder layers of --shape in place of its own; its full depth is measured beside.",
+            ),
+        ] = None,
+        decoder_layers: Annotated[
+            int | None, typer.Option(min=1, help="Decoder layers of --shape in place of its own.")
+        ] = None,
         against: Annotated[
             str, typer.Option(help="Peers, separated by commas; a missing one gets a row with the reason.")
         ] = _ALL,
@@ -71,7 +81,8 @@ def register(app: typer.Typer) -> None:
         Label and rationale latency, throughput, latency under load, cold start, memory, disk and
         installed size; every speed is shown with its accuracy. The last line of stdout is a JSON document.
 
-        Example: sbs-edge bench latency runs/demo/bundle --out runs/bench
+        Examples: sbs-edge bench latency runs/demo/bundle --out runs/bench; sbs-edge bench latency --shape t5-small
+        --decoder-layers 2
         """
         require("tokenizers", "The latency bench")
         from sbs_edge.bench.latency.bench import LatencyOptions, measure_latency
@@ -95,6 +106,8 @@ def register(app: typer.Typer) -> None:
             bundles=tuple(bundles or ()),
             student=student,
             shape=shape,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
             against=names(against),
             targets=names(target),
             threads=threads,

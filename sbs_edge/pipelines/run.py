@@ -7,7 +7,6 @@ label examples for the same number of optimiser steps. The test split is read on
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from sbs_edge.data.targets import Mode
 __all__ = ["Arm", "RunConfig", "arms_for", "gain_of", "run"]
 
 LABEL_ONLY: dict[str, Mode] = {"stepwise": "finetune", "stepwise-teacher": "distill"}
-LATENCY_CALLS = 200
 RESAMPLES = 10_000
 
 
@@ -123,29 +121,9 @@ def _shares(difference: Any) -> Any:
     return [float((difference == value).mean()) for value in (-1, 0, 1)]
 
 
-def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
-    """Time single label predictions after a warm-up; return milliseconds per call of one text."""
-    for text in texts[:10]:
-        student.predict([text], truncate=True)
-    taken = []
-    for text in texts[:LATENCY_CALLS]:
-        start = time.perf_counter()
-        student.predict([text], truncate=True)
-        taken.append((time.perf_counter() - start) * 1e3)
-    cuts = statistics.quantiles(taken, n=100) if len(taken) > 1 else taken * 99
-    return {"p50": round(statistics.median(taken), 3), "p90": round(cuts[89], 3), "calls": len(taken)}
-
-
-def _answers(student: Any, rows: Sequence[Example]) -> list[str]:
-    choices = [list(row.distinct_choices) for row in rows]
-    labels = choices if any(choices) else None
-    # As in training and the accuracy check: a long row must not cost the run its report.
-    found = student.predict([row.input for row in rows], labels=labels, truncate=True)
-    return [answer.label for answer in found]
-
-
 def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> list[dict[str, Any]]:
     from sbs_edge.data.answers import same_answer
+    from sbs_edge.pipelines.measure import answers, label_latency
     from sbs_edge.runtime.student import Student
 
     rows: list[dict[str, Any]] = []
@@ -155,7 +133,7 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
         if "CPUExecutionProvider" not in entry.get("providers", ["CPUExecutionProvider"]):
             continue
         with Student.load(bundle, target=target, threads=1) as student:
-            got = _answers(student, test)
+            got = answers(student, test)
             reference = reference or got
             judged = [(a, row.label) for a, row in zip(got, test, strict=True) if row.label is not None]
             right = sum(same_answer(answer, label, splits.task.compare) for answer, label in judged)
@@ -170,9 +148,7 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
                     "agreement_with_first": sum(a == b for a, b in zip(got, reference, strict=True))
                     / max(len(test), 1),
                     "bytes": size,
-                    "label_ms": _latency_ms(student, [row.input for row in test])
-                    if splits.task.label_kind != "choices"
-                    else None,
+                    "label_ms": label_latency(student, test) if test else None,
                     "example_rationale": student.explain([first], truncate=True)[0].rationale
                     if first and "explainer" in entry
                     else "",
@@ -201,6 +177,7 @@ def run(
     from sbs_edge.data.targets import teacher_agreement
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import check_runnable, targets_named
+    from sbs_edge.pipelines.linear import linear_baseline, linear_sentence
     from sbs_edge.training.evaluate import evaluate
 
     check_runnable(targets_named(config.targets))  # now, not after an hour of training
@@ -227,6 +204,8 @@ def run(
     ]
     gain = gain_of(rights[0], rights[1]) if len(students) > 1 and rights[0] else None
     bundle = _measure_bundle(Path(exported.path), splits.test, splits)
+    linear = linear_baseline(splits, gold=config.mode in ("finetune", "stepwise"))
+    best = max((s["test"]["label_accuracy"] for s in students if rights[0]), default=None)
     return {
         "task": dataclasses.asdict(splits.task),
         "mode": config.mode,
@@ -234,6 +213,7 @@ def run(
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "students": students,
         "gain": gain,
+        "linear": {**linear, "sentence": linear_sentence(linear, "test", best)},
         "bundle": {
             "path": str(exported.path),
             "targets": bundle,

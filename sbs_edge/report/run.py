@@ -116,6 +116,8 @@ def run_page(report: dict[str, Any]) -> str:
     rows = report["rows"]
     if sentence := headline(report):
         page.headline(sentence)
+    if sentence := (report.get("linear") or {}).get("sentence"):
+        page.text(sentence)
     if report["task"]["name"] == BUILTIN:
         page.text(BUILTIN_CAVEAT, note=True)
     page.text(

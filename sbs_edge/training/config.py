@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sbs_edge.data.targets import Mode
 from sbs_edge.errors import UsageError
+from sbs_edge.training.depth import Layers, parse_layers
 
 __all__ = ["PREFIXES", "Mode", "TrainConfig", "make_config"]
 
@@ -90,6 +91,14 @@ class TrainConfig(BaseModel):
     model: str | None = Field(
         None,
         description="T5-family checkpoint: a hub name or a directory. Default: a small one from scratch.",
+    )
+    encoder_layers: str | int | tuple[int, ...] | None = Field(
+        None,
+        description="Encoder layers to keep of the checkpoint: a number, evenly spaced, or indices such as 0,3,5.",
+    )
+    decoder_layers: str | int | tuple[int, ...] | None = Field(
+        None,
+        description="Decoder layers to keep of the checkpoint: a number, evenly spaced, or indices such as 0,5.",
     )
     d_model: int = Field(64, ge=8, multiple_of=8, description="Model width from scratch, a multiple of 8.")
     d_ff: int = Field(512, ge=8, description="Feed-forward width from scratch.")
@@ -203,6 +212,11 @@ class TrainConfig(BaseModel):
             return names
         return tuple(name.strip() for name in names if name.strip() != "none")
 
+    @field_validator("encoder_layers", "decoder_layers")
+    @classmethod
+    def _layers(cls, value: Layers | None) -> int | tuple[int, ...] | None:
+        return None if value is None else parse_layers(value)
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.alpha is not None and self.rationale_weight is not None:
@@ -211,6 +225,11 @@ class TrainConfig(BaseModel):
             raise ValueError("give max_steps or epochs, not both")
         if not self.model and self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
+        if not self.model and (self.encoder_layers or self.decoder_layers) is not None:
+            raise ValueError(
+                "encoder_layers and decoder_layers keep some of a checkpoint's layers: give model too. From scratch, "
+                "n_layers and n_decoder_layers set the depth"
+            )
         label, rationale = self.prefix_pair
         if self.uses_rationales and label == rationale:
             raise ValueError(

@@ -23,6 +23,7 @@ from sbs_edge.errors import DataError
 from sbs_edge.progress import ProgressLine
 from sbs_edge.resources import limit_torch_threads
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
+from sbs_edge.training.model import cache_options
 from sbs_edge.training.student_dir import StudentDir
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _generate(
         ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config, prefix))
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
-            do_sample=False, num_beams=1,
+            do_sample=False, num_beams=1, **cache_options(model),
         )  # fmt: skip
         for row in out[:, 1:].tolist():
             end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)

@@ -19,6 +19,7 @@ __all__ = [
     "TwoTaskModel",
     "add_lora",
     "build_student",
+    "cache_options",
     "is_tied",
     "measure_logit_scale",
     "merge_lora",
@@ -52,6 +53,18 @@ def measure_logit_scale(student: Any) -> float:
 def is_tied(student: Any) -> bool:
     """Return whether the LM head is the embedding itself."""
     return bool(student.get_output_embeddings().weight is student.get_input_embeddings().weight)
+
+
+def cache_options(student: Any) -> dict[str, Any]:
+    """Return arguments of ``generate`` that a decoder deeper than its encoder needs.
+
+    transformers 4.57 sizes the cache by the encoder's layers; a cache that grows by itself fits any decoder.
+    """
+    if student.config.num_decoder_layers <= student.config.num_layers:
+        return {}
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
 class TwoTaskModel(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sbs_edge.errors import MissingExtra, UsageError
 from sbs_edge.training.checkpoint import Checkpoint, open_checkpoint
+from sbs_edge.training.depth import Layers, kept_layers, kept_tensors
 from sbs_edge.training.model import is_tied, measure_logit_scale
 from sbs_edge.training.tensors import read_tensors
 
@@ -49,19 +50,49 @@ def load_checkpoint(name: str, dropout: float | None = None) -> Any:
     return load_opened(open_checkpoint(name), dropout)
 
 
-def load_opened(checkpoint: Checkpoint, dropout: float | None = None) -> Any:
-    """Load an opened checkpoint; arguments and errors as for :func:`load_checkpoint`."""
+def load_opened(
+    checkpoint: Checkpoint,
+    dropout: float | None = None,
+    encoder_layers: Layers | None = None,
+    decoder_layers: Layers | None = None,
+) -> Any:
+    """Load an opened checkpoint, or some of its layers.
+
+    Args:
+        checkpoint: see :func:`sbs_edge.training.checkpoint.open_checkpoint`.
+        dropout: rate in place of the checkpoint's; None: its own.
+        encoder_layers: encoder layers to keep (see :func:`sbs_edge.training.depth.kept_layers`); None: all.
+        decoder_layers: the same for the decoder.
+
+    Returns:
+        As :func:`load_checkpoint`; its configuration has the numbers of layers kept.
+
+    Raises:
+        UsageError: as for :func:`load_checkpoint`, or the checkpoint has fewer layers.
+
+    """
     folder = checkpoint.folder
     settings = _settings(checkpoint)
     if dropout is not None:
         settings.dropout_rate = dropout
+    kept = {
+        "encoder": kept_layers(encoder_layers, settings.num_layers, "encoder"),
+        "decoder": kept_layers(decoder_layers, settings.num_decoder_layers, "decoder"),
+    }
     tensors = _one_table(read_tensors(folder), folder)
     own = _own_head(tensors, checkpoint)
     settings.tie_word_embeddings = not own
     model = _filled(settings, tensors, own, folder)
-    _scale_to(model, _logit_scale(checkpoint))
     if checkpoint.adapter is not None:
         model = _merged(model, checkpoint.adapter)
+    if encoder_layers is not None or decoder_layers is not None:
+        # After an adapter is merged: its tensors are named after the layers it was trained on.
+        settings.num_layers, settings.num_decoder_layers = len(kept["encoder"]), len(kept["decoder"])
+        present = {name: tensor for name, tensor in model.state_dict().items() if name not in _TABLES}
+        if not own:
+            present.pop(HEAD)
+        model = _filled(settings, kept_tensors(present, kept), own, folder)
+    _scale_to(model, _logit_scale(checkpoint))
     return model.eval()
 
 
