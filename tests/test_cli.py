@@ -90,6 +90,12 @@ def test_run_without_rationales_ends_with_a_bundle_and_a_report(
     assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "rationale, as the bundle" not in page
+    analysis = report["analysis"]
+    assert (analysis["target"], analysis["n"]) == ("cpu-int8", report["rows"]["test"])
+    assert analysis["accuracy"] == report["bundle"]["targets"][0]["label_accuracy"]
+    assert sum(map(sum, analysis["confusion"]["counts"])) == analysis["n"]
+    assert [error["rationale"] for error in analysis["errors"]] == [None] * 20
+    assert page.index("The bundle gives the gold label in") < page.index("<h2>")
     bold = re.compile(r'<tr class="best"><td>([^<]*)')
     assert bold.findall(page) == []
     for shares, best in (((0.5, 0.75, 0.25), ["b"]), ((0.5, 0.5, 0.5), []), ((None, None, 0.1), ["c"])):

@@ -26,6 +26,7 @@ __all__ = [
     "ModeOption",
     "PaperDataset",
     "SkipBadRowsOption",
+    "SliceOption",
     "TestOption",
     "ValidationOption",
     "judge",
@@ -93,6 +94,10 @@ SkipBadRowsOption = Annotated[
 ]
 LeaveOutBadRowsOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows and say how many.")
+]
+SliceOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Column by whose values accuracy is reported; may be given several times."),
 ]
 ModeOption = Annotated[Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")]
 

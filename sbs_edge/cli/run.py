@@ -28,6 +28,7 @@ from sbs_edge.cli._data_options import (
     Mode,
     ModeOption,
     SkipBadRowsOption,
+    SliceOption,
     TestOption,
     ValidationOption,
     judge,
@@ -116,6 +117,7 @@ def register(app: typer.Typer) -> None:
                 help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
             ),
         ] = 0.9,
+        slice: SliceOption = None,
         skip_bad_rows: SkipBadRowsOption = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
@@ -144,6 +146,7 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             max_drop=max_drop,
             min_rationale_agreement=min_rationale_agreement,
+            slices=tuple(slice or ()),
             training={
                 **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
                 **({"model": model} if model else {}),
@@ -174,6 +177,7 @@ def register(app: typer.Typer) -> None:
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
+        from sbs_edge.report.analysis import analysis_lines
         from sbs_edge.report.run import headline, run_page, run_table
 
         files.write_json(out / "report.json", report)
@@ -184,6 +188,9 @@ def register(app: typer.Typer) -> None:
             Console().print(run_table(report))
             if sentence := headline(report):
                 Console().print(sentence, markup=False, highlight=False)
+            if report["analysis"]:
+                for line in analysis_lines(report["analysis"])[1:]:
+                    Console().print(line, markup=False, highlight=False)
         console.print(
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
             markup=False,

@@ -8,7 +8,6 @@ of optimiser steps; the test split is read once, after the last of them is train
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,14 +15,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sbs_edge.data.example import Example, Splits
+from sbs_edge.analysis.intervals import gain_of
+from sbs_edge.data.answers import same_answer
+from sbs_edge.data.columns import column_values
+from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.data.targets import Mode
+from sbs_edge.pipelines.measure import analyse_bundle, answer_rows, latency_ms, target_bytes
 
-__all__ = ["Arm", "RunConfig", "arms_for", "gain_of", "run"]
+__all__ = ["Arm", "RunConfig", "arms_for", "run"]
 
 LABEL_ONLY: dict[str, Mode] = {"stepwise": "finetune", "stepwise-teacher": "distill"}
-LATENCY_CALLS = 200
-RESAMPLES = 10_000
 
 
 class RunConfig(BaseModel):
@@ -35,6 +36,7 @@ class RunConfig(BaseModel):
         controls: also train on shuffled rationales, and label-only for twice the steps.
         targets: what to export the main student for.
         training: further fields of the training configuration.
+        slices: columns of the test rows' file by whose values accuracy is reported.
 
     """
 
@@ -48,6 +50,7 @@ class RunConfig(BaseModel):
     max_drop: float = Field(1.0, ge=0)
     min_rationale_agreement: float = Field(0.9, ge=0, le=1)
     training: dict[str, Any] = Field(default_factory=dict)
+    slices: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,76 +96,27 @@ def _train_arm(arm: Arm, splits: Splits, out: Path, config: RunConfig) -> dict[s
     }
 
 
-def gain_of(right: Sequence[bool], baseline_right: Sequence[bool]) -> dict[str, Any]:
-    """Return by how many points of accuracy one student is ahead of another on the same rows.
-
-    Args:
-        right: (n,) whether the student's answer to each row is right.
-        baseline_right: (n,) the same of the student it is compared with.
-
-    Returns:
-        ``points``, the ends ``low`` and ``high`` of its 95 % interval, and ``n``. The interval is the
-        percentile interval of a paired bootstrap: whole rows are drawn again, with both answers.
-
-    """
-    import numpy as np
-
-    difference = np.asarray(right, float) - np.asarray(baseline_right, float)
-    draws = np.random.default_rng(0).multinomial(len(difference), _shares(difference), RESAMPLES)
-    means = 100 * (draws[:, 2] - draws[:, 0]) / len(difference)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {
-        "points": round(float(100 * difference.mean()), 2),
-        "low": round(float(low), 2),
-        "high": round(float(high), 2),
-        "n": len(difference),
-    }
-
-
-def _shares(difference: Any) -> Any:
-    """Return the shares of -1, 0 and 1: drawing rows again is drawing from these three values."""
-    return [float((difference == value).mean()) for value in (-1, 0, 1)]
-
-
-def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
-    """Time single label predictions after a warm-up; milliseconds a call, one text a call."""
-    for text in texts[:10]:
-        student.predict([text], truncate=True)
-    taken = []
-    for text in texts[:LATENCY_CALLS]:
-        start = time.perf_counter()
-        student.predict([text], truncate=True)
-        taken.append((time.perf_counter() - start) * 1e3)
-    cuts = statistics.quantiles(taken, n=100) if len(taken) > 1 else taken * 99
-    return {"p50": round(statistics.median(taken), 3), "p90": round(cuts[89], 3), "calls": len(taken)}
-
-
-def _answers(student: Any, rows: Sequence[Example]) -> list[str]:
-    choices = [list(row.distinct_choices) for row in rows]
-    labels = choices if any(choices) else None
-    # As training and the accuracy check do: one long row must not cost the run its report.
-    found = student.predict([row.input for row in rows], labels=labels, truncate=True)
-    return [answer.label for answer in found]
-
-
-def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> list[dict[str, Any]]:
-    from sbs_edge.data.answers import same_answer
+def _measure_bundle(
+    bundle: Path, test: Sequence[Example], task: TaskSpec, slices: dict[str, list[str]], *, explains: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Answer the test rows with every target that runs on a CPU; analyse the errors of the first."""
     from sbs_edge.runtime.student import Student
 
     rows: list[dict[str, Any]] = []
     reference: list[str] | None = None
+    analysis: dict[str, Any] | None = None
     manifest = Student.load(bundle).manifest
     for target, entry in manifest["targets"].items():
         if "CPUExecutionProvider" not in entry.get("providers", ["CPUExecutionProvider"]):
             continue
         with Student.load(bundle, target=target, threads=1) as student:
-            got = _answers(student, test)
-            reference = reference or got
+            answers = answer_rows(student, test)
+            got = [answer.label for answer in answers]
+            if reference is None:
+                reference = got
+                analysis = analyse_bundle(student, test, answers, task, slices, explains=explains)
             judged = [(a, row.label) for a, row in zip(got, test, strict=True) if row.label is not None]
-            right = sum(same_answer(answer, label, splits.task.compare) for answer, label in judged)
-            size = sum(
-                item["bytes"] for name, item in manifest["files"].items() if name.startswith(f"{target}/")
-            )
+            right = sum(same_answer(answer, label, task.compare) for answer, label in judged)
             first = test[0].input if test else ""
             rows.append(
                 {
@@ -170,17 +124,15 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
                     "label_accuracy": right / len(judged) if judged else None,
                     "agreement_with_first": sum(a == b for a, b in zip(got, reference, strict=True))
                     / max(len(test), 1),
-                    "bytes": size,
-                    "label_ms": _latency_ms(student, [row.input for row in test])
-                    if splits.task.label_kind != "choices"
-                    else None,
+                    "bytes": target_bytes(student),
+                    "label_ms": latency_ms(student, test),
                     "example_rationale": student.explain([first], truncate=True)[0].rationale
-                    if first and "explainer" in entry
+                    if first and explains
                     else "",
                     "guard": entry.get("accuracy"),
                 }
             )
-    return rows
+    return rows, analysis
 
 
 def run(
@@ -205,6 +157,7 @@ def run(
     from sbs_edge.training.evaluate import evaluate
 
     check_runnable(targets_named(config.targets))  # now, not after an hour of training
+    slices = column_values(splits.test, config.slices)
     started = time.perf_counter()
     students: list[dict[str, Any]] = []
     for arm in arms_for(config):
@@ -227,7 +180,9 @@ def run(
         for student in students
     ]
     gain = gain_of(rights[0], rights[1]) if len(students) > 1 and rights[0] else None
-    bundle = _measure_bundle(Path(exported.path), splits.test, splits)
+    bundle, analysis = _measure_bundle(
+        Path(exported.path), splits.test, splits.task, slices, explains=config.mode in LABEL_ONLY
+    )
     return {
         "task": dataclasses.asdict(splits.task),
         "mode": config.mode,
@@ -235,6 +190,7 @@ def run(
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "students": students,
         "gain": gain,
+        "analysis": analysis,
         "bundle": {
             "path": str(exported.path),
             "targets": bundle,
