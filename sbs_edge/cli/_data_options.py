@@ -12,6 +12,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Example, Splits
+    from sbs_edge.data.finding import Finding
 
 __all__ = [
     "ColumnOption",
@@ -102,8 +103,8 @@ SliceOption = Annotated[
 ModeOption = Annotated[Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")]
 
 
-def judge(splits: Splits, mode: str) -> None:
-    """Say on stderr what the checks of ``data check`` warn of, and refuse at their stops.
+def judge(splits: Splits, mode: str) -> list[Finding]:
+    """Say on stderr what the checks of ``data check`` warn of, and refuse at their stops; return the warnings.
 
     Raises:
         DataError: training would fail, or the student would be useless.
@@ -118,6 +119,7 @@ def judge(splits: Splits, mode: str) -> None:
                 f"warning: {finding.message}", markup=False, highlight=False, soft_wrap=True
             )
     refuse_stops(findings)
+    return findings
 
 
 def read_rows(path: Path, column: Iterable[str] | None, skip_bad_rows: bool) -> list[Example]:

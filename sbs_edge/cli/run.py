@@ -157,7 +157,7 @@ def register(app: typer.Typer) -> None:
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
         splits = _load(ctx.params, out, dry_run)
-        judge(splits, mode.value)
+        warnings = judge(splits, mode.value)
         if dry_run:
             plan = {
                 **resolved(ctx),
@@ -177,6 +177,7 @@ def register(app: typer.Typer) -> None:
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
+        report["warnings"] = [finding.message for finding in warnings]
         from sbs_edge.report.analysis import analysis_lines
         from sbs_edge.report.run import headline, run_page, run_table
 

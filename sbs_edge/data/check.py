@@ -15,7 +15,11 @@ from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, LabelKind, Splits
 from sbs_edge.data.findings import Finding, examine, verdict
 from sbs_edge.data.load import Source, hold_out_missing, open_source
+from sbs_edge.data.near_duplicates import near_duplicates
+from sbs_edge.data.noise import balance_of, teacher_errors
+from sbs_edge.data.rationales import rationale_figures
 from sbs_edge.data.readers import ColumnMap, ReadResult
+from sbs_edge.data.samples import samples_to_read
 from sbs_edge.data.splits import find_overlaps
 from sbs_edge.data.targets import Mode, teacher_agreement
 from sbs_edge.data.tokenizer import EOS_ID, load_tokenizer
@@ -59,7 +63,11 @@ def _lengths(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]) 
 
 
 def _split_report(
-    name: str, part: ReadResult, source: Source, count: Callable[[Sequence[str]], list[int]]
+    name: str,
+    part: ReadResult,
+    source: Source,
+    count: Callable[[Sequence[str]], list[int]],
+    mode: Mode | None,
 ) -> dict[str, Any]:
     rows, task = part.examples, source.task
     known = [row.label if row.label is not None else row.teacher_label for row in rows]
@@ -84,6 +92,9 @@ def _split_report(
         "teacher_outside_labels": sum(map(outside, rows)),
         "agreement": {**teacher_agreement(rows, task.compare), "rows": len(rows)},
         "labels": {"distinct": len(labels), "most_common": dict(labels.most_common(SHOWN_LABELS))},
+        "balance": balance_of([label for label in known if label is not None]),
+        "teacher_errors": teacher_errors(rows, task),
+        "rationale_quality": rationale_figures(rows, mode),
         "repeated_inputs": len(rows) - len(inputs),
         "tokens": {
             "input": _lengths([row.input for row in rows], count),
@@ -93,22 +104,29 @@ def _split_report(
     }
 
 
-def _drawn(splits: Splits, source: Source, where: str, seed: int) -> dict[str, Any] | None:
-    """Return the rows per split and label that training would draw, or None where the source brings every split."""
-    if {"train", "validation", "test"} <= set(source.found):
-        return None
+def _drawn(
+    splits: Splits, source: Source, where: str, seed: int, mode: Mode | None
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Return the rows per split and label that training would draw, and their near-duplicates."""
     drawn = dataclasses.replace(splits)
     try:
         hold_out_missing(drawn, source, where, seed)
     except DataError as error:
-        return {"seed": seed, "problem": str(error)}
+        return {"seed": seed, "problem": str(error)}, []
+    for name in source.found:
+        if name != "train":
+            setattr(drawn, name, [])  # their findings were told already
+    near = list(near_duplicates(drawn, mode))
+    for name in source.found:
+        if name != "train":
+            setattr(drawn, name, getattr(splits, name))
     parts = {}
     for name in ("train", "validation", "test"):
         rows = getattr(drawn, name)
         known = (row.label if row.label is not None else row.teacher_label for row in rows)
         counts = Counter(label.strip() for label in known if label is not None)
         parts[name] = {"rows": len(rows), "labels": dict(counts.most_common(SHOWN_LABELS))}
-    return {"seed": seed, "splits": parts}
+    return {"seed": seed, "splits": parts}, near
 
 
 def check_dataset(
@@ -140,10 +158,10 @@ def check_dataset(
         seed: decides which rows training would hold out.
 
     Returns:
-        ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``,
-        ``spelling`` (see :func:`sbs_edge.label_tokens.spelling_of_rows`; None without ``tokenizer``),
-        ``overlaps`` between splits (at most 20 named), ``problems`` with the rows
-        in words, ``findings`` (:class:`~sbs_edge.data.findings.Finding`), ``verdict`` (``ok``, ``warn`` or
+        ``source``, ``task``, ``tokenizer``, an entry for each split in ``splits``, ``samples`` (rows to read, the worst
+        first), ``spelling`` (see :func:`sbs_edge.label_tokens.spelling_of_rows`; None without ``tokenizer``), ``drawn``
+        (the splits that training would draw), ``overlaps`` between splits (at most 20 named), ``problems`` with the
+        rows in words, ``findings`` (:class:`~sbs_edge.data.findings.Finding`), ``verdict`` (``ok``, ``warn`` or
         ``stop``), and ``ok``: False when the verdict is ``stop``.
 
     Raises:
@@ -165,7 +183,7 @@ def check_dataset(
             columns=columns,
         )
     counted_in, count = _counter(tokenizer)
-    reports = [_split_report(name, part, opened, count) for name, part in opened.found.items()]
+    reports = [_split_report(name, part, opened, count, mode) for name, part in opened.found.items()]
     parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
     splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     overlaps = find_overlaps(splits)
@@ -196,6 +214,10 @@ def check_dataset(
             check_choices(rows, texts, EOS_ID)
         except UsageError as error:
             findings.append(Finding("stop", "label-tokens", str(error)))
+    drawn_splits = None
+    if not problems and not {"train", "validation", "test"} <= set(opened.found):
+        drawn_splits, near = _drawn(splits, opened, str(source), seed, mode)
+        findings += near
     return {
         "source": str(source or "builtin"),
         "task": {
@@ -207,7 +229,7 @@ def check_dataset(
         "tokenizer": counted_in,
         "spelling": spelling,
         "splits": reports,
-        "drawn": _drawn(splits, opened, str(source), seed) if not problems else None,
+        "drawn": drawn_splits,
         "overlaps": {
             "count": len(overlaps),
             "rows": [
@@ -216,6 +238,7 @@ def check_dataset(
             ],
         },
         "problems": problems,
+        "samples": samples_to_read(splits, findings, mode, seed),
         "findings": [asdict(finding) for finding in findings],
         "verdict": verdict(findings),
         "ok": verdict(findings) != "stop",

@@ -128,6 +128,9 @@ def run_page(report: dict[str, Any]) -> str:
             f"({percent(agreement['equal'] / agreement['total'])})."
         )
 
+    for warning in report.get("warnings", ()):
+        page.text(f"Warning about the data: {warning}")
+
     page.section("Compared students")
     reached = [s["test"]["label_accuracy"] for s in report["students"]]
     most = max((share for share in reached if share is not None), default=None)

@@ -24,7 +24,7 @@ from typing import Any, Unpack
 from sbs_edge import __version__, files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
-from sbs_edge.data.findings import examine, refuse_stops, seen_by
+from sbs_edge.data.findings import STOPPING_CHECKS, examine, refuse_stops, seen_by
 from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
@@ -280,7 +280,7 @@ def _run(
             "--nproc-per-node 2 -m sbs_edge train ... --fsdp, or leave --fsdp out."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
-    refuse_stops(examine(seen_by(splits, config.mode), config.mode))
+    refuse_stops(examine(seen_by(splits, config.mode), config.mode, STOPPING_CHECKS))
     work = out.with_name(out.name + ".training")
 
     checkpoint = None if config.model is None else open_checkpoint(config.model)
