@@ -34,6 +34,7 @@ _MODULES: tuple[str, ...] = (
     "data",
     "train",
     "evaluate",
+    "compare",
     "task",
     "annotate",
     "compare_teacher",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sbs_edge.runtime.answers import Prediction
     from sbs_edge.runtime.student import Student
 
-__all__ = ["analyse_bundle", "answer_rows", "latency_ms", "target_bytes"]
+__all__ = ["analyse_bundle", "answer_rows", "latencies_ms", "latency_ms", "target_bytes"]
 
 LATENCY_CALLS = 200
 WARM_UP_CALLS = 10
@@ -55,14 +55,25 @@ def analyse_bundle(
 
 def latency_ms(student: Student, rows: Sequence[Example]) -> dict[str, float]:
     """Time single label predictions after a warm-up; milliseconds a call, one text a call."""
-    taken = []
+    return latencies_ms([student], rows)[0]
+
+
+def latencies_ms(students: Sequence[Student], rows: Sequence[Example]) -> list[dict[str, float]]:
+    """Time single label predictions of several students in turns, so that a busy moment meets them all."""
+    taken: list[list[float]] = [[] for _ in students]
+    n_warm = len(rows[:WARM_UP_CALLS])
     for number, row in enumerate([*rows[:WARM_UP_CALLS], *rows[:LATENCY_CALLS]]):
         labels = _choices([row])
-        start = time.perf_counter()
-        student.predict([row.input], labels=labels, truncate=True)
-        if number >= min(WARM_UP_CALLS, len(rows)):
-            taken.append((time.perf_counter() - start) * 1e3)
-    cuts = statistics.quantiles(taken, n=100) if len(taken) > 1 else taken * 99
+        for student, own in zip(students, taken, strict=True):
+            start = time.perf_counter()
+            student.predict([row.input], labels=labels, truncate=True)
+            if number >= n_warm:
+                own.append((time.perf_counter() - start) * 1e3)
+    return [_spread(own) for own in taken]
+
+
+def _spread(taken: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(taken, n=100) if len(taken) > 1 else [*taken] * 99
     return {"p50": round(statistics.median(taken), 3), "p90": round(cuts[89], 3), "calls": len(taken)}
 
 
