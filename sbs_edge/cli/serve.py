@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sbs_edge import files
 from sbs_edge.cli._common import ConfigOption, DryRunOption, JsonOption, print_json
 from sbs_edge.errors import MissingExtra, UsageError
 
@@ -201,6 +202,26 @@ def register(app: typer.Typer) -> None:
                 help="Probability below which an answer is marked unsure; the bundle's when left out.",
             ),
         ] = None,
+        record: Annotated[
+            Path | None,
+            typer.Option(
+                help="Keep the texts of doubtful and escalated answers in this .jsonl file, which annotate reads: "
+                "personal data may follow. Only its owner may read it (mode 0600)."
+            ),
+        ] = None,
+        record_below: Annotated[
+            float,
+            typer.Option(
+                min=0, max=1, help="Record answers with a lower probability; abstained ones always are."
+            ),
+        ] = 0.8,
+        record_share: Annotated[
+            float, typer.Option(min=0, max=1, help="Record this share of them, at random.")
+        ] = 1.0,
+        record_max_bytes: Annotated[
+            int,
+            typer.Option(min=4096, help="Bytes of the recorded file and its three older parts together."),
+        ] = 67_108_864,
         log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
         log_inputs: Annotated[
             bool, typer.Option("--log-inputs", help="Write the texts into the log: personal data may follow.")
@@ -275,6 +296,10 @@ def register(app: typer.Typer) -> None:
                 escalate_timeout_s=escalate_timeout_s,
                 escalate_concurrency=escalate_concurrency,
                 abstain_below=abstain_below,
+                record=record,
+                record_below=record_below,
+                record_share=record_share,
+                record_max_bytes=record_max_bytes,
                 log_inputs=log_inputs,
                 access_log=access_log,
                 otel_endpoint=otel_endpoint,
@@ -290,6 +315,8 @@ def register(app: typer.Typer) -> None:
         for _, path in sources:
             if not path.is_dir():
                 raise UsageError(f"There is no directory {path} to serve a bundle from. Check the path.")
+        if settings.record is not None:
+            files.check_writable(settings.record)
         if dry_run:
             plan = settings.model_dump(mode="json")
             plan["sources"] = [_found(name, path, max_versions) for name, path in sources]

@@ -105,6 +105,12 @@ class Metrics:
             ["model", "result"],
             registry=registry,
         )
+        self.recorded = Counter(
+            "sbs_edge_recorded",
+            "Doubtful and escalated rows for the file of --record, by result: kept, dropped or failed.",
+            ["model", "result"],
+            registry=registry,
+        )
         self.reloads = Counter(
             "sbs_edge_reloads",
             "Model versions loaded, refused and retired.",

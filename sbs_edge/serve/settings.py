@@ -53,6 +53,12 @@ class ServeSettings(BaseModel):
     escalate_concurrency: int = Field(default=8, ge=1)
     abstain_below: float | None = Field(default=None, ge=0, le=1)
 
+    # Recording
+    record: Path | None = None
+    record_below: float = Field(default=0.8, ge=0, le=1)
+    record_share: float = Field(default=1.0, gt=0, le=1)
+    record_max_bytes: int = Field(default=67_108_864, ge=4096)
+
     # Operations
     log_inputs: bool = False
     access_log: bool = True
@@ -74,6 +80,10 @@ class ServeSettings(BaseModel):
             raise ValueError("max_queue_texts must be at least max_texts, or a full request never fits")
         if self.max_inside_bytes < self.max_body_bytes:
             raise ValueError("max_inside_bytes must be at least max_body_bytes, or a full body never fits")
+        if self.record is not None and self.record.suffix != ".jsonl":
+            raise ValueError(
+                "the name of the recorded file must end in .jsonl, which annotate reads (record)"
+            )
         if self.token is not None and not self.token.get_secret_value():
             raise ValueError("the bearer token is empty")
         return self
