@@ -32,11 +32,12 @@ from sbs_edge.cli._data_options import (
     TestOption,
     ValidationOption,
     judge,
+    read_rows,
 )
 from sbs_edge.cli._fields import parse_fields
 from sbs_edge.cli.export import EXPORTING
 from sbs_edge.cli.train import TRAINING
-from sbs_edge.errors import GuardError
+from sbs_edge.errors import GuardError, UsageError
 from sbs_edge.lock import held
 
 if TYPE_CHECKING:
@@ -59,6 +60,16 @@ def register(app: typer.Typer) -> None:
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
         test: TestOption = None,
+        add: Annotated[
+            list[Path] | None,
+            typer.Option(
+                help="Annotated rows to train on as well. The new bundle replaces the one in use only if it is not worse "
+                "on the test rows (else exit 3)."
+            ),
+        ] = None,
+        served: Annotated[
+            Path | None, typer.Option(help="The bundle in use, with --add; none: OUT/bundle.")
+        ] = None,
         task: Annotated[
             Path | None,
             typer.Option(help="The task file that annotated the data: its labels and how they compare."),
@@ -106,7 +117,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 min=0,
                 max=100,
-                help="Points of accuracy a lossy target may cost before the accuracy check fails (exit 3).",
+                help="Points of accuracy a lossy target, or with --add the new bundle, may cost (else exit 3).",
             ),
         ] = 1.0,
         min_rationale_agreement: Annotated[
@@ -126,10 +137,12 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Train with rationales, compare with label-only, export, predict, and write a report.
 
-        Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000
+        Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000;
+        sbs-edge run rows.jsonl --add recorded.annotated.jsonl --mode stepwise-teacher
         """
         need(TRAINING, "train", "Training")
         need(EXPORTING, "export", "sbs-edge run")
+        from sbs_edge.pipelines.replace import add_rows, check_served, refusal
         from sbs_edge.pipelines.run import RunConfig, arms_for
         from sbs_edge.pipelines.run import run as run_pipeline
         from sbs_edge.training.config import TrainConfig, make_config
@@ -156,7 +169,20 @@ def register(app: typer.Typer) -> None:
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
+        if served is not None and not add:
+            raise UsageError(
+                "--served names the bundle that a training with --add may replace. Give --add too."
+            )
+        in_use = (served or out / "bundle") if add else None
+        if in_use is not None:
+            check_served(in_use)
         splits = _load(ctx.params, out, dry_run)
+        added = None
+        if add:
+            rows = [row for path in add for row in read_rows(path, column, skip_bad_rows)]
+            splits, added = add_rows(splits, rows, settings.mode)
+            told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in added.items())
+            console.print(f"--add: {told}", markup=False, highlight=False)
         warnings = judge(splits, mode.value)
         if dry_run:
             plan = {
@@ -172,13 +198,16 @@ def register(app: typer.Typer) -> None:
             with held(out, "run"):
                 save_resolved(ctx, out / "config.yaml")
                 report = run_pipeline(
-                    splits, out, settings, say=lambda line: console.print(line, style="dim", markup=False)
-                )
+                    splits, out, settings, served=in_use,
+                    say=lambda line: console.print(line, style="dim", markup=False),
+                )  # fmt: skip
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
+        report["added"] = added
         report["warnings"] = [finding.message for finding in warnings]
         from sbs_edge.report.analysis import analysis_lines
+        from sbs_edge.report.compare import comparison_headline
         from sbs_edge.report.run import headline, run_page, run_table
 
         files.write_json(out / "report.json", report)
@@ -187,6 +216,10 @@ def register(app: typer.Typer) -> None:
             print_json(report)
         else:
             Console().print(run_table(report))
+            if report["replacement"]:
+                Console().print(
+                    comparison_headline(report["replacement"]), markup=False, highlight=False, soft_wrap=True
+                )
             if sentence := headline(report):
                 Console().print(sentence, markup=False, highlight=False)
             if report["analysis"]:
@@ -196,6 +229,8 @@ def register(app: typer.Typer) -> None:
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
             markup=False,
         )
+        if report["replacement"] and not report["replacement"]["accepted"] and in_use is not None:
+            raise GuardError(refusal(report["replacement"], in_use, out / "candidate"))
 
 
 def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:

@@ -140,6 +140,7 @@ def run(
     out: Path,
     config: RunConfig,
     *,
+    served: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train, compare, export and predict; return the report as plain values.
@@ -148,12 +149,16 @@ def run(
         splits: disjoint rows; ``splits.test`` is used once, at the end.
         out: directory for ``students/``, ``bundle/``, ``report.json`` and ``report.html``.
         config: see :class:`RunConfig`.
+        served: the bundle in use. The new bundle is written to ``candidate/`` and replaces it only if it is not worse
+            on the test rows; ``replacement`` in the report says which. None: the bundle is written to ``bundle/``.
         say: receives one line a stage.
 
     """
     from sbs_edge.data.targets import teacher_agreement
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import check_runnable, targets_named
+    from sbs_edge.pipelines.replace import judge_replacement, next_version, replace_bundle
+    from sbs_edge.runtime.manifest import read_manifest
     from sbs_edge.training.evaluate import evaluate
 
     check_runnable(targets_named(config.targets))  # now, not after an hour of training
@@ -167,9 +172,10 @@ def run(
 
     main = students[0]
     say(f"exporting for {', '.join(config.targets)}")
+    version = "1" if served is None else next_version(read_manifest(served)["version"])
     exported = export(
-        main["student_dir"], out / "bundle", targets=config.targets, max_drop=config.max_drop,
-        min_rationale_agreement=config.min_rationale_agreement,
+        main["student_dir"], out / ("bundle" if served is None else "candidate"), targets=config.targets,
+        max_drop=config.max_drop, min_rationale_agreement=config.min_rationale_agreement, version=version,
     )  # fmt: skip
 
     say(f"reading the test split once: {len(splits.test)} rows")
@@ -183,6 +189,13 @@ def run(
     bundle, analysis = _measure_bundle(
         Path(exported.path), splits.test, splits.task, slices, explains=config.mode in LABEL_ONLY
     )
+    path, replacement = Path(exported.path), None
+    if served is not None:
+        say(f"comparing with {served}")
+        replacement = judge_replacement(served, path, splits.test, config.max_drop)
+        if replacement["accepted"]:
+            replace_bundle(served, path)
+            path = served
     return {
         "task": dataclasses.asdict(splits.task),
         "mode": config.mode,
@@ -191,8 +204,9 @@ def run(
         "students": students,
         "gain": gain,
         "analysis": analysis,
+        "replacement": replacement,
         "bundle": {
-            "path": str(exported.path),
+            "path": str(path),
             "targets": bundle,
             "calibration": exported.manifest.get("calibration"),
         },

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.report.analysis import add_analysis, analysis_headline, percent
+from sbs_edge.report.compare import comparison_headline
 from sbs_edge.report.page import Page
 
 __all__ = ["headline", "run_page", "run_table"]
@@ -112,6 +113,12 @@ def run_page(report: dict[str, Any]) -> str:
     """Return ``report.html``: opens without a network, holds every figure of the JSON report."""
     page = Page(f"sbs-edge run: {report['task']['name']}")
     rows = report["rows"]
+    if replacement := report.get("replacement"):
+        kept = "It replaced the one in use" if replacement["accepted"] else "The one in use was kept"
+        added = (report.get("added") or {}).get("added", 0)
+        page.headline(
+            f"{comparison_headline(replacement)} The second was trained with {added:,} rows more. {kept}."
+        )
     if sentence := headline(report):
         page.headline(sentence)
     if report["task"]["name"] == BUILTIN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ from sbs_edge.data.example import Example
 from sbs_edge.data.jsonl import write_examples
 from sbs_edge.errors import UsageError
 from sbs_edge.pipelines.compare import compare_bundles
+from sbs_edge.pipelines.replace import check_served, judge_replacement, refusal, replace_bundle
 from sbs_edge.report.compare import comparison_headline
 from sbs_edge.runtime.student import Student
 
@@ -79,3 +81,32 @@ def test_rows_without_labels_are_compared_by_their_answers(rows, tiny_bundle, ot
 def test_bundles_of_two_kinds_are_refused(rows, tiny_bundle, open_bundle):
     with pytest.raises(UsageError, match="Compare bundles of one task"):
         compare_bundles(tiny_bundle, open_bundle, rows)
+
+
+def test_a_bundle_that_is_not_worse_takes_the_place_and_a_worse_one_does_not(
+    rows, tiny_bundle, other_bundle, tmp_path
+):
+    served, candidate = tmp_path / "bundle", tmp_path / "candidate"
+    shutil.copytree(tiny_bundle, served)
+    shutil.copytree(other_bundle, candidate)
+    found = judge_replacement(served, candidate, rows, 1.0)
+    assert (found["accepted"], found["max_loss"]) == (False, 1.0)
+    said = refusal(found, served, candidate)
+    assert f"{found['gain']['points']:+.2f} points (95 % interval {found['gain']['low']:+.2f}" in said
+    assert f"{served} was kept; the new bundle is {candidate}" in said
+    assert (
+        judge_replacement(served, candidate, rows, 100.0)["accepted"] is False
+    )  # the interval is below zero
+    assert judge_replacement(candidate, served, rows, 0.0)["accepted"]
+    assert judge_replacement(served, served, rows, 0.0)["accepted"]
+    bare = [Example(row.id, row.input) for row in rows]
+    assert not judge_replacement(served, served, bare, 1.0)["accepted"]
+    assert "No test row has a label" in refusal(
+        judge_replacement(served, served, bare, 1.0), served, candidate
+    )
+    replace_bundle(served, candidate)
+    assert not candidate.exists()
+    assert (served / "manifest.json").read_bytes() == (other_bundle / "manifest.json").read_bytes()
+    check_served(served)
+    with pytest.raises(UsageError, match="There is no bundle at"):
+        check_served(candidate)
