@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sbs_edge.report.page import Page
@@ -12,7 +13,7 @@ MOST_DRAWN_LABELS = 20
 MOST_READ_LABELS = (
     6  # a larger matrix is hard to read on a narrow page, so its largest numbers are listed too
 )
-SHOWN_NAME = 18
+SHOWN_NAME = 23
 
 
 def percent(value: float | None) -> str:
@@ -85,7 +86,20 @@ def _span(group: dict[str, Any]) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= SHOWN_NAME else name[: SHOWN_NAME - 1] + "…"
+    """Leave out the middle of a long name: names of one kind differ at the end more often than there."""
+    if len(name) <= SHOWN_NAME:
+        return name
+    kept = (SHOWN_NAME - 1) // 2
+    return f"{name[:kept]}…{name[-kept:]}"
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return the names in short, numbered where two would look alike."""
+    shown = [_short(name) for name in names]
+    return [
+        name if shown.count(name) == 1 else f"{name} ({shown[: place + 1].count(name)})"
+        for place, name in enumerate(shown)
+    ]
 
 
 def add_analysis(page: Page, analysis: dict[str, Any], confidence_note: str) -> None:
@@ -144,7 +158,7 @@ def _add_labels(page: Page, analysis: dict[str, Any]) -> None:
         ["label", "rows", "answered", "precision", "recall", "F1"],
         [
             [item["label"], item["rows"], item["answered"], percent(item["precision"]), percent(item["recall"]),
-             None if item["f1"] is None else round(item["f1"], 3)]
+             "–" if item["f1"] is None else f"{item['f1']:.3f}"]
             for item in analysis["labels"]
         ],
     )  # fmt: skip
@@ -213,7 +227,7 @@ def _confusion(confusion: dict[str, Any]) -> Any:
     import numpy as np
     from matplotlib.figure import Figure
 
-    names = [_short(name) for name in confusion["labels"]]
+    names = _distinct(confusion["labels"])
     counts = np.array(confusion["counts"], float)
     # Only answers outside the label set fill the last row; a right label never stands there.
     wanted = names if counts[-1].any() else names[:-1] if confusion["labels"][-1] == "(other)" else names

@@ -29,8 +29,8 @@ p.note { opacity: .8; font-size: .92rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left }
-th { vertical-align: bottom; overflow-wrap: normal } td { white-space: nowrap }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+th { vertical-align: bottom; overflow-wrap: normal } td { overflow-wrap: break-word; max-width: 34rem }
+td.number { white-space: nowrap } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 tr.best td { font-weight: 600 }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem }
 figure svg { display: block; max-width: 100%; height: auto }
@@ -55,7 +55,7 @@ pre { white-space: pre-wrap; background: var(--soft); padding: .8rem; overflow-x
 """
 
 
-_PERCENTAGE = re.compile(r"–|[+-]?[\d.]+ %")
+_NUMBER = re.compile(r"–|[+-]?[\d.]+(?: %)?")
 
 
 def figure_svg(figure: Figure) -> str:
@@ -71,7 +71,7 @@ def figure_svg(figure: Figure) -> str:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return bool(_PERCENTAGE.fullmatch(value))
+        return bool(_NUMBER.fullmatch(value))
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

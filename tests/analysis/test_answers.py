@@ -18,7 +18,7 @@ from sbs_edge.data.columns import column_values
 from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.readers import read_examples
 from sbs_edge.errors import UsageError
-from sbs_edge.report.analysis import analysis_headline, analysis_lines, evaluation_page
+from sbs_edge.report.analysis import _distinct, analysis_headline, analysis_lines, evaluation_page
 
 TASK = TaskSpec("t", "closed", ("a", "b", "c"))
 WANTED = ["a", "a", "a", "b", "b", "c"]
@@ -152,6 +152,9 @@ def test_the_page_opens_with_the_result_and_escapes_every_text():
     assert "&lt;b&gt;text 5&lt;/b&gt;" in page
     assert "1. b, 99.0 % sure; right: c" in page
     assert body.count("<svg") == 2
+    assert _distinct(["x" * 30 + "a", "x" * 30 + "b", "x" * 40 + "a", "y"]) == [
+        "x" * 11 + "…" + "x" * 10 + "a (1)", "x" * 11 + "…" + "x" * 10 + "b", "x" * 11 + "…" + "x" * 10 + "a (2)", "y",
+    ]  # fmt: skip
     lines = analysis_lines(analysis)
     assert "lowest for 'c': F1 0.000" in lines[1]
     assert any(line.startswith("Least accurate region: y, 33.3 % of 3 rows") for line in lines)
