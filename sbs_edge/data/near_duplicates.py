@@ -126,15 +126,15 @@ def _candidates(
     signatures: np.ndarray, kept: np.ndarray, keys: np.ndarray, order: np.ndarray
 ) -> Iterator[tuple[int, int]]:
     """Yield (text, kept text) for pairs that share a band and about as many hashes as near-duplicates would."""
-    found = set()
+    found: set[tuple[int, int]] = set()
     for band, own in enumerate(_keys(signatures)):
         left = np.searchsorted(keys[band], own, side="left")
         right = np.minimum(np.searchsorted(keys[band], own, side="right"), left + _MOST_MET)
-        for place in np.flatnonzero(right > left):
-            found |= {(int(place), int(other)) for other in order[band, left[place] : right[place]]}
-    for place, other in sorted(found):
-        if (signatures[place] == kept[other]).mean() >= LEAST_ALIKE - 0.25:
-            yield place, other
+        for place in map(int, np.flatnonzero(right > left)):
+            found |= {(place, int(other)) for other in order[band, left[place] : right[place]]}
+    for text, other in sorted(found):
+        if (signatures[text] == kept[other]).mean() >= LEAST_ALIKE - 0.25:
+            yield text, other
 
 
 def near_duplicates(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
