@@ -16,7 +16,7 @@ from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.finding import Finding, learnt_label, parts
 from sbs_edge.data.labels import MAX_CLOSED_LABELS
 from sbs_edge.data.targets import Mode
-from sbs_edge.data.words import words
+from sbs_edge.data.words import COMPARED_CHARACTERS, words
 
 __all__ = ["agreement", "classes_beside_inputs", "texts_beside_inputs"]
 
@@ -87,7 +87,7 @@ def texts_beside_inputs(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
     """Stop where rationales, or labels of an open task, share clearly more words with the inputs some rows away."""
     for name, rows in parts(splits):
         some = rows[:COMPARED_ROWS]
-        inputs = [words(row.input) for row in some]
+        inputs = [words(row.input[:COMPARED_CHARACTERS]) for row in some]
         fields: list[tuple[str, list[str | None]]] = [("rationale", [row.rationale for row in some])]
         if splits.task.label_kind == "open":
             fields.append(("label", [learnt_label(row, mode) for row in some]))
@@ -218,7 +218,10 @@ class _Words:
     """Hashed words of rows, and how well naive Bayes predicts labels from them."""
 
     def __init__(self, rows: Sequence[Example]) -> None:
-        found = [sorted({zlib.crc32(w.encode()) % _FEATURES for w in words(row.input)}) for row in rows]
+        found = [
+            sorted({zlib.crc32(w.encode()) % _FEATURES for w in words(row.input[:COMPARED_CHARACTERS])})
+            for row in rows
+        ]
         self._owner = np.repeat(np.arange(len(rows)), [len(own) for own in found])
         self._word = np.array([word for own in found for word in own], np.int64)
         self._n = len(rows)

@@ -25,7 +25,7 @@ LEAST_ALIKE = 0.8
 LEAST_SHARE, LEAST_ROWS = 0.01, 3
 _BANDS, _ROWS = 8, 4
 _MOST_MET = 4  # kept texts that a text meets in a band
-_BATCH = 4096
+_BATCH_ROWS, _BATCH_CHARACTERS = 4096, 4 << 20
 _ORDER = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 _HASHES = np.random.default_rng(0).integers(1, 2**63, (2, _BANDS * _ROWS), np.uint64) | np.uint64(1)
 
@@ -85,6 +85,19 @@ def _alike(first: str, second: str) -> float:
     return len(own & other) / len(own | other)
 
 
+def _batches(rows: Sequence[Example]) -> Iterator[list[Example]]:
+    """Yield the rows in lists of bounded length."""
+    part: list[Example] = []
+    size = 0
+    for row in rows:
+        if part and (len(part) == _BATCH_ROWS or size + len(row.input) > _BATCH_CHARACTERS):
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += len(row.input)
+    yield part
+
+
 def find_near_duplicates(held_out: Sequence[Example], rows: Sequence[Example]) -> list[NearDuplicate]:
     """Return the held-out rows that nearly repeat one of ``rows``, the most alike first.
 
@@ -101,17 +114,11 @@ def find_near_duplicates(held_out: Sequence[Example], rows: Sequence[Example]) -
     """
     if not held_out or not rows:
         return []
-    kept = np.concatenate(
-        [
-            _signatures([row.input for row in held_out[i : i + _BATCH]])
-            for i in range(0, len(held_out), _BATCH)
-        ]
-    )
+    kept = np.concatenate([_signatures([row.input for row in part]) for part in _batches(held_out)])
     order = np.argsort(_keys(kept), axis=1)
     keys = np.take_along_axis(_keys(kept), order, axis=1)
     best: dict[int, NearDuplicate] = {}
-    for start in range(0, len(rows), _BATCH):
-        part = rows[start : start + _BATCH]
+    for part in _batches(rows):
         for place, other in _candidates(_signatures([row.input for row in part]), kept, keys, order):
             row, train = held_out[other], part[place]
             if normalise(row.input) == normalise(train.input):

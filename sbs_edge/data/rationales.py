@@ -12,7 +12,7 @@ from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.finding import Finding, learnt_label, places
 from sbs_edge.data.targets import Mode
-from sbs_edge.data.words import words
+from sbs_edge.data.words import COMPARED_CHARACTERS, words
 
 __all__ = ["Traits", "rationale_figures", "rationale_findings", "traits_of"]
 
@@ -60,7 +60,7 @@ def traits_of(row: Example, label: str | None) -> Traits:
 
     """
     found, own = words(row.rationale or ""), words(label or "")
-    there = set(_sequences(words(row.input), 3))
+    there = set(_sequences(words(row.input[:COMPARED_CHARACTERS]), 3))
     sequences = _sequences(found, 3)
     spelled = f" {' '.join(found)} "
     return Traits(
@@ -78,18 +78,25 @@ def rationale_figures(rows: Sequence[Example], mode: Mode | None) -> dict[str, A
     ``n``; ``distinct``; shares of rationales that are ``short`` (fewer than three words besides the label), ``leak`` the
     label's words, are ``copies`` (nine tenths of their three-word sequences are the input's) or announce the answer
     (``marked``); ``boilerplate``, the share of words in four-word sequences that four fifths of the rationales have; and
-    ``fixed``, the share of rows with the most frequent rationale of their label (None for open labels and choices).
+    ``fixed``, the share of rows with the most frequent rationale of their label (None for one label, or for many).
     """
+    known = _with_traits(rows, mode)
+    return _figures(known, mode) if known else None
+
+
+def _with_traits(rows: Sequence[Example], mode: Mode | None) -> list[tuple[Traits, Example]]:
     known = [row for row in rows if row.rationale][:CHECKED_ROWS]
-    if not known:
-        return None
-    labels = [learnt_label(row, mode) for row in known]
-    traits = [traits_of(row, label) for row, label in zip(known, labels, strict=True)]
+    return [(traits_of(row, learnt_label(row, mode)), row) for row in known]
+
+
+def _figures(known: Sequence[tuple[Traits, Example]], mode: Mode | None) -> dict[str, Any]:
+    traits = [item for item, _ in known]
+    rows = [row for _, row in known]
     n = len(known)
-    texts = Counter(normalise(row.rationale or "") for row in known)
+    texts = Counter(normalise(row.rationale or "") for row in rows)
     by_label: dict[str, Counter[str]] = {}
-    for row, label in zip(known, labels, strict=True):
-        by_label.setdefault(label or "", Counter())[normalise(row.rationale or "")] += 1
+    for row in rows:
+        by_label.setdefault(learnt_label(row, mode) or "", Counter())[normalise(row.rationale or "")] += 1
     return {
         "n": n,
         "distinct": len(texts),
@@ -97,7 +104,7 @@ def rationale_figures(rows: Sequence[Example], mode: Mode | None) -> dict[str, A
         "leaks": sum(item.leaks for item in traits) / n,
         "copies": sum(item.copied >= COPIED_SHARE for item in traits) / n,
         "marked": sum(item.marked for item in traits) / n,
-        "boilerplate": _boilerplate([words(row.rationale or "") for row in known]),
+        "boilerplate": _boilerplate([words(row.rationale or "") for row in rows]),
         "fixed": sum(own.most_common(1)[0][1] for own in by_label.values()) / n if 1 < len(by_label) < n / 4 else None,
     }  # fmt: skip
 
@@ -125,16 +132,15 @@ def rationale_findings(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
     """Warn of training rationales from which a student learns little."""
     if mode in ("finetune", "distill"):
         return
-    figures = rationale_figures(splits.train, mode)
-    if figures is None or figures["n"] < LEAST_ROWS:
+    known = _with_traits(splits.train, mode)
+    if len(known) < LEAST_ROWS:
         return
-    known = [row for row in splits.train if row.rationale][:CHECKED_ROWS]
-    traits = [(traits_of(row, learnt_label(row, mode)), row) for row in known]
-    short = sorted(((t, row) for t, row in traits if t.beyond < SHORT_WORDS), key=lambda item: item[0].beyond)
+    figures = _figures(known, mode)
+    short = sorted(((t, row) for t, row in known if t.beyond < SHORT_WORDS), key=lambda item: item[0].beyond)
     copies = sorted(
-        ((t, row) for t, row in traits if t.copied >= COPIED_SHARE), key=lambda item: -item[0].copied
+        ((t, row) for t, row in known if t.copied >= COPIED_SHARE), key=lambda item: -item[0].copied
     )
-    marked = [(t, row) for t, row in traits if t.marked]
+    marked = [(t, row) for t, row in known if t.marked]
     faults: list[tuple[str, bool, float, list[tuple[Traits, Example]], str]] = [
         (
             "short-rationales", figures["short"] >= WARN_SHORT, figures["short"], short,

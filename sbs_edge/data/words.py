@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["words"]
+__all__ = ["COMPARED_CHARACTERS", "words"]
+
+COMPARED_CHARACTERS = 20_000
+"""Checks read no more of an input, so that long documents do not make them slow."""
 
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")
 _WHOLE = re.compile(r"(\d+)\.0+")
