@@ -32,11 +32,11 @@ def decode_step(
         writer: where to write.
         token: (B, 1) int64.
         past: key and value of every layer, (B, H, t, d_kv) each.
-        cross: what :func:`cross_cache` returned.
+        cross: the result of :func:`cross_cache`.
         mask: (B, 1, 1, S) additive.
 
     Returns:
-        (B, 1, d_model) after the final norm, and the caches with one position more.
+        (B, 1, d_model) after the final norm, and the caches with another position.
     """
     graph, weights = writer.graph, writer.weights
     position = graph.op("Shape", past[0], start=2, end=3)
@@ -55,7 +55,7 @@ def decode_step(
 def decode_position(
     writer: Writer, token: Value, attend: SelfAttention, cross: Sequence[Value], mask: Value
 ) -> tuple[Value, list[Value]]:
-    """Run one position through the decoder, whatever keeps its cache.
+    """Run one position through the decoder, with any kind of cache.
 
     Args:
         writer: where to write.

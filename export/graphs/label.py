@@ -1,9 +1,9 @@
-"""The label in one shot, when the first target tokens tell the labels apart.
+"""The label in one decoder step, if the first tokens of the labels differ.
 
-One decoder position has one key in its self-attention: the softmax is 1, queries and keys vanish, O and V
+With a single decoder position, self-attention has one key: the softmax is 1, queries and keys are not needed, O and V
 merge into one matrix, and layer 0's self-attention is a constant. Cross-attention has one query, so the
-key projection is absorbed into it and the value projection applied after pooling; both then cost
-heads * d_model a source token instead of two d_model * d_model products. The head keeps the labels' rows.
+key projection is folded into it, and the value projection is applied after pooling. Both then cost
+heads * d_model per source token instead of two d_model * d_model products. The head has only the labels' rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def build_label_classifier(
 
 
 def _constant_start(weights: T5Weights) -> np.ndarray:
-    """Return (d_model,) float64: the residual after layer 0's self-attention, the same for every input."""
+    """Return (d_model,) float64, the residual after layer 0's self-attention, which is the same for every input."""
     x = weights.embedding[weights.start_id].astype(np.float64)
     block = "decoder.block.0.layer.0"
     normed = _rms(x, weights.vector(f"{block}.layer_norm"), weights.epsilon)
@@ -99,7 +99,7 @@ def _decode_one(writer: Writer, states: Value, mask: Value) -> Value:
             absorbed = writer.precision.linear(graph, query, weights.vector(f"{cross}.k"), norm=None)
         scores = graph.op("Add", graph.op("MatMul", absorbed, keys), row_mask)  # (B, H, S)
         pooled = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), states)  # (B, H, d)
-        # A mean of normalised states: within the range of the norm that made them.
+        # A mean of normalised states is within the range of their norm.
         values = writer.precision.linear(graph, pooled, weights.linear(f"{cross}.v"), norm=FINAL_NORM)
         merged_heads = graph.op(
             "ReduceSum", graph.op("Mul", values, block_mask), np.array([1], np.int64), keepdims=1

@@ -26,12 +26,13 @@ def register(app: typer.Typer) -> None:
         ctx: typer.Context,
         student: Annotated[Path, typer.Argument(help="The student directory that training wrote.")],
         data: Annotated[
-            Path | None, typer.Option(help="Rows to judge on; none: the student's own validation rows.")
+            Path | None, typer.Option(help="Rows to evaluate on. Default: the student's own validation rows.")
         ] = None,
         column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         rationales: Annotated[
-            int | None, typer.Option(min=0, help="Decode at most this many rationales; none: all, 0: none.")
+            int | None,
+            typer.Option(min=0, help="Decode at most this many rationales; 0 decodes none. Default: all."),
         ] = None,
         predictions: Annotated[
             Path | None, typer.Option(help="Write every answer to this JSON Lines file.")
@@ -40,11 +41,11 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="Write the error analysis to this HTML page.")
         ] = None,
         slice: SliceOption = None,
-        batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
+        batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64,
         config: ConfigOption = None,
         json: JsonOption = False,
     ) -> None:
-        """Report accuracy and where the errors are: by label, confidence, length and column.
+        """Evaluate a student with PyTorch: accuracy, and errors by label, confidence, length and column.
 
         Examples: sbs-edge evaluate runs/student --data test.jsonl --report errors.html;
         sbs-edge evaluate runs/student --data test.jsonl --slice customer --json

@@ -54,7 +54,7 @@ def agreement(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
         )
         if fits:
             message += f"; moved by {shift:+d} row(s) the teacher's labels agree in {best[0]} of {best[1]}"
-            message += ". The outputs stand beside the wrong rows: match them by position again."
+            message += ". The outputs belong to other rows: match them by position again."
         else:
             message += ". Check that outputs and rows belong together, and which column is which."
         stop = fits or (name == "train" and chance <= 0.6)
@@ -103,8 +103,8 @@ def texts_beside_inputs(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
                     "stop",
                     "shifted-rows",
                     f"{name}: the values of {field!r} share {best:.0%} of their telling words with the input "
-                    f"{_places_away(shift)}, and {own:.0%} with their own. They stand beside the wrong rows: match "
-                    "them by position again.",
+                    f"{_places_away(shift)}, and {own:.0%} with their own. They belong to other rows: match them by "
+                    "position again.",
                     figures={
                         "split": name,
                         "field": field,
@@ -192,8 +192,8 @@ def classes_beside_inputs(splits: Splits, mode: Mode | None) -> Iterator[Finding
                     "stop",
                     "shifted-rows",
                     f"{name}: the words of an input predict the {field} {_places_away(shift)} in {after:.0%} of {n} "
-                    f"rows, and its own in {before:.0%}. The values of {field!r} stand beside the wrong rows: match them "
-                    "by position again.",
+                    f"rows, and its own in {before:.0%}. The values of {field!r} belong to other rows: match them by "
+                    "position again.",
                     figures={
                         "split": name,
                         "field": field,

@@ -1,8 +1,8 @@
 """Checks on splits before training: each is a function in :data:`CHECKS` that yields findings.
 
-A finding of level ``stop`` means that training would fail or give a student that means nothing;
-``warn`` means that it works and somebody should look. ``data check`` lists all of them, ``train`` and
-``run`` say the warnings and refuse at the stops before the first step.
+A finding of level ``stop`` means that training would fail, or that the student would be meaningless.
+``warn`` means that training works, but somebody should look. ``data check`` lists all findings; ``train`` and
+``run`` print the warnings and refuse to train if there is a stop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sbs_edge.data.example import Splits
 from sbs_edge.data.finding import SHOWN, Check, Finding, learnt_label, parts, places
 from sbs_edge.data.near_duplicates import near_duplicates
 from sbs_edge.data.noise import label_distributions, teacher_noise
-from sbs_edge.data.rationales import rationale_findings
+from sbs_edge.data.rationale_checks import rationale_findings
 from sbs_edge.data.targets import Mode
 from sbs_edge.errors import DataError
 
@@ -33,9 +33,8 @@ def examine(splits: Splits, mode: Mode | None = None, checks: Iterable[Check] | 
     """Run the checks.
 
     Args:
-        splits: the rows; an empty validation or test split is passed over.
-        mode: how the student will learn, or None when that is not known. ``finetune`` leaves out what
-            concerns the teacher only.
+        splits: the rows; an empty validation or test split is skipped.
+        mode: the training mode, or None if it is not known. ``finetune`` skips the checks of the teacher.
         checks: those to run; None: all.
 
     """
@@ -43,7 +42,7 @@ def examine(splits: Splits, mode: Mode | None = None, checks: Iterable[Check] | 
 
 
 def seen_by(splits: Splits, mode: Mode) -> Splits:
-    """Return training and validation rows as ``mode`` sees them: no test rows, and no gold labels in a teacher's mode."""
+    """Return the rows as ``mode`` sees them: no test rows, and no gold labels if it learns the teacher's."""
     if mode in ("finetune", "stepwise"):
         return dataclasses.replace(splits, test=[])
     train, validation = (
@@ -59,14 +58,14 @@ def verdict(findings: Iterable[Finding]) -> Literal["ok", "warn", "stop"]:
 
 
 def refuse_stops(findings: Iterable[Finding]) -> None:
-    """Raise :class:`DataError` with every finding of level ``stop``, when there is one."""
+    """Raise :class:`DataError` with all findings of level ``stop``, if there are any."""
     stops = [finding for finding in findings if finding.level == "stop"]
     if stops:
         raise DataError(" ".join(finding.message for finding in stops) + " Nothing was trained.")
 
 
 def one_label(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
-    """Stop when all training rows have the same label."""
+    """Stop if all training rows have the same label."""
     labels = Counter(
         label_key(label) for row in splits.train if (label := learnt_label(row, mode)) is not None
     )
@@ -82,7 +81,7 @@ def one_label(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
 
 
 def rare_labels(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
-    """Warn of labels of a closed set with few training rows, and of one that nearly all rows have."""
+    """Warn of labels of a closed set with few training rows, and of a label that nearly all rows have."""
     if splits.task.label_kind != "closed" or not splits.train:
         return
     labels = Counter(label.strip() for row in splits.train if (label := learnt_label(row, mode)) is not None)
@@ -159,7 +158,7 @@ def foreign_labels(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
 
 
 def unparsed_outputs(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
-    """Find splits where many rows lack a label of the teacher's that others, or other outputs, have."""
+    """Find splits in which many rows lack a teacher label, although other rows or outputs have one."""
     if mode == "finetune":
         return
     for name, rows in parts(splits):
@@ -235,4 +234,4 @@ CHECKS: tuple[Check, ...] = (
     conflicting_labels,
     quoted_cells,
 )
-"""Every check; a new one is a function in one of these lists."""
+"""All checks; to add one, add its function here."""

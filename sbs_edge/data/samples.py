@@ -11,7 +11,7 @@ from typing import Any
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.finding import Finding, learnt_label, parts
-from sbs_edge.data.rationales import CHECKED_ROWS, COPIED_SHARE, SHORT_WORDS, traits_of
+from sbs_edge.data.rationale_checks import CHECKED_ROWS, COPIED_SHARE, SHORT_WORDS, traits_of
 from sbs_edge.data.targets import Mode
 
 __all__ = ["samples_to_read"]

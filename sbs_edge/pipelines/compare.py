@@ -13,7 +13,7 @@ from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.labels import fit_labels
 from sbs_edge.errors import DataError, UsageError
-from sbs_edge.pipelines.measure import answer_rows, latencies_ms, target_bytes
+from sbs_edge.pipelines.measure import answer_rows, label_latencies, target_bytes
 
 if TYPE_CHECKING:
     from sbs_edge.runtime.answers import Prediction
@@ -75,7 +75,7 @@ def compare_bundles(
             )
         fitted = fit_labels(rows, tasks[0])[0]
         answers = [answer_rows(student, fitted) for student in students]
-        latency = latencies_ms(students, fitted)
+        latency = label_latencies(students, fitted)
         sizes = [target_bytes(student) for student in students]
         about = [(str(s.bundle.root), s.manifest.get("version"), s.target) for s in students]
     return _document(tasks[0], fitted, answers, about, latency, sizes)

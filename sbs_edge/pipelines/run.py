@@ -1,8 +1,7 @@
-"""``run``: strings the stages together and compares the students they give.
+"""``run``: calls the stages one after another and compares the students.
 
-Data, training, export and prediction are called through their public functions; how any of them
-works is not known here. Every compared student sees the same label examples for the same number
-of optimiser steps; the test split is read once, after the last of them is trained.
+Data, training, export and prediction are called through their public functions. Every compared student sees the same
+label examples for the same number of optimiser steps. The test split is read once, after the last of them is trained.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from sbs_edge.data.answers import same_answer
 from sbs_edge.data.columns import column_values
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.data.targets import Mode
-from sbs_edge.pipelines.measure import analyse_bundle, answer_rows, latency_ms, target_bytes
+from sbs_edge.pipelines.measure import analyse_bundle, answer_rows, label_latency, target_bytes
 
 __all__ = ["Arm", "RunConfig", "arms_for", "run"]
 
@@ -34,7 +33,7 @@ class RunConfig(BaseModel):
         mode: how the main student learns; with rationales, a label-only student is trained beside it.
         steps: optimiser steps of every student (the "twice the steps" control takes twice as many).
         controls: also train on shuffled rationales, and label-only for twice the steps.
-        targets: what to export the main student for.
+        targets: export targets of the main student.
         training: further fields of the training configuration.
         slices: columns of the test rows' file by whose values accuracy is reported.
 
@@ -55,7 +54,7 @@ class RunConfig(BaseModel):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arm:
-    """One student of the comparison."""
+    """A student of the comparison."""
 
     name: str
     mode: Mode
@@ -64,7 +63,7 @@ class Arm:
 
 
 def arms_for(config: RunConfig) -> list[Arm]:
-    """Return the students to train: the main one first, then what it is compared with."""
+    """Return the students to train: the main one first, then those it is compared with."""
     if config.mode not in LABEL_ONLY:
         return [Arm("label-only", config.mode, config.steps)]
     label_only = LABEL_ONLY[config.mode]
@@ -125,7 +124,7 @@ def _measure_bundle(
                     "agreement_with_first": sum(a == b for a, b in zip(got, reference, strict=True))
                     / max(len(test), 1),
                     "bytes": target_bytes(student),
-                    "label_ms": latency_ms(student, test),
+                    "label_ms": label_latency(student, test) if test else None,
                     "example_rationale": student.explain([first], truncate=True)[0].rationale
                     if first and explains
                     else "",
@@ -150,13 +149,14 @@ def run(
         out: directory for ``students/``, ``bundle/``, ``report.json`` and ``report.html``.
         config: see :class:`RunConfig`.
         served: the bundle in use. The new bundle is written to ``candidate/`` and replaces it only if it is not worse
-            on the test rows; ``replacement`` in the report says which. None: the bundle is written to ``bundle/``.
+            on the test rows; ``replacement`` in the report says so. None: the bundle is written to ``bundle/``.
         say: receives one line a stage.
 
     """
     from sbs_edge.data.targets import teacher_agreement
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import check_runnable, targets_named
+    from sbs_edge.pipelines.linear import linear_baseline, linear_sentence
     from sbs_edge.pipelines.replace import judge_replacement, next_version, replace_bundle
     from sbs_edge.runtime.manifest import read_manifest
     from sbs_edge.training.evaluate import evaluate
@@ -189,6 +189,8 @@ def run(
     bundle, analysis = _measure_bundle(
         Path(exported.path), splits.test, splits.task, slices, explains=config.mode in LABEL_ONLY
     )
+    linear = linear_baseline(splits, gold=config.mode in ("finetune", "stepwise"))
+    best = max((s["test"]["label_accuracy"] for s in students if rights[0]), default=None)
     path, replacement = Path(exported.path), None
     if served is not None:
         say(f"comparing with {served}")
@@ -205,6 +207,7 @@ def run(
         "gain": gain,
         "analysis": analysis,
         "replacement": replacement,
+        "linear": {**linear, "sentence": linear_sentence(linear, "test", best)},
         "bundle": {
             "path": str(path),
             "targets": bundle,

@@ -12,7 +12,7 @@ from sbs_edge.data.check import check_dataset
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.data.findings import examine
 from sbs_edge.data.jsonl import write_examples
-from sbs_edge.data.rationales import rationale_figures
+from sbs_edge.data.rationale_checks import rationale_figures
 
 TASK = TaskSpec("t", "closed", ("adjust", "wait"))
 
