@@ -38,7 +38,7 @@ from sbs_edge.cli._data_options import (
 from sbs_edge.cli._fields import parse_fields
 from sbs_edge.cli.export import EXPORTING, MaxDropOption, MinRationaleAgreementOption
 from sbs_edge.cli.train import TRAINING
-from sbs_edge.errors import GuardError
+from sbs_edge.errors import GuardError, UsageError
 from sbs_edge.lock import held
 
 if TYPE_CHECKING:
@@ -215,8 +215,13 @@ def load_data(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
         return builtin_splits(
             seed=values["seed"],
             teacher_error=values["teacher_error"],
-            teacher_samples=values["teacher_samples"],
+            teacher_samples=values.get("teacher_samples", 1),
             **size,
+        )
+    if values["teacher_error"] or values.get("teacher_samples", 1) > 1:
+        raise UsageError(
+            f"teacher_error and teacher_samples are for the built-in task's own teacher; {values['data']} brings its "
+            "teacher's answers. Leave them out."
         )
     spec = load_task(values["task"]).spec if values["task"] else None
     of_task = {"label_kind": spec.label_kind, "compare": spec.compare} if spec else {}
