@@ -7,6 +7,7 @@ and the function have the same name, and ``from sbs_edge import export`` may fin
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,7 @@ __all__: list[str] = []
 
 class _CallableModule(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from sbs_edge.export.api import export
-
-        return export(*args, **kwargs)
+        return import_module(f"{__name__}.api").export(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -62,7 +62,7 @@ class Launch(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Where the factors of the rows go.
+    """The factors of the rows, split by where they are applied.
 
     Attributes:
         gains: (M,) into the gradient of the logits; 0 for a dead row.

@@ -55,23 +55,14 @@ __all__ = [
 __version__ = "0.2.0"
 
 _MODULES = {
-    "sbs_edge.errors": (
-        "AnswerError",
-        "DataError",
-        "GuardError",
-        "IntegrityError",
-        "MissingExtra",
-        "OutOfMemory",
-        "SbsEdgeError",
-        "UsageError",
-    ),
     "sbs_edge.export.api": ("ExportResult", "export"),
     "sbs_edge.runtime.answers": ("Explanation", "Prediction"),
     "sbs_edge.runtime.student": ("Student",),
     "sbs_edge.training.config": ("TrainConfig",),
     "sbs_edge.training.train": ("TrainResult", "train"),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = dict.fromkeys(set(__all__) - {"__version__"}, "sbs_edge.errors")  # unless it is named above
+_MODULE_OF |= {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

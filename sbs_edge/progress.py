@@ -61,7 +61,7 @@ class ProgressLine:
 
     @property
     def due(self) -> bool:
-        """Whether the next :meth:`update` writes a line."""
+        """Return whether the next :meth:`update` writes a line."""
         return self._clock() - self._last >= EVERY_S
 
     def update(self, done: int, text: str = "") -> None:

@@ -143,7 +143,7 @@ def test_doctor_warns_of_two_runtimes_in_one_place(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert doctor.diagnose()["warnings"] == []
-    monkeypatch.setattr(doctor, "_version", lambda _: "1.0")
+    monkeypatch.setattr(doctor, "installed_versions", lambda *names: dict.fromkeys(names, "1.0"))
     assert main(["doctor"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "warning: onnxruntime and onnxruntime-gpu are both installed" in shown

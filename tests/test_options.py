@@ -22,8 +22,8 @@ from sbs_edge.serve.settings import ServeSettings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-# Flags of other programs that texts of the package name: Triton's, and the pages' CSS variables.
-_FOREIGN = {"--model-repository", "--line", "--soft"}
+# Flags of other programs that texts of the package name: Triton's, pip's, and the pages' CSS variables.
+_FOREIGN = {"--model-repository", "--no-deps", "--line", "--soft"}
 
 
 def _commands(group: typer.Typer = app, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -149,7 +149,7 @@ def test_who_can_meet_bad_rows_can_go_on_without_them(repository: Path) -> None:
             for node in ast.walk(tree)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
-        if called & {"refuse", "read_rows", "load_splits", "open_stream"}:
+        if called & {"refuse", "read_rows", "load_rows", "load_splits", "open_stream"}:
             met.append(name.rpartition(".")[2])
             assert "--skip-bad-rows" in own, name
     assert set(met) >= {"annotate", "compare_teacher", "evaluate", "export", "run", "train"}

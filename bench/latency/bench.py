@@ -16,10 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sbs_edge import files
 from sbs_edge.bench.core.machine import provenance
-from sbs_edge.bench.core.results import FORMAT, Row
-from sbs_edge.bench.core.shapes import SHAPES, layers_of, random_student
+from sbs_edge.bench.core.results import Row, new_document
+from sbs_edge.bench.core.shapes import layers_of, shape_bundle, shape_student
 from sbs_edge.bench.latency import footprint as latency_footprint
 from sbs_edge.bench.latency import quality
 from sbs_edge.bench.latency import sections as latency_sections
@@ -36,9 +35,9 @@ from sbs_edge.bench.latency.workers import (
     start_workers,
     student_facts,
 )
-from sbs_edge.bench.peers.convert import cache_root, digest
+from sbs_edge.bench.peers.convert import digest
 from sbs_edge.bench.peers.system import PEERS
-from sbs_edge.errors import DataError, MissingExtra, UsageError
+from sbs_edge.errors import DataError, UsageError
 from sbs_edge.runtime.manifest import read_manifest
 
 __all__ = ["LatencyOptions", "measure_latency", "student_of"]
@@ -66,7 +65,6 @@ class LatencyOptions:
         seed: of inputs, arrivals and random weights.
         prepare_only: make and check everything, time nothing.
         schedule: how long and how often.
-
     """
 
     bundles: tuple[Path, ...] = ()
@@ -93,56 +91,6 @@ def student_of(bundle: Path, given: Path | None) -> Path | None:
         if (student / "sbs_edge.json").is_file():
             return student
     return None
-
-
-def shape_student(
-    shape: str, seed: int, say: Say, encoder_layers: int | None = None, decoder_layers: int | None = None
-) -> Path:
-    """Return the cached random student of a shape, with other numbers of layers if given, made on first use."""
-    if shape not in SHAPES:
-        raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
-    try:
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
-
-    layers = layers_of(shape, encoder_layers, decoder_layers)
-    depth = "" if layers == layers_of(shape) else f"-{layers[0]}-{layers[1]}"
-    version = transformers.__version__.split(".")[0]
-    target = cache_root() / f"student-{shape}{depth}-{seed}-v3-transformers{version}"
-    if not (target / "sbs_edge.json").is_file():
-        say(f"making a random student of shape {shape}, {layers[0]}/{layers[1]} layers")
-        random_student(shape, target, seed=seed, encoder_layers=layers[0], decoder_layers=layers[1])
-    return target
-
-
-def shape_bundle(student: Path, targets: Sequence[str], say: Say, **options: Any) -> Path:
-    """Return the cached bundle of a random student, exported without the accuracy check.
-
-    Args:
-        student: the student directory.
-        targets: what to export it for.
-        say: receives a line when it is made.
-        options: switches of the export.
-
-    """
-    import sbs_edge.export.api as export_package
-    from sbs_edge import __version__
-    from sbs_edge.export.api import export
-
-    writer = Path(export_package.__file__).parent
-    code = digest(writer, tuple(sorted(path.name for path in writer.glob("*.py"))))
-    name = f"bundle-{digest(student)[:12]}-{'-'.join(targets)}-{__version__}-{code[:8]}"
-    name = "-".join([name, *(option for option, on in options.items() if on)])
-    target = cache_root() / name
-    if not (target / "manifest.json").is_file():
-        say(f"exporting {student.name} for {', '.join(targets)}")
-        # Rationales of random weights depend on rounding; the accuracy is shown with every speed instead.
-        export(
-            student, target, targets=tuple(targets), max_drop=100.0, min_rationale_agreement=0.0, **options
-        )
-    return target
 
 
 def _our_entries(options: LatencyOptions, bundles: Sequence[Path], make: Callable[..., Any]) -> list[Entry]:
@@ -307,7 +255,6 @@ def measure_latency(
     Raises:
         UsageError: neither or both of bundles and shape; an unknown peer or processor.
         DataError: a bundle or student that cannot be read.
-
     """
     began = provenance(command)
     benchmark, compare = set_up(options, say)
@@ -332,22 +279,13 @@ def measure_latency(
         timed = time.monotonic() - clock
     finally:
         benchmark.close()
-    return {
-        "format": FORMAT,
-        "kind": "latency",
-        **began,
-        "finished_load_average": [round(load, 2) for load in os.getloadavg()],
-        "model": benchmark.model,
-        "threads": options.threads,
-        "cpus": _cpus(options),
-        "seed": options.seed,
-        "validation_rows": len(benchmark.inputs.rows),
-        "schedule": asdict(schedule),
-        "timed_seconds": round(timed, 1),
-        "systems": [_system(entry) for entry in benchmark.entries],
-        "rows": [_rounded(row) for row in rows],
-        "ratios": compared,
-    }
+    return new_document(
+        "latency", benchmark.model, threads=options.threads, cpus=_cpus(options), began=began,
+        seed=options.seed, finished_load_average=[round(load, 2) for load in os.getloadavg()],
+        validation_rows=len(benchmark.inputs.rows), schedule=asdict(schedule), timed_seconds=round(timed, 1),
+        systems=[_system(entry) for entry in benchmark.entries], rows=[_rounded(row) for row in rows],
+        ratios=compared,
+    )  # fmt: skip
 
 
 def _rounded(row: Row) -> dict[str, Any]:
@@ -364,8 +302,3 @@ def _rounded(row: Row) -> dict[str, Any]:
 
     content: dict[str, Any] = cut(row.as_dict())
     return content
-
-
-def save(document: dict[str, Any], path: Path) -> None:
-    """Write a result document."""
-    files.write_json(path, document)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.latency.workers import Benchmark, Entry
 from sbs_edge.data.answers import same_answer
@@ -42,19 +41,13 @@ def _percent(hits: list[bool]) -> float:
 def _ask(benchmark: Benchmark, entry: Entry, steps: int) -> dict[str, Any] | None:
     rows = benchmark.inputs.rows
     choices = [row.get("choices") for row in rows] if benchmark.inputs.choices else None
-    if entry.worker is None:
-        return None
-    try:
-        return entry.worker.ask(
-            "answers",
-            texts=[row["input"] for row in rows],
-            choices=choices,
-            rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
-            steps=steps,
-        )
-    except WorkerFailed as failure:
-        entry.give_up(f"no answers: {failure}")
-        return None
+    return entry.ask(
+        "answers",
+        texts=[row["input"] for row in rows],
+        choices=choices,
+        rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
+        steps=steps,
+    )
 
 
 def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
@@ -64,7 +57,6 @@ def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
         benchmark: its entries; the reference (eager fp32) is the judge of agreement.
         compare: the task's comparison, ``text`` or ``value``.
         steps: tokens of a rationale.
-
     """
     golds = [row.get("label") for row in benchmark.inputs.rows]
     judge = benchmark.reference or next((e for e in benchmark.entries if e.name == "transformers"), None)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbs_edge.bench.peers.system import Spec, System
+from sbs_edge.bench.peers.system import System
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROOTS", "create", "prepare"]
+__all__ = ["PACKAGES", "ROOTS", "SYSTEM", "prepare"]
 
 ROOTS: dict[str, tuple[str, ...]] = {"torch": (), "transformers": (), "safetensors": ()}
 PACKAGES = ("torch", "transformers")
 
 
-def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+def prepare(student: Path, out: Path) -> dict[str, Any]:
     """Nothing to convert: the student directory itself is loaded."""
-    del student, out, options
+    del student, out
     return {"in_place": True, "files": ["model.safetensors", "config.json", "tokenizer.json"]}
 
 
@@ -69,6 +69,4 @@ class Transformers(System):
         return found
 
 
-def create(spec: Spec) -> System:
-    """Return the system."""
-    return Transformers(spec)
+SYSTEM = Transformers

@@ -79,6 +79,43 @@ def write_triton_repository(
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     wanted = list(targets) if targets is not None else list(manifest["targets"])
+    stepwise = _check_targets(manifest, wanted)
+    batching = {
+        "max_queue_delay_microseconds": max_queue_delay_us,
+        "default_queue_policy": {
+            "timeout_action": _Word("REJECT"),
+            "default_timeout_microseconds": timeout_ms * 1000,
+            "allow_timeout_override": True,
+            "max_queue_size": max_queue_size,
+        },
+    }
+    names: list[tuple[str, str, str]] = []
+    with files.atomic_directory(out) as work:
+        for target in wanted:
+            entry = manifest["targets"][target]
+            for role in filter(entry.__contains__, _ROLES):
+                name = re.sub(r"[^A-Za-z0-9_-]", "-", f"{manifest['name']}-{target}-{role}")
+                (work / name).mkdir()
+                config = {
+                    "name": name,
+                    "platform": "onnxruntime_onnx",
+                    "max_batch_size": max_batch_size,
+                    **_write_model(opened, entry, role, work / name, model_version),
+                    "version_policy": {"latest": {"num_versions": 2}},
+                    "instance_group": [{"count": instances, "kind": _kind(entry["providers"])}],
+                    "dynamic_batching": batching,
+                    **_accelerator(entry["providers"]),
+                }
+                files.write_text(work / name / "config.pbtxt", _text(config))
+                names.append((name, target, role))
+        (work / "tokenizer").mkdir()
+        shutil.copyfile(opened.member("tokenizer.json"), work / "tokenizer" / "tokenizer.json")
+        files.write_text(work / "README.md", _readme(manifest, names, stepwise))
+    return Path(out)
+
+
+def _check_targets(manifest: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
+    """Return the targets that generate in steps; raise UsageError for one that Triton cannot serve."""
     unknown = [target for target in wanted if target not in manifest["targets"]]
     if unknown:
         raise UsageError(
@@ -91,59 +128,24 @@ def write_triton_repository(
             f"The target {alone[0]!r} of this bundle only generates, in steps that the host repeats, and Triton "
             "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph contains the loop."
         )
-    names: list[tuple[str, str, str]] = []
-    with files.atomic_directory(out) as work:
-        for target in wanted:
-            entry = manifest["targets"][target]
-            for role in _ROLES:
-                if role not in entry:
-                    continue
-                name = re.sub(r"[^A-Za-z0-9_-]", "-", f"{manifest['name']}-{target}-{role}")
-                folder = work / name
-                folder.mkdir()
-                inputs, outputs = _write_graph(
-                    opened.member(entry[role]),
-                    folder / str(model_version),
-                    manifest["limits"]["max_new_tokens"],
-                )
-                closed = role == "label_scorer"
-                if closed:
-                    files.write_text(
-                        folder / "labels.txt", "".join(f"{x}\n" for x in manifest["labels"]["labels"])
-                    )
-                config: dict[str, Any] = {
-                    "name": name,
-                    "platform": "onnxruntime_onnx",
-                    "max_batch_size": max_batch_size,
-                    "input": [{"name": n, "data_type": _Word(t), "dims": d} for n, t, d in inputs],
-                    "output": [
-                        {
-                            "name": n,
-                            "data_type": _Word(t),
-                            "dims": d,
-                            **({"label_filename": "labels.txt"} if closed and n == "scores" else {}),
-                        }
-                        for n, t, d in outputs
-                    ],
-                    "version_policy": {"latest": {"num_versions": 2}},
-                    "instance_group": [{"count": instances, "kind": _kind(entry["providers"])}],
-                    "dynamic_batching": {
-                        "max_queue_delay_microseconds": max_queue_delay_us,
-                        "default_queue_policy": {
-                            "timeout_action": _Word("REJECT"),
-                            "default_timeout_microseconds": timeout_ms * 1000,
-                            "allow_timeout_override": True,
-                            "max_queue_size": max_queue_size,
-                        },
-                    },
-                    **_accelerator(entry["providers"]),
-                }
-                files.write_text(folder / "config.pbtxt", _text(config))
-                names.append((name, target, role))
-        (work / "tokenizer").mkdir()
-        shutil.copyfile(opened.member("tokenizer.json"), work / "tokenizer" / "tokenizer.json")
-        files.write_text(work / "README.md", _readme(manifest, names, stepwise))
-    return Path(out)
+    return stepwise
+
+
+def _write_model(
+    bundle: Bundle, entry: Mapping[str, Any], role: str, folder: Path, version: int
+) -> dict[str, Any]:
+    """Write a graph, and its labels if it scores them; return ``input`` and ``output`` of its configuration."""
+    manifest = bundle.manifest
+    limit = manifest["limits"]["max_new_tokens"]
+    inputs, outputs = _write_graph(bundle.member(entry[role]), folder / str(version), limit)
+    named = {}
+    if role == "label_scorer":
+        files.write_text(folder / "labels.txt", "".join(f"{x}\n" for x in manifest["labels"]["labels"]))
+        named = {"scores": {"label_filename": "labels.txt"}}
+    return {
+        "input": [{"name": n, "data_type": _Word(t), "dims": d} for n, t, d in inputs],
+        "output": [{"name": n, "data_type": _Word(t), "dims": d, **named.get(n, {})} for n, t, d in outputs],
+    }
 
 
 class _Word(str):

@@ -39,7 +39,14 @@ def output_tokens(
     counts: Counter[int] = Counter()
     texts = TextTokenizer(tokenizer)
     for row in rows:
-        for text in (row.input, row.label, row.teacher_label, row.rationale, *row.rationales, *(row.choices or ())):
+        for text in (
+            row.input,
+            row.label,
+            row.teacher_label,
+            row.rationale,
+            *row.rationales,
+            *(row.choices or ()),
+        ):
             if text:
                 counts.update(texts.encode(text))
     kept = {eos_id, pad_id, *counts}

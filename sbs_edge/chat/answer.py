@@ -10,10 +10,11 @@ __all__ = ["Answer", "CallFailed"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer. Token counts are None if the server gives none; thinking is kept apart from the text.
+    """An answer. Token counts are None if the server gives none.
 
-    ``top_logprobs`` holds the last tokens of the text, each with the log-probabilities of the likeliest tokens at
-    its place, if the server was asked for them and gave them.
+    ``text`` is the message's content, or the arguments of its function call; ``reasoning`` is what the server sent
+    in a field of its own. ``top_logprobs`` holds the last tokens of the text, each with the log-probabilities of the
+    likeliest tokens at its place, if the server was asked for them and gave them.
     """
 
     text: str
@@ -21,7 +22,7 @@ class Answer:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     refusal: str | None = None
-    has_thought: bool = False
+    reasoning: str = ""
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     top_logprobs: tuple[tuple[str, dict[str, float]], ...] = ()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from sbs_edge.cli._common import print_json
@@ -22,14 +23,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Connection",
+    "PriceInOption",
+    "PriceOutOption",
     "ask_teacher",
     "emit",
     "outcome",
     "read_outputs",
     "read_rows",
     "say_estimate",
+    "settle_from_journal",
     "summary",
 ]
+
+
+PriceInOption = Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")]
+PriceOutOption = Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -73,13 +81,20 @@ def connection_of(
     request: Sequence[str] = (),
     omit: Sequence[str] = (),
     extra_body: str | None = None,
+    structured: str | None = None,
 ) -> tuple[Sampling, Connection]:
     """Return both with what flags, task file and server preset say; arguments as the flags of the same names."""
+    from typing import get_args
+
     from sbs_edge.teacher.connect import headers_of, server_preset, with_request
+    from sbs_edge.teacher.task import Structured
 
     preset = server_preset(server, connection.base_url)
+    policy = next((item for item in get_args(Structured) if item == structured), None)
     return (
-        with_request(sampling, task, preset, request=request, omit=omit, extra_body=extra_body),
+        with_request(
+            sampling, task, preset, request=request, omit=omit, extra_body=extra_body, structured=policy
+        ),
         dataclasses.replace(
             connection,
             base_url=connection.base_url or preset.base_url or None,
@@ -150,14 +165,24 @@ def read_outputs(paths: list[Path], settings: Settings) -> Any:
     )
 
 
-def journal_records(path: Path) -> dict[str, Any]:
-    """Return the records of the journal; empty if there is none."""
-    from sbs_edge.teacher.journal import Journal
+def settle_from_journal(settings: Settings, path: Path) -> tuple[Settings, dict[str, Any]]:
+    """Return the settings with the form that the journal's runs settled, and its records; nobody is asked.
 
-    if not path.exists():
-        return {}
-    with Journal(path) as journal:
-        return journal.records
+    Where no run has settled a form, ``auto`` stands for plain text and ``on`` for a JSON schema.
+    """
+    from sbs_edge.teacher.journal import Journal
+    from sbs_edge.teacher.probe import form_from_notes
+
+    notes: dict[str, str] = {}
+    records: dict[str, Any] = {}
+    if path.exists():
+        with Journal(path) as journal:
+            notes, records = journal.notes, journal.records
+    policy = settings.sampling.structured
+    settled = form_from_notes(policy, notes, settings.model)
+    form = settled.form if settled is not None else "json_schema" if policy == "on" else "off"
+    sampling = dataclasses.replace(settings.sampling, structured=form)
+    return dataclasses.replace(settings, sampling=sampling), records
 
 
 def emit(
@@ -173,8 +198,9 @@ def emit(
     from sbs_edge.teacher.collect import unfinished
     from sbs_edge.teacher.outputs import emit_batch
 
+    settings, records = settle_from_journal(settings, journal_path)
     calls = unfinished(
-        rows, spec, settings.model, settings.sampling, settings.samples, journal_records(journal_path),
+        rows, spec, settings.model, settings.sampling, settings.samples, records,
         retry_failed=settings.retry_failed,
     )  # fmt: skip
     paths = emit_batch(calls, settings.model, settings.sampling, path)
@@ -197,7 +223,8 @@ def say_estimate(
     """Print the estimated calls, tokens and cost."""
     from sbs_edge.teacher.annotate import estimate
 
-    found = estimate(rows, spec, settings, journal_records(journal_path))
+    settings, records = settle_from_journal(settings, journal_path)
+    found = estimate(rows, spec, settings, records)
     figures = dataclasses.asdict(found)
     cost = f"cost about {found.likely_cost:.4f}, at most {found.most_cost:.4f}"
     if not settings.prices.known:
@@ -299,6 +326,17 @@ def outcome(
         )
 
 
+COPIED_SHARE = 0.1
+"""From this share on, rationales that are a worked example's are worth a word."""
+
+
+def _copied(report: dict[str, Any]) -> str:
+    copied = report["copied_rationales"]
+    if copied <= COPIED_SHARE * report["annotated"]:
+        return ""
+    return f"; {copied:,} rationales repeat a worked example word for word"
+
+
 def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -> None:
     """Print one line about the outcome."""
     agreement = report["agreement"]["rate"]
@@ -307,6 +345,7 @@ def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -
         + (f"; agreement with gold {agreement:.1%}" if agreement is not None else "")
         + (f"; without: {report['reasons']}" if report["reasons"] else "")
         + (f"; the server's words: {report['refusal']}" if report.get("refusal") else "")
+        + _copied(report)
         + (f"; cost {report['calls']['cost']:.4f}" if priced or report["calls"]["cost"] else "")
         + f". Read {out.with_suffix('.report.html')}.",
         highlight=False,

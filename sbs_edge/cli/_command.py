@@ -53,15 +53,8 @@ class Interrupted(SbsEdgeError):
     exit_code = 130
 
 
-class Command(TyperCommand):
-    """A command of this program; :func:`install` gives every command this class."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Write the names of arguments in capitals, as the help texts do."""
-        super().__init__(*args, **kwargs)
-        for item in self.params:
-            if item.param_type_name == "argument" and item.metavar is None and item.name:
-                item.metavar = item.name.upper() + ("..." if item.nargs != 1 else "")
+class _Answering:
+    """The help page and the words about an unknown option, the same for commands and groups."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help page."""
@@ -70,10 +63,21 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; for an unknown option, suggest similar ones."""
         try:
-            return list(super().parse_args(ctx, args))
+            return list(super().parse_args(ctx, args))  # type: ignore[misc]  # of the class beside this one
         except Exception as error:
             _name_near_options(self, ctx, error)
             raise
+
+
+class Command(_Answering, TyperCommand):
+    """A command of this program; :func:`install` makes every command one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Write the names of arguments in capitals, as the texts do."""
+        super().__init__(*args, **kwargs)
+        for item in self.params:
+            if item.param_type_name == "argument" and item.metavar is None and item.name:
+                item.metavar = item.name.upper() + ("..." if item.nargs != 1 else "")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -110,25 +114,13 @@ class Command(TyperCommand):
         return kept.format(**ctx.params)
 
 
-class Group(TyperGroup):
+class Group(_Answering, TyperGroup):
     """The program itself, or a group of its commands such as ``data``."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands in the order of a project: data before training before serving."""
         order = {name: place for place, name in enumerate(_ORDER)}
         return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help page."""
-        show_help(self, ctx)
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments in front of the command's name."""
-        try:
-            return list(super().parse_args(ctx, args))
-        except Exception as error:
-            _name_near_options(self, ctx, error)
-            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; for an unknown one, suggest similar ones."""
@@ -178,9 +170,9 @@ def _with_options(message: str, parameters: Iterable[Any]) -> str:
         return message
 
     def option(found: re.Match[str]) -> str:
-        flag, value = options[found["name"]], found["value"]
+        flag, value = str(options[found["name"]]), found["value"]
         if value is None:
-            return flag if "_" in found["name"] else found[0]
+            return flag if "_" in found["name"] else str(found[0])
         if value == "True":
             return flag
         each = re.findall(r"'([^']*)'", value) if value.startswith("[") else [value.strip("'")]

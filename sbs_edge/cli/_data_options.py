@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -31,6 +31,7 @@ __all__ = [
     "TestOption",
     "ValidationOption",
     "judge",
+    "load_rows",
     "read_rows",
 ]
 
@@ -127,6 +128,24 @@ def judge(splits: Splits, mode: str) -> None:
                 f"warning: {finding.message}", markup=False, highlight=False, soft_wrap=True
             )
     refuse_stops(findings)
+
+
+def load_rows(values: Mapping[str, Any], *, seed: int, skipped_file: Path | None, **instead: Any) -> Splits:
+    """Read the splits that a command's data options name.
+
+    Args:
+        values: the command's parameters.
+        seed: of splits that are drawn.
+        skipped_file: where rows that were left out are listed.
+        instead: arguments of ``load_splits`` that replace what ``values`` says.
+    """
+    from sbs_edge.data.load import load_splits
+    from sbs_edge.data.readers import ColumnMap
+
+    names = ("dataset", "validation", "test", "label_kind", "compare", "skip_bad_rows")
+    options = {name: values[name] for name in names}
+    options["columns"] = ColumnMap.parse(values["column"] or ())
+    return load_splits(values["data"], **{**options, **instead}, seed=seed, skipped_file=skipped_file)
 
 
 def read_rows(path: Path, column: Iterable[str] | None, skip_bad_rows: bool) -> list[Example]:

@@ -20,15 +20,18 @@ from sbs_edge.errors import UsageError
 __all__ = ["field_options", "parse_fields"]
 
 
-def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that gives a command an option for each field of ``model``.
+def field_options(
+    model: type[BaseModel], before: str, flags: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that gives a command an option for each described field of ``model``.
 
     The command receives the options in its ``**`` parameter. Names, bounds, choices, defaults and help
     come from the fields.
 
     Args:
-        model: configuration class; every field has a description.
+        model: configuration class; a field without a description gets no option.
         before: parameter of the command before which the options are placed.
+        flags: fields whose option has another name, and that name.
 
     """
 
@@ -37,7 +40,11 @@ def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[...
         parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(command).parameters.items():
             if name == before:
-                parameters += [_parameter(field, info) for field, info in model.model_fields.items()]
+                parameters += [
+                    _parameter((flags or {}).get(field, field), info)
+                    for field, info in model.model_fields.items()
+                    if info.description
+                ]
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
                 parameters.append(
                     parameter.replace(annotation=hints[name], kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -52,12 +59,8 @@ def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[...
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = field.default
     kind, repeated, optional = _kind(name, field.annotation)
-    flag = f"--{name.replace('_', '-')}"
-    if kind is bool:
-        # A flag that is off by default needs no opposite; others do.
-        names = [flag] if default is False else [f"{flag}/--{'no-' + flag[2:]}"]
-    else:
-        names = [flag]
+    # A flag that is off by default needs no opposite; typer gives one to the others.
+    names = [f"--{name.replace('_', '-')}"] if kind is not bool or default is False else []
     if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(default, str):
         default = kind(default)
     annotation: Any = list[kind] if repeated else kind  # type: ignore[valid-type]

@@ -55,9 +55,11 @@ _PANELS: dict[str, dict[str, str]] = {
         "watch": "Versions",
         "max_batch_tokens": "Batches",
         "truncate": "Limits",
-        "token_file": "Security",
+        "tls_cert": "Security",
         "escalate_url": "Escalation",
         "abstain_below": "Answers and logs",
+        "token_file": "Security",
+        "log_level": "Answers and logs",
     },
 }
 _DIRECTORIES = {"student", "out", "tokenizer", "work"}

@@ -9,8 +9,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sbs_edge.cli._annotate import Connection, ask_teacher, connection_of, read_rows
+from sbs_edge.cli._annotate import (
+    Connection,
+    PriceInOption,
+    PriceOutOption,
+    ask_teacher,
+    connection_of,
+    read_rows,
+)
 from sbs_edge.cli._common import JsonOption, print_json
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
+from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
 
 __all__ = ["register_try"]
 
@@ -37,17 +46,15 @@ def register_try(group: typer.Typer) -> None:
         extra_body: Annotated[
             str | None, typer.Option(help="JSON object with further fields of the request.")
         ] = None,
+        structured: StructuredOption = None,
+        rationale_from: RationaleFromOption = None,
         temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
         max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
-        skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
-        ] = False,
-        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
-        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        column: ColumnOption = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
+        price_in: PriceInOption = 0.0,
+        price_out: PriceOutOption = 0.0,
         journal: Annotated[
             Path | None,
             typer.Option(
@@ -56,7 +63,7 @@ def register_try(group: typer.Typer) -> None:
         ] = None,
         json: JsonOption = False,
     ) -> None:
-        """Ask a teacher for a few rows; show prompt, raw answer, label and rationale, tokens and cost.
+        """Ask a teacher for a few rows; show prompt, raw answer, label and rationale, tokens, cost, and what to change.
 
         Example: sbs-edge task try rows.jsonl --task task.yaml --base-url http://localhost:8080/v1 --model any
         """
@@ -69,7 +76,7 @@ def register_try(group: typer.Typer) -> None:
         from sbs_edge.teacher.trial import trial_report, trial_text
 
         console = Console(stderr=True)
-        spec = load_task(task)
+        spec = with_rationale_from(load_task(task), rationale_from)
         refuse_placeholders(spec, task)
         sampling, connection = connection_of(
             spec,
@@ -80,6 +87,7 @@ def register_try(group: typer.Typer) -> None:
             request=request or (),
             omit=omit or (),
             extra_body=extra_body,
+            structured=structured,
         )
         prices = Prices(price_in, price_out)
         settings = Settings(
@@ -91,7 +99,7 @@ def register_try(group: typer.Typer) -> None:
         with tempfile.TemporaryDirectory() as folder:
             place = journal or Path(folder) / "journal.jsonl"
             annotation = ask_teacher(examples, spec, settings, connection, place, console)
-        report = trial_report(examples, spec, annotation, model, sampling, prices)
+        report = trial_report(examples, spec, annotation, model, prices)
         if json:
             print_json(report)
         else:

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from sbs_edge.cli._annotate import (
     Connection,
+    PriceInOption,
+    PriceOutOption,
     ask_teacher,
     connection_of,
     emit,
@@ -19,6 +21,7 @@ from sbs_edge.cli._annotate import (
     read_outputs,
     read_rows,
     say_estimate,
+    settle_from_journal,
     summary,
 )
 from sbs_edge.cli._common import (
@@ -30,6 +33,8 @@ from sbs_edge.cli._common import (
     save_resolved,
     save_resolved_beside,
 )
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
+from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
 
 __all__ = ["register"]
 
@@ -91,8 +96,9 @@ def register(app: typer.Typer) -> None:
         server: Annotated[
             str | None,
             typer.Option(
-                help="Preset of a server: openai, azure, openrouter, anthropic, vllm, llama.cpp, ollama or lmstudio. It "
-                "sets the address, the key's variable and parameter names; flags win."
+                help="Preset of a server: openai, azure, openrouter, anthropic, gemini, mistral, deepseek, groq, "
+                "together, fireworks, xai, vllm, sglang, llama.cpp, llama-cpp-python, ollama or lmstudio. It sets the "
+                "address, the key's variable and parameter names; flags win."
             ),
         ] = None,
         api_key_env: Annotated[
@@ -120,6 +126,8 @@ def register(app: typer.Typer) -> None:
         extra_body: Annotated[
             str | None, typer.Option(help="JSON object with further fields of the request.")
         ] = None,
+        structured: StructuredOption = None,
+        rationale_from: RationaleFromOption = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
         device: Annotated[str | None, typer.Option(help="Device of a local model.")] = None,
         dataset: Annotated[
@@ -128,15 +136,11 @@ def register(app: typer.Typer) -> None:
         split: Annotated[
             str, typer.Option(help="Split to annotate, with --dataset or the name of a data set.")
         ] = "train",
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
+        column: ColumnOption = None,
         limit: Annotated[
             int | None, typer.Option(min=1, help="Annotate only this many rows, from the first.")
         ] = None,
-        skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
-        ] = False,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         samples: Annotated[
             int,
             typer.Option(
@@ -175,8 +179,8 @@ def register(app: typer.Typer) -> None:
         max_attempts: Annotated[
             int, typer.Option(min=1, help="Attempts per call; then it is left to the next run.")
         ] = 6,
-        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
-        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        price_in: PriceInOption = 0.0,
+        price_out: PriceOutOption = 0.0,
         max_cost: Annotated[
             float | None,
             typer.Option(min=0, help="Stop before all calls in the journal cost more than this."),
@@ -261,7 +265,7 @@ def register(app: typer.Typer) -> None:
         if data is None:
             raise UsageError("There is nothing to annotate: give the rows as INPUT, or with --input.")
         console = Console(stderr=True, markup=False)
-        spec = load_task(task)
+        spec = with_rationale_from(load_task(task), rationale_from)
         if not (show_prompt or outputs):  # these do not call the teacher
             refuse_placeholders(spec, task)
         heat = temperature if temperature is not None else (0.7 if samples > 1 else 0.0)
@@ -274,7 +278,10 @@ def register(app: typer.Typer) -> None:
             request=request or (),
             omit=omit or (),
             extra_body=extra_body,
+            structured=structured,
         )
+        if backend is Backend.local and sampling.structured == "auto":
+            sampling = dataclasses.replace(sampling, structured="off")
         if logprobs:
             if backend is Backend.local:
                 raise UsageError(
@@ -290,10 +297,18 @@ def register(app: typer.Typer) -> None:
             raise UsageError(
                 f"A budget needs a limit on each answer, but --omit {sampling.limit_name} removes it. Leave one out."
             )
-        if backend is Backend.local and (header or request or omit or extra_body or server):
+        asks_for_object = sampling.structured != "off"
+        if backend is Backend.local and (
+            header or request or omit or extra_body or server or asks_for_object
+        ):
             raise UsageError(
-                "--backend local generates in this process: --server, --header, --request, --omit and --extra-body are "
-                "for a server behind HTTP."
+                "--backend local generates in this process: --server, --header, --request, --omit, --extra-body and "
+                "--structured are for a server behind HTTP."
+            )
+        if spec.rationale_from == "summary" and (outputs or emit_batch):
+            raise UsageError(
+                "A summary takes a second call to the teacher, which --outputs and --emit-batch do not make. Leave out "
+                "--rationale-from summary, or ask directly."
             )
         asks = not (show_prompt or outputs or emit_batch or dry_run)
         ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # no secret is saved
@@ -335,9 +350,11 @@ def register(app: typer.Typer) -> None:
         if show_prompt:
             import sys
 
+            settings, _ = settle_from_journal(settings, journal_path)
+
             if row >= len(rows):
                 raise UsageError(f"--row {row} is beyond the last row, {len(rows) - 1}.")
-            sys.stdout.write(show(render(spec, rows[row])) + "\n")
+            sys.stdout.write(show(render(spec, rows[row], settings.sampling.structured)) + "\n")
             return
         if emit_batch is not None:
             emit(rows, spec, settings, journal_path, emit_batch, console, json)
@@ -353,6 +370,7 @@ def register(app: typer.Typer) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, place.with_suffix(".config.yaml"))
         if outputs:
+            settings, _ = settle_from_journal(settings, journal_path)
             annotation = annotate_outputs(rows, spec, read_outputs(outputs, settings), settings)
         else:
             annotation = ask_teacher(rows, spec, settings, connection, journal_path, console)
@@ -366,4 +384,4 @@ def register(app: typer.Typer) -> None:
                 "are asked again.",
                 highlight=False,
             )
-        outcome(annotation, report, place, settings.server, [*sampling.parameters(), "stop"])
+        outcome(annotation, report, place, settings.server, annotation.sampling.field_names())

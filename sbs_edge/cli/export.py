@@ -23,9 +23,26 @@ from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read
 from sbs_edge.errors import UsageError
 from sbs_edge.progress import heartbeat
 
-__all__ = ["EXPORTING", "register"]
+__all__ = ["EXPORTING", "MaxDropOption", "MinRationaleAgreementOption", "register"]
 
 EXPORTING = ("onnx", "onnxruntime", "torch", "transformers", "safetensors")
+
+MaxDropOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=100,
+        help="Points of accuracy that a lossy target may lose; more is exit 3 and keeps the old bundle.",
+    ),
+]
+MinRationaleAgreementOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
+    ),
+]
 
 
 class Layout(StrEnum):
@@ -61,22 +78,8 @@ def register(app: typer.Typer) -> None:
         ] = None,
         column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
-        max_drop: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=100,
-                help="Points of accuracy that a lossy target may lose; more is exit 3 and keeps the old bundle.",
-            ),
-        ] = 1.0,
-        min_rationale_agreement: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
-            ),
-        ] = 0.9,
+        max_drop: MaxDropOption = 1.0,
+        min_rationale_agreement: MinRationaleAgreementOption = 0.9,
         calibration_rows: Annotated[
             int, typer.Option(min=1, help="Training rows that set the ranges of int8 activations.")
         ] = 256,

@@ -33,9 +33,10 @@ from sbs_edge.cli._data_options import (
     TestOption,
     ValidationOption,
     judge,
+    load_rows,
 )
 from sbs_edge.cli._fields import parse_fields
-from sbs_edge.cli.export import EXPORTING
+from sbs_edge.cli.export import EXPORTING, MaxDropOption, MinRationaleAgreementOption
 from sbs_edge.cli.train import TRAINING
 from sbs_edge.errors import GuardError
 from sbs_edge.lock import held
@@ -43,7 +44,7 @@ from sbs_edge.lock import held
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
-__all__ = ["load_rows", "register"]
+__all__ = ["load_data", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -117,22 +118,8 @@ def register(app: typer.Typer) -> None:
         target: Annotated[
             list[str] | None, typer.Option(help="Target to export. Default: cpu-int8 and cpu-fp32.")
         ] = None,
-        max_drop: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=100,
-                help="Points of accuracy that a lossy target may lose; more is exit 3.",
-            ),
-        ] = 1.0,
-        min_rationale_agreement: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
-            ),
-        ] = 0.9,
+        max_drop: MaxDropOption = 1.0,
+        min_rationale_agreement: MinRationaleAgreementOption = 0.9,
         skip_bad_rows: SkipBadRowsOption = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
@@ -170,7 +157,7 @@ def register(app: typer.Typer) -> None:
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
-        splits = load_rows(ctx.params, out, dry_run)
+        splits = load_data(ctx.params, out, dry_run)
         judge(splits, mode.value)
         if dry_run:
             plan = {
@@ -207,7 +194,7 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def load_rows(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+def load_data(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
     """Return the rows that the data options of a command ask for.
 
     Args:
@@ -220,8 +207,6 @@ def load_rows(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
 
     from sbs_edge.data.builtin import builtin_splits
     from sbs_edge.data.labels import fit_labels
-    from sbs_edge.data.load import load_splits
-    from sbs_edge.data.readers import ColumnMap
     from sbs_edge.teacher.presets import load_task
 
     train_rows = values["train_rows"]
@@ -234,18 +219,9 @@ def load_rows(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
             **size,
         )
     spec = load_task(values["task"]).spec if values["task"] else None
-    splits = load_splits(
-        values["data"],
-        dataset=values["dataset"],
-        validation=values["validation"],
-        test=values["test"],
-        label_kind=spec.label_kind if spec else values["label_kind"],
-        compare=spec.compare if spec else values["compare"],
-        columns=ColumnMap.parse(values["column"] or ()),
-        skip_bad_rows=values["skip_bad_rows"],
-        seed=values["seed"],
-        skipped_file=None if dry_run else out / "skipped.jsonl",
-    )
+    of_task = {"label_kind": spec.label_kind, "compare": spec.compare} if spec else {}
+    skipped = None if dry_run else out / "skipped.jsonl"
+    splits = load_rows(values, seed=values["seed"], skipped_file=skipped, **of_task)
     if spec:
         names = ("train", "validation", "test")
         parts: dict[str, Any] = {name: fit_labels(getattr(splits, name), spec)[0] for name in names}

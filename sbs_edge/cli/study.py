@@ -98,6 +98,10 @@ def register(app: typer.Typer) -> None:
                 min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
             ),
         ] = 0.0,
+        teacher_samples: Annotated[
+            int,
+            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
+        ] = 1,
         method: Annotated[
             list[StudyMethod] | None, typer.Option(help="step-by-step or label-only; none: both.")
         ] = None,
@@ -190,10 +194,10 @@ def register(app: typer.Typer) -> None:
             )
         placement = Placement(engine.value, processes, threads, worker_gpus, ray_address)
 
-        from sbs_edge.cli.run import load_rows
+        from sbs_edge.cli.run import load_data
 
         console = Console(stderr=True)
-        splits = load_rows(ctx.params, work, dry_run)
+        splits = load_data(ctx.params, work, dry_run)
         if dry_run:
             plan = plan_study(splits, work, settings, placement, write=False)
             shown = {

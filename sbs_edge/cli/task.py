@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from sbs_edge.cli._common import JsonOption, print_json
-from sbs_edge.cli._data_options import LeaveOutBadRowsOption, read_rows
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
+from sbs_edge.cli._serve_teacher import register_serve
 from sbs_edge.cli._try import register_try
 
 __all__ = ["register"]
@@ -40,9 +41,7 @@ def register(app: typer.Typer) -> None:
                 min=0, help="Worked examples to take from the data; each costs tokens in every call."
             ),
         ] = 3,
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
+        column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
         json: JsonOption = False,
@@ -107,3 +106,4 @@ def register(app: typer.Typer) -> None:
         )
 
     register_try(group)
+    register_serve(group)

@@ -33,6 +33,7 @@ from sbs_edge.cli._data_options import (
     TestOption,
     ValidationOption,
     judge,
+    load_rows,
 )
 from sbs_edge.cli._fields import field_options
 from sbs_edge.training.config import TrainConfig, make_config
@@ -83,36 +84,20 @@ def _plain(value: Any) -> Any:
 
 
 def _load(values: dict[str, Any], out: Path, seed: int) -> tuple[Splits, Any]:
-    from sbs_edge.data.load import load_splits
-    from sbs_edge.data.readers import ColumnMap
-
-    columns = ColumnMap.parse(values["column"] or ())
     if values["stream"]:
+        from sbs_edge.data.readers import ColumnMap
         from sbs_edge.training.stream import open_stream
 
         return open_stream(
             values["data"],
             validation=values["validation"],
-            columns=columns,
+            columns=ColumnMap.parse(values["column"] or ()),
             label_kind=values["label_kind"],
             compare=values["compare"],
             skip_bad_rows=values["skip_bad_rows"],
         )
-    return (
-        load_splits(
-            values["data"],
-            dataset=values["dataset"],
-            validation=values["validation"],
-            test=values["test"],
-            label_kind=values["label_kind"],
-            compare=values["compare"],
-            columns=columns,
-            skip_bad_rows=values["skip_bad_rows"],
-            seed=seed,
-            skipped_file=None if values["dry_run"] else out.with_name(out.name + ".skipped.jsonl"),
-        ),
-        None,
-    )
+    skipped = None if values["dry_run"] else out.with_name(out.name + ".skipped.jsonl")
+    return load_rows(values, seed=seed, skipped_file=skipped), None
 
 
 def register(app: typer.Typer) -> None:

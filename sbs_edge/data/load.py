@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from rich.console import Console
 
@@ -21,7 +21,15 @@ from sbs_edge.data.rows import FORMATS, iterate_rows
 from sbs_edge.data.splits import VALIDATION_SHARE, check_disjoint, drop_overlaps, hold_out
 from sbs_edge.errors import DataError
 
-__all__ = ["Source", "hold_out_missing", "infer_task", "load_splits", "open_source"]
+__all__ = [
+    "Source",
+    "SourceOptions",
+    "hold_out_missing",
+    "infer_task",
+    "load_splits",
+    "open_source",
+    "open_splits",
+]
 
 # Names of the three splits in files and in Hugging Face data sets.
 _ALIASES = {
@@ -40,13 +48,14 @@ class Source:
         found: split name to usable and rejected rows.
         unparsed: split name to the number of raw teacher outputs without a readable label.
         respelled: split name to the labels that were spelled differently from the task's set.
-
+        is_builtin: it is the built-in task, whose splits are whole and disjoint.
     """
 
     task: TaskSpec
     found: dict[str, ReadResult] = field(default_factory=dict)
     unparsed: dict[str, int] = field(default_factory=dict)
     respelled: dict[str, list[Respelling]] = field(default_factory=dict)
+    is_builtin: bool = False
 
 
 def _read_file(path: Path, columns: ColumnMap) -> ReadResult:
@@ -93,17 +102,33 @@ def _from_folder(folder: Path, columns: ColumnMap) -> dict[str, ReadResult]:
     )
 
 
-def open_source(
-    source: str | Path,
-    *,
-    dataset: str | None = None,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
-    label_kind: LabelKind | None = None,
-    compare: Literal["text", "value"] = "text",
-    columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
-) -> Source:
+class SourceOptions(TypedDict, total=False):
+    """Keyword arguments that say how a source is read; :func:`load_splits` explains them."""
+
+    dataset: str | None
+    validation: str | Path | None
+    test: str | Path | None
+    label_kind: LabelKind | None
+    compare: Literal["text", "value"]
+    columns: ColumnMap
+
+
+def open_splits(
+    source: str | Path | None, seed: int = 0, **options: Unpack[SourceOptions]
+) -> tuple[Source, Splits]:
+    """Open a source, or the built-in task as ``seed`` draws it; nothing is held out, dropped or refused."""
+    if options.get("dataset") is None and (source is None or str(source) == "builtin"):
+        drawn = builtin_splits(seed=seed)
+        rows = {name: ReadResult(getattr(drawn, name)) for name in ("train", "validation", "test")}
+        return Source(drawn.task, rows, is_builtin=True), drawn
+    opened = open_source(source or ".", **options)
+    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
+    return opened, Splits(opened.task, **parts, unparsed=opened.unparsed)
+
+
+def open_source(source: str | Path, **options: Unpack[SourceOptions]) -> Source:
     """Read a source as it is; arguments as for :func:`load_splits`. Bad rows are returned, not raised."""
+    dataset, columns = options.get("dataset"), options.get("columns", ColumnMap())
     if dataset is not None:
         paper = read_paper_files(source, dataset)
         found = {name: ReadResult(rows, paper.rejected[name]) for name, rows in paper.splits.items()}
@@ -117,13 +142,14 @@ def open_source(
         found = {"train": _read_file(path, columns)}
     else:
         raise DataError(f"There is no file or directory {source}. Check the path.")
-    for name, extra in (("validation", validation), ("test", test)):
+    for name, extra in (("validation", options.get("validation")), ("test", options.get("test"))):
         if extra is not None:
             found[name] = _read_file(Path(extra), columns)
     rows = [example for part in found.values() for example in part.examples]
     for part in found.values():
         _reject_unlabelled(part)
-    opened = Source(infer_task(path.stem or str(source), rows, label_kind, compare), found)
+    kind, compare = options.get("label_kind"), options.get("compare", "text")
+    opened = Source(infer_task(path.stem or str(source), rows, kind, compare), found)
     for name, part in found.items():
         part.examples[:], opened.respelled[name] = fit_labels(part.examples, opened.task)
     return opened
@@ -192,22 +218,15 @@ def load_splits(
         DataError: an unusable row or an input in two splits (unless ``skip_bad_rows``), or no rows.
 
     """
-    if dataset is None and (source is None or str(source) == "builtin"):
-        return builtin_splits(seed=seed)
-    opened = open_source(
-        source or ".",
-        dataset=dataset,
-        validation=validation,
-        test=test,
-        label_kind=label_kind,
-        compare=compare,
+    opened, splits = open_splits(
+        source, seed, dataset=dataset, validation=validation, test=test, label_kind=label_kind, compare=compare,
         columns=columns,
-    )
+    )  # fmt: skip
+    if opened.is_builtin:
+        return splits
     rejected = [row for part in opened.found.values() for row in part.rejected]
     if not skip_bad_rows:
         refuse(rejected)
-    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
-    splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     if not splits.train:
         raise DataError(f"{source} has no usable training row ({len(rejected)} were rejected).")
     if skip_bad_rows:

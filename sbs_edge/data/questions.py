@@ -17,7 +17,7 @@ from sbs_edge.tokens import text_fault, unicode_fault
 
 __all__ = ["Unanswerable", "answers_of", "choices_of", "id_of", "text_of"]
 
-_MEND = "Every row gets an answer: mend it or take it out."
+_REMEDY = "predict needs a valid input in every row: correct it or remove it."
 
 
 class Unanswerable(DataError):
@@ -28,7 +28,7 @@ class Unanswerable(DataError):
 
     """
 
-    def __init__(self, reason: str, remedy: str = _MEND) -> None:
+    def __init__(self, reason: str, remedy: str = _REMEDY) -> None:
         super().__init__(reason)
         self.remedy = remedy
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Explanation", "Prediction", "answer_document"]
+import numpy as np
+
+__all__ = ["Explanation", "Prediction", "answer_document", "prediction_of", "probabilities_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +76,33 @@ def answer_document(prediction: Any, explanation: Any = None) -> dict[str, Any]:
         document["rationale"] = explanation.rationale
         document["rationale_complete"] = explanation.complete
     return document
+
+
+def probabilities_of(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the softmax of ``scores`` (K,), divided by ``temperature``, in float64."""
+    scaled = scores.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    normalised: np.ndarray = weights / weights.sum()
+    return normalised
+
+
+def prediction_of(
+    labels: Sequence[str],
+    scores: np.ndarray,  # (K,), one for each label
+    temperature: float,
+    abstain_below: float,
+    truncated: bool,
+    n_tokens: int,
+) -> Prediction:
+    """Return the answer behind the scores of one text."""
+    weights = probabilities_of(scores, temperature)
+    best = int(weights.argmax())
+    probability = float(weights[best])
+    return Prediction(
+        labels[best],
+        probability,
+        {label: float(weight) for label, weight in zip(labels, weights, strict=True)},
+        probability < abstain_below,
+        truncated,
+        n_tokens,
+    )

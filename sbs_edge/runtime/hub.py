@@ -6,7 +6,6 @@ opening a local bundle does not wait for it.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -116,32 +115,16 @@ def fetch(name: str, revision: str | None = None, token: str | None = None) -> P
 
 
 def upload(
-    root: str | os.PathLike[str],
-    name: str,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    message: str = "Add a bundle",
+    root: Path, name: str, *, private: bool = False, token: str | None = None, message: str = "Add a bundle"
 ) -> str:
-    """Publish a bundle as one commit; create the repository if it does not exist.
-
-    Only files that the manifest lists are sent, after their digests were checked.
-
-    Returns:
-        The commit's URL.
-
-    Raises:
-        UsageError: ``name`` is not of the form ``owner/repository``.
-        IntegrityError: the bundle is damaged.
-        SbsEdgeError: the hub refused it, or cannot be reached.
-    """
+    """Publish a bundle as one commit and return its URL; see :meth:`Student.push_to_hub`."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is not a hub name of the form 'owner/repository'.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    listed = read_manifest(Path(root))["files"]
-    verify_files(Path(root), listed)
+    listed = read_manifest(root)["files"]
+    verify_files(root, listed)
     wanted = [*listed, MANIFEST, DIGEST]
     api = HfApi(token=token)
     try:

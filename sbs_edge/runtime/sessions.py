@@ -97,7 +97,7 @@ class Session:
 
         on_cpu = provider == "CPUExecutionProvider"
         self.corrected = int8 and on_cpu and needs_exact_option()
-        """Whether the session avoids this CPU's saturating int8 products."""
+        """Set if the session avoids this CPU's saturating int8 products."""
 
         def options() -> Any:
             found = onnxruntime.SessionOptions()

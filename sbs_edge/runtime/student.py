@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 
-from sbs_edge.errors import AnswerError, IntegrityError, UsageError
+from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.resources import usable_cpus
-from sbs_edge.runtime.answers import Explanation, Prediction
-from sbs_edge.runtime.batches import pad_rows, token_budget_batches
+from sbs_edge.runtime.answers import Explanation, Prediction, prediction_of, probabilities_of
 from sbs_edge.runtime.bundle import Bundle
-from sbs_edge.runtime.choices import label_lists, places_of, tries_of
-from sbs_edge.runtime.generation import StepLoop
-from sbs_edge.runtime.int8_products import warn_of_old_loops
+from sbs_edge.runtime.choices import label_lists, places_of
+from sbs_edge.runtime.graphs import TargetGraphs
 from sbs_edge.runtime.manifest import read_manifest
-from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, usable_providers
 from sbs_edge.runtime.texts import Texts, check_texts
-from sbs_edge.runtime.trie import batch_tries, build_trie
 
 __all__ = ["Student"]
 
-_ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step")
+Labels: TypeAlias = Iterable[str] | Iterable[Iterable[str]] | None
+
+
+class _CallOptions(TypedDict, total=False):
+    """Keyword arguments of every call; :meth:`Student.predict` and :meth:`Student.explain` explain them."""
+
+    truncate: bool | None
+    tokens: Sequence[Sequence[int]] | None
+
+
+class _PredictOptions(_CallOptions, total=False):
+    abstain_below: float | None
 
 
 class Student:
@@ -78,10 +84,7 @@ class Student:
         self.max_batch_tokens = max_batch_tokens
         self.truncate = truncate
         self.limits: Mapping[str, int] = self.manifest["limits"]
-        model = self.manifest["model"]
-        self._pad, self._eos, self._start = (
-            model["pad_token_id"], model["eos_token_id"], model["decoder_start_token_id"],
-        )  # fmt: skip
+        self._eos: int = self.manifest["model"]["eos_token_id"]
         self._texts = Texts(bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos)
         labels = self.manifest["labels"]
         self._method: str = labels["method"]
@@ -89,42 +92,11 @@ class Student:
         calibration = self.manifest.get("calibration") or {}
         self._temperature = float(calibration.get("temperature") or 1.0)
         self.abstain_below = float(calibration.get("abstain_below") or 0.0)
-        wanted: Sequence[str] = self._entry["providers"] if providers is None else providers
-        usable_providers(wanted)  # raises now, although graphs are opened when they are first used
-
-        quantisation = self._entry.get("quantisation") or {}
-        int8 = quantisation.get("numbers") != "float32"
-
-        def opener(role: str, name: str) -> Callable[[], Session]:
-            path = bundle.member(name)
-            small = "CPUExecutionProvider" not in wanted  # an engine is worth keeping at any size
-            digests = bundle.weight_digests(name, small=small) if prepacked_cache else None
-            source = GraphSource(
-                partial(bundle.read_graph, name),
-                partial(bundle.private_copy, name),
-                mapped=bundle.weight_digests(name) is not None,
-            )
-
-            def opened() -> Session:
-                session = Session(path, wanted, self.threads, digests, source, int8=int8)
-                if (
-                    session.corrected
-                    and role.startswith("explainer")
-                    and not quantisation.get("loop_weights")
-                ):
-                    warn_of_old_loops(path)
-                return session
-
-            return opened
-
-        self._sessions = Sessions(
-            {
-                role: opener(role, name)
-                for role, name in self._entry.items()
-                if role in _ROLES or role.startswith("explainer_beam")
-            }
-        )
-        self._closed = False
+        self._graphs = TargetGraphs(
+            bundle, self.target, self._entry, threads=self.threads, max_batch_tokens=max_batch_tokens,
+            providers=self._entry["providers"] if providers is None else providers, prepacked_cache=prepacked_cache,
+        )  # fmt: skip
+        self._sessions = self._graphs.sessions
         if eager:
             self._sessions.open_all()
 
@@ -256,30 +228,18 @@ class Student:
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
-        self,
-        texts: str,
-        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
-        *,
-        truncate: bool | None = None,
-        abstain_below: float | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        self, texts: str, labels: Labels = None, **options: Unpack[_PredictOptions]
     ) -> Prediction: ...
 
     @overload
     def predict(
-        self,
-        texts: Iterable[str],
-        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
-        *,
-        truncate: bool | None = None,
-        abstain_below: float | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        self, texts: Iterable[str], labels: Labels = None, **options: Unpack[_PredictOptions]
     ) -> list[Prediction]: ...
 
     def predict(
         self,
         texts: str | Iterable[str],
-        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
+        labels: Labels = None,
         *,
         truncate: bool | None = None,
         abstain_below: float | None = None,
@@ -315,16 +275,20 @@ class Student:
                 "The rows of this bundle have their own choices: pass labels=[[...], ...], a list for each text "
                 "(in a file: the field 'choices')."
             )
-        if labels is not None:
-            scored = self._score_choices(rows, label_lists(labels, len(texts)))
-        elif self._method == "decode":
+        if labels is None and self._method == "decode":
             return self._decode_labels(rows, cut, threshold)
+        if labels is None:
+            names, scored = [self.labels] * len(rows), self._graphs.label_scores(rows)
         else:
-            scored = self._score_closed(rows)
-        return [
-            self._prediction(index, names, scores, was_cut, len(row), threshold)
-            for index, ((names, scores), was_cut, row) in enumerate(zip(scored, cut, rows, strict=True))
-        ]
+            names = label_lists(labels, len(texts))
+            scored = self._score_choices(rows, names)
+        answers = []
+        for index, (scores, was_cut, row) in enumerate(zip(scored, cut, rows, strict=True)):
+            self._graphs.check_finite(scores, index)
+            answers.append(
+                prediction_of(names[index], scores, self._temperature, threshold, was_cut, len(row))
+            )
+        return answers
 
     @property
     def classes_(self) -> np.ndarray:
@@ -370,94 +334,35 @@ class Student:
         if self._method in ("decode", "choices"):
             raise UsageError(self._no_classes())
         rows, _ = self._encode(check_texts(texts), "label", truncate)
-        found = [self._probabilities(scores, row) for row, (_, scores) in enumerate(self._score_closed(rows))]
+        found = [probabilities_of(scores, self._temperature) for scores in self._finite_scores(rows)]
         return np.array(found, np.float64).reshape(len(rows), len(self.labels))
-
-    def _probabilities(self, scores: np.ndarray, index: int) -> np.ndarray:
-        """Return the softmax of the scores (K,) of text ``index``, divided by the temperature, in float64."""
-        self._check_finite(scores, index)
-        scaled = scores.astype(np.float64) / self._temperature
-        weights = np.exp(scaled - scaled.max())
-        normalised: np.ndarray = weights / weights.sum()
-        return normalised
-
-    def _prediction(
-        self,
-        index: int,
-        names: Sequence[str],
-        scores: np.ndarray,
-        truncated: bool,
-        n_tokens: int,
-        threshold: float,
-    ) -> Prediction:
-        weights = self._probabilities(scores, index)
-        best = int(weights.argmax())
-        probability = float(weights[best])
-        return Prediction(
-            names[best],
-            probability,
-            {name: float(weight) for name, weight in zip(names, weights, strict=True)},
-            probability < threshold,
-            truncated,
-            n_tokens,
-        )
-
-    def _check_finite(self, scores: Any, index: int) -> None:
-        """Raise AnswerError if a score of text ``index`` is NaN or infinite."""
-        if not np.isfinite(scores).all():
-            raise AnswerError(
-                f"The target {self.target!r} of the bundle {self.bundle.root} computed a score that is not finite "
-                f"(NaN or infinity) for text {index}, so there is no answer. Check the exported student with "
-                "sbs-edge evaluate, or export it with another precision."
-            )
 
     def label_scores(self, texts: Iterable[str], *, truncate: bool | None = None) -> np.ndarray:
         """Return the raw (len(texts), K) scores of the closed label set, before temperature."""
         rows, _ = self._encode(check_texts(texts), "label", truncate)
-        scored = self._score_closed(rows)
-        for row, (_, scores) in enumerate(scored):
-            self._check_finite(scores, row)
-        return (
-            np.stack([scores for _, scores in scored])
-            if scored
-            else np.zeros((0, len(self.labels)), np.float32)
-        )
+        scored = self._finite_scores(rows)
+        return np.stack(scored) if scored else np.zeros((0, len(self.labels)), np.float32)
 
-    def _score_closed(self, rows: Sequence[Sequence[int]]) -> list[tuple[Sequence[str], np.ndarray]]:
-        session = self._session("label_scorer", "a closed label set")
-        out: list[Any] = [None] * len(rows)
-        for batch in self._batches(rows):
-            ids, mask = pad_rows([rows[i] for i in batch], self._pad)
-            (scores,) = session.run({"input_ids": ids, "attention_mask": mask})
-            for position, i in enumerate(batch):
-                out[i] = (self.labels, scores[position])
-        return out
+    def _finite_scores(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        scored = self._graphs.label_scores(rows)
+        for index, scores in enumerate(scored):
+            self._graphs.check_finite(scores, index)
+        return scored
 
     def _score_choices(
         self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
-    ) -> list[tuple[Sequence[str], np.ndarray]]:
+    ) -> list[np.ndarray]:
+        """Return the scores of each row's own labels, in their order."""
         if "choice_scorer" not in self._sessions and self.labels:
             places = places_of(choices, self.labels)  # some of the closed set's own labels
-            scored = self._score_closed(rows)
-            return [
-                (names, scores[place])
-                for names, place, (_, scores) in zip(choices, places, scored, strict=True)
-            ]
-        session = self._session("choice_scorer", "labels given with the request")
-        tries = tries_of(choices, self._texts.label_tokens, self._start)
-        out: list[Any] = [None] * len(rows)
-        for batch in self._batches(rows, [tries[names].padded_shape for names in choices]):
-            ids, mask = pad_rows([rows[i] for i in batch], self._pad)
-            trie_inputs = batch_tries([tries[choices[i]] for i in batch])
-            (scores,) = session.run({"input_ids": ids, "attention_mask": mask, **trie_inputs})
-            for position, i in enumerate(batch):
-                out[i] = (choices[i], scores[position, : len(choices[i])])
-        return out
+            scored = self._graphs.label_scores(rows)
+            return [scores[place] for place, scores in zip(places, scored, strict=True)]
+        return self._graphs.choice_scores(rows, choices, self._texts.label_tokens)
 
     def _decode_labels(
         self, rows: Sequence[Sequence[int]], cut: Sequence[bool], threshold: float
     ) -> list[Prediction]:
-        decoded = self._decode(rows, self.limits["max_label_tokens"] + 1)
+        decoded = self._graphs.generate(rows, self.limits["max_label_tokens"] + 1)
         out = []
         for (tokens, log_probability), was_cut, row in zip(decoded, cut, rows, strict=True):
             label = self._texts.decode(tokens)
@@ -477,9 +382,7 @@ class Student:
         texts: str,
         max_new_tokens: int | None = None,
         num_beams: int = 1,
-        *,
-        truncate: bool | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        **options: Unpack[_CallOptions],
     ) -> Explanation: ...
 
     @overload
@@ -488,9 +391,7 @@ class Student:
         texts: Iterable[str],
         max_new_tokens: int | None = None,
         num_beams: int = 1,
-        *,
-        truncate: bool | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        **options: Unpack[_CallOptions],
     ) -> list[Explanation]: ...
 
     def explain(
@@ -528,7 +429,7 @@ class Student:
                 f"max_new_tokens must be between 1 and {self.limits['max_new_tokens']}, not {limit}."
             )
         rows, cut = self._encode(texts, "rationale", truncate, tokens)
-        decoded = self._decode(rows, limit, num_beams)
+        decoded = self._graphs.generate(rows, limit, num_beams)
         return [
             Explanation(
                 self._texts.decode(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row)
@@ -536,40 +437,11 @@ class Student:
             for (tokens, _), was_cut, row in zip(decoded, cut, rows, strict=True)
         ]
 
-    def _decode(
-        self, rows: Sequence[Sequence[int]], limit: int, num_beams: int = 1
-    ) -> list[tuple[list[int], float]]:
-        generate = self._generator(num_beams)
-        out: list[Any] = [None] * len(rows)
-        for batch in self._batches(rows):
-            ids, mask = pad_rows([rows[i] for i in batch], self._pad)
-            tokens, log_probability = generate(ids, mask, limit)
-            for position, i in enumerate(batch):
-                row = tokens[position].tolist()
-                stop = row.index(self._eos) + 1 if self._eos in row else len(row)
-                self._check_finite(log_probability[position], i)
-                out[i] = (row[:stop], float(log_probability[position]))
-        return out
-
-    def _generator(self, num_beams: int) -> Callable[[np.ndarray, np.ndarray, int], Sequence[np.ndarray]]:
-        """Return a function from ids, mask and limit to tokens (B, N) and their log-probabilities (B,)."""
-        if num_beams == 1 and "decoder_step" in self._entry:
-            purpose = "rationales and open labels"
-            encoder, step = self._session("encoder", purpose), self._session("decoder_step", purpose)
-            return StepLoop(encoder, step, self._start, self._eos).run
-        if num_beams == 1:
-            session = self._session("explainer", "rationales and open labels")
-        else:
-            session = self._session(f"explainer_beam{num_beams}", f"a beam of width {num_beams}")
-        return lambda ids, mask, limit: session.run(
-            {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(limit, np.int64)}
-        )
-
     # -- text -----------------------------------------------------------------------------------------
 
     def count_tokens(self, texts: Iterable[str], task: str = "label") -> list[int]:
         """Return the number of tokens of every text for ``task``, prefix and end-of-sequence included."""
-        self._check_open()
+        self._graphs.check_open()
         return self._texts.count(check_texts(texts), task)
 
     def tokenize(self, texts: Iterable[str], task: str = "label") -> list[list[int]]:
@@ -577,7 +449,7 @@ class Student:
 
         Of a text far over the token limit only the beginning is read; it still has more ids than the limit.
         """
-        self._check_open()
+        self._graphs.check_open()
         return self._texts.tokenize(check_texts(texts), task)
 
     def _encode(
@@ -587,67 +459,23 @@ class Student:
         truncate: bool | None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
-        self._check_open()
+        self._graphs.check_open()
         return self._texts.encode(texts, task, self.truncate if truncate is None else truncate, tokens)
-
-    def _batches(
-        self, rows: Sequence[Sequence[int]], shapes: Sequence[Hashable] | None = None
-    ) -> Iterator[list[int]]:
-        most_rows: int | None = self._entry.get("max_batch_rows")
-        return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows, shapes)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError(
-                "This Student was closed; load the bundle again, or use it inside the with block."
-            )
-
-    def _session(self, role: str, purpose: str) -> Session:
-        self._check_open()
-        if role not in self._sessions:
-            only_labels = role == "explainer" and "label_scorer" in self._sessions
-            raise UsageError(
-                f"The target {self.target!r} of this bundle has no graph for {purpose}; "
-                + (
-                    "it answers with labels alone. Export a student that was trained with rationales, with label_only=False."
-                    if only_labels
-                    else "export the bundle again with it."
-                )
-            )
-        return self._sessions[role]
 
     # -- asyncio and life cycle -----------------------------------------------------------------------
 
     @overload
     async def apredict(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
-        self,
-        texts: str,
-        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
-        *,
-        truncate: bool | None = None,
-        abstain_below: float | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        self, texts: str, labels: Labels = None, **options: Unpack[_PredictOptions]
     ) -> Prediction: ...
 
     @overload
     async def apredict(
-        self,
-        texts: Iterable[str],
-        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
-        *,
-        truncate: bool | None = None,
-        abstain_below: float | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        self, texts: Iterable[str], labels: Labels = None, **options: Unpack[_PredictOptions]
     ) -> list[Prediction]: ...
 
     async def apredict(
-        self,
-        texts: str | Iterable[str],
-        labels: Iterable[str] | Iterable[Iterable[str]] | None = None,
-        *,
-        truncate: bool | None = None,
-        abstain_below: float | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        self, texts: Any, labels: Labels = None, **options: Unpack[_PredictOptions]
     ) -> Prediction | list[Prediction]:
         """Run :meth:`predict` in a worker thread. The event loop stays free, because onnxruntime releases the GIL.
 
@@ -656,9 +484,7 @@ class Student:
         """
         import asyncio  # here, so that a script that predicts once does not wait for it
 
-        return await asyncio.to_thread(
-            self.predict, texts, labels, truncate=truncate, abstain_below=abstain_below, tokens=tokens
-        )
+        return await asyncio.to_thread(lambda: self.predict(texts, labels, **options))
 
     @overload
     async def aexplain(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
@@ -666,9 +492,7 @@ class Student:
         texts: str,
         max_new_tokens: int | None = None,
         num_beams: int = 1,
-        *,
-        truncate: bool | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        **options: Unpack[_CallOptions],
     ) -> Explanation: ...
 
     @overload
@@ -677,19 +501,15 @@ class Student:
         texts: Iterable[str],
         max_new_tokens: int | None = None,
         num_beams: int = 1,
-        *,
-        truncate: bool | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        **options: Unpack[_CallOptions],
     ) -> list[Explanation]: ...
 
     async def aexplain(
         self,
-        texts: str | Iterable[str],
+        texts: Any,
         max_new_tokens: int | None = None,
         num_beams: int = 1,
-        *,
-        truncate: bool | None = None,
-        tokens: Sequence[Sequence[int]] | None = None,
+        **options: Unpack[_CallOptions],
     ) -> Explanation | list[Explanation]:
         """Run :meth:`explain` in a worker thread.
 
@@ -698,13 +518,11 @@ class Student:
         """
         import asyncio
 
-        return await asyncio.to_thread(
-            self.explain, texts, max_new_tokens, num_beams, truncate=truncate, tokens=tokens
-        )
+        return await asyncio.to_thread(lambda: self.explain(texts, max_new_tokens, num_beams, **options))
 
     def warm_up(self, tasks: Sequence[str] = ("label", "rationale")) -> None:
         """Open and run every graph of ``tasks`` once on a short input, so that the first request is not slower."""
-        self._check_open()
+        self._graphs.check_open()
         unknown = [task for task in tasks if task not in ("label", "rationale")]
         if unknown:
             raise UsageError(
@@ -715,23 +533,17 @@ class Student:
             self.predict(text, truncate=True)
         if "label" in tasks and "choice_scorer" in self._sessions:
             rows, _ = self._encode(text, "label", True)
-            trie = build_trie([(self._eos,), (self._pad, self._eos)], self._start)
-            ids, mask = pad_rows(rows, self._pad)
-            self._sessions["choice_scorer"].run(
-                {"input_ids": ids, "attention_mask": mask, **batch_tries([trie])}
-            )
+            self._graphs.run_choices_once(rows[0])
         if "rationale" not in tasks and self._method != "decode":
             return
         if "explainer" in self._sessions or "decoder_step" in self._sessions:
             self.explain(text, 1, truncate=True)
-        for role in self._sessions:
-            if role.startswith("explainer_beam"):
-                self.explain(text, 1, int(role.removeprefix("explainer_beam")), truncate=True)
+        for width in self._graphs.beams:
+            self.explain(text, 1, width, truncate=True)
 
     def close(self) -> None:
         """Release the graphs; later calls raise UsageError. ``with`` does this at the end of its block."""
-        self._closed = True
-        self._sessions.clear()
+        self._graphs.close()
 
     def __reduce__(self) -> NoReturn:
         """Refuse pickling and copying, because graphs belong to one process."""
@@ -742,7 +554,7 @@ class Student:
         )
 
     def __enter__(self) -> Student:
-        self._check_open()
+        self._graphs.check_open()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.data.example import Example
-from sbs_edge.data.jsonl import example_to_json
 from sbs_edge.data.questions import Unanswerable, id_of
 from sbs_edge.data.readers import ColumnMap, examples_of
 from sbs_edge.data.rows import RawRow, printable
@@ -98,6 +97,7 @@ class AnnotateWorker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Work on one unit (a batch of one row) and return its figures as JSON."""
         from sbs_edge.teacher.annotate import annotate
+        from sbs_edge.teacher.collect import output_row
         from sbs_edge.teacher.connect import connect
 
         unit = unit_of(batch)
@@ -125,9 +125,7 @@ class AnnotateWorker:
                 lines.append(item)
                 continue
             result = next(results)
-            lines.append(
-                {**example_to_json(result.example), **({"error": result.reason} if result.reason else {})}
-            )
+            lines.append({**output_row(result), **({"error": result.reason} if result.reason else {})})
         unanswered = sum(annotation.stats.unanswered.values())
         all_refused = bool(annotation.records) and all(record.is_refusal for record in annotation.records)
         if unanswered == 0 and annotation.stats.stopped is None and not all_refused:
@@ -173,6 +171,25 @@ def _spent(journals: Path, units: list[Unit], form: str) -> dict[int, tuple[floa
     return found
 
 
+# Settings that may change between a run and its continuation.
+_MAY_CHANGE = {
+    "concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices", "server",
+}  # fmt: skip
+# The request's fields are compared as they are sent; headers may contain a secret.
+_OF_REQUEST = {"headers", "request", "omit", "extra_body", "max_tokens", "structured"}
+
+
+def _output_settings(task: TaskFile, settings: Settings) -> dict[str, Any]:
+    """Return what must be the same for a folder to be continued."""
+    plain = task.model_dump(mode="json", exclude_none=True)
+    asked = {name: value for name, value in plain.items() if name not in _OF_REQUEST}
+    for name in ("rationale_from", "thinking_marks"):  # at their defaults, folders of older versions go on
+        if getattr(task, name) == type(task).model_fields[name].default:
+            del asked[name]
+    shown = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _MAY_CHANGE}
+    return {"task": asked, **shown, "sampling": settings.sampling.answer_parameters()}
+
+
 def annotate_with_ray(
     pattern: str,
     out: str | Path,
@@ -200,22 +217,6 @@ def annotate_with_ray(
         )
     ColumnMap.parse(columns or ())  # refused here, not by every worker
     journals = str(Path(journal or Path(str(out)) / "journal").absolute())
-    shown = dataclasses.asdict(settings)
-    for name in (
-        "concurrency",
-        "max_attempts",
-        "retry_failed",
-        "max_cost",
-        "max_total_tokens",
-        "prices",
-        "server",
-    ):
-        shown.pop(name)  # may change between a run and its continuation
-    plain = task.model_dump(mode="json", exclude_none=True)
-    # The request's fields are compared as they are sent; headers may contain a secret.
-    of_request = ("headers", "request", "omit", "extra_body", "max_tokens")
-    asked = {name: value for name, value in plain.items() if name not in of_request}
-    shown["sampling"] = settings.sampling.answer_parameters()
 
     def ledger(ray: Any, units: list[Unit]) -> dict[str, Any]:
         if settings.max_cost is None and settings.max_total_tokens is None:
@@ -229,7 +230,7 @@ def annotate_with_ray(
     return run_units(
         AnnotateWorker,
         {
-            "task": plain,
+            "task": task.model_dump(mode="json", exclude_none=True),
             "settings": settings,
             "connection": connection,
             "columns": columns or [],
@@ -237,7 +238,7 @@ def annotate_with_ray(
         },
         pattern if "://" in pattern else str(Path(pattern).absolute()),
         str(out),
-        settings={"task": asked, **shown, "columns": columns or []},
+        settings={**_output_settings(task, settings), "columns": columns or []},
         workers=workers,
         cpus_each=0.25,  # a client waits for the network
         shard_bytes=shard_bytes,

@@ -190,7 +190,6 @@ def predict_with_ray(
 
     Returns:
         Totals: units, rows, errors, seconds.
-
     """
     folder = Path(bundle).resolve()
     if not (folder / "manifest.json").is_file():

@@ -162,6 +162,68 @@ def _failed(failures: list[dict[str, Any]], units: list[Unit], form: str, out: s
     return error
 
 
+def _mapped(
+    ray: Any,
+    worker: type,
+    arguments: dict[str, Any],
+    units: list[Unit],
+    workers: int,
+    cpus_each: float,
+    gpus_each: float,
+) -> Any:
+    """Return a data set whose rows are the figures of the units, each made by an actor."""
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    # An actor may die (spot machines, memory) and is restarted without limit. But a unit that
+    # ends every actor must end the run, and not occupy the cluster forever.
+    data = ray.data.from_items([unit.as_dict() for unit in units], override_num_blocks=len(units))
+    with warnings.catch_warnings():
+        # Ray 2.60 warns about retries set in this way, but has no other way to limit them.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        return data.map_batches(
+            _guarded(worker),
+            fn_constructor_kwargs=arguments,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=cpus_each,
+            num_gpus=gpus_each or None,
+            max_restarts=-1,
+            max_task_retries=UNIT_RETRIES,
+        )
+
+
+def _collect(
+    data: Any,
+    done: list[dict[str, Any]],
+    failures: list[dict[str, Any]],
+    on_unit: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Add each unit's figures to ``done`` or ``failures``; end early when going on is of no use."""
+    in_a_row = 0
+    for row in data.iter_rows():
+        figures = json.loads(row["figures"])
+        if "failed" in figures:
+            failures.append(figures)
+            in_a_row += 1
+            if figures["ends_run"] or in_a_row == FAILURES_IN_A_ROW:
+                return
+            continue
+        in_a_row = 0
+        done.append(figures)
+        if on_unit is not None:
+            on_unit(figures)
+
+
+def _sums(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sums of the units' figures."""
+    return {
+        "rows_run": sum(int(figures["rows"]) for figures in done),
+        "errors": sum(int(figures["errors"]) for figures in done),
+        "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
+        "steady_seconds": round(_span(done), 3),
+        **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
+    }
+
+
 def run_units(
     worker: type,
     worker_arguments: dict[str, Any],
@@ -197,7 +259,6 @@ def run_units(
         on_unit: receives each finished unit's figures.
         again: tells from the content of a finished shard whether to make it again.
         with_ray: given Ray and all units of the plan, returns further constructor arguments (handles of actors).
-
     """
     if form not in SHARD_FORMATS:
         raise UsageError(f"Shards are written as {' or '.join(SHARD_FORMATS)}, not {form!r}.")
@@ -217,40 +278,15 @@ def run_units(
     failures: list[dict[str, Any]] = []
     if left:
         with session(ray_address, workers, cpus_each) as ray:
-            arguments = {**worker_arguments, **(with_ray(ray, units) if with_ray else {})}
-            pool = {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(left)))}
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = sys.stderr.isatty()
-            # An actor may die (spot machines, memory) and is restarted without limit. But a unit that
-            # ends every actor must end the run, and not occupy the cluster forever.
-            data = ray.data.from_items([unit.as_dict() for unit in left], override_num_blocks=len(left))
-            with warnings.catch_warnings():
-                # Ray 2.60 warns about retries set in this way, but has no other way to limit them.
-                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-                data = data.map_batches(
-                    _guarded(worker),
-                    fn_constructor_kwargs={**arguments, "out": out, "form": form},
-                    batch_size=1,
-                    num_cpus=cpus_each,
-                    num_gpus=gpus_each or None,
-                    max_restarts=-1,
-                    max_task_retries=UNIT_RETRIES,
-                    **pool,
-                )
-            in_a_row = 0
+            arguments = {
+                **worker_arguments,
+                **(with_ray(ray, units) if with_ray else {}),
+                "out": out,
+                "form": form,
+            }
+            data = _mapped(ray, worker, arguments, left, min(workers, len(left)), cpus_each, gpus_each)
             try:
-                for row in data.iter_rows():
-                    figures = json.loads(row["figures"])
-                    if "failed" in figures:
-                        failures.append(figures)
-                        in_a_row += 1
-                        if figures["ends_run"] or in_a_row == FAILURES_IN_A_ROW:
-                            break
-                        continue
-                    in_a_row = 0
-                    done.append(figures)
-                    if on_unit is not None:
-                        on_unit(figures)
+                _collect(data, done, failures, on_unit)
             except ray.exceptions.RayError as error:
                 there = folder.names()
                 unit = next((unit for unit in left if shards[unit.index] not in there), left[0])
@@ -274,13 +310,9 @@ def run_units(
     totals = {
         "units": len(units),
         "units_run": len(left),
-        "rows_run": sum(int(figures["rows"]) for figures in done),
-        "errors": sum(int(figures["errors"]) for figures in done),
         "seconds": round(time.perf_counter() - started, 3),
         "workers": workers,
-        "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
-        "steady_seconds": round(_span(done), 3),
-        **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
+        **_sums(done),
     }
     folder.write("_done.json", files.to_json(totals, indent=2).encode("utf-8"))
     return totals

@@ -47,7 +47,6 @@ class Unit:
         uri: the file, as a path or a URI that pyarrow understands.
         start, stop: bytes (JSON Lines) or row groups (Parquet), half-open.
         name: the file under the folder that the pattern starts from, unique in the input.
-
     """
 
     index: int

@@ -283,7 +283,7 @@ class Batcher(Generic[Payload, Result]):
         return batch, len(batch) * longest
 
     def _is_quick(self, batch: list[QueuedText], length: int) -> bool:
-        """Whether ``batch`` is a lone short text, and such texts have been quick."""
+        """Return whether ``batch`` is a lone short text, and such texts have been quick."""
         alone = len(batch) == 1 and not self.queued and not self.expected
         free = self._workers == 1 and self._idle == 1  # several workers are meant to run in parallel
         return alone and free and length <= _INLINE_TOKENS and 0 < self._lone_s <= _INLINE_S

@@ -1,6 +1,6 @@
-"""One request from admission to answer: gates, token counts, batchers, cascade.
+"""A request from admission to answer: gates, token counts, batchers, escalation.
 
-Knows nothing of HTTP beyond the statuses it refuses with.
+The module knows nothing of HTTP except the statuses of its refusals.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered now."""
+        """Return whether requests are answered now."""
         own = self.started and not self.draining and self.registry.ready
         return own and (self.peers is None or self.peers.ready)
 

@@ -9,17 +9,28 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sbs_edge.chat.logprobs import label_distribution
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
-from sbs_edge.teacher.calls import Sampling
+from sbs_edge.data.jsonl import example_to_json
+from sbs_edge.teacher.calls import Sampling, request_fields
 from sbs_edge.teacher.journal import Record
 from sbs_edge.teacher.parse import Parsed, check_quality, parse_answer
 from sbs_edge.teacher.prompt import Call, call_key, render
 from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["RowResult", "calls_for", "collect", "read_record", "row_keys", "unfinished"]
+__all__ = [
+    "RowResult",
+    "calls_for",
+    "collect",
+    "output_row",
+    "plain_row",
+    "read_record",
+    "row_keys",
+    "unfinished",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,7 @@ class RowResult:
         votes: answers that were parsed, by label, most votes first.
         texts: what the teacher wrote, one a sample that was answered.
         detail: the server's words where it refused, or None.
+        reasoning: the model's reasoning behind the annotation, empty where none came.
 
     """
 
@@ -40,6 +52,7 @@ class RowResult:
     votes: tuple[tuple[str, int], ...] = ()
     texts: tuple[str, ...] = ()
     detail: str | None = None
+    reasoning: str = ""
 
 
 def calls_for(
@@ -47,11 +60,13 @@ def calls_for(
 ) -> Iterator[Call]:
     """Yield the calls for ``rows``, ``samples`` a row; equal prompts give equal keys."""
     for row in rows:
-        prompt = render(task, row)
+        prompt = render(task, row, sampling.structured)
         if "stop" in sampling.omit:
             prompt = dataclasses.replace(prompt, stop=())
         for sample in range(samples):
-            yield Call(call_key(prompt, model, sampling.parameters(sample), sample), prompt, sample)
+            yield Call(
+                call_key(prompt, model, request_fields(prompt, sampling, sample), sample), prompt, sample
+            )
 
 
 def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, samples: int = 1) -> list[str]:
@@ -62,10 +77,15 @@ def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, sampl
 def read_record(task: TaskFile, record: Record, choices: Sequence[str] | None) -> Parsed:
     """Parse one finished call and run the filters over it; ``reason`` says why it is of no use."""
     if record.error:
-        return Parsed(reason=record.error.split(":", 1)[0])
+        return Parsed(reason=record.error.split(":", 1)[0], reasoning=record.reasoning)
     parsed = parse_answer(task, record.text, choices, record.finish_reason)
-    if parsed.reason is None and (refused := check_quality(task, parsed, choices)) is not None:
-        return Parsed(parsed.label, parsed.rationale, refused)
+    parsed = parsed._replace(reasoning=record.reasoning or parsed.reasoning)
+    if parsed.reason is None and task.rationale_from != "answer":
+        parsed = parsed._replace(rationale=" ".join(parsed.reasoning.split()))
+        if not parsed.rationale:
+            return parsed._replace(reason="reasoning-missing")
+    if parsed.reason is None:
+        return parsed._replace(reason=check_quality(task, parsed, choices))
     return parsed
 
 
@@ -126,13 +146,22 @@ def collect(
         if task.filters.duplicates and result.reason is None:
             identity = (normalise(row.input), row.choices)
             if identity in inputs:
-                result = dataclasses.replace(result, example=_plain(row), reason="duplicate-input")
+                result = dataclasses.replace(result, example=plain_row(row), reason="duplicate-input")
             inputs.add(identity)
         results.append(result)
     return results
 
 
-def _plain(row: Example) -> Example:
+def output_row(result: RowResult) -> dict[str, Any]:
+    """Return a row's fields as they are written, with the model's reasoning if it gave any."""
+    return {
+        **example_to_json(result.example),
+        **({"reasoning": result.reasoning} if result.reasoning else {}),
+    }
+
+
+def plain_row(row: Example) -> Example:
+    """Return the row without any annotation."""
     return dataclasses.replace(
         row, teacher_label=None, rationale=None, rationales=(), teacher_probs=(), confidence=1.0
     )
@@ -161,13 +190,14 @@ def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowR
     answered = [record for record in records if record is not None]
     texts = tuple(record.text for record in answered)
     if not answered:
-        return RowResult(_plain(row), "unanswered")
+        return RowResult(plain_row(row), "unanswered")
     read = [(record, read_record(task, record, row.choices)) for record in answered]
     good = [(record, item) for record, item in read if item.reason is None and item.label]
     if not good:
         reasons = Counter(item.reason or "label-unreadable" for _, item in read)
         detail = next((record.error for record in answered if record.error), None)
-        return RowResult(_plain(row), reasons.most_common(1)[0][0], (), texts, detail)
+        reasoning = next((item.reasoning for _, item in read if item.reasoning), "")
+        return RowResult(plain_row(row), reasons.most_common(1)[0][0], (), texts, detail, reasoning)
     groups: list[list[tuple[Record, Parsed]]] = []
     for record, item in good:
         for group in groups:
@@ -189,4 +219,4 @@ def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowR
         confidence=len(groups[0]) / len(records),
     )
     votes = tuple((group[0][1].label or "", len(group)) for group in groups)
-    return RowResult(example, None, votes, texts)
+    return RowResult(example, None, votes, texts, reasoning=best.reasoning)

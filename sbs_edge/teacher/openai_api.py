@@ -122,6 +122,8 @@ class OpenAITeacher:
             answer = read_answer(parse_body(response.content), headers, raw)
             text = endpoint.hide(answer.text)
             kept = answer.top_logprobs if text == answer.text else ()  # tokens spell out what was hidden
-            return dataclasses.replace(answer, text=text, top_logprobs=kept)
+            return dataclasses.replace(
+                answer, text=text, reasoning=endpoint.hide(answer.reasoning), top_logprobs=kept
+            )
         except CallFailed as failed:
             raise failed.reworded(clean(failed.detail, 500)) from None

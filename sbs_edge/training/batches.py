@@ -227,8 +227,7 @@ class MemoryRows:
     With ``sample``, each epoch draws one of a row's rationales.
 
     Attributes:
-        dropped: rows that weigh nothing from now on. They keep their places in the order, so that a position
-            means the same before and after.
+        dropped: rows that are left out of the order from position ``dropped_at`` on.
 
     """
 
@@ -237,22 +236,30 @@ class MemoryRows:
         self.seed = seed
         self.sample = sample
         self.dropped: frozenset[int] = frozenset()
+        self.dropped_at = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def drop(self, rows: Iterable[int], position: int) -> None:
+        """Leave ``rows`` out from ``position`` on, where a new order of the others starts."""
+        self.dropped, self.dropped_at = frozenset(rows), position
+
     def starting_at(self, start: int) -> Iterator[Encoded]:
         """Yield rows from position ``start`` of the endless order."""
-        epoch, skip = divmod(start, len(self.rows))
+        position = start
         while True:
-            order = list(range(len(self.rows)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            after = bool(self.dropped) and position >= self.dropped_at
+            order = [index for index in range(len(self.rows)) if not (after and index in self.dropped)]
+            base = self.dropped_at if after else 0
+            epoch, skip = divmod(position - base, len(order))
+            random.Random(f"{self.seed}/{base}/{epoch}" if after else f"{self.seed}/{epoch}").shuffle(order)
             for index in order[skip:]:
                 row = self.rows[index]
-                if index in self.dropped:
-                    row = dataclasses.replace(row, weight=0.0)
                 yield row.with_one_rationale(_rng(self.seed, epoch, index)) if self.sample else row
-            epoch, skip = epoch + 1, 0
+                position += 1
+                if self.dropped and position == self.dropped_at:  # dropped while this order was being read
+                    break
 
     def encode(self, row: Encoded) -> Encoded:
         """Return ``row``, which is tokenised already."""

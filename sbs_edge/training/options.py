@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from sbs_edge.data.example import LabelKind
-from sbs_edge.data.readers import ColumnMap
+from sbs_edge.data.load import SourceOptions
 from sbs_edge.training.config import Mode
 
 __all__ = ["DataOptions", "TrainOptions"]
@@ -82,15 +81,9 @@ class TrainOptions(TypedDict, total=False):
     threads: int | None
 
 
-class DataOptions(TypedDict, total=False):
+class DataOptions(SourceOptions, total=False):
     """Keyword arguments of :func:`~sbs_edge.data.load.load_splits`, which explains them."""
 
-    dataset: str | None
-    validation: str | Path | None
-    test: str | Path | None
-    label_kind: LabelKind | None
-    compare: Literal["text", "value"]
-    columns: ColumnMap
     skip_bad_rows: bool
     seed: int
     skipped_file: str | Path | None

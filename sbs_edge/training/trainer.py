@@ -275,7 +275,8 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             return
         known = [index for index, row in enumerate(source.rows) if row.tasks[1] is not None]
         losses = self._rationale_losses([source.rows[index] for index in known])
-        source.dropped = frozenset(index for index, drop in zip(known, doubtful(losses), strict=True) if drop)
+        drops = doubtful(losses).tolist()
+        source.drop((index for index, drop in zip(known, drops, strict=True) if drop), self.rows_used())
 
     def _rationale_losses(self, rows: list[Encoded]) -> Tensor:
         """Return (N,) mean token losses of the rows' own rationales, the same on every process."""
@@ -395,7 +396,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
                     "rows": self.rows_used(),
                     "step": self.state.global_step,
                     "world": self.accelerator.num_processes,
-                    "dropped": sorted(getattr(self.batches.source, "dropped", ())),
+                    **self._dropped_rows(),
                 },
             )
             for entry in partial.rglob("*"):
@@ -412,6 +413,12 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _dropped_rows(self) -> dict[str, Any]:
+        source = self.batches.source
+        if not isinstance(source, MemoryRows) or not source.dropped:
+            return {}
+        return {"dropped": sorted(source.dropped), "dropped_at": source.dropped_at}
+
     def start_at(self, checkpoint: Path | None, steps: int) -> None:
         """Set the data position recorded in ``checkpoint``; ``steps`` is the length of the whole run."""
         if checkpoint is None:
@@ -421,5 +428,5 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             self.first_step = position["step"]
             self.batches.start_row = position["rows"]
             self.batches.steps = max(0, steps - self.first_step)
-            if isinstance(self.batches.source, MemoryRows):
-                self.batches.source.dropped = frozenset(position.get("dropped", ()))
+            if isinstance(self.batches.source, MemoryRows) and position.get("dropped"):
+                self.batches.source.drop(position["dropped"], position["dropped_at"])

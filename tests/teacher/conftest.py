@@ -10,15 +10,23 @@ import asyncio
 import json
 import math
 import re
+import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+import yaml
 
+from sbs_edge.cli.app import main
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.teacher.presets import PRESETS
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from scripted import TASK, Scripted
 
 
 @dataclass
@@ -207,3 +215,43 @@ def raw_rows(desk, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def scripted():
+    server = Scripted()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture
+def annotate(scripted, tmp_path, capsys, monkeypatch):
+    """Run ``annotate`` on ``n`` rows; return exit code, what was said, and the rows of OUT."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("SBS_EDGE_DEBUG", raising=False)
+
+    def run(*flags, n=6, task=None, url=None):
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump({**TASK, **(task or {})}))
+        (tmp_path / "rows.jsonl").write_text(
+            "".join(json.dumps({"input": f"message {i}"}) + "\n" for i in range(n))
+        )
+        out = tmp_path / "out.jsonl"
+        before = len(scripted.requests)
+        files = [
+            "annotate",
+            str(tmp_path / "rows.jsonl"),
+            "--task",
+            str(tmp_path / "task.yaml"),
+            "--out",
+            str(out),
+        ]
+        code = main(
+            [*files, "--model", "m", "--base-url", url or scripted.url, "--max-attempts", "2", *flags]
+        )
+        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        run.sent = len(scripted.requests) - before
+        return code, " ".join(capsys.readouterr().err.split()), rows
+
+    return run

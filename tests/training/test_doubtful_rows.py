@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sbs_edge.data.builtin import builtin_splits
+from sbs_edge.errors import UsageError
 from sbs_edge.training.batches import Batches, Collator, Encoded, MemoryRows
 from sbs_edge.training.config import TrainConfig
 from sbs_edge.training.doubt import LEAST_ROWS, doubtful
@@ -59,7 +60,6 @@ def test_labels_join_at_their_row_and_a_row_without_rationale_never_waits():
     label = Encoded((([5, 1], [6, 1]), None))
     rows = MemoryRows([both, both, label, both], 0)
     collate = Collator(pad_id=0, eos_id=1, start_id=0)
-    order = list(itertools.islice(rows.starting_at(0), 12))
 
     def tokens(start_row):
         batches = Batches(
@@ -75,9 +75,24 @@ def test_labels_join_at_their_row_and_a_row_without_rationale_never_waits():
 
     assert tokens(0) == [(2, 9), (2, 9), (8, 9)]
     assert tokens(4) == tokens(0)[1:]
-    rows.dropped = frozenset(i for i, row in enumerate(rows.rows) if row is both)
-    weights = [row.weight for row in itertools.islice(rows.starting_at(0), 12)]
-    assert weights == [0.0 if row is both else 1.0 for row in order]
+
+
+def test_dropped_rows_leave_the_order_from_their_position_on():
+    some = [Encoded((([5, 1], [index, 1]), None)) for index in range(10, 20)]
+    rows = MemoryRows(some, 3)
+    before = list(itertools.islice(rows.starting_at(0), 60))
+    reading = rows.starting_at(0)
+    first = [next(reading) for _ in range(14)]
+    rows.drop({2, 5, 7}, 14)
+    rest = [next(reading) for _ in range(35)]
+    assert first == before[:14]
+    kept = [row for index, row in enumerate(some) if index not in {2, 5, 7}]
+    for start in range(0, 35, 7):  # every epoch has each kept row once
+        assert sorted(row.tasks[0][1] for row in rest[start : start + 7]) == [row.tasks[0][1] for row in kept]
+    assert rest[:7] != rest[7:14]
+    # A reader that starts later or earlier gets the same rows.
+    assert list(itertools.islice(rows.starting_at(20), 29)) == rest[6:]
+    assert list(itertools.islice(rows.starting_at(9), 40)) == [*first[9:], *rest]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +122,18 @@ def odd(splits):
     return dataclasses.replace(splits, train=train_rows)
 
 
-def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_drop(odd, small, tmp_path):
+def test_a_stream_refuses_to_drop_rows_it_never_holds(odd, small, tmp_path):
+    with pytest.raises(UsageError, match="drop_doubtful compares all training rows"):
+        train(
+            odd, tmp_path / "s", **small, mode="stepwise-teacher", max_steps=4, drop_doubtful=True,
+            stream=lambda: iter(odd.train),
+        )  # fmt: skip
+    assert not (tmp_path / "s").exists()
+
+
+def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_drop(
+    odd, small, tmp_path, capsys
+):
     options = {
         **small, "mode": "stepwise-teacher", "max_steps": 20, "learning_rate": 0.02, "eval_steps": 5, "keep_checkpoints": 9,
         "select": "last",
@@ -115,8 +141,10 @@ def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_dr
     whole = train(odd, tmp_path / "whole", **options)
     assert whole.metrics["head_start_steps"] == 8
     assert whole.metrics["dropped_rows"] == len(odd.train) // 4
+    assert "16 of 64 training rows were left out after 8 steps" in capsys.readouterr().err
     position = json.loads((tmp_path / "whole.training" / "checkpoint-10" / "position.json").read_text())
     assert position["dropped"] == list(range(0, len(odd.train), 4))
+    assert position["dropped_at"] == 8 * small["batch_size"]
     assert "label_loss" not in whole.history[0]
     assert "label_loss" in whole.history[1]
     for step in (5, 10):

@@ -14,7 +14,7 @@ import pytest
 
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError, GuardError, UsageError
-from sbs_edge.export import api, assemble
+from sbs_edge.export import assemble, job
 from sbs_edge.export.api import export
 from sbs_edge.export.check.calibrate import calibrate, expected_calibration_error, fit_temperature
 from sbs_edge.runtime.bundle import Bundle
@@ -119,7 +119,7 @@ def test_fewer_tokens_to_write(trained, tmp_path: Path, monkeypatch: pytest.Monk
     with Student.load(tmp_path / "whole") as whole, Student.load(tmp_path / "pruned") as pruned:
         assert whole.explain(texts) == pruned.explain(texts)
     # A vocabulary too small to write the rationales is refused.
-    monkeypatch.setattr(api, "output_tokens", lambda *_: np.array([1, 3, 4], np.int64))
+    monkeypatch.setattr(job, "output_tokens", lambda *_: np.array([1, 3, 4], np.int64))
     before = listing(tmp_path / "pruned")
     for targets in (("cpu-fp32",), ("cpu-int8",), ("cpu-int4", "cpu-fp32")):
         with pytest.raises(GuardError, match=r"pruned vocabulary.*rationales' tokens.*prune_vocabulary"):
