@@ -115,7 +115,9 @@ def _show(report: dict[str, Any]) -> None:
             line(f"  and at least {more} more")
     line(f"Verdict: {report['verdict']}.")
     if report["problems"]:
-        line("Correct the rows, or go on without them with --skip-bad-rows.")
+        line(
+            "Map columns of other names with --column, correct the rows, or leave them out with --skip-bad-rows."
+        )
 
 
 def register(app: typer.Typer) -> None:
