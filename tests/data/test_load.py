@@ -96,7 +96,7 @@ def test_a_column_of_another_name_is_to_be_mapped_and_an_empty_file_is_called_em
         DataError, match=r"'question' \(it was mapped to 'input'; the columns are text, answer\)"
     ):
         load_splits(path, columns=ColumnMap(input="question"))
-    with pytest.raises(DataError, match="neither 'label' nor 'teacher_label'.*map it with column="):
+    with pytest.raises(DataError, match=r"neither 'label' nor 'teacher_label'.*map it with column="):
         load_splits(path, columns=ColumnMap(input="text"))
     path.write_text('{"input": 3, "label": "wait"}\n')
     with pytest.raises(DataError, match=r"wrong type.*\. Correct the rows, or leave them out"):
