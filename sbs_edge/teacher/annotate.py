@@ -331,7 +331,7 @@ def annotate_outputs(
         if by_key and not used:
             raise DataError(
                 "No output belongs to any of the rows. Use the task file, model, samples and sampling options "
-                "with which --emit-batch was called: they are part of each request's custom_id."
+                "with which emit_batch was called: they are part of each request's custom_id."
             )
         return Annotation(collect(rows, task, lookup), used, sampling=settings.sampling)
     listed = list(outputs)

@@ -69,7 +69,7 @@ def server_preset(name: str | None, base_url: str | None = None) -> Server:
         raise UsageError(f"There is no server preset {name!r}; there are {', '.join(servers())}.")
     if not found.base_url and not base_url:
         raise UsageError(
-            f"--server {name} needs --base-url: each account has its own address. For Azure it is "
+            f"The server preset {name!r} needs base_url, because each account has its own address. For Azure it is "
             "https://NAME.openai.azure.com/openai/deployments/DEPLOYMENT?api-version=VERSION."
         )
     return found
@@ -115,26 +115,25 @@ def with_request(
         name, equals, value = item.partition("=")
         if not name.strip() or not (equals or name in LIMIT_NAMES):
             raise UsageError(
-                "One of the values of --request is not NAME=VALUE. Only a limit may stand without a value, such as "
-                "--request max_completion_tokens."
+                "One of the values of request is not NAME=VALUE. Only a limit may have no value: "
+                "request=['max_completion_tokens']."
             )
         flags[name.strip()] = _value(value) if equals else None
     if extra_body is not None:
         found = _value(extra_body)
         if not isinstance(found, dict):
-            raise UsageError('--extra-body must be one JSON object, such as \'{"reasoning_effort": "low"}\'.')
+            raise UsageError('extra_body must be a JSON object, such as {"reasoning_effort": "low"}.')
         flags = {**found, **flags}
     for name, value in flags.items():
         if holds_hidden(value):
             raise UsageError(
-                f"The request's field {name!r} contains {HIDDEN}, because saved configurations leave secrets "
-                "out. Give the value "
-                "again."
+                f"The request's field {name!r} contains {HIDDEN}, because saved configurations leave secrets out. "
+                "Give the value again."
             )
         if name in RESERVED_FIELDS or (name == "stream" and value):
             raise UsageError(
-                f"The request's field {name!r} cannot be set: it is made from the rows, --model and --samples, "
-                "and answers are read whole."
+                f"The request's field {name!r} cannot be set: it follows from the rows, the model and the samples, "
+                "and answers are not streamed."
             )
     extra = {**task.extra_body, **task.request, **flags}
     limit_name, limit = server.limit_name, sampling.max_tokens
@@ -198,7 +197,9 @@ def headers_of(task: TaskFile, header: Sequence[str] = ()) -> dict[str, str]:
     for item in header:
         name, equals, value = item.partition("=")
         if not equals:
-            raise UsageError("--header takes NAME=VALUE, or NAME=env:VARIABLE for a secret.")
+            raise UsageError(
+                "A header is NAME=VALUE, or NAME=env:VARIABLE for a secret (header=['NAME=VALUE'])."
+            )
         headers[name.strip()] = value
     return headers
 

@@ -95,8 +95,8 @@ class Budget:
     ) -> None:
         if max_cost is not None and not prices.known:
             raise UsageError(
-                "A limit on cost needs prices: give --price-in and --price-out (money per million tokens), "
-                "or limit tokens with --max-total-tokens."
+                "A limit on cost needs prices: give price_in and price_out (money per million tokens), "
+                "or limit tokens with max_total_tokens."
             )
         self.prices = prices
         self.max_cost = max_cost

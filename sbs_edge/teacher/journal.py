@@ -107,7 +107,7 @@ class Journal:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UsageError(
-                    f"The journal {path} is in use by another run. Wait for it, or give this one its own --journal."
+                    f"The journal {path} is in use by another run. Wait for it, or use another one (journal=FILE)."
                 ) from error
             if is_new:
                 fsync_directory(path.parent)

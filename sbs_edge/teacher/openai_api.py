@@ -41,7 +41,7 @@ def endpoint_of(
         origin = "The environment variable OPENAI_BASE_URL"
     if not url and not key:
         raise UsageError(
-            f"There is no key for the teacher: set the environment variable {api_key_env}, or give --base-url for a "
+            f"There is no key for the teacher: set the environment variable {api_key_env}, or give base_url for a "
             "server that needs none."
         )
     return Endpoint.of(

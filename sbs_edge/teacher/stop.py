@@ -85,7 +85,7 @@ class StopRule:
         remedy = advice(failure, self._server, self._fields)
         return TeacherUnavailableError(
             f"The teacher {self._model!r} {what} ({str(failure).rstrip('. ')}){at}. {remedy} "
-            "Finished calls are in the journal; the same command, corrected, goes on from there.",
+            "Finished calls are in the journal; the corrected command continues from there.",
             failure,
         )
 
@@ -99,7 +99,7 @@ def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) ->
         if target.startswith("/") and server:
             parts = urlsplit(server)
             target = f"{parts.scheme}://{parts.netloc}{target}"
-        return f"A redirect would lose the request: give the address it points to, --base-url {target}."
+        return f"A redirect would lose the request: use the address that it points to, --base-url {target}."
     if reason in ("http-401", "http-403", "http-407"):
         return "Check the key (--api-key-env names its variable; --header sends others) and its rights to the model."
     if reason == "http-402" or "insufficient" in words.casefold():
