@@ -35,7 +35,7 @@ LIMIT_NAMES = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_
 
 
 class Server(BaseModel):
-    """What a preset of ``servers.yaml`` says; its fields are described there."""
+    """A preset of ``servers.yaml``, which describes the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,7 +58,7 @@ def server_preset(name: str | None, base_url: str | None = None) -> Server:
     """Return the preset called ``name``, or the defaults for None.
 
     Raises:
-        UsageError: there is no such preset, or it has no address of its own and ``base_url`` gives none.
+        UsageError: there is no such preset, or it has no address and ``base_url`` is not given.
 
     """
     if name is None:
@@ -92,9 +92,9 @@ def with_request(
     extra_body: str | None = None,
     structured: Structured | None = None,
 ) -> Sampling:
-    """Return ``sampling`` with the fields that flags, task file and preset set, rename or leave out.
+    """Return ``sampling`` with the fields that arguments, task file and preset set, rename or leave out.
 
-    Flags win over the task file, the task file over the preset. A limit under another name takes the place of
+    Arguments win over the task file, and the task file over the preset. A limit under another name replaces
     ``max_tokens``.
 
     Args:
@@ -176,7 +176,7 @@ def _structured(flag: Structured | None, task: TaskFile, server: Server, fields:
 
 
 def shown_request(request: Sequence[str]) -> list[str]:
-    """Return ``NAME=VALUE`` texts as they may be saved: without secrets."""
+    """Return ``NAME=VALUE`` texts without secrets, to be saved."""
     shown = []
     for item in request:
         name, equals, value = item.partition("=")
@@ -187,7 +187,7 @@ def shown_request(request: Sequence[str]) -> list[str]:
 
 
 def shown_extra_body(extra_body: str) -> str:
-    """Return the JSON object as it may be saved: without secrets."""
+    """Return the JSON object without secrets, to be saved."""
     return json.dumps(redacted_fields(_value(extra_body)), ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""When a run stops: the server refuses call after call, so asking for the other rows would only repeat it."""
+"""Decide when a run stops: if the server refuses call after call, other rows would be refused too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sbs_edge.teacher.structured import names_form
 __all__ = ["StopRule", "TeacherUnavailableError", "advice", "advice_on_answer"]
 
 REFUSED_FROM_THE_START = 5
-"""So many refusals stop a run in which no call has succeeded yet."""
+"""Number of refusals that stop a run in which no call has succeeded yet."""
 
 _OPTIONAL = ("temperature", "max_tokens", "top_p", "seed", "stop")
 
@@ -38,7 +38,7 @@ class StopRule:
 
     Args:
         model: the teacher's model, for the message.
-        server: the address as it may be shown.
+        server: the address in a form that may be shown.
         fields: the request's fields, for the advice.
         patience: failed calls in a row.
 
@@ -91,7 +91,7 @@ class StopRule:
 
 
 def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) -> str:
-    """Return what to change after ``failure``, as one or two sentences that name the flags."""
+    """Return what to change after ``failure``, in one or two sentences with the options of ``sbs-edge annotate``."""
     words, reason = failure.detail, failure.reason
     if reason.startswith("http-3"):
         target = words.removeprefix("the server redirects to ").split("?")[0]
@@ -168,5 +168,5 @@ _ANSWERS = {
 
 
 def advice_on_answer(reason: str) -> str:
-    """Return what to change in the task file where answers end with ``reason``."""
+    """Return what to change in the task file if answers end with ``reason``."""
     return _ANSWERS.get(reason, "read the answer above, and adjust the task file's filters or wording.")
