@@ -255,8 +255,13 @@ def load_data(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
         return builtin_splits(
             seed=values["seed"],
             teacher_error=values["teacher_error"],
-            teacher_samples=values["teacher_samples"],
+            teacher_samples=values.get("teacher_samples", 1),
             **size,
+        )
+    if values["teacher_error"] or values.get("teacher_samples", 1) > 1:
+        raise UsageError(
+            f"teacher_error and teacher_samples are for the built-in task's own teacher; {values['data']} brings its "
+            "teacher's answers. Leave them out."
         )
     spec = load_task(values["task"]).spec if values["task"] else None
     of_task = {"label_kind": spec.label_kind, "compare": spec.compare} if spec else {}

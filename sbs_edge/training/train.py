@@ -37,9 +37,6 @@ from sbs_edge.training.resume import fingerprint, prepare_work
 
 __all__ = ["TrainResult", "train"]
 
-DROP_AT = 0.4
-"""Share of the steps after which doubtful rows are dropped, where there is no head start to wait for."""
-
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
@@ -350,15 +347,15 @@ def _run(
         label_tokens=firsts,
         label_answers=answers,
         callbacks=callbacks,
-        drop_at=(head_start or int(DROP_AT * steps)) if config.drop_doubtful_ else None,
+        score_at=config.score_steps(steps, (used or 0) / global_batch),
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     history = _train_and_evaluate(trainer, bar, newest, steps)
     dropped = len(getattr(source, "dropped", ()))
     if first and dropped:
         sys.stderr.write(
-            f"{dropped} of {used} training rows were left out after {head_start or int(DROP_AT * steps)} steps: their "
-            "rationales stand apart from the others', as those of wrong labels do. drop_doubtful=False keeps them.\n"
+            f"{dropped} of {used} training rows were left out: their rationales stand apart from the others', as those "
+            "of wrong labels do. drop_doubtful=False keeps them.\n"
         )
     report = {
         "mode": config.mode,
