@@ -98,6 +98,10 @@ def register(app: typer.Typer) -> None:
                 min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
             ),
         ] = 0.0,
+        teacher_samples: Annotated[
+            int,
+            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
+        ] = 1,
         method: Annotated[
             list[StudyMethod] | None, typer.Option(help="step-by-step or label-only; none: both.")
         ] = None,

@@ -21,7 +21,7 @@ from typing import Any, Unpack
 from sbs_edge import files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
-from sbs_edge.data.findings import examine, refuse_stops, seen_by
+from sbs_edge.data.findings import STOPPING_CHECKS, examine, refuse_stops, seen_by
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
@@ -298,7 +298,7 @@ def _run(
             "fsdp."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
-    refuse_stops(examine(seen_by(splits, config.mode), config.mode))
+    refuse_stops(examine(seen_by(splits, config.mode), config.mode, STOPPING_CHECKS))
     work = out.with_name(out.name + ".training")
 
     checkpoint = None if config.model is None else open_checkpoint(config.model)

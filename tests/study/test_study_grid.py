@@ -69,8 +69,8 @@ def test_students_are_described(text: str, model: bool, name: str, fields: dict[
     ("text", "said"),
     [
         ("small", "found 'small'"),
-        ("6/2 4/2", "must have one depth"),
-        ("", "must have one depth"),
+        ("6/2 4/2", "must say one depth"),
+        ("", "must say one depth"),
         ("steps=3", "sets steps, which does not make another student"),
         ("6/", "found '6/'"),
     ],

@@ -145,20 +145,20 @@ def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_dr
     odd, small, tmp_path, capsys
 ):
     options = {
-        **small, "mode": "stepwise-teacher", "max_steps": 20, "learning_rate": 0.02, "eval_steps": 5, "keep_checkpoints": 9,
+        **small, "mode": "stepwise-teacher", "max_steps": 40, "learning_rate": 0.02, "eval_steps": 10, "keep_checkpoints": 9,
         "select": "last", "batch_size": 32,
     }  # fmt: skip
-    assert TrainConfig(**options).score_steps(20, 2) == [8, 10]  # the second is a checkpoint's step
+    assert TrainConfig(**options).score_steps(40, 2)[:2] == [16, 20]  # the second is a checkpoint's step
     whole = train(odd, tmp_path / "whole", **options)
-    assert whole.metrics["head_start_steps"] == 8
+    assert whole.metrics["head_start_steps"] == 16
     assert whole.metrics["dropped_rows"] == len(odd.train) // 4
     assert "16 of 64 training rows were left out" in capsys.readouterr().err
-    position = json.loads((tmp_path / "whole.training" / "checkpoint-10" / "position.json").read_text())
+    position = json.loads((tmp_path / "whole.training" / "checkpoint-20" / "position.json").read_text())
     assert position["dropped"] == list(range(0, len(odd.train), 4))
-    assert position["dropped_at"] == 8 * 32
+    assert position["dropped_at"] == 16 * 32
     assert "label_loss" not in whole.history[0]
     assert "label_loss" in whole.history[1]
-    for step in (5, 10):
+    for step in (10, 20):
         cut = tmp_path / f"cut{step}"
         shutil.copytree(tmp_path / "whole.training", tmp_path / f"cut{step}.training")
         for path in (tmp_path / f"cut{step}.training").glob("checkpoint-*"):

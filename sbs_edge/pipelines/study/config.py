@@ -174,19 +174,19 @@ def parse_student(text: str, from_checkpoint: bool = False) -> StudentSpec:
             name = name.replace("-", "_")
             if name not in _SHAPE:
                 raise UsageError(
-                    f"The student {text!r} sets {name}, which does not make another student. It may set "
-                    f"{', '.join(_SHAPE)}. Set other fields as training, for all students alike."
+                    f"student={text!r} sets {name}, which does not make another student. It may set "
+                    f"{', '.join(_SHAPE)}; training sets the other fields, for all students alike."
                 )
             fields[name] = value
         elif part.count("/") == 1 and all(part.split("/")):
             depths.append(part)
         else:
             raise UsageError(
-                "A student is ENCODER/DECODER layers such as 6/2, FIELD=VALUE such as d_model=32, or several with "
+                "student takes ENCODER/DECODER layers such as 6/2, FIELD=VALUE such as d_model=32, or several with "
                 f"blanks between, and a name and a colon before them if you like; found {text!r}."
             )
     if len(depths) > 1 or not (fields or depths):
-        raise UsageError(f"The student {text!r} must have one depth, or fields, or both.")
+        raise UsageError(f"student={text!r} must say one depth, or fields, of one student.")
     if depths:
         names = ("n_layers", "n_decoder_layers")
         if from_checkpoint or "model" in fields:
