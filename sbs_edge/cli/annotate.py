@@ -384,4 +384,10 @@ def register(app: typer.Typer) -> None:
                 "are asked again.",
                 highlight=False,
             )
+        if logprobs and annotation.records and not any(record.top_logprobs for record in annotation.records):
+            console.print(
+                "The server sent no log-probabilities, so no row has a distribution from them. --samples gives one by "
+                "votes.",
+                highlight=False,
+            )
         outcome(annotation, report, place, settings.server, annotation.sampling.field_names())

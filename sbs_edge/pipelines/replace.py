@@ -58,8 +58,7 @@ def add_rows(splits: Splits, rows: Sequence[Example], mode: Mode) -> tuple[Split
     if not kept:
         raise DataError(
             f"None of the {len(rows)} rows can be added: {counts['unlabelled']} have no label that the mode {mode} "
-            f"learns, {counts['repeated']} repeat training rows, and {counts['held_out']} are validation or "
-            "test rows. "
+            f"learns, {counts['repeated']} repeat training rows, and {counts['held_out']} are validation or test rows. "
             "Annotate the recorded rows first; the modes distill and stepwise-teacher learn the teacher's labels."
         )
     return dataclasses.replace(splits, train=[*splits.train, *kept]), counts
@@ -69,8 +68,8 @@ def check_served(path: Path) -> None:
     """Raise :class:`UsageError` unless there is a bundle at ``path`` that a new one can be compared with."""
     if not (path / "manifest.json").is_file():
         raise UsageError(
-            f"There is no bundle at {path} to compare the new one with. Name it (served=BUNDLE), or run without "
-            "added rows first."
+            f"There is no bundle at {path} to compare the new one with. Pass served='BUNDLE', or train without added "
+            "rows first."
         )
     read_manifest(path)
 
@@ -118,7 +117,6 @@ def refusal(found: dict[str, Any], served: Path, candidate: Path) -> str:
     return (
         f"The new bundle answers {second:.2f} % of {gain['n']} test rows rightly and the one in use {first:.2f} %: "
         f"{gain['points']:+.2f} points (95 % interval {gain['low']:+.2f} to {gain['high']:+.2f}). At most "
-        f"{found['max_loss']:.2f} points may be lost, and the interval must reach zero. {served} was kept; the "
-        "new bundle "
+        f"{found['max_loss']:.2f} points may be lost, and the interval must reach zero. {served} was kept; the new bundle "
         f"is {candidate}. Read the added rows, or raise --max-drop if this loss is acceptable."
     )
