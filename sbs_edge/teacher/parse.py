@@ -24,6 +24,11 @@ _OPERATORS = str.maketrans(
     {"\u2212": "-", "\u2013": "-", "\u2011": "-", "\u00d7": "*", "\u00f7": "/", "\u00a0": " ", "\u202f": " "}
 )
 _RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
+# An expression, then nothing, words without figures, or its value: (48 / 12) + 1 bottles = 5.
+_ARITHMETIC = re.compile(r"(-?[\d(.](?:[-\d\s.+*/()]*[\d)])?)[^\d+*/=()]*(?:=.*)?\Z", re.DOTALL)
+_LONGEST_EXPRESSION = 500  # characters; a model in a loop writes far more
+# A bracket that is not a part of a longer expression.
+_BRACKETED = re.compile(r"(?<![-+*/])(?<![-+*/]\s)\(.*\)(?!\s*[-+*/]\s*[\d(])")
 _ORNAMENT = " \t\"'`*_“”‘’"
 _GAP = r"[ \t]*"
 _VARIANT = re.compile(
@@ -180,11 +185,15 @@ def _read_label(task: TaskFile, piece: str, choices: Sequence[str] | None) -> st
 
 
 def _read_expression(line: str) -> str | None:
+    """Return the arithmetic expression that a line gives as its answer, whole, or None."""
+    if len(line) > _LONGEST_EXPRESSION:
+        return None
     line = re.sub(r"[.!]+$", "", line.strip(_ORNAMENT).translate(_OPERATORS)).strip(_ORNAMENT)
-    bracketed = re.search(r"\(.*\)", line)
-    candidates = [bracketed[0]] if bracketed else []
-    candidates += [line, re.split(r"=", line)[0], re.sub(r"[$€£]|(?<=\d),(?=\d{3})", "", line)]
-    for candidate in candidates:
+    plain = re.sub(r"[$€£]|(?<=\d),(?=\d{3})", "", line)
+    whole = _ARITHMETIC.match(plain)
+    bracketed = _BRACKETED.search(plain)
+    candidates = [line, *([whole[1]] if whole else []), *([bracketed[0]] if bracketed else [])]
+    for candidate in (*candidates, line.split("=")[0], plain):
         if candidate.strip() and evaluate_expression(candidate) is not None:
             return candidate.strip()
     return None
