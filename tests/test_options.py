@@ -99,6 +99,17 @@ def test_a_number_out_of_bounds_is_a_usage_error(
         assert "finite" in said
 
 
+@pytest.mark.parametrize("option", [("--teacher-error", "0.2"), ("--teacher-samples", "3")])
+def test_options_of_the_built_in_teacher_are_refused_for_other_data(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "a", "label": "x"}\n')
+    assert main(["run", str(rows), *option, "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert "built-in task's own teacher" in " ".join(capsys.readouterr().err.split())
+    assert main(["run", *option, "--out", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+
+
 def _texts(node: ast.AST) -> Iterator[str]:
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and isinstance(part.value, str):

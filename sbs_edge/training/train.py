@@ -21,7 +21,7 @@ from typing import Any, Unpack
 from sbs_edge import files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
-from sbs_edge.data.findings import examine, refuse_stops, seen_by
+from sbs_edge.data.findings import STOPPING_CHECKS, examine, refuse_stops, seen_by
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
@@ -36,9 +36,6 @@ from sbs_edge.training.options import DataOptions, TrainOptions
 from sbs_edge.training.resume import fingerprint, prepare_work
 
 __all__ = ["TrainResult", "train"]
-
-DROP_AT = 0.4
-"""Share of the steps after which doubtful rows are dropped, where there is no head start to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +298,7 @@ def _run(
             "fsdp."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
-    refuse_stops(examine(seen_by(splits, config.mode), config.mode))
+    refuse_stops(examine(seen_by(splits, config.mode), config.mode, STOPPING_CHECKS))
     work = out.with_name(out.name + ".training")
 
     checkpoint = None if config.model is None else open_checkpoint(config.model)
@@ -350,15 +347,15 @@ def _run(
         label_tokens=firsts,
         label_answers=answers,
         callbacks=callbacks,
-        drop_at=(head_start or int(DROP_AT * steps)) if config.drop_doubtful_ else None,
+        score_at=config.score_steps(steps, (used or 0) / global_batch),
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     history = _train_and_evaluate(trainer, bar, newest, steps)
     dropped = len(getattr(source, "dropped", ()))
     if first and dropped:
         sys.stderr.write(
-            f"{dropped} of {used} training rows were left out after {head_start or int(DROP_AT * steps)} steps: their "
-            "rationales stand apart from the others', as those of wrong labels do. drop_doubtful=False keeps them.\n"
+            f"{dropped} of {used} training rows were left out: their rationales stand apart from the others', as those "
+            "of wrong labels do. drop_doubtful=False keeps them.\n"
         )
     report = {
         "mode": config.mode,

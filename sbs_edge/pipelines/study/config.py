@@ -174,19 +174,19 @@ def parse_student(text: str, from_checkpoint: bool = False) -> StudentSpec:
             name = name.replace("-", "_")
             if name not in _SHAPE:
                 raise UsageError(
-                    f"--student {text!r} sets {name}, which does not make another student. It may set "
-                    f"{', '.join(_SHAPE)}; --training sets the other fields, for all students alike."
+                    f"student={text!r} sets {name}, which does not make another student. It may set "
+                    f"{', '.join(_SHAPE)}; training sets the other fields, for all students alike."
                 )
             fields[name] = value
         elif part.count("/") == 1 and all(part.split("/")):
             depths.append(part)
         else:
             raise UsageError(
-                "--student takes ENCODER/DECODER layers such as 6/2, FIELD=VALUE such as d_model=32, or several with "
+                "student takes ENCODER/DECODER layers such as 6/2, FIELD=VALUE such as d_model=32, or several with "
                 f"blanks between, and a name and a colon before them if you like; found {text!r}."
             )
     if len(depths) > 1 or not (fields or depths):
-        raise UsageError(f"--student {text!r} must say one depth, or fields, of one student.")
+        raise UsageError(f"student={text!r} must say one depth, or fields, of one student.")
     if depths:
         names = ("n_layers", "n_decoder_layers")
         if from_checkpoint or "model" in fields:
@@ -221,8 +221,8 @@ def gold_known(config: StudyConfig, splits: Splits) -> bool:
     teacher = any(row.teacher_label is not None for row in splits.train)
     if not (gold if config.labels == "gold" else teacher):
         raise DataError(
-            f"No training row has a {'gold' if config.labels == 'gold' else 'teacher'} label, and --labels {config.labels} "
-            "asks to learn them. Leave --labels out, or name the column."
+            f"No training row has a {'gold' if config.labels == 'gold' else 'teacher'} label, and labels={config.labels!r} "
+            "asks to learn them. Leave labels out, or name the column."
         )
     return config.labels == "gold"
 

@@ -98,7 +98,7 @@ def plan_study(
         if not any(label_for(row, mode) is not None for row in part.train):
             raise DataError(
                 f"None of the {len(part.train):,} training rows of a share has a label that mode {mode} learns from. Name "
-                "the column, or choose a larger --share."
+                "the column, or choose a larger share."
             )
         try:
             refuse_stops(examine(seen_by(part, mode), mode))
