@@ -152,8 +152,8 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 min=0,
                 max=20,
-                help="Ask for so many log-probabilities at each token, where the server has them; a row then gets the "
-                "teacher's distribution over the labels, for --soft-labels.",
+                help="Ask for this many log-probabilities per token, if the server has them. Rows then have the teacher's "
+                "distribution over the labels, for --soft-labels.",
             ),
         ] = 0,
         temperature: Annotated[
