@@ -39,6 +39,7 @@ _ORDER = (
     "train",
     "evaluate",
     "compare-teacher",
+    "compare",
     "export",
     "predict",
     "serve",
@@ -119,8 +120,9 @@ class Group(_Answering, TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands in the order of a project: data before training before serving."""
-        order = {name: place for place, name in enumerate(_ORDER)}
-        return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
+        names = list(super().list_commands(ctx))
+        order = {name: place for place, name in enumerate(_ORDER)} if ctx.parent is None else {}
+        return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; for an unknown one, suggest similar ones."""

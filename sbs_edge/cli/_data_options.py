@@ -113,7 +113,7 @@ DecoderLayersOption = Annotated[
 ]
 SliceOption = Annotated[
     list[str] | None,
-    typer.Option(help="Column by whose values accuracy is reported; may be given several times."),
+    typer.Option(help="Also report accuracy for each value of this column."),
 ]
 ModeOption = Annotated[Mode, typer.Option(help="Learn gold or teacher labels, with or without rationales.")]
 

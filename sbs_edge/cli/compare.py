@@ -27,9 +27,9 @@ def register(app: typer.Typer) -> None:
         column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         target: Annotated[
-            str | None, typer.Option(help="Target of both bundles; none: each one's default.")
+            str | None, typer.Option(help="Target of both bundles. Default: the first of each.")
         ] = None,
-        threads: Annotated[int, typer.Option(min=1, help="CPU threads of one inference.")] = 1,
+        threads: Annotated[int, typer.Option(min=1, help="CPU threads per inference.")] = 1,
         report: Annotated[Path | None, typer.Option(help="Write the comparison to this HTML page.")] = None,
         config: ConfigOption = None,
         json: JsonOption = False,

@@ -115,7 +115,9 @@ def _show(report: dict[str, Any]) -> None:
             line(f"  and at least {more} more")
     line(f"Verdict: {report['verdict']}.")
     if report["problems"]:
-        line("Correct the rows, or go on without them with --skip-bad-rows.")
+        line(
+            "Map columns of other names with --column, correct the rows, or leave them out with --skip-bad-rows."
+        )
 
 
 def register(app: typer.Typer) -> None:
@@ -149,7 +151,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Write the findings, and samples to read, the worst first, to this HTML page."),
         ] = None,
         strict: Annotated[
-            bool, typer.Option("--strict", help="Exit with 2 at the verdict 'warn' too.")
+            bool, typer.Option("--strict", help="Exit with 2 also if the verdict is warn.")
         ] = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of the splits that training would draw.")] = 0,
         config: ConfigOption = None,

@@ -68,12 +68,12 @@ def register(app: typer.Typer) -> None:
         add: Annotated[
             list[Path] | None,
             typer.Option(
-                help="Annotated rows to train on as well. The new bundle replaces the one in use only if it is not worse "
-                "on the test rows (else exit 3)."
+                help="Also train on these annotated rows. The new bundle replaces the one in use only if it is not worse "
+                "on the test rows; otherwise the exit code is 3."
             ),
         ] = None,
         served: Annotated[
-            Path | None, typer.Option(help="The bundle in use, with --add; none: OUT/bundle.")
+            Path | None, typer.Option(help="The bundle in use, with --add. Default: OUT/bundle.")
         ] = None,
         task: Annotated[
             Path | None,

@@ -68,7 +68,8 @@ def check_served(path: Path) -> None:
     """Raise :class:`UsageError` unless there is a bundle at ``path`` that a new one can be compared with."""
     if not (path / "manifest.json").is_file():
         raise UsageError(
-            f"There is no bundle at {path} to compare the new one with. Name it with --served, or run without --add first."
+            f"There is no bundle at {path} to compare the new one with. Pass served='BUNDLE', or train without added "
+            "rows first."
         )
     read_manifest(path)
 

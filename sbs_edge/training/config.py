@@ -57,13 +57,13 @@ class TrainConfig(BaseModel):
         None,
         ge=0,
         lt=1,
-        description="Share of the steps that learn rationales alone, before labels join. Default: 0.4 for a student "
+        description="Share of the steps, at the start, that learn only rationales. Default: 0.4 for a student "
         "from scratch in mode stepwise-teacher, otherwise 0.",
     )
     drop_doubtful: bool | None = Field(
         None,
-        description="From the head start on, or 0.4 of the steps, leave out rows whose rationales stand apart by their "
-        "losses. Default: where head_start is left at a default above 0.",
+        description="After the head start, or 0.4 of the steps, leave out rows whose rationales have much larger losses "
+        "than the others. Default: on if head_start has a default above 0.",
     )
     prefixes: Literal["seed", "authors"] = Field(
         "seed", description="'[label] ' and '[rationale] ' (seed), or 'predict: ' and 'explain: ' (authors)."

@@ -160,4 +160,4 @@ def test_a_student_given_for_a_bundle_and_the_reverse(
         ["train", "--model", str(tmp_path / "b"), "--out", str(tmp_path / "o")],
     ):
         assert main(command) == 2
-        assert "is a bundle, which answers" in " ".join(capsys.readouterr().err.split())
+        assert "is a bundle, which cannot be trained" in " ".join(capsys.readouterr().err.split())
