@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def _with_options(message: str, parameters: Iterable[Any]) -> str:
         if value == "True":
             return flag
         each = re.findall(r"'([^']*)'", value) if value.startswith("[") else [value.strip("'")]
-        return " ".join(f"{flag} {item}" for item in each)
+        return " ".join(f"{flag} {shlex.quote(item)}" for item in each)
 
     return re.sub(rf"(?<![\w./'\"-])(?P<name>{names})(?:{_VALUE})?(?![\w/'\"-]|\.\w)", option, message)
 

@@ -37,8 +37,9 @@ def column_values(rows: Sequence[Example], columns: Sequence[str]) -> dict[str, 
         file, _, line = row.source.rpartition(":")
         if not line.isdigit() or not Path(file).is_file():
             raise UsageError(
-                f"Slices are read from the file of the rows, and row {row.id} came from {row.source or 'none'}. Give the "
-                "rows as a file."
+                f"Slices are read from the file of the rows, but row {row.id} comes from "
+                f"{row.source or 'no file'}. Give the rows "
+                "as a file."
             )
         wanted.setdefault(file, set()).add(int(line))
     found: dict[str, dict[str, str]] = {}
@@ -55,7 +56,7 @@ def column_values(rows: Sequence[Example], columns: Sequence[str]) -> dict[str, 
     for column in columns:
         if not any(column in values for values in found.values()):
             raise UsageError(
-                f"No row has a value in the column {column!r}, by which to slice. The columns are "
+                f"No row has a value in the column {column!r}, which is used for slices. The columns are "
                 f"{', '.join(sorted(names))}."
             )
     return {column: [found[row.source].get(column, ABSENT) for row in rows] for column in columns}

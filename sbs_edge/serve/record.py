@@ -71,7 +71,7 @@ class Recorder:
                 os.close(self._open())
         except OSError as error:
             raise UsageError(
-                f"{path} cannot be written: {error.strerror or error}. Name another place."
+                f"{path} cannot be written: {error.strerror or error}. Choose another file (record=FILE)."
             ) from error
         self._thread = threading.Thread(target=self._work, name="record", daemon=True)
         self._thread.start()

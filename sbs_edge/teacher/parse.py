@@ -1,4 +1,4 @@
-"""Read label and rationale from a teacher's text, or say why they cannot be read."""
+"""Read label and rationale from a teacher's text, or give the reason why they cannot be read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _VARIANT = re.compile(
 
 
 class Parsed(NamedTuple):
-    """Label and rationale, or the reason why the answer is of no use.
+    """Label and rationale, or the reason why the answer cannot be used.
 
     ``reasoning`` is the thought that stood between marks in the answer's text.
 
@@ -137,7 +137,7 @@ def _own_turn(task: TaskFile, body: str) -> tuple[str, bool]:
 
 
 def _split(task: TaskFile, body: str) -> list[str]:
-    """Split at the answer marker, in any typography; where it is missing, at a common variant of it."""
+    """Split at the answer marker, in any typography, or at a common variant if it is missing."""
     words = r"[\s*_]+".join(re.escape(word) for word in task.answer_marker.rstrip(" :").split())
     own = re.compile(r"[*_]{0,3}" + words + r"(?:[*_]{0,3}\s*:)?[*_]{0,3}(?!\w)" + _GAP, re.IGNORECASE)
     if not task.answer_marker[-1].isalnum():
@@ -150,14 +150,14 @@ def _split(task: TaskFile, body: str) -> list[str]:
         return pieces
     last = variants[-1]
     label = body[last.end() :].strip()
-    # "The answer is not obvious, because ..." is reasoning: nothing may follow the label.
+    # "The answer is not obvious, because ..." is reasoning, so nothing may follow the label.
     if task.label_kind == "open" and re.search(r"[.!?,;:]\s|\n", label):
         return pieces
     return [body[: last.start()], label]
 
 
 def _is_whole(task: TaskFile, piece: str) -> bool:
-    """Whether the label at the end of an answer that ran into its limit was written to its end."""
+    """Return whether the label of an answer that reached its limit was written completely."""
     if task.parser == "expression":
         return re.search(r"\)\s*\.|\)\s*$|\n", piece.strip(" ")) is not None
     if task.label_kind == "open":
@@ -178,7 +178,7 @@ def _read_label(task: TaskFile, piece: str, choices: Sequence[str] | None) -> st
     if (found := match_label(line, known)) is not None:
         return found
     label = plain_label(line)
-    # A bracket that opens and does not close, or no letter at all: the line is not the label.
+    # With a bracket that does not close, or without any letter, the line is not the label.
     if not any(c.isalnum() for c in label) or label[-1] in "{[(":
         return None
     return label

@@ -113,8 +113,8 @@ async def settle_form(
             return Settled(CANDIDATES[0], None, settled.probes)
         words = (settled.refusal or _IGNORED).rstrip(". ")
         raise TeacherUnavailableError(
-            f"The teacher {model!r} does not give the JSON object that --structured on asks for: {words}. Leave the "
-            "flag out to take plain answers from such a server, or try --structured tool."
+            f"The teacher {model!r} does not give the JSON object that structured='on' requires: {words}. For plain "
+            "answers use structured='auto', or try structured='tool'."
         )
     if is_final:
         content = {"form": settled.form, "refusal": settled.refusal, "probes": settled.probes}

@@ -22,6 +22,7 @@ from sbs_edge import files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.findings import STOPPING_CHECKS, examine, refuse_stops, seen_by
+from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
@@ -351,11 +352,12 @@ def _run(
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     history = _train_and_evaluate(trainer, bar, newest, steps)
-    dropped = len(getattr(source, "dropped", ()))
+    dropped = {source.rows[index].id for index in sorted(getattr(source, "dropped", ()))}
     if first and dropped:
+        write_examples(work / "dropped.jsonl", [row for row in splits.train if row.id in dropped])
         sys.stderr.write(
-            f"{dropped} of {used} training rows were left out: their rationales stand apart from the others', as those "
-            "of wrong labels do. drop_doubtful=False keeps them.\n"
+            f"{len(dropped)} of {used} training rows were left out: their rationales stand apart from the others', as "
+            f"those of wrong labels do. {work / 'dropped.jsonl'} lists them; drop_doubtful=False keeps them.\n"
         )
     report = {
         "mode": config.mode,
@@ -366,7 +368,7 @@ def _run(
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "head_start_steps": head_start,
-        "dropped_rows": dropped,
+        "dropped_rows": len(dropped),
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
         "spelling": spelling,
         "cut_inputs": encoder.cut_sources,

@@ -93,7 +93,7 @@ def test_slices_are_read_from_the_rows_own_file(tmp_path: Path):
     assert [(s["value"], s["n"], s["accuracy"]) for s in found] == [("north", 2, 1.0), ("south", 1, 0.0)]
     with pytest.raises(UsageError, match=r"column 'town'.*age, input, label, region"):
         column_values(rows, ["town"])
-    with pytest.raises(UsageError, match="came from none"):
+    with pytest.raises(UsageError, match="comes from no file"):
         column_values([Example("1", "x", "a")], ["region"])
 
 

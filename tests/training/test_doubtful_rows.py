@@ -156,6 +156,8 @@ def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_dr
     position = json.loads((tmp_path / "whole.training" / "checkpoint-20" / "position.json").read_text())
     assert position["dropped"] == list(range(0, len(odd.train), 4))
     assert position["dropped_at"] == 16 * 32
+    listed = (tmp_path / "whole.training" / "dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in listed] == [row.id for row in odd.train[::4]]
     assert "label_loss" not in whole.history[0]
     assert "label_loss" in whole.history[1]
     for step in (10, 20):
