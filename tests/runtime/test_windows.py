@@ -90,7 +90,7 @@ def test_a_text_keeps_its_tokens_and_repeats_its_header(kind: str, header: str) 
     words = " ".join(f"{word} {number}" for number in range(60) for word in ("pump", "valve", "part of"))
     text = "which unit is loud | " + words
     texts = TextTokenizer(build_tokenizer([text], ["[label] "], kind, 120))  # type: ignore[arg-type]
-    settings = LongSettings(chunk=48, max_tokens=5000, header=header, marker=True)
+    settings = LongSettings(chunk=96, max_tokens=5000, header=header, marker=True)
     ids = texts.encode(text, "[label] ")
     chunks = ChunkReader(texts, settings, 1).chunks(text, ids, "[label] ")
     assert len(chunks) > 3
