@@ -14,7 +14,7 @@ from onnx import helper
 
 from sbs_edge.export.graphs.blocks import Writer
 from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64, Graph, Value
-from sbs_edge.export.graphs.decoder import cross_cache, decode_step
+from sbs_edge.export.graphs.decoder import attend_cache, cross_cache, decode_step
 from sbs_edge.export.graphs.encoder import batch_of, encode, expand_batch
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
@@ -83,7 +83,8 @@ def build_beam_generator(
     ]
     last = body.op("Slice", running, _axes(-1), _axes(2**31), _axes(2))
     inner = Writer(body, weights, step_precision)
-    normed, present = decode_step(inner, body.op("Reshape", last, _axes(-1, 1)), past, cross, wide_mask)
+    token = body.op("Reshape", last, _axes(-1, 1))
+    normed, present = decode_step(inner, token, past, attend_cache(cross, wide_mask))
     logits = inner.logits(normed, output_tokens)
     n_tokens = weights.head.shape[0] if output_tokens is None else len(output_tokens)
     log_p = body.op("LogSoftmax", logits, axis=-1)

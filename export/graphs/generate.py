@@ -7,13 +7,13 @@ import onnx
 from onnx import helper
 
 from sbs_edge.export.graphs.blocks import Writer
-from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64, Graph
-from sbs_edge.export.graphs.decoder import cross_cache, decode_step
+from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64, Graph, Value
+from sbs_edge.export.graphs.decoder import CrossAttention, attend_cache, cross_cache, decode_step
 from sbs_edge.export.graphs.encoder import batch_of, encode, expand_batch
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 
-__all__ = ["build_rationale_generator"]
+__all__ = ["build_rationale_generator", "generate"]
 
 
 def build_rationale_generator(
@@ -35,15 +35,37 @@ def build_rationale_generator(
             end-of-sequence token.
         step_precision: another number format for the loop's body, e.g. int4; None: ``precision``.
     """
-    step_precision = step_precision or precision
     graph = Graph()
     ids = graph.input("input_ids", INT64, ["batch", "source"])
     attention = graph.input("attention_mask", INT64, ["batch", "source"])
     limit = graph.input("max_new_tokens", INT64, [])
     writer = Writer(graph, weights, precision)
     states, mask = encode(writer, ids, attention)
-    cross = cross_cache(writer, states)
-    batch = batch_of(writer, ids)
+    attend = attend_cache(cross_cache(writer, states), mask)
+    generate(writer, ids, attend, limit, output_tokens, step_precision or precision)
+    return graph.model("explainer")
+
+
+def generate(
+    writer: Writer,
+    batched: Value,
+    attend: CrossAttention,
+    limit: Value,
+    output_tokens: np.ndarray | None,
+    step_precision: Precision,
+) -> None:
+    """Write the greedy loop and its outputs, ``tokens`` and ``log_probability``.
+
+    Args:
+        writer: where to write.
+        batched: a tensor whose first dimension is B.
+        attend: attention to the encoder's states.
+        limit: () int64: most tokens.
+        output_tokens: sorted token ids the student may write, or None for all.
+        step_precision: number format of the loop's body.
+    """
+    graph, weights = writer.graph, writer.weights
+    batch = batch_of(writer, batched)
 
     body = graph.body("step_")
     body.input("iteration", INT64, [])
@@ -57,7 +79,7 @@ def build_rationale_generator(
         for i in range(2 * weights.n_decoder_layers)
     ]
     inner = Writer(body, weights, step_precision)
-    normed, present = decode_step(inner, token, past, cross, mask)
+    normed, present = decode_step(inner, token, past, attend)
     logits = inner.logits(normed, output_tokens)
     best = body.op("ArgMax", logits, axis=-1, keepdims=0)
     if output_tokens is not None:
@@ -96,4 +118,3 @@ def build_rationale_generator(
     graph.output("tokens", INT64, ["batch", "new"], tokens)
     total = graph.op("Squeeze", results[2], np.array([1], np.int64))
     graph.output("log_probability", FLOAT, ["batch"], total)
-    return graph.model("explainer")
