@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +39,7 @@ from sbs_edge.export.check.sensitivity import most_sensitive
 from sbs_edge.export.checkpoint import CHECKPOINT_MODE, open_student
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.labels import LabelPlan, plan_labels
+from sbs_edge.export.long import check_long, long_settings
 from sbs_edge.export.quant.mixed import check_layers
 from sbs_edge.export.quant.ranges import collect_calibration
 from sbs_edge.export.targets import TARGETS, Target, check_runnable, providers_here, targets_named
@@ -47,6 +48,7 @@ from sbs_edge.export.vocabulary.output import output_tokens
 from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.manifest import FORMAT
 from sbs_edge.runtime.student import Student
+from sbs_edge.runtime.windows import LongSettings
 from sbs_edge.tokens import TextTokenizer, within_limit
 from sbs_edge.training.student_dir import CALIBRATION, VALIDATION, StudentDir
 
@@ -87,6 +89,7 @@ class _GraphOptions(NamedTuple):
     prune_input_vocabulary: bool
     label_only: bool
     beams: tuple[int, ...]
+    long: LongSettings | None
 
 
 class _Limits(NamedTuple):
@@ -113,6 +116,7 @@ class _Job:
     small: SmallVocabulary | None
     rows: list[Example]
     limits: _Limits
+    long: LongSettings | None
     say: Callable[[str], None]
 
     @property
@@ -158,6 +162,7 @@ def export(
     layout: Layout = "bundle",
     single_file: bool = False,
     unguarded: bool = False,
+    long: bool | Mapping[str, Any] | None = None,
     version: str = "1",
     say: Callable[[str], None] = lambda _: None,
 ) -> ExportResult:
@@ -192,6 +197,9 @@ def export(
             repository for NVIDIA Triton Inference Server.
         single_file: add a graph per target that takes text and gives the label, tokenizer inside.
         unguarded: write targets that cannot run on this machine too, without measuring what they cost.
+        long: read inputs over ``max_source_tokens`` in chunks; CPU targets and the bundle layout only. None: if the
+            student was trained on them. A mapping sets fields of :class:`~sbs_edge.runtime.windows.LongSettings`,
+            for example ``{"max_tokens": 32768, "top_k": 512}``.
         version: the bundle's version, as serving shows it.
         say: receives one line of progress per stage.
 
@@ -208,14 +216,22 @@ def export(
         >>> print(result.path, result.report["targets"]["cpu-int8"])
     """
     wanted = targets_named(tuple(targets))
-    options = _GraphOptions(
-        tuple(keep_float), prune_vocabulary, prune_input_vocabulary, label_only, tuple(sorted(set(beams)))
-    )
     limits = _Limits(max_drop, min_rationale_agreement, abstain_below)
+    options = _GraphOptions(
+        tuple(keep_float),
+        prune_vocabulary,
+        prune_input_vocabulary,
+        label_only,
+        tuple(sorted(set(beams))),
+        None,
+    )
     _check_request(student, out, wanted, options, layout, single_file)
     if not unguarded:
         check_runnable(wanted)
     opened = open_student(student, labels, label_prefix, rationale_prefix, max_source_tokens)
+    options = options._replace(long=long_settings(opened, long))
+    if options.long is not None:
+        check_long(wanted, layout, single_file)
     job = _build(opened, wanted, options, limits, guard_data, calibration_rows, say)
     manifest = _manifest(job, wanted, name, version)
     report = _write(Path(out), job, wanted, manifest, layout, single_file)
@@ -299,7 +315,7 @@ def _build(
         weights, plan, stats.norms, explains, None, options.keep_float, stats,
         opened.limits["max_source_tokens"],
         max(opened.limits["max_target_tokens"], opened.limits["max_label_tokens"] + 1),
-        options.beams,
+        options.beams, options.long is not None,
     )  # fmt: skip
     pruned = replace(full, output_tokens=kept)
     if small is not None:
@@ -308,7 +324,7 @@ def _build(
             full, weights=less, plan=plan_labels(opened.task, small.tokenizer(), less.eos_id),
             output_tokens=None if kept is None else small.moved(kept),
         )  # fmt: skip
-    return _Job(opened, model, pruned, full, small, rows, limits, say)
+    return _Job(opened, model, pruned, full, small, rows, limits, options.long, say)
 
 
 def _checked_rows(opened: StudentDir, plan: LabelPlan, guard_data: Sequence[Example] | None) -> list[Example]:
@@ -376,6 +392,7 @@ def _write_bundle(
                 job.opened,
                 job.rows,
                 job.plan,
+                job.long,
             )
             answers = answer_rows(reference, job.rows, job.plan)
             manifest["calibration"] = calibration_of(answers, job.rows, job.limits.abstain_below)
@@ -526,6 +543,7 @@ def _manifest(job: _Job, wanted: Sequence[Target], name: str | None, version: st
         "vocabulary": job.small.figures if job.small else None,
         "files": {},
         "versions": _versions(),
+        **({} if job.long is None else {"long": job.long.describe()}),
         "seed": opened.card.get("seed"),
         "training": {
             "mode": opened.mode,

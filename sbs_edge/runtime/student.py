@@ -18,14 +18,16 @@ from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of, tries_of
 from sbs_edge.runtime.generation import StepLoop
 from sbs_edge.runtime.int8_products import warn_of_old_loops
-from sbs_edge.runtime.manifest import read_manifest
+from sbs_edge.runtime.long import Documents, LongReader
+from sbs_edge.runtime.manifest import LONG_ROLES, read_manifest
 from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, usable_providers
 from sbs_edge.runtime.texts import Texts, check_texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
+from sbs_edge.runtime.windows import LongSettings
 
 __all__ = ["Student"]
 
-_ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step")
+_ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step", *LONG_ROLES)
 
 
 class Student:
@@ -50,6 +52,7 @@ class Student:
         labels: the closed label set, in the order of :meth:`predict_proba`'s columns; empty for open labels and for
             bundles whose rows bring their own choices.
         limits: ``max_source_tokens``, ``max_new_tokens`` and ``max_label_tokens``.
+        max_input_tokens: longest input that is read, in one piece or in chunks.
         threads: threads a call may use.
         abstain_below: probability under which an answer is marked as abstained.
     """
@@ -65,6 +68,8 @@ class Student:
         prepacked_cache: bool = True,
         providers: Sequence[str] | None = None,
         eager: bool = False,
+        long: bool = True,
+        top_k: int | None = None,
     ) -> None:
         """Load a target of an open bundle; :meth:`from_pretrained` opens the bundle too and explains the parameters."""
         self.bundle = bundle
@@ -82,7 +87,25 @@ class Student:
         self._pad, self._eos, self._start = (
             model["pad_token_id"], model["eos_token_id"], model["decoder_start_token_id"],
         )  # fmt: skip
-        self._texts = Texts(bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos)
+        settings = LongSettings.of(self.manifest.get("long")) if long else None
+        if top_k is not None and (settings is None or top_k < 1):
+            raise UsageError(
+                f"top_k must be at least 1, not {top_k}."
+                if settings is not None
+                else "top_k is for inputs that are read in chunks, and this bundle was exported without --long."
+            )
+        self._texts = Texts(
+            bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos, settings
+        )
+        self.max_input_tokens = self._texts.max_tokens
+        self._long = settings and LongReader(
+            self._session,
+            settings,
+            top_k=settings.top_k if top_k is None else top_k,
+            d_model=model["d_model"],
+            pad_id=self._pad,
+            max_batch_tokens=max_batch_tokens,
+        )
         labels = self.manifest["labels"]
         self._method: str = labels["method"]
         self.labels: tuple[str, ...] = tuple(labels["labels"])
@@ -144,6 +167,8 @@ class Student:
         providers: Sequence[str] | None = None,
         eager: bool = False,
         recheck: bool = False,
+        long: bool = True,
+        top_k: int | None = None,
     ) -> Student:
         """Open a bundle and check it; a graph is opened the first time it is needed.
 
@@ -167,6 +192,9 @@ class Student:
                 bf16 has no kernels there.
             eager: open every graph of the target now; see also :meth:`warm_up`.
             recheck: read and check every file, unchanged or not.
+            long: read inputs over ``max_source_tokens`` in chunks, where the bundle was exported for it; False:
+                treat them as a bundle without that does.
+            top_k: encoder states each attention head reads of such an input; None: what the bundle says.
 
         Raises:
             UsageError: there is no such directory or repository name, or the target is absent or cannot run here.
@@ -191,7 +219,7 @@ class Student:
         bundle = Bundle.open(root, verify=verify, recheck=recheck or not prepacked_cache)
         return cls(
             bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate,
-            prepacked_cache=prepacked_cache, providers=providers, eager=eager,
+            prepacked_cache=prepacked_cache, providers=providers, eager=eager, long=long, top_k=top_k,
         )  # fmt: skip
 
     load = from_pretrained
@@ -308,7 +336,7 @@ class Student:
                 [texts], labels, truncate=truncate, abstain_below=abstain_below, tokens=tokens
             )[0]
         texts = check_texts(texts)
-        rows, cut = self._encode(texts, "label", truncate, tokens)
+        rows, cut, documents = self._encode(texts, "label", truncate, tokens)
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
@@ -316,13 +344,15 @@ class Student:
                 "(sbs-edge predict: a 'choices' field, or --label)."
             )
         if labels is not None:
-            scored = self._score_choices(rows, label_lists(labels, len(texts)))
+            scored = self._score_choices(rows, documents, label_lists(labels, len(texts)))
         elif self._method == "decode":
-            return self._decode_labels(rows, cut, threshold)
+            return self._decode_labels(rows, documents, cut, threshold)
         else:
-            scored = self._score_closed(rows)
+            scored = self._score_closed(rows, documents)
         return [
-            self._prediction(index, names, scores, was_cut, len(row), threshold)
+            self._prediction(
+                index, names, scores, was_cut, len(row), threshold, len(documents.get(index, (row,)))
+            )
             for index, ((names, scores), was_cut, row) in enumerate(zip(scored, cut, rows, strict=True))
         ]
 
@@ -369,8 +399,9 @@ class Student:
             return row
         if self._method in ("decode", "choices"):
             raise UsageError(self._no_classes())
-        rows, _ = self._encode(check_texts(texts), "label", truncate)
-        found = [self._probabilities(scores, row) for row, (_, scores) in enumerate(self._score_closed(rows))]
+        rows, _, documents = self._encode(check_texts(texts), "label", truncate)
+        scored = self._score_closed(rows, documents)
+        found = [self._probabilities(scores, row) for row, (_, scores) in enumerate(scored)]
         return np.array(found, np.float64).reshape(len(rows), len(self.labels))
 
     def _probabilities(self, scores: np.ndarray, index: int) -> np.ndarray:
@@ -389,6 +420,7 @@ class Student:
         truncated: bool,
         n_tokens: int,
         threshold: float,
+        n_chunks: int,
     ) -> Prediction:
         weights = self._probabilities(scores, index)
         best = int(weights.argmax())
@@ -400,6 +432,7 @@ class Student:
             probability < threshold,
             truncated,
             n_tokens,
+            n_chunks,
         )
 
     def _check_finite(self, scores: Any, index: int) -> None:
@@ -413,8 +446,8 @@ class Student:
 
     def label_scores(self, texts: Iterable[str], *, truncate: bool | None = None) -> np.ndarray:
         """Return the raw (len(texts), K) scores of the closed label set, before temperature."""
-        rows, _ = self._encode(check_texts(texts), "label", truncate)
-        scored = self._score_closed(rows)
+        rows, _, documents = self._encode(check_texts(texts), "label", truncate)
+        scored = self._score_closed(rows, documents)
         for row, (_, scores) in enumerate(scored):
             self._check_finite(scores, row)
         return (
@@ -423,22 +456,26 @@ class Student:
             else np.zeros((0, len(self.labels)), np.float32)
         )
 
-    def _score_closed(self, rows: Sequence[Sequence[int]]) -> list[tuple[Sequence[str], np.ndarray]]:
+    def _score_closed(
+        self, rows: Sequence[Sequence[int]], documents: Documents
+    ) -> list[tuple[Sequence[str], np.ndarray]]:
         session = self._session("label_scorer", "a closed label set")
         out: list[Any] = [None] * len(rows)
-        for batch in self._batches(rows):
+        for batch in self._batches(rows, documents):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             (scores,) = session.run({"input_ids": ids, "attention_mask": mask})
             for position, i in enumerate(batch):
                 out[i] = (self.labels, scores[position])
+        for i, scores in self._long.score_labels(documents) if self._long else ():
+            out[i] = (self.labels, scores)
         return out
 
     def _score_choices(
-        self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
+        self, rows: Sequence[Sequence[int]], documents: Documents, choices: Sequence[tuple[str, ...]]
     ) -> list[tuple[Sequence[str], np.ndarray]]:
         if "choice_scorer" not in self._sessions and self.labels:
             places = places_of(choices, self.labels)  # some of the closed set's own labels
-            scored = self._score_closed(rows)
+            scored = self._score_closed(rows, documents)
             return [
                 (names, scores[place])
                 for names, place, (_, scores) in zip(choices, places, scored, strict=True)
@@ -446,25 +483,34 @@ class Student:
         session = self._session("choice_scorer", "labels given with the request")
         tries = tries_of(choices, self._texts.label_tokens, self._start)
         out: list[Any] = [None] * len(rows)
-        for batch in self._batches(rows, [tries[names].padded_shape for names in choices]):
+        for batch in self._batches(rows, documents, [tries[names].padded_shape for names in choices]):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             trie_inputs = batch_tries([tries[choices[i]] for i in batch])
             (scores,) = session.run({"input_ids": ids, "attention_mask": mask, **trie_inputs})
             for position, i in enumerate(batch):
                 out[i] = (choices[i], scores[position, : len(choices[i])])
+        if self._long:
+            for i, scores in self._long.score_labels(documents, lambda i: batch_tries([tries[choices[i]]])):
+                out[i] = (choices[i], scores[: len(choices[i])])
         return out
 
     def _decode_labels(
-        self, rows: Sequence[Sequence[int]], cut: Sequence[bool], threshold: float
+        self, rows: Sequence[Sequence[int]], documents: Documents, cut: Sequence[bool], threshold: float
     ) -> list[Prediction]:
-        decoded = self._decode(rows, self.limits["max_label_tokens"] + 1)
+        decoded = self._decode(rows, documents, self.limits["max_label_tokens"] + 1)
         out = []
-        for (tokens, log_probability), was_cut, row in zip(decoded, cut, rows, strict=True):
+        for i, ((tokens, log_probability), was_cut, row) in enumerate(zip(decoded, cut, rows, strict=True)):
             label = self._texts.decode(tokens)
             probability = float(np.exp(log_probability))
             out.append(
                 Prediction(
-                    label, probability, {label: probability}, probability < threshold, was_cut, len(row)
+                    label,
+                    probability,
+                    {label: probability},
+                    probability < threshold,
+                    was_cut,
+                    len(row),
+                    len(documents.get(i, (row,))),
                 )
             )
         return out
@@ -527,28 +573,41 @@ class Student:
             raise UsageError(
                 f"max_new_tokens must be between 1 and {self.limits['max_new_tokens']}, not {limit}."
             )
-        rows, cut = self._encode(texts, "rationale", truncate, tokens)
-        decoded = self._decode(rows, limit, num_beams)
+        rows, cut, documents = self._encode(texts, "rationale", truncate, tokens)
+        if documents and num_beams > 1:
+            first = min(documents)
+            raise UsageError(
+                f"Text {first} is over {self.limits['max_source_tokens']} tokens and read in chunks, which is decoded "
+                "greedily only; leave num_beams out."
+            )
+        decoded = self._decode(rows, documents, limit, num_beams)
         return [
             Explanation(
-                self._texts.decode(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row)
+                self._texts.decode(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row),
+                len(documents.get(i, (row,))),
             )
-            for (tokens, _), was_cut, row in zip(decoded, cut, rows, strict=True)
-        ]
+            for i, ((tokens, _), was_cut, row) in enumerate(zip(decoded, cut, rows, strict=True))
+        ]  # fmt: skip
 
     def _decode(
-        self, rows: Sequence[Sequence[int]], limit: int, num_beams: int = 1
+        self, rows: Sequence[Sequence[int]], documents: Documents, limit: int, num_beams: int = 1
     ) -> list[tuple[list[int], float]]:
         generate = self._generator(num_beams)
         out: list[Any] = [None] * len(rows)
-        for batch in self._batches(rows):
+
+        def keep(i: int, tokens: np.ndarray, log_probability: np.ndarray) -> None:
+            row = tokens.tolist()
+            stop = row.index(self._eos) + 1 if self._eos in row else len(row)
+            self._check_finite(log_probability, i)
+            out[i] = (row[:stop], float(log_probability))
+
+        for batch in self._batches(rows, documents):
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             tokens, log_probability = generate(ids, mask, limit)
             for position, i in enumerate(batch):
-                row = tokens[position].tolist()
-                stop = row.index(self._eos) + 1 if self._eos in row else len(row)
-                self._check_finite(log_probability[position], i)
-                out[i] = (row[:stop], float(log_probability[position]))
+                keep(i, tokens[position], log_probability[position])
+        for written in self._long.generate(documents, limit) if self._long else ():
+            keep(*written)
         return out
 
     def _generator(self, num_beams: int) -> Callable[[np.ndarray, np.ndarray, int], Sequence[np.ndarray]]:
@@ -586,15 +645,29 @@ class Student:
         task: str,
         truncate: bool | None,
         tokens: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[list[list[int]], list[bool]]:
+    ) -> tuple[list[list[int]], list[bool], Documents]:
+        """Return every text's ids within the limit, whether it was cut, and the chunks of the long ones."""
         self._check_open()
-        return self._texts.encode(texts, task, self.truncate if truncate is None else truncate, tokens)
+        cutting = self.truncate if truncate is None else truncate
+        rows, cut = self._texts.encode(texts, task, cutting, tokens)
+        return rows, cut, self._texts.documents(texts, rows, task)
 
     def _batches(
-        self, rows: Sequence[Sequence[int]], shapes: Sequence[Hashable] | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        documents: Documents,
+        shapes: Sequence[Hashable] | None = None,
     ) -> Iterator[list[int]]:
+        """Yield the numbers of rows that share a call; those read in chunks are left out."""
         most_rows: int | None = self._entry.get("max_batch_rows")
-        return token_budget_batches([len(row) for row in rows], self.max_batch_tokens, most_rows, shapes)
+        whole = [i for i in range(len(rows)) if i not in documents]
+        for batch in token_budget_batches(
+            [len(rows[i]) for i in whole],
+            self.max_batch_tokens,
+            most_rows,
+            shapes and [shapes[i] for i in whole],
+        ):
+            yield [whole[place] for place in batch]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -712,7 +785,7 @@ class Student:
         if "label" in tasks and "label_scorer" in self._sessions:
             self.predict(text, truncate=True)
         if "label" in tasks and "choice_scorer" in self._sessions:
-            rows, _ = self._encode(text, "label", True)
+            rows, *_ = self._encode(text, "label", True)
             trie = build_trie([(self._eos,), (self._pad, self._eos)], self._start)
             ids, mask = pad_rows(rows, self._pad)
             self._sessions["choice_scorer"].run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sbs_edge.errors import UsageError
+from sbs_edge.runtime.windows import Chunk, ChunkReader, LongSettings
 from sbs_edge.tokens import TextTokenizer, most_characters, text_fault, within_limit, without_limits
 
 __all__ = ["Texts", "check_texts", "over_limit"]
@@ -39,7 +40,7 @@ def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, ta
         where: the text's place, as the subject of the sentence.
         text: the text without its prefix.
         n_tokens: how many tokens were found, at least ``limit`` + 1 unless the text is over the limit of characters.
-        limit: ``max_source_tokens``.
+        limit: most tokens of an input.
         remedy: how cutting is allowed.
         task: the task whose prefix counts; None: not said.
     """
@@ -56,10 +57,19 @@ def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, ta
 
 
 class Texts:
-    """The tokenizer of a bundle; safe to share between threads."""
+    """The tokenizer of a bundle; safe to share between threads.
+
+    Attributes:
+        max_tokens: longest input that is read, prefix and end-of-sequence included.
+    """
 
     def __init__(
-        self, tokenizer: bytes, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
+        self,
+        tokenizer: bytes,
+        prefixes: Mapping[str, str],
+        limits: Mapping[str, int],
+        eos_token_id: int,
+        long: LongSettings | None = None,
     ) -> None:
         """Read the tokenizer.
 
@@ -68,11 +78,14 @@ class Texts:
             prefixes: task -> what stands before every input of it.
             limits: ``max_source_tokens`` and ``max_label_tokens``.
             eos_token_id: the id that ends a sequence.
+            long: how inputs over ``max_source_tokens`` are read; None: not at all.
         """
         from tokenizers import Tokenizer
 
         self._tokenizer = TextTokenizer(without_limits(Tokenizer.from_buffer(tokenizer)))
         self._prefixes, self._limits, self._eos = prefixes, limits, eos_token_id
+        self.max_tokens = limits["max_source_tokens"] if long is None else long.max_tokens
+        self._chunks = None if long is None else ChunkReader(self._tokenizer, long, eos_token_id)
 
     def tokenize(self, texts: Sequence[str], task: str) -> list[list[int]]:
         """Return every text's ids for ``task``, uncut: prefix and end-of-sequence included.
@@ -80,9 +93,7 @@ class Texts:
         Of a text far over the token limit only the beginning is read: more ids than the limit come back, and up
         to the limit they are those of the whole text.
         """
-        return self._tokenizer.encode_beginnings(
-            check_texts(texts), self._limits["max_source_tokens"], self._prefixes[task]
-        )
+        return self._tokenizer.encode_beginnings(check_texts(texts), self.max_tokens, self._prefixes[task])
 
     def count(self, texts: Sequence[str], task: str) -> list[int]:
         """Return how many tokens every text has for ``task``, however long it is."""
@@ -102,7 +113,7 @@ class Texts:
         Raises:
             UsageError: a text cannot be answered (see :func:`check_texts`), or is over the limit.
         """
-        limit = self._limits["max_source_tokens"]
+        limit = self.max_tokens
         if tokens is None:
             tokens = self.tokenize(texts, task)
         elif len(tokens) != len(texts):
@@ -119,6 +130,29 @@ class Texts:
             rows.append(within_limit(ids, limit, self._eos))
             cut.append(too_long)
         return rows, cut
+
+    def documents(
+        self, texts: Sequence[str], rows: Sequence[Sequence[int]], task: str
+    ) -> dict[int, list[Chunk]]:
+        """Return the chunks of every text over ``max_source_tokens``, by its number.
+
+        Args:
+            texts: inputs without prefix.
+            rows: their ids, from :meth:`encode`.
+            task: "label" or "rationale".
+
+        Raises:
+            UsageError: a text's header leaves too little of a chunk for the rest.
+        """
+        found: dict[int, list[Chunk]] = {}
+        for number, row in enumerate(rows):
+            if self._chunks is None or len(row) <= self._limits["max_source_tokens"]:
+                continue
+            try:
+                found[number] = self._chunks.chunks(texts[number], row, self._prefixes[task])
+            except UsageError as error:
+                raise UsageError(f"Text {number} {error}") from error
+        return found
 
     def label_tokens(self, label: str) -> list[int]:
         """Return the ids of a label, end-of-sequence included.

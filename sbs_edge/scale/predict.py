@@ -88,7 +88,7 @@ def _short_enough(
     texts = [question.text for question in good]
     tasks = ("label", "rationale") if explain else ("label",)
     tokens = {task: student.tokenize(texts, task) if texts else [] for task in tasks}
-    limit = student.limits["max_source_tokens"]
+    limit = student.max_input_tokens
     kept = []
     for i, question in enumerate(good):
         count = max(len(tokens[task][i]) for task in tasks)
