@@ -148,10 +148,7 @@ class Texts:
         for number, row in enumerate(rows):
             if self._chunks is None or len(row) <= self._limits["max_source_tokens"]:
                 continue
-            try:
-                found[number] = self._chunks.chunks(texts[number], row, self._prefixes[task])
-            except UsageError as error:
-                raise UsageError(f"Text {number} {error}") from error
+            found[number] = self._chunks.chunks(texts[number], row, self._prefixes[task], f"Text {number}")
         return found
 
     def label_tokens(self, label: str) -> list[int]:

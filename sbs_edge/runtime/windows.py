@@ -16,7 +16,7 @@ from typing import Any
 from sbs_edge.errors import UsageError
 from sbs_edge.tokens import TextTokenizer
 
-__all__ = ["Chunk", "ChunkReader", "LongSettings", "chunks_of", "kept_tokens"]
+__all__ = ["MARKER", "Chunk", "ChunkReader", "LongSettings", "chunks_of", "kept_tokens"]
 
 MARKER = "part {} of {}"
 _LEAST_SHARE = 4  # the window gets at least a quarter of a chunk
@@ -114,7 +114,8 @@ def chunks_of(
             input that fits one chunk has none.
 
     Raises:
-        UsageError: head, marker and tail leave less than a quarter of a chunk for the window.
+        UsageError: head, marker and tail leave less than a quarter of a chunk for the window; the message lacks its
+            subject, the text.
     """
     if len(head) + len(body) + len(tail) <= size:
         return [Chunk([*head, *body, *tail], 0, len(head) + len(body) + len(tail))]
@@ -156,16 +157,17 @@ class ChunkReader:
         self._tokenizer, self._settings, self._eos = tokenizer, settings, eos_id
         self._markers: dict[tuple[int, int], list[int]] = {}
 
-    def chunks(self, text: str, ids: Sequence[int], prefix: str) -> list[Chunk]:
+    def chunks(self, text: str, ids: Sequence[int], prefix: str, where: str = "The text") -> list[Chunk]:
         """Return the chunks of ``text``.
 
         Args:
             text: the text without its prefix.
             ids: its tokens with ``prefix``, end-of-sequence last; they may be cut.
             prefix: the task's prefix.
+            where: the text's place, as the subject of a sentence.
 
         Raises:
-            UsageError: the header leaves too little of a chunk; the message lacks its subject, the text.
+            UsageError: the header leaves too little of a chunk.
         """
         tail = list(ids[-1:]) if ids[-1:] == [self._eos] else []
         body = ids[: len(ids) - len(tail)]
@@ -174,10 +176,13 @@ class ChunkReader:
         while n_head < min(len(beginning), len(body)) and beginning[n_head] == body[n_head]:
             n_head += 1
         settings = self._settings
-        return chunks_of(
-            body[n_head:], body[:n_head], tail, settings.chunk, settings.overlap,
-            self._marker if settings.marker else None,
-        )  # fmt: skip
+        try:
+            return chunks_of(
+                body[n_head:], body[:n_head], tail, settings.chunk, settings.overlap,
+                self._marker if settings.marker else None,
+            )  # fmt: skip
+        except UsageError as error:
+            raise UsageError(f"{where} {error}") from error
 
     def _header(self, text: str) -> str:
         mark = self._settings.header

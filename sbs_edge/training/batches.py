@@ -18,22 +18,26 @@ from torch.utils.data import IterableDataset
 
 from sbs_edge.data.example import Example
 from sbs_edge.data.targets import label_for, rationale_for
+from sbs_edge.runtime.windows import Chunk, ChunkReader
 from sbs_edge.tokens import TextTokenizer, within_limit
 from sbs_edge.training.config import TrainConfig
+from sbs_edge.training.long import chunk_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Batches", "Collator", "Encoded", "Encoder", "MemoryRows", "StreamRows"]
+__all__ = ["Batches", "ChunkCollator", "Collator", "Encoded", "Encoder", "MemoryRows", "StreamRows"]
 
 IGNORE = -100
+Source = list[int] | list[Chunk]
+"""An input's token ids, or its chunks in runs that read long inputs."""
 
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids of one example: per task ``(input, target)`` or None where the row lacks the target."""
+    """Tokens of one example: per task ``(input, target)`` or None where the row lacks the target."""
 
-    tasks: tuple[tuple[list[int], list[int]] | None, tuple[list[int], list[int]] | None]
+    tasks: tuple[tuple[Source, list[int]] | None, tuple[Source, list[int]] | None]
     weight: float = 1.0
 
 
@@ -49,6 +53,8 @@ class Encoder:
         self.texts = TextTokenizer(tokenizer)
         self.config = config
         self.eos_id = eos_id
+        self.long = config.long_settings
+        self.chunks = None if self.long is None else ChunkReader(self.texts, self.long, eos_id)
         self.cut_sources = 0
         self.cut_targets = 0
 
@@ -56,23 +62,28 @@ class Encoder:
         """Return the row's tokens, or None when it has neither target the mode learns from."""
         config = self.config
         wanted = (label_for(example, config.mode), rationale_for(example, config.mode))
-        tasks: list[tuple[list[int], list[int]] | None] = []
+        tasks: list[tuple[Source, list[int]] | None] = []
+        limit = config.max_source_tokens if self.long is None else self.long.max_tokens
         for prefix, target in zip(config.prefix_pair, wanted, strict=True):
             if target is None or not target.strip():
                 tasks.append(None)
                 continue
-            source, cut_source = self.texts.encode_within(
-                example.input, config.max_source_tokens, self.eos_id, prefix
-            )
+            source, cut_source = self.texts.encode_within(example.input, limit, self.eos_id, prefix)
             ids = self.texts.encode_target(target, self.eos_id)
             self.cut_sources += cut_source
             self.cut_targets += len(ids) > config.max_target_tokens
             ids = within_limit(ids, config.max_target_tokens, self.eos_id)
-            tasks.append((source, ids))
+            tasks.append((self._chunked(example, source, prefix), ids))
         if not any(tasks):
             return None
         weight = example.confidence if config.row_weight == "confidence" else 1.0
         return Encoded((tasks[0], tasks[1]), weight)
+
+    def _chunked(self, example: Example, source: list[int], prefix: str) -> Source:
+        if self.chunks is None:
+            return source
+        where = f"The input of {example.source or example.id}"
+        return self.chunks.chunks(example.input, source, prefix, where)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -95,11 +106,11 @@ class Collator:
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Return tensors on the CPU, and ``denominators`` (2,): the sums of weights of this batch."""
-        sources: list[list[int]] = []
+        sources: list[Source] = []
         decoder_ids, targets, segments, weights = [], [], [], []
         for task in range(self.n_tasks):
             mine = [(pair, row.weight) for row in rows if (pair := row.tasks[task]) is not None]
-            pairs = [pair for pair, _ in mine] or [([self.eos_id], [IGNORE])]
+            pairs = [pair for pair, _ in mine] or [(self._nothing(), [IGNORE])]
             factors = torch.tensor([weight for _, weight in mine] or [0.0])
             sources += [source for source, _ in pairs]
             wanted = _pad([target for _, target in pairs], IGNORE)
@@ -112,11 +123,8 @@ class Collator:
         flat, segment_ids, row_weights = torch.cat(targets), torch.cat(segments), torch.cat(weights)
         valid = (flat != IGNORE).nonzero().squeeze(1)
         denominators = torch.zeros(2).index_add_(0, segment_ids[valid], row_weights[valid])
-        input_ids = _pad(sources, self.pad_id)
-        lengths = torch.tensor([len(source) for source in sources])
         return {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long(),
+            **self._inputs(sources),
             "decoder_ids": decoder_ids,
             "targets": flat,
             "segment_ids": segment_ids,
@@ -124,6 +132,26 @@ class Collator:
             "valid_indices": valid,
             "denominators": denominators,
         }
+
+    def _nothing(self) -> Source:
+        """Return the input of a row that weighs nothing."""
+        return [self.eos_id]
+
+    def _inputs(self, sources: Sequence[Any]) -> dict[str, torch.Tensor]:
+        input_ids = _pad(sources, self.pad_id)
+        lengths = torch.tensor([len(source) for source in sources])
+        mask = (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long()
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+
+class ChunkCollator(Collator):
+    """A collator of rows whose inputs are chunks; ``input_ids`` and ``attention_mask`` hold the chunks of all rows."""
+
+    def _nothing(self) -> Source:
+        return [Chunk([self.eos_id], 0, 1)]
+
+    def _inputs(self, sources: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return chunk_tensors(sources, self.pad_id)
 
 
 class MemoryRows:

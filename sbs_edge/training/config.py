@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sbs_edge.data.targets import Mode
 from sbs_edge.errors import UsageError
+from sbs_edge.runtime.windows import LongSettings
 
 __all__ = ["PREFIXES", "Mode", "TrainConfig", "make_config"]
 
@@ -110,6 +111,19 @@ class TrainConfig(BaseModel):
     hold: float = Field(0.6, ge=0, lt=1, description="Share of the steps at the peak, for the hold schedule.")
     final: float = Field(0.05, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
     max_source_tokens: int = Field(512, ge=2, description="Longer inputs are cut, and counted.")
+    long: Literal["off", "full", "random"] = Field(
+        "off",
+        description="Read inputs over max_source_tokens in chunks of that length: with all states of the encoder "
+        "(full), or with as many as a chunk has, drawn at random in each step (random).",
+    )
+    max_long_tokens: int = Field(
+        4096, ge=8, description="Longest input with long; longer ones are cut, and counted."
+    )
+    chunk_overlap: float = Field(
+        0.25, ge=0, lt=1, description="Share that neighbouring chunks have in common."
+    )
+    chunk_header: str = Field("", description="Repeat the text up to this string in every chunk.")
+    chunk_marker: bool = Field(False, description="Tell each chunk its place: 'part 3 of 9'.")
     max_target_tokens: int = Field(256, ge=2, description="Longer targets are cut, and counted.")
     shuffle_buffer: int = Field(1000, ge=1, description="Rows held for shuffling when the rows are a stream.")
     seed: int = Field(0, ge=0, description="Seed of splits, initial weights and row order.")
@@ -174,6 +188,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"label_prefix and rationale_prefix are both {label!r}: they tell the tasks apart"
             )
+        if self.long != "off" and self.max_long_tokens <= self.max_source_tokens:
+            raise ValueError(
+                f"max_long_tokens {self.max_long_tokens} must be over max_source_tokens {self.max_source_tokens}: "
+                "chunks are that long, and only longer inputs are read in several"
+            )
         if self.early_stopping_patience is not None and self.validation_rows == 0:
             raise ValueError("early_stopping_patience needs validation rows; validation_rows is 0")
         return self
@@ -196,6 +215,16 @@ class TrainConfig(BaseModel):
             label if self.label_prefix is None else self.label_prefix,
             rationale if self.rationale_prefix is None else self.rationale_prefix,
         )
+
+    @property
+    def long_settings(self) -> LongSettings | None:
+        """How inputs over ``max_source_tokens`` are read; None: they are cut."""
+        if self.long == "off":
+            return None
+        return LongSettings(
+            chunk=self.max_source_tokens, max_tokens=self.max_long_tokens, overlap=self.chunk_overlap,
+            header=self.chunk_header, marker=self.chunk_marker, trained=self.long,
+        )  # fmt: skip
 
     @property
     def lambda_(self) -> float:

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
 from sbs_edge.progress import ProgressLine
 from sbs_edge.resources import limit_torch_threads
+from sbs_edge.runtime.windows import ChunkReader
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
+from sbs_edge.training.long import chunk_tensors, encode_chunks
 from sbs_edge.training.student_dir import StudentDir
 
 if TYPE_CHECKING:
@@ -39,12 +42,36 @@ def _chunks(texts: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str
         yield start, texts[start : start + size]
 
 
-def _inputs(
-    texts: Sequence[str], tokenizer: TextTokenizer, limit: int, config: Any, prefix: str
-) -> tuple[Tensor, Tensor]:
-    """Tokenise and pad; ids and mask (B, S). Longer inputs are cut before their end token."""
-    found = tokenizer.encode_beginnings(texts, limit, prefix)
-    return _padded([within_limit(row, limit, config.eos_token_id) for row in found], config)
+def _read(
+    model: Any, student: StudentDir, tokenizer: TextTokenizer, texts: Sequence[str], prefix: str
+) -> tuple[BaseModelOutput, Tensor]:
+    """Return the encoder's states (B, N, d_model) of ``texts`` and their mask (B, N).
+
+    Inputs over ``max_source_tokens`` are read in chunks if the student was trained so. Inputs over the limit are
+    cut before their end token.
+    """
+    config, long = model.config, student.long
+    limit = student.limits["max_source_tokens"] if long is None else long.max_tokens
+    rows = [
+        within_limit(row, limit, config.eos_token_id)
+        for row in tokenizer.encode_beginnings(texts, limit, prefix)
+    ]
+    if long is None or all(len(row) <= student.limits["max_source_tokens"] for row in rows):
+        ids, mask = (part.to(model.device) for part in _padded(rows, config))
+        return BaseModelOutput(_encode(model, ids, mask)), mask
+    reader = ChunkReader(tokenizer, long, config.eos_token_id)
+    chunks = [reader.chunks(text, row, prefix) for text, row in zip(texts, rows, strict=True)]
+    tensors = chunk_tensors(chunks, config.pad_token_id)
+    ids, mask, index = (part.to(model.device) for part in tensors.values())
+    states, mask = encode_chunks(functools.partial(_encode, model), ids, mask, index)
+    return BaseModelOutput(states), mask
+
+
+def _encode(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    states: Tensor = model.get_encoder()(
+        input_ids=ids, attention_mask=mask, return_dict=True
+    ).last_hidden_state
+    return states
 
 
 def _padded(rows: Sequence[Sequence[int]], config: Any) -> tuple[Tensor, Tensor]:
@@ -54,24 +81,23 @@ def _padded(rows: Sequence[Sequence[int]], config: Any) -> tuple[Tensor, Tensor]
     return ids, (torch.arange(width) < lengths).long()
 
 
-def _first_step(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    start = torch.full((len(ids), 1), start_token_id(model.config), device=ids.device)
+def _first_step(model: Any, read: BaseModelOutput, mask: Tensor, tokens: Tensor) -> Tensor:
+    start = torch.full((len(mask), 1), start_token_id(model.config), device=mask.device)
     logits: Tensor = model(
-        input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=False
+        encoder_outputs=read, attention_mask=mask, decoder_input_ids=start, use_cache=False
     ).logits
     return logits[:, 0, tokens].float()
 
 
 def _sequence_scores(
-    model: Any, ids: Tensor, mask: Tensor, candidates: Sequence[Sequence[Sequence[int]]]
+    model: Any, read: BaseModelOutput, mask: Tensor, candidates: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
     """Return for each row the log-probability of each of its candidates (token ids with end token)."""
-    config = model.config
-    states = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
-    owner = torch.tensor([row for row, own in enumerate(candidates) for _ in own], device=ids.device)
+    config, states = model.config, read[0]
+    owner = torch.tensor([row for row, own in enumerate(candidates) for _ in own], device=mask.device)
     flat = [list(candidate) for own in candidates for candidate in own]
     width = max(map(len, flat))
-    wanted = torch.tensor([[*c, *[-100] * (width - len(c))] for c in flat], device=ids.device)
+    wanted = torch.tensor([[*c, *[-100] * (width - len(c))] for c in flat], device=mask.device)
     decoder = torch.full_like(wanted, start_token_id(config))
     decoder[:, 1:] = wanted[:, :-1].masked_fill(wanted[:, :-1] == -100, config.pad_token_id)
     scores: list[float] = []
@@ -96,10 +122,10 @@ def _sequence_scores(
 @torch.no_grad()
 def _generate(
     model: Any,
+    student: StudentDir,
     texts: Sequence[str],
     prefix: str,
     tokenizer: TextTokenizer,
-    source_limit: int,
     new_tokens: int,
     batch_size: int,
     on_progress: OnProgress | None = None,
@@ -109,9 +135,9 @@ def _generate(
     for start, part in _chunks(texts, batch_size):
         if on_progress is not None:
             on_progress(start, len(texts))
-        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, config, prefix))
+        read, mask = _read(model, student, tokenizer, part, prefix)
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
+            encoder_outputs=read, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
             do_sample=False, num_beams=1,
         )  # fmt: skip
         for row in out[:, 1:].tolist():
@@ -132,11 +158,10 @@ def predict_labels(
     """Return the label of every example and the method used: first-token, trie or decode."""
     texts, prefix = [example.input for example in examples], student.prefixes["label"]
     tokenizer = TextTokenizer.of(tokenizer)
-    limit = student.limits["max_source_tokens"]
     kind, labels = student.task.label_kind, student.task.labels
     if kind == "open":
         new = student.limits["max_label_tokens"]
-        return _generate(model, texts, prefix, tokenizer, limit, new, batch_size, on_progress), "decode"
+        return _generate(model, student, texts, prefix, tokenizer, new, batch_size, on_progress), "decode"
     eos = model.config.eos_token_id
     encoded = {label: tokenizer.encode_target(label, eos) for label in labels}
     heads = first_tokens(list(encoded.values())) if kind == "closed" else None
@@ -144,9 +169,9 @@ def predict_labels(
     for start, part in _chunks(texts, batch_size):
         if on_progress is not None:
             on_progress(start, len(texts))
-        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, limit, model.config, prefix))
+        read, mask = _read(model, student, tokenizer, part, prefix)
         if heads is not None:
-            best = _first_step(model, ids, mask, torch.tensor(heads, device=ids.device)).argmax(1).tolist()
+            best = _first_step(model, read, mask, torch.tensor(heads, device=mask.device)).argmax(1).tolist()
             answers += [labels[index] for index in best]
             continue
         own: list[Sequence[str]] = []
@@ -156,7 +181,7 @@ def predict_labels(
                 raise DataError(f"{example.source or example.id} brings no choices, which its task needs.")
             own.append(choices)
         candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
-        for row, values in zip(own, _sequence_scores(model, ids, mask, candidates), strict=True):
+        for row, values in zip(own, _sequence_scores(model, read, mask, candidates), strict=True):
             answers.append(row[max(range(len(values)), key=values.__getitem__)])
     return answers, "trie" if heads is None else "first-token"
 
@@ -170,15 +195,15 @@ def predict_rationales(
     on_progress: OnProgress | None = None,
 ) -> list[str]:
     """Decode the rationale of every example greedily."""
-    texts, limits = [example.input for example in examples], student.limits
+    texts = [example.input for example in examples]
     tokenizer = TextTokenizer.of(tokenizer)
     return _generate(
         model,
+        student,
         texts,
         student.prefixes["rationale"],
         tokenizer,
-        limits["max_source_tokens"],
-        limits["max_target_tokens"],
+        student.limits["max_target_tokens"],
         batch_size,
         on_progress,
     )
@@ -195,9 +220,7 @@ def _teacher_forced(
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         texts, prefix = [example.input for example in part], student.prefixes["rationale"]
-        ids, mask = (
-            t.to(model.device) for t in _inputs(texts, tokenizer, limits["max_source_tokens"], config, prefix)
-        )
+        read, mask = _read(model, student, tokenizer, texts, prefix)
         targets, keep = (
             t.to(model.device)
             for t in _padded(
@@ -215,7 +238,7 @@ def _teacher_forced(
         decoder = torch.full_like(targets, start_token_id(config))
         decoder[:, 1:] = targets[:, :-1]
         logits = model(
-            input_ids=ids, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
+            encoder_outputs=read, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
         ).logits.float()
         real = keep.bool()
         correct += int(((logits.argmax(-1) == targets) & real).sum())

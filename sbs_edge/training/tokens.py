@@ -14,6 +14,7 @@ from sbs_edge.data.spiece import spiece_tokenizer
 from sbs_edge.data.targets import label_for, rationale_for
 from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer, load_tokenizer
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.runtime.windows import MARKER
 from sbs_edge.tokens import without_limits
 from sbs_edge.training.config import TrainConfig
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["checkpoint_tokenizer", "scratch_tokenizer", "write_tokenizer"]
+
+MARKED_PARTS = 99
+"""Numbers of chunks that a word tokenizer from scratch can spell."""
 
 
 def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: TrainConfig) -> Tokenizer:
@@ -30,6 +34,8 @@ def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: Train
     for example in examples:
         targets = (label_for(example, config.mode), rationale_for(example, config.mode))
         texts += [example.input, *(target for target in targets if target), *(example.choices or ())]
+    if config.long != "off" and config.chunk_marker:
+        texts += [MARKER.format(part, MARKED_PARTS) for part in range(1, MARKED_PARTS + 1)]
     return build_tokenizer([*texts, *task.labels], config.prefix_pair, kind, config.vocabulary)
 
 

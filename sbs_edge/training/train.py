@@ -175,6 +175,7 @@ def _validation(
 def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | None) -> Any:
     """Build or load the student, with adapters if asked for, and put the two-task loss around it."""
     from sbs_edge.training import model as models
+    from sbs_edge.training.long import recompute_decoder
     from sbs_edge.training.pretrained import load_opened
 
     if checkpoint is None:
@@ -185,6 +186,8 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
         # transformers 5 renamed the method
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    if config.long != "off":
+        recompute_decoder(student)
     if config.lora_rank:
         if util.find_spec("peft") is None:
             raise MissingExtra("peft", "train", "LoRA")
@@ -192,6 +195,7 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
     return models.TwoTaskModel(
         student,
         config.lambda_,
+        drawn_states=config.max_source_tokens if config.long == "random" else None,
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         workspace_mb=config.workspace_mb,
@@ -265,7 +269,7 @@ def _run(
     import transformers
     from transformers import set_seed
 
-    from sbs_edge.training.batches import Batches, Collator, Encoder, MemoryRows, StreamRows
+    from sbs_edge.training.batches import Batches, ChunkCollator, Collator, Encoder, MemoryRows, StreamRows
     from sbs_edge.training.tokens import checkpoint_tokenizer, scratch_tokenizer
     from sbs_edge.training.trainer import TwoTaskTrainer, make_arguments
 
@@ -309,7 +313,8 @@ def _run(
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 
     encoder = Encoder(tokenizer, config, ids["eos_id"])
-    collator = Collator(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
+    kind = Collator if config.long == "off" else ChunkCollator
+    collator = kind(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
     source: MemoryRows | StreamRows
     if stream is None:
         encoded = [row for row in map(encoder, splits.train) if row is not None]
@@ -454,6 +459,8 @@ def _finish(
             "config": config.model_dump(mode="json"),
             "training": report,
         }
+        if config.long_settings is not None:
+            card["long"] = config.long_settings.describe()
         calibration = list(splits.train)
         if len(calibration) > CALIBRATION_ROWS:
             calibration = random.Random(config.seed).sample(calibration, CALIBRATION_ROWS)
