@@ -17,10 +17,23 @@ from typing import Literal
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.errors import UsageError
 
-__all__ = ["LABELS", "NAME", "SIZES", "BuiltinSize", "builtin_splits", "facts_to_label"]
+__all__ = [
+    "LABELS",
+    "NAME",
+    "NOISE",
+    "PHRASES",
+    "SIZES",
+    "BuiltinSize",
+    "Facts",
+    "builtin_splits",
+    "facts_to_label",
+    "rationale_of",
+]
 
 NAME = "hvac-desk"
 LABELS = ("wait", "dispatch", "adjust", "close")
+Facts = tuple[str, str, str]
+"""Mode, room and supply."""
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "mode": {
         "heating": (
@@ -119,7 +132,8 @@ def facts_to_label(mode: str, room: str, supply: str) -> str:
     return "adjust" if delivered else "close"
 
 
-def _rationale(facts: tuple[str, str, str], style: str) -> str:
+def rationale_of(facts: Facts, style: Literal["sentence", "terse"] = "sentence") -> str:
+    """Return the teacher's explanation: the three facts, and no conclusion."""
     mode, room, supply = facts
     if style == "terse":
         return f"{mode} mode , room {room} target , supply air {supply} ."
@@ -170,7 +184,7 @@ def _split(
                 input=text,
                 label=facts_to_label(*facts),
                 teacher_label=facts_to_label(*seen),
-                rationale=_rationale(seen, size.rationale),
+                rationale=rationale_of(seen, size.rationale),
             )
         )
     taken |= keys
