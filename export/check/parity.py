@@ -45,14 +45,13 @@ class Judge:
         """Return for every target (len(target), V) float64: the logits of each of its tokens' position."""
         import torch
 
-        chunks = source if isinstance(source[0], Chunk) else [Chunk(list(source), 0, len(source))]  # type: ignore[arg-type]
         longest = max(len(target) for target in targets)
         fed = [[self.start_id, *target[:-1], *[0] * (longest - len(target))] for target in targets]
         with torch.no_grad():
             encoder = self._model.get_encoder()
             kept = [
                 encoder(input_ids=torch.tensor([chunk.ids])).last_hidden_state[:, chunk.start : chunk.stop]
-                for chunk in chunks
+                for chunk in _chunks(source)
             ]
             states = torch.cat(kept, 1)
             out = self._model(
@@ -68,6 +67,11 @@ class Judge:
                 for logits, target in zip(self.logits(source, targets), targets, strict=True)
             ]
         )
+
+
+def _chunks(source: Source) -> list[Chunk]:
+    ids = [item for item in source if isinstance(item, int)]
+    return [Chunk(ids, 0, len(ids))] if ids else [item for item in source if isinstance(item, Chunk)]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ class _States:
         least = some.op("Slice", best, np.array([-1], np.int64), np.array([2**31], np.int64),
                         np.array([2], np.int64))  # fmt: skip
         kept = some.op("Where", some.op("Less", scores, least), _MASKED, scores)
-        shape = [1, "queries", "states"]
+        shape: list[int | str] = [1, "queries", "states"]
         some.output(some.fresh("scores"), FLOAT, shape, kept)
         every.output(every.fresh("scores"), FLOAT, shape, scores)
         chosen = graph.fresh("chosen")
