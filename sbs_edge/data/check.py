@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sbs_edge.data.answers import normalise
-from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, LabelKind, Splits
 from sbs_edge.data.findings import Finding, examine, verdict
-from sbs_edge.data.load import Source, hold_out_missing, open_source
+from sbs_edge.data.load import Source, drawn_splits, hold_out_missing, open_source
 from sbs_edge.data.readers import ColumnMap, ReadResult
 from sbs_edge.data.splits import find_overlaps
 from sbs_edge.data.targets import Mode, teacher_agreement
@@ -150,8 +149,8 @@ def check_dataset(
         DataError: the source as a whole cannot be read.
 
     """
-    if dataset is None and (source is None or str(source) == "builtin"):
-        drawn = builtin_splits()
+    drawn = drawn_splits(source) if dataset is None else None
+    if drawn is not None:
         names = ("train", "validation", "test")
         opened = Source(drawn.task, {name: ReadResult(getattr(drawn, name)) for name in names})
     else:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from sbs_edge import files
-from sbs_edge.data import hub
+from sbs_edge.data import hub, shift_log
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import LabelKind, Splits, TaskSpec
 from sbs_edge.data.labels import Respelling, fit_labels, infer_task
@@ -21,7 +21,7 @@ from sbs_edge.data.rows import FORMATS, iterate_rows
 from sbs_edge.data.splits import VALIDATION_SHARE, check_disjoint, drop_overlaps, hold_out
 from sbs_edge.errors import DataError
 
-__all__ = ["Source", "hold_out_missing", "infer_task", "load_splits", "open_source"]
+__all__ = ["Source", "drawn_splits", "hold_out_missing", "infer_task", "load_splits", "open_source"]
 
 # What people call the three splits, in files and in Hugging Face data sets.
 _ALIASES = {
@@ -153,6 +153,15 @@ def write_skipped(path: str | Path, rejected: Sequence[RejectedRow]) -> None:
     files.write_text(path, "".join(line + "\n" for line in lines))
 
 
+def drawn_splits(source: str | Path | None, seed: int = 0) -> Splits | None:
+    """Return the splits of a built-in task, or None where ``source`` does not name one."""
+    if source is None or str(source) == "builtin":
+        return builtin_splits(seed=seed)
+    if str(source) in (shift_log.NAME, shift_log.LATEST_NAME):
+        return shift_log.shift_log_splits(seed, latest=str(source) == shift_log.LATEST_NAME)
+    return None
+
+
 def load_splits(
     source: str | Path | None = None,
     *,
@@ -172,9 +181,9 @@ def load_splits(
     split a tenth of what is left: by ``seed``, stratified by label in closed tasks, and equal inputs stay together.
 
     Args:
-        source: None or ``"builtin"``; a file; a folder with ``train``, ``validation`` and ``test``
-            files; a saved Hugging Face data set or the name of one; with ``dataset``, a folder in the
-            paper's layout.
+        source: None or ``"builtin"``, ``"shift-log"``, ``"shift-log-latest"``; a file; a folder with ``train``,
+            ``validation`` and ``test`` files; a saved Hugging Face data set or the name of one; with ``dataset``, a
+            folder in the paper's layout.
         dataset: ``cqa``, ``svamp``, ``anli1`` or ``esnli``.
         validation: file of validation rows.
         test: file of test rows.
@@ -190,8 +199,8 @@ def load_splits(
         DataError: an unusable row or an input in two splits (unless ``skip_bad_rows``), or no rows.
 
     """
-    if dataset is None and (source is None or str(source) == "builtin"):
-        return builtin_splits(seed=seed)
+    if dataset is None and (drawn := drawn_splits(source, seed)) is not None:
+        return drawn
     opened = open_source(
         source or ".",
         dataset=dataset,

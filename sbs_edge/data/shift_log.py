@@ -17,9 +17,19 @@ from dataclasses import dataclass
 from sbs_edge.data.builtin import LABELS, NOISE, PHRASES, Facts, facts_to_label, rationale_of
 from sbs_edge.data.example import Example, Splits, TaskSpec
 
-__all__ = ["HEADER", "NAME", "UNITS", "ShiftLogSize", "shift_log_rows", "shift_log_splits"]
+__all__ = [
+    "HEADER",
+    "LATEST_NAME",
+    "NAME",
+    "UNITS",
+    "ShiftLogSize",
+    "shift_log_rows",
+    "shift_log_splits",
+]
 
-NAME = "shift-log"
+NAME, LATEST_NAME = "shift-log", "shift-log-latest"
+"""The two variants, as ``train`` and ``run`` take them in place of a file."""
+
 HEADER = "|"
 """End of the line that names the unit; see the option --chunk-header."""
 
@@ -120,7 +130,7 @@ def shift_log_splits(seed: int = 0, *, latest: bool = False, size: ShiftLogSize 
         return shift_log_rows(name, count, size.tokens, from_seed, latest=latest, n_phrases=size.n_phrases)
 
     return Splits(
-        TaskSpec(NAME, "closed", LABELS),
+        TaskSpec(LATEST_NAME if latest else NAME, "closed", LABELS),
         rows("train", size.n_train, _TRAIN_SEED + seed),
         rows("validation", size.n_validation, _VALIDATION_SEED),
         rows("test", size.n_test, _TEST_SEED),

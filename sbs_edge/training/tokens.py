@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sbs_edge import files
 from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.data.example import Example, TaskSpec
+from sbs_edge.data.shift_log import LATEST_NAME
+from sbs_edge.data.shift_log import NAME as SHIFT_LOG
 from sbs_edge.data.spiece import spiece_tokenizer
 from sbs_edge.data.targets import label_for, rationale_for
 from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer, load_tokenizer
@@ -29,7 +31,7 @@ MARKED_PARTS = 99
 
 def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: TrainConfig) -> Tokenizer:
     """Build a tokenizer from what the mode sees of the training rows, and the closed labels."""
-    kind = config.tokenizer or ("word" if task.name == BUILTIN else "unigram")
+    kind = config.tokenizer or ("word" if task.name in (BUILTIN, SHIFT_LOG, LATEST_NAME) else "unigram")
     texts: list[str] = []
     for example in examples:
         targets = (label_for(example, config.mode), rationale_for(example, config.mode))
