@@ -48,9 +48,9 @@ from sbs_edge.export.vocabulary.output import output_tokens
 from sbs_edge.runtime.bundle import Bundle, seal
 from sbs_edge.runtime.manifest import FORMAT
 from sbs_edge.runtime.student import Student
-from sbs_edge.runtime.windows import LongSettings
 from sbs_edge.tokens import TextTokenizer, within_limit
 from sbs_edge.training.student_dir import CALIBRATION, VALIDATION, StudentDir
+from sbs_edge.windows import LongSettings
 
 __all__ = ["ExportResult", "export"]
 
@@ -198,7 +198,7 @@ def export(
         single_file: add a graph per target that takes text and gives the label, tokenizer inside.
         unguarded: write targets that cannot run on this machine too, without measuring what they cost.
         long: read inputs over ``max_source_tokens`` in chunks; CPU targets and the bundle layout only. None: if the
-            student was trained on them. A mapping sets fields of :class:`~sbs_edge.runtime.windows.LongSettings`,
+            student was trained on them. A mapping sets fields of :class:`~sbs_edge.windows.LongSettings`,
             for example ``{"max_tokens": 32768, "top_k": 512}``.
         version: the bundle's version, as serving shows it.
         say: receives one line of progress per stage.

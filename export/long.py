@@ -7,8 +7,8 @@ from typing import Any
 
 from sbs_edge.errors import UsageError
 from sbs_edge.export.targets import Target
-from sbs_edge.runtime.windows import LongSettings
 from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.windows import LongSettings
 
 __all__ = ["MAX_LONG_TOKENS", "check_long", "long_settings"]
 

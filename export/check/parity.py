@@ -18,9 +18,9 @@ from sbs_edge.export.labels import LabelPlan
 from sbs_edge.runtime.batches import pad_rows
 from sbs_edge.runtime.sessions import Session
 from sbs_edge.runtime.trie import batch_tries, build_trie
-from sbs_edge.runtime.windows import Chunk, LongSettings
 from sbs_edge.tokens import start_token_id
 from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.windows import Chunk, LongSettings
 
 __all__ = ["FLOAT_TOLERANCE", "Judge", "accept", "check_tokens", "compare_with_pytorch"]
 

@@ -17,9 +17,9 @@ from sbs_edge.export.labels import LabelPlan
 from sbs_edge.runtime.long import LongReader
 from sbs_edge.runtime.sessions import Session
 from sbs_edge.runtime.trie import batch_tries, build_trie
-from sbs_edge.runtime.windows import Chunk, ChunkReader, LongSettings
 from sbs_edge.tokens import most_characters, within_limit
 from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.windows import Chunk, ChunkReader, LongSettings
 
 __all__ = ["compare_long"]
 

@@ -20,8 +20,8 @@ from sbs_edge.data.example import Example
 from sbs_edge.errors import UsageError
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.student import Student
-from sbs_edge.runtime.windows import ChunkReader, LongSettings
 from sbs_edge.tokens import TextTokenizer, read_tokenizer
+from sbs_edge.windows import ChunkReader, LongSettings
 
 __all__ = ["WAYS", "Reader", "Way", "measure"]
 

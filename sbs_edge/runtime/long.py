@@ -11,7 +11,7 @@ import numpy as np
 
 from sbs_edge.runtime.batches import pad_rows, padded_length
 from sbs_edge.runtime.sessions import Session
-from sbs_edge.runtime.windows import Chunk, LongSettings
+from sbs_edge.windows import Chunk, LongSettings
 
 __all__ = ["Documents", "LongReader"]
 

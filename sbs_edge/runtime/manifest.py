@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
-from sbs_edge.runtime.windows import LongSettings
+from sbs_edge.windows import LongSettings
 
 __all__ = [
     "DIGEST",

@@ -23,7 +23,7 @@ from sbs_edge.runtime.manifest import LONG_ROLES, read_manifest
 from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, usable_providers
 from sbs_edge.runtime.texts import Texts, check_texts
 from sbs_edge.runtime.trie import batch_tries, build_trie
-from sbs_edge.runtime.windows import LongSettings
+from sbs_edge.windows import LongSettings
 
 __all__ = ["Student"]
 

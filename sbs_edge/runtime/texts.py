@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sbs_edge.errors import UsageError
-from sbs_edge.runtime.windows import Chunk, ChunkReader, LongSettings
 from sbs_edge.tokens import TextTokenizer, most_characters, text_fault, within_limit, without_limits
+from sbs_edge.windows import Chunk, ChunkReader, LongSettings
 
 __all__ = ["Texts", "check_texts", "over_limit"]
 

@@ -18,10 +18,10 @@ from torch.utils.data import IterableDataset
 
 from sbs_edge.data.example import Example
 from sbs_edge.data.targets import label_for, rationale_for
-from sbs_edge.runtime.windows import Chunk, ChunkReader
 from sbs_edge.tokens import TextTokenizer, within_limit
 from sbs_edge.training.config import TrainConfig
 from sbs_edge.training.long import chunk_tensors
+from sbs_edge.windows import Chunk, ChunkReader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sbs_edge.data.targets import Mode
 from sbs_edge.errors import UsageError
-from sbs_edge.runtime.windows import LongSettings
+from sbs_edge.windows import LongSettings
 
 __all__ = ["PREFIXES", "Mode", "TrainConfig", "make_config"]
 

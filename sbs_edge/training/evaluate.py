@@ -23,10 +23,10 @@ from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
 from sbs_edge.progress import ProgressLine
 from sbs_edge.resources import limit_torch_threads
-from sbs_edge.runtime.windows import ChunkReader
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
 from sbs_edge.training.long import chunk_tensors, encode_chunks
 from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.windows import ChunkReader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sbs_edge.runtime.windows import Chunk
+from sbs_edge.windows import Chunk
 
 __all__ = ["chunk_tensors", "draw_states", "encode_chunks", "recompute_decoder"]
 

@@ -21,9 +21,9 @@ from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.readers import RejectedRow, stream_examples
 from sbs_edge.data.tokenizer import load_tokenizer
 from sbs_edge.errors import DataError, UsageError
-from sbs_edge.runtime.windows import LongSettings
 from sbs_edge.tokens import TextTokenizer
 from sbs_edge.training.checkpoint import CARD, Checkpoint, open_checkpoint
+from sbs_edge.windows import LongSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

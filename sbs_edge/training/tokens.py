@@ -16,9 +16,9 @@ from sbs_edge.data.spiece import spiece_tokenizer
 from sbs_edge.data.targets import label_for, rationale_for
 from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer, load_tokenizer
 from sbs_edge.errors import DataError, UsageError
-from sbs_edge.runtime.windows import MARKER
 from sbs_edge.tokens import without_limits
 from sbs_edge.training.config import TrainConfig
+from sbs_edge.windows import MARKER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

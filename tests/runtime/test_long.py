@@ -17,8 +17,8 @@ from sbs_edge.errors import IntegrityError, UsageError
 from sbs_edge.runtime.bundle import seal
 from sbs_edge.runtime.manifest import read_manifest
 from sbs_edge.runtime.student import Student
-from sbs_edge.runtime.windows import ChunkReader, LongSettings
 from sbs_edge.tokens import TextTokenizer
+from sbs_edge.windows import ChunkReader, LongSettings
 
 LABELS = ("stay", "go", "wait")
 COLLIDING = ("red one", "red two", "blue")

@@ -15,7 +15,6 @@ import torch
 
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.errors import UsageError
-from sbs_edge.runtime.windows import Chunk, chunks_of
 from sbs_edge.training import long
 from sbs_edge.training.batches import ChunkCollator, Encoded
 from sbs_edge.training.config import TrainConfig, make_config
@@ -23,6 +22,7 @@ from sbs_edge.training.evaluate import evaluate
 from sbs_edge.training.model import TwoTaskModel, build_student
 from sbs_edge.training.student_dir import StudentDir
 from sbs_edge.training.train import train
+from sbs_edge.windows import Chunk, chunks_of
 
 
 def _rows() -> list[Encoded]:
@@ -210,7 +210,7 @@ def test_a_header_that_fills_the_chunk_names_the_row(small: dict[str, Any], tmp_
 
 PEAK = """
 import resource, sys, torch
-from sbs_edge.runtime.windows import chunks_of
+from sbs_edge.windows import chunks_of
 from sbs_edge.training import long
 from sbs_edge.training.batches import ChunkCollator, Encoded
 from sbs_edge.training.config import TrainConfig

@@ -23,7 +23,7 @@ from sbs_edge.export.graphs.trie import build_choice_classifier, build_trie_clas
 from sbs_edge.export.graphs.weights import weights_of
 from sbs_edge.export.quant.precision import Float32, Int8
 from sbs_edge.runtime.trie import batch_tries, build_trie
-from sbs_edge.runtime.windows import chunks_of
+from sbs_edge.windows import chunks_of
 
 LABELS = (17, 33, 201)
 COLLIDING = ([17, 33, 1], [17, 1], [17, 33, 5, 1], [201, 9, 1])

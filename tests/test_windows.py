@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from sbs_edge.data.tokenizer import build_tokenizer
 from sbs_edge.errors import UsageError
-from sbs_edge.runtime.windows import ChunkReader, LongSettings, chunks_of, kept_tokens
 from sbs_edge.tokens import TextTokenizer
+from sbs_edge.windows import ChunkReader, LongSettings, chunks_of, kept_tokens
 
 
 @given(
