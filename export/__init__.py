@@ -1,12 +1,13 @@
-"""From a trained student to graphs, targets and a bundle.
+"""Export a trained student: graphs, targets and a bundle.
 
-The package can be called: ``sbs_edge.export(student, out)`` is :func:`sbs_edge.export.api.export`. A package
-and a function share the name, and whichever a ``from sbs_edge import export`` finds must work.
+The package can be called: ``sbs_edge.export(student, out)`` is :func:`sbs_edge.export.api.export`. The package
+and the function have the same name, and ``from sbs_edge import export`` may find either.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,7 @@ __all__: list[str] = []
 
 class _CallableModule(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from sbs_edge.export.api import export
-
-        return export(*args, **kwargs)
+        return import_module(f"{__name__}.api").export(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _CallableModule

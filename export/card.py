@@ -45,64 +45,10 @@ def render(manifest: dict[str, Any]) -> str:
         "| target | validation rows | accuracy float32 | accuracy | drop, points (95 % bound) | same label | "
         "same next token of a rationale |",
         "|---|---|---|---|---|---|---|",
-    ]
-    for name, entry in manifest["targets"].items():
-        figures = entry["accuracy"]
-        if figures is None:
-            lines.append(
-                f"| {name} | 0 | not measured | not measured | not measured | not measured | not measured |"
-            )
-        else:
-            lines.append(
-                f"| {name} | {figures['n']} | {_percent(figures['before'])} | {_percent(figures['after'])} | "
-                f"{figures['drop_points']:.2f} ({figures['drop_bound']:.2f}) | "
-                f"{_percent(figures['label_agreement'])} | "
-                + (
-                    f"{_percent(figures['rationale_next_token_agreement'])} |"
-                    if "rationale_next_token_agreement" in figures
-                    else "no rationales |"
-                )
-            )
-    if pruning := manifest.get("pruning"):
-        lines += [
-            "",
-            f"The smaller vocabulary alone, in float32: {pruning['drop_points']:.2f} points of accuracy lost on "
-            f"{pruning['n']} rows"
-            + (
-                f", {_percent(1 - pruning['rationale_token_agreement'])} of the rationales' tokens changed."
-                if "rationale_token_agreement" in pruning
-                else "."
-            ),
-        ]
-    for name, entry in manifest["targets"].items():
-        if padding := (entry["accuracy"] or {}).get("padding"):
-            exact = entry["accuracy"]["padding_float32"]
-            lines += [
-                "",
-                f"Padding to twice the length moves the scores of {name} by at most {padding['largest_move']:.1e} of "
-                f"the largest one (float32: {exact['largest_move']:.1e}) and changes {padding['flips']} of "
-                f"{padding['rows']} labels.",
-            ]
-    unmeasured = {n: e.get("unmeasured") for n, e in manifest["targets"].items() if e["accuracy"] is None}
-    lines += [
-        "",
-        *(f"The accuracy of {name} was not measured: {why}." for name, why in unmeasured.items() if why),
-    ]
-    if any(why is None for why in unmeasured.values()):
-        lines.append("Exported without labelled rows: no accuracy was measured for this bundle.")
-    calibration = manifest["calibration"]
-    if calibration.get("n"):
-        lines += [
-            "",
-            f"Probabilities: temperature {calibration['temperature']:.3f} fitted on {calibration['n']} rows; expected "
-            f"calibration error {calibration['ece_before']:.4f} before"
-            + (
-                f", {calibration['ece_after']:.4f} after (each half of the rows at the other half's temperature)."
-                if calibration["ece_after"] is not None
-                else "; too few rows to measure it after."
-            ),
-        ]
-    lines += [
+        *(_target_row(name, entry["accuracy"]) for name, entry in manifest["targets"].items()),
+        *_losses(manifest),
+        *_unmeasured(manifest),
+        *_calibration(manifest["calibration"]),
         "",
         "```python",
         "from sbs_edge import Student",
@@ -117,3 +63,68 @@ def render(manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _target_row(name: str, figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return f"| {name} | 0 " + "| not measured " * 5 + "|"
+    rationales = "no rationales"
+    if "rationale_next_token_agreement" in figures:
+        rationales = _percent(figures["rationale_next_token_agreement"])
+    return (
+        f"| {name} | {figures['n']} | {_percent(figures['before'])} | {_percent(figures['after'])} | "
+        f"{figures['drop_points']:.2f} ({figures['drop_bound']:.2f}) | "
+        f"{_percent(figures['label_agreement'])} | {rationales} |"
+    )
+
+
+def _losses(manifest: dict[str, Any]) -> list[str]:
+    """Say what a smaller vocabulary cost, and what padding changes."""
+    lines = []
+    if pruning := manifest.get("pruning"):
+        changed = "."
+        if "rationale_token_agreement" in pruning:
+            changed = (
+                f", {_percent(1 - pruning['rationale_token_agreement'])} of the rationales' tokens changed."
+            )
+        lines += [
+            "",
+            f"The smaller vocabulary alone, in float32: {pruning['drop_points']:.2f} points of accuracy lost on "
+            f"{pruning['n']} rows{changed}",
+        ]
+    for name, entry in manifest["targets"].items():
+        if padding := (entry["accuracy"] or {}).get("padding"):
+            exact = entry["accuracy"]["padding_float32"]
+            lines += [
+                "",
+                f"Padding to twice the length moves the scores of {name} by at most {padding['largest_move']:.1e} of "
+                f"the largest one (float32: {exact['largest_move']:.1e}) and changes {padding['flips']} of "
+                f"{padding['rows']} labels.",
+            ]
+    return lines
+
+
+def _unmeasured(manifest: dict[str, Any]) -> list[str]:
+    reasons = {n: e.get("unmeasured") for n, e in manifest["targets"].items() if e["accuracy"] is None}
+    lines = [
+        "",
+        *(f"The accuracy of {name} was not measured: {why}." for name, why in reasons.items() if why),
+    ]
+    if any(why is None for why in reasons.values()):
+        lines.append("Exported without labelled rows: no accuracy was measured for this bundle.")
+    return lines
+
+
+def _calibration(calibration: dict[str, Any]) -> list[str]:
+    if not calibration.get("n"):
+        return []
+    after = "; too few rows to measure it after."
+    if calibration["ece_after"] is not None:
+        after = (
+            f", {calibration['ece_after']:.4f} after (each half of the rows at the other half's temperature)."
+        )
+    return [
+        "",
+        f"Probabilities: temperature {calibration['temperature']:.3f} fitted on {calibration['n']} rows; expected "
+        f"calibration error {calibration['ece_before']:.4f} before{after}",
+    ]

@@ -1,4 +1,4 @@
-"""What to export: a student directory, or any T5-family checkpoint once its labels are named."""
+"""Open the student to export: a student directory, or any T5-family checkpoint whose labels are given."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def open_student(
 
     Args:
         path: a checkpoint: a directory that training or ``save_pretrained`` wrote, or a name on a hub.
-        labels: the closed label set of a checkpoint without ``sbs_edge.json``; None: it has no label
-            task, and what it generates is its answer.
-        label_prefix: the checkpoint's prefix of the label task; None: none.
+        labels: the closed label set of a checkpoint without ``sbs_edge.json``; None: its answer is the text
+            that it generates.
+        label_prefix: the checkpoint's prefix of the label task; None: no prefix.
         rationale_prefix: the same for rationales.
-        max_source_tokens: most tokens of an input; None: the student's own limit, a checkpoint's ``n_positions``, or
-            512. T5's position biases reach any distance, so more is allowed; a student has seen no more than it
-            was trained with. ByT5 counts bytes.
+        max_source_tokens: longest input in tokens; None: the student's own limit, a checkpoint's ``n_positions``, or
+            512. T5's position biases work at any distance, so more is allowed, but the student has not seen longer
+            inputs in training. ByT5 counts bytes.
 
     Raises:
-        UsageError: it is not a T5-family checkpoint, has no tokenizer, or says itself what its labels are.
+        UsageError: it is not a T5-family checkpoint, has no tokenizer, or is a student directory with its own labels.
     """
     if max_source_tokens is not None and max_source_tokens < 2:
         raise UsageError(f"max_source_tokens must be at least 2, not {max_source_tokens}.")
     checkpoint = open_checkpoint(str(path))
     root = checkpoint.folder
-    weight_files(root)  # absent ones are refused before any work
+    weight_files(root)  # missing ones are refused before any work
     if checkpoint.adapter is None and (root / CARD).is_file():
         if labels or label_prefix is not None or rationale_prefix is not None:
             raise UsageError(
-                f"{root / CARD} already says what the labels and prefixes are; leave --label, --label-prefix "
-                "and --rationale-prefix out."
+                f"{root / CARD} already gives the labels and prefixes; leave out labels, label_prefix and "
+                "rationale_prefix."
             )
         opened = StudentDir.load(root)
         if max_source_tokens is None:
@@ -75,7 +75,7 @@ def open_student(
 
 
 def _companions(checkpoint: Checkpoint) -> MadeFiles:
-    """Make the small files a bundle takes from a student: the fast tokenizer, and the configuration with its start."""
+    """Write the small files of a bundle: the fast tokenizer, and the configuration with its start token."""
     made = MadeFiles()
     folder, config = made.folder, dict(checkpoint.config)
     pad, eos = (config.get(name) for name in ("pad_token_id", "eos_token_id"))

@@ -1,4 +1,4 @@
-"""How a task's labels are scored, decided with the real tokenizer."""
+"""Choose how a task's labels are scored, with the student's tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Method = Literal["first-token", "trie", "choices", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class LabelPlan:
-    """The scoring method and, for a closed set, every label's tokens (end-of-sequence included)."""
+    """The scoring method and, for a closed set, the tokens of each label (end-of-sequence included)."""
 
     kind: str
     method: Method
@@ -40,11 +40,11 @@ class LabelPlan:
 def plan_labels(task: TaskSpec, tokenizer: Tokenizer | TextTokenizer, eos_id: int) -> LabelPlan:
     """Choose how to score the labels.
 
-    One decoder position decides when every label begins with a token of its own; otherwise the labels'
-    prefix trie is scored. Labels that come with the request use the trie, open labels are decoded.
+    If the first tokens of all labels differ, one decoder position decides; otherwise the labels' prefix trie is
+    scored. Labels that come with the request use the trie, and open labels are decoded.
 
     Raises:
-        UsageError: a label has no tokens that are known, or two have the same.
+        UsageError: a label has no known token, or two labels have the same tokens.
     """
     if task.label_kind == "open":
         return LabelPlan("open", "decode", (), ())

@@ -62,10 +62,10 @@ def check_long(targets: Iterable[Target], layout: str, single_file: bool) -> Non
         if target.steps:
             raise UsageError(
                 f"Long inputs are read in chunks on CPU targets only, and {target.name} is not one; leave it out, or "
-                "export without long inputs (--no-long)."
+                "export without long inputs (long=False)."
             )
     if layout != "bundle" or single_file:
         what = "A single file" if single_file else f"The {layout} layout"
         raise UsageError(
-            f"{what} cannot hold the graphs that read long inputs in chunks; export without long inputs (--no-long)."
+            f"{what} cannot hold the graphs that read long inputs in chunks; export without long inputs (long=False)."
         )

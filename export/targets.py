@@ -1,4 +1,4 @@
-"""What a bundle can be exported for, as data."""
+"""The export targets, as data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["TARGETS", "Target", "check_runnable", "providers_here", "targets_nam
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One kind of machine and number format.
+    """A kind of machine and a number format.
 
     Attributes:
-        name: what ``--target`` takes.
+        name: the target's name.
         numbers: the number format of products with constant weights.
         providers: onnxruntime providers, the first that is installed is used.
         lossy: the accuracy check compares it with the float32 student.
         summary: one sentence for help texts and model cards.
-        steps: rationales are an encoder and a step graph with a loop on the host, instead of one graph.
-        standard: operators of the ONNX standard only, as TensorRT wants them.
+        steps: rationales use an encoder and a step graph with a loop on the host, instead of one graph.
+        standard: use only operators of the ONNX standard, as TensorRT requires.
         profiles: TensorRT's optimisation profiles are written beside the graphs.
     """
 
@@ -78,7 +78,7 @@ def providers_here(target: Target) -> list[str]:
 
 
 def check_runnable(targets: Iterable[Target]) -> None:
-    """Refuse targets that this machine cannot run, because what they cost could not be measured.
+    """Refuse targets that this machine cannot run, because their accuracy could not be measured.
 
     Raises:
         UsageError: the installed onnxruntime has none of a target's providers.
@@ -87,8 +87,8 @@ def check_runnable(targets: Iterable[Target]) -> None:
         if not providers_here(target):
             raise UsageError(
                 f"{target.name} runs on {' or '.join(target.providers)}, which this machine's onnxruntime does not have, "
-                "so what it costs in accuracy cannot be measured here; nothing was written. Export on a machine that "
-                "has it (pip install 'sbs-edge[gpu]'), or write the target unmeasured with sbs-edge export --unguarded."
+                "so its loss of accuracy cannot be measured here; nothing was written. Export on a machine that "
+                "has it (pip install 'sbs-edge[gpu]'), or write the target unmeasured with unguarded=True."
             )
 
 
@@ -101,5 +101,5 @@ def targets_named(names: tuple[str, ...]) -> list[Target]:
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         wrong = f"There is no target {unknown[0]!r}" if unknown else "No target was given"
-        raise UsageError(f"{wrong}; known are {', '.join(TARGETS)}.")
+        raise UsageError(f"{wrong}; the targets are {', '.join(TARGETS)}.")
     return [TARGETS[name] for name in dict.fromkeys(names)]

@@ -1,14 +1,14 @@
-"""The ``triton`` engine makes gradients over chunks of the vocabulary or over chunks of rows: sizes and choice.
+"""Choose whether the ``triton`` engine computes gradients over chunks of the vocabulary or chunks of rows.
 
-``vocab_chunks`` (N small beside V): forward keeps two numbers a row; backward makes a slice's scores again.
-dW is written once, dX is read and written once a slice: 8 N D V operations.
-``row_chunks`` (N large beside V): forward makes a block's scores over the whole vocabulary, keeps their
-exponentials, and makes the gradients at once. dX is written once, dW is read and written once a block:
-6 N D V operations, and one more pass over the scores instead of the recomputation.
+``vocab_chunks`` (N small against V): the forward pass keeps two numbers per row, and the backward pass computes a
+slice's scores again. dW is written once; dX is read and written once per slice. That is 8 N D V operations.
+``row_chunks`` (N large against V): the forward pass computes a block's scores over the whole vocabulary, keeps their
+exponentials, and computes the gradients at once. dX is written once; dW is read and written once per block.
+That is 6 N D V operations, and another pass over the scores instead of the recomputation.
 
-:func:`switch_rows` returns the number of rows from which the second is taken, by memory first and then by a
-model of time. The rates of that model are an H100's from data sheets and published runs: nothing here
-has been timed. Only their ratio matters, and :func:`use` overrules the choice.
+:func:`switch_rows` returns the number of rows from which ``row_chunks`` is used, by memory first and then by a
+model of time. The rates of that model are an H100's, from data sheets and published runs; nothing here
+has been timed. Only their ratio matters, and :func:`use` overrides the choice.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ __all__ = [
 
 CHUNKS = ("vocab_chunks", "row_chunks")
 GRAD_BYTES = 48 << 20
-# What chunks of rows may take by default, where they are the faster ones.
+# Memory that chunks of rows may take by default if they are faster.
 ROW_CHUNK_BYTES = 256 << 20
-# More memory than chunks of the vocabulary take must save a tenth of the time.
+# If they take more memory than chunks of the vocabulary, they must save a tenth of the time.
 WORTH_MEMORY = 0.9
 LEAST_COLUMNS = 1536
 COLUMN_STEP = 128
-# A block of fewer rows spends more time on dW's traffic than the spared recomputation takes.
+# With fewer rows, dW's traffic takes more time than the recomputation that is saved.
 LEAST_ROWS = 2048
 ROW_STEP = 128
-# Four float32 statistics a row for every tile of the vocabulary, which is at least this wide.
+# Four float32 statistics per row for every tile of the vocabulary, which is at least this wide.
 TILE_COLUMNS, TILE_BYTES = 64, 16
-# Operations and bytes a second: tiles, library products, memory. float32 runs outside the tensor cores.
+# Operations and bytes per second: tiles, library products, memory. float32 runs outside the tensor cores.
 TILE_RATE = {2: 500e12, 4: 40e12}
 LIBRARY_RATE = {2: 700e12, 4: 50e12}
 BYTE_RATE = 3e12
@@ -45,7 +45,7 @@ _override: list[str] = []
 
 
 class Head(NamedTuple):
-    """One head: ``classes`` V, ``width`` D, bytes of a state and of an element of the weight."""
+    """A head: ``classes`` V, ``width`` D, bytes of an element of a state and of the weight."""
 
     classes: int
     width: int
@@ -54,14 +54,14 @@ class Head(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One way to make the gradients of N rows.
+    """A way to compute the gradients of N rows.
 
     Attributes:
         span: columns of a slice, or rows of a block.
         workspace: bytes of all temporary buffers beyond the inputs and the gradients.
         flops: multiply-adds times two, forward and backward.
-        traffic: bytes that accumulators, operands and scores move.
-        seconds: the model's time, for comparison only.
+        traffic: bytes of memory traffic of accumulators, operands and scores.
+        seconds: the model's time, only for comparison.
     """
 
     span: int
@@ -79,7 +79,7 @@ def _fitting(budget: float, bytes_each: float, most: int, step: int) -> int:
 def plan_columns(
     n_rows: int, n_classes: int, width: int, itemsize: int, workspace_mb: float, bytes_beside: int = 0
 ) -> int:
-    """Return how many classes one slice of the backward pass takes.
+    """Return the number of classes in a slice of the backward pass.
 
     Args:
         n_rows: M valid rows.
@@ -87,9 +87,9 @@ def plan_columns(
         width: D.
         itemsize: bytes of an element of the logits' gradient.
         workspace_mb: bound in MiB on all temporary buffers: the logits' gradient, the gathered rows and dX in
-            float32; 0 plans 48 MiB of it, or 1536 columns where that is more, since each slice
+            float32; 0 plans 48 MiB of it, or 1536 columns if that is more, because each slice
             reads and writes all of dX.
-        bytes_beside: further bytes a column, for a cast weight or a float32 piece of dW.
+        bytes_beside: further bytes per column, for a cast weight or a float32 piece of dW.
     """
     if workspace_mb > 0:
         budget = workspace_mb * 2**20 - n_rows * width * (itemsize + 4)
@@ -99,7 +99,7 @@ def plan_columns(
 
 
 def whole_waves(span: int, width: int, processors: int) -> int:
-    """Return at most ``span`` columns with which dW's tiles, 256 x 128, divide into whole waves.
+    """Return at most ``span`` columns, such that dW's tiles of 256 x 128 divide into whole waves.
 
     A slice of 6144 columns and a width of 768 make 144 tiles, for which 132 multiprocessors take as
     long as for 264; 5632 columns make 132. A slice of less than one wave stays as it is.
@@ -109,7 +109,7 @@ def whole_waves(span: int, width: int, processors: int) -> int:
 
 
 def by_columns(n_rows: int, head: Head, workspace_mb: float) -> Plan:
-    """Slices of the vocabulary for ``n_rows`` rows: their width, memory and traffic."""
+    """Return the plan with slices of the vocabulary for ``n_rows`` rows: width, memory and traffic."""
     v, d, b, w = head
     beside = d * b if w != b else 0
     span = plan_columns(n_rows, v, d, b, workspace_mb, beside)
@@ -121,7 +121,7 @@ def by_columns(n_rows: int, head: Head, workspace_mb: float) -> Plan:
 
 
 def _row_bytes(head: Head) -> tuple[float, float]:
-    """Bytes that a block of rows takes whatever its size, and further ones a row."""
+    """Return the fixed bytes of a block of rows, and its bytes per row."""
     v, d, b, w = head
     cast = v * d * b if w != b else 0
     sums = v * d * 4 if w != 4 else 0
@@ -130,7 +130,7 @@ def _row_bytes(head: Head) -> tuple[float, float]:
 
 
 def plan_rows_at_once(n_rows: int, head: Head, budget: float) -> int:
-    """Return how many rows one block takes within ``budget`` bytes; blocks are about equally large."""
+    """Return the number of rows of a block within ``budget`` bytes; blocks are about equally large."""
     fixed, each = _row_bytes(head)
     most = _fitting(budget - fixed, each, max(n_rows, 1), ROW_STEP)
     blocks = -(-max(n_rows, 1) // most)
@@ -139,7 +139,7 @@ def plan_rows_at_once(n_rows: int, head: Head, budget: float) -> int:
 
 
 def by_rows(n_rows: int, head: Head, budget: float) -> Plan:
-    """Blocks of rows for ``n_rows`` rows within ``budget`` bytes: their height, memory and traffic."""
+    """Return the plan with blocks of rows for ``n_rows`` rows within ``budget`` bytes: height, memory and traffic."""
     v, d, b, w = head
     fixed, each = _row_bytes(head)
     span = _fitting(budget - fixed, each, max(n_rows, 1), ROW_STEP)
@@ -150,7 +150,7 @@ def by_rows(n_rows: int, head: Head, budget: float) -> Plan:
 
 
 def _worth(n_rows: int, head: Head, budget: float) -> bool:
-    """Whether chunks of rows within ``budget`` are faster, by a tenth where they take more memory."""
+    """Return whether chunks of rows within ``budget`` are faster, by a tenth if they take more memory."""
     columns, rows = by_columns(n_rows, head, 0.0), by_rows(n_rows, head, budget)
     if rows.workspace <= columns.workspace:
         return rows.span >= min(n_rows, LEAST_ROWS) and rows.seconds < columns.seconds
@@ -159,7 +159,7 @@ def _worth(n_rows: int, head: Head, budget: float) -> bool:
 
 
 def budget_of(n_rows: int, head: Head, workspace_mb: float) -> float:
-    """Bytes that chunks of rows may take: the workspace; by default what chunks of the vocabulary would, or 256 MiB."""
+    """Return the bytes that chunks of rows may take: the workspace, or those of chunks of the vocabulary, or 256 MiB."""
     if workspace_mb > 0:
         return workspace_mb * 2**20
     lean = by_columns(n_rows, head, 0.0).workspace
@@ -173,7 +173,7 @@ def _rows_win(n_rows: int, head: Head, workspace_mb: float) -> bool:
     columns, rows = by_columns(n_rows, head, workspace_mb), by_rows(n_rows, head, budget)
     if (rows.workspace <= budget) != (columns.workspace <= budget):
         return rows.workspace <= budget
-    if rows.workspace > budget:  # neither fits: what misses by less
+    if rows.workspace > budget:  # neither fits: use the one that is closer
         return rows.workspace < columns.workspace
     return rows.seconds < columns.seconds
 
@@ -203,12 +203,12 @@ def switch_rows(
     workspace_mb: float = 0.0,
     capped: bool = False,
 ) -> int:
-    """Return the least number of rows, ignored ones included, for which blocks of rows are taken.
+    """Return the least number of rows, ignored ones included, for which blocks of rows are used.
 
-    Without a workspace, blocks are taken where 2048 rows of them need no more memory than slices of the
-    vocabulary and the model has them faster, or where 1024 rows of them fit 256 MiB and it has them faster
-    by a tenth; with one, where they alone keep to it, or both do and
-    blocks are faster. A soft cap's slope cannot be told from an exponential: such a head never switches.
+    Without a workspace, blocks are used if 2048 rows of them need no more memory than slices of the
+    vocabulary and are faster in the model, or if 1024 rows of them fit 256 MiB and are faster by a tenth. With a
+    workspace, they are used if only they fit, or if both fit and they are faster. A head with a soft cap never
+    switches, because the cap's derivative cannot be recovered from an exponential.
     """
     if capped or itemsize not in TILE_RATE:
         return NEVER
@@ -222,12 +222,12 @@ def asked() -> str:
 
 @contextmanager
 def use(chunks: str) -> Iterator[None]:
-    """Take ``chunks`` (``vocab_chunks`` or ``row_chunks``) whatever the shape, inside the ``with`` block.
+    """Use ``chunks`` (``vocab_chunks`` or ``row_chunks``) for every shape inside the ``with`` block.
 
-    A head with a soft cap is refused by the engine under ``row_chunks``.
+    With ``row_chunks`` the engine refuses a head with a soft cap.
 
     Raises:
-        ValueError: the name is neither.
+        ValueError: the name is neither of the two.
     """
     if chunks not in CHUNKS:
         raise ValueError(f"chunks must be 'vocab_chunks' or 'row_chunks', not {chunks!r}.")

@@ -1,16 +1,16 @@
-"""Fused linear + cross-entropy over task segments: the one public operation of this folder.
+"""Fused linear + cross-entropy over task segments, the public operation of this folder.
 
 For hidden states h_i (N, D), a head weight W (V, D), targets t_i and segments k(i), with
 ``z_i = softcap(logit_scale * (W h_i) + b)`` and ``lse_i = logsumexp(z_i)``::
 
     ce_i   = (1 - eps) * (lse_i - z_i[t_i]) + eps * (lse_i - mean_v z_i[v]) + z_loss * lse_i^2
-    loss_k = sum_{i in k} r_i ce_i / d_k        d_k = sum_{i in k} r_i, or what `denominators` says
+    loss_k = sum_{i in k} r_i ce_i / d_k        d_k = sum_{i in k} r_i, or the given `denominators`
     total  = sum_k lambda_k loss_k
 
-This is the objective of *Distilling Step-by-Step* (Hsieh et al. 2023, eq. 3) when segment 0 holds the
-label rows and segment 1 the rationale rows with ``segment_weights = (1, lambda)``. Logits of all rows are
-never held at once; rows whose target is ``ignore_index`` are left out before any matrix product. Knows
-nothing of tasks, files or transformers.
+This is the objective of *Distilling Step-by-Step* (Hsieh et al. 2023, eq. 3) if segment 0 has the
+label rows, segment 1 the rationale rows, and ``segment_weights = (1, lambda)``. Logits of all rows are
+never stored at once. Rows whose target is ``ignore_index`` are left out before any matrix product. This module
+knows nothing of tasks, files or transformers.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["EngineStatus", "FusedLoss", "available_engines", "fused_linear_cross
 
 
 class FusedLoss(NamedTuple):
-    """The loss of one call; only ``total`` carries a gradient.
+    """The loss of a call; only ``total`` has a gradient.
 
     Attributes:
         total: () float32 (float64 for float64 input), ``sum_k lambda_k losses[k]``.
-        losses: (K,) mean loss of every segment in nats a token; 0 for a segment without a valid row.
+        losses: (K,) mean loss of every segment in nats per token; 0 for a segment without a valid row.
         counts: (K,) int64, valid rows.
-        correct: (K,) int64, valid rows whose largest logit is the target's; -1 where they are not counted.
+        correct: (K,) int64, valid rows whose largest logit is the target's; -1 if they are not counted.
     """
 
     total: Tensor
@@ -48,7 +48,7 @@ class FusedLoss(NamedTuple):
 
     @property
     def accuracy(self) -> Tensor:
-        """(K,) share of correct rows; 0 for a segment without a valid row, NaN where they are not counted."""
+        """Return the (K,) share of correct rows: 0 for a segment without a valid row, NaN if they are not counted."""
         share = self.correct / self.counts.clamp(min=1)
         return share.masked_fill(self.correct < 0, math.nan)
 
@@ -77,8 +77,8 @@ def fused_linear_cross_entropy(
 ) -> FusedLoss:
     """Return the weighted sum of the segments' mean cross-entropies, without materialising logits.
 
-    A row of weight 0, or of a segment whose factor or denominator is 0, contributes nothing: neither to
-    the total nor to a gradient, even where its state is NaN. Float32 inputs are multiplied in float32,
+    A row of weight 0, or of a segment whose factor or denominator is 0, contributes nothing to
+    the total or to a gradient, even if its state is NaN. Float32 inputs are multiplied in float32,
     whatever ``torch.set_float32_matmul_precision`` allows.
 
     Args:
@@ -91,8 +91,8 @@ def fused_linear_cross_entropy(
         segment_weights: K factors lambda_k; None: all 1. No gradient flows into them.
         row_weights: (N,) non-negative factors r_i; None: all 1. No gradient flows into them. A NaN
             weight gives its segment a NaN loss.
-        valid_indices: (M,) the rows whose target is not ``ignore_index``, when the collator knows
-            them: this avoids the device synchronisation of finding them here.
+        valid_indices: (M,) the rows whose target is not ``ignore_index``, if the collator knows
+            them; this avoids the device synchronisation of finding them here.
         ignore_index: target of rows to leave out.
         label_smoothing: eps in [0, 1).
         z_loss: weight of ``lse^2`` (PaLM, Chowdhery et al. 2022, section 5).
@@ -102,17 +102,17 @@ def fused_linear_cross_entropy(
         denominators: (K,) replaces the local sums of row weights: under data parallelism the sums
             over all ranks divided by the number of ranks make means global, not means of means. A
             segment whose value is 0 contributes 0; a negative or not finite one makes its loss NaN.
-        workspace_mb: bound on the temporary buffers, in MiB; None plans it.
+        workspace_mb: limit of the temporary buffers, in MiB; None: chosen by the engine.
         engine: ``auto``, ``triton``, ``cublas``, ``torch`` or ``reference``.
         count_correct: whether to count the rows whose largest logit is the target's; False saves a GPU
-            a second look at rows that are nearly a hit.
-        debug: check targets, segments and values first and name the first bad row or segment; costs a
-            synchronisation on a GPU. Without it an out-of-range target gives NaN, never a silent
+            the second check of rows that are nearly a hit.
+        debug: check targets, segments and values first, and name the first bad row or segment; costs a
+            synchronisation on a GPU. Without it an out-of-range target gives NaN, never a silently
             wrong number.
 
     Returns:
-        See :class:`FusedLoss`. Gradients reach ``hidden``, ``weight`` and ``bias`` where they require
-        one; a frozen one costs nothing.
+        See :class:`FusedLoss`. Gradients reach ``hidden``, ``weight`` and ``bias`` if they require
+        one; a frozen tensor costs nothing.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit; in debug mode, a bad row or segment.
@@ -133,7 +133,9 @@ def fused_linear_cross_entropy(
         hidden, weight, targets, bias, segment_ids, n_segments, row_weights, denominators, label_smoothing, softcap
     )  # fmt: skip
     targets = targets.long()  # a narrow type need not hold ignore_index
-    if not 0.0 < abs(logit_scale) < math.inf:  # compiled with dynamic shapes it is no float: no isfinite
+    if (
+        not 0.0 < abs(logit_scale) < math.inf
+    ):  # compiled with dynamic shapes it is not a float, so isfinite does not work
         raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale}.")
     if workspace_mb is not None and workspace_mb <= 0:
         raise ValueError(f"workspace_mb must be positive, or None to have it planned, not {workspace_mb}.")
@@ -174,7 +176,7 @@ def fused_linear_cross_entropy(
 
 
 def _refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
-    """Raise where the operator would drop a derivative or a batch dimension."""
+    """Raise an error if the operator would drop a derivative or a batch dimension."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -200,7 +202,7 @@ def _lambdas(
             lambdas = torch.full((len(numbers),), float(numbers[0]), dtype=dtype, device=device)
         elif device.type == "cpu":
             lambdas = torch.tensor([float(v) for v in numbers], dtype=dtype)
-        else:  # filled there: copying a list would wait for all that the device has to do
+        else:  # filled on the device: copying a list would wait for all of the device's work
             lambdas = torch.stack([torch.full((), float(v), dtype=dtype, device=device) for v in numbers])
     if lambdas.shape != (n_segments,):
         raise ValueError(f"segment_weights must hold {n_segments} values, not {tuple(lambdas.shape)}.")
@@ -221,7 +223,7 @@ def _check(
 ) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden must be (N, D) and weight (V, D) with one D; got {tuple(hidden.shape)} and "
+            f"hidden must be (N, D) and weight (V, D) with the same D; got {tuple(hidden.shape)} and "
             f"{tuple(weight.shape)}. An empty weight is a parameter that its owner sharded away: gather it "
             "first (FSDP: call inside the wrapped module's forward; ZeRO-3: GatheredParameters)."
         )
@@ -291,7 +293,9 @@ def _check_values(
     if valid_indices is not None:
         given = valid_indices.sort().values
         if not torch.equal(given, valid.nonzero().squeeze(1).to(given.dtype)):
-            raise ValueError("valid_indices is not the set of rows whose target is not ignore_index.")
+            raise ValueError(
+                "valid_indices must be the rows whose target is not ignore_index; it is another set."
+            )
     for what, bad in problems:
         rows = bad.nonzero()
         if len(rows):

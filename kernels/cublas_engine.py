@@ -1,14 +1,14 @@
-"""The ``cublas`` engine: matrix products by the library over slices of rows, the rest in one Triton kernel.
+"""The ``cublas`` engine: the library's matrix products over slices of rows, and the rest in one Triton kernel.
 
-For GPUs before sm_80, where Triton multiplies outside the tensor cores. One program owns one row: a first
-pass over its logits finds the maximum, the sum of exponentials, the winner and the mean; a second writes
-the gradient of the logits. No atomics and no locks, so that a repeated run gives the same bits.
+It is for GPUs before sm_80, on which Triton multiplies outside the tensor cores. Each program handles a row: a first
+pass over its logits finds the maximum, the sum of exponentials, the winner and the mean; a second pass writes
+the gradient of the logits. There are no atomics and no locks, so a repeated run gives the same bits.
 
-Where the library multiplies 16-bit operands into float32 (sm_80), logits are float32. Before that,
-float16 logits come from the tensor cores rounded to float16, which is what plain torch has; bfloat16 has
-no tensor cores there and is multiplied in float32, a slice of the weight at a time. The gradient of the
-logits, which lies in about [-1, 1], is kept in the inputs' 16-bit type and the row factors stay out of
-it, so that no loss scale can underflow it. In float16 it is kept times a power of two, for a flat softmax
+If the library multiplies 16-bit operands into float32 (sm_80), logits are float32. On older GPUs,
+float16 logits from the tensor cores are rounded to float16, as in plain torch; bfloat16 has
+no tensor cores there and is multiplied in float32, with a slice of the weight at a time. The gradient of the
+logits is in about [-1, 1]. It is stored in the inputs' 16-bit type without the row factors, so that no loss scale
+can underflow it. In float16 it is multiplied by a power of two, because a flat softmax
 over 250112 classes is 4e-6 and the smallest normal number 6e-5.
 """
 
@@ -32,7 +32,7 @@ from sbs_edge.kernels.torch_engine import plan_slice_rows
 __all__ = ["forward"]
 
 BLOCK = 4096
-CAST_BYTES = 16 << 20  # of a slice of the weight in another type, or of dW in float32
+CAST_BYTES = 16 << 20  # bytes of a slice of the weight in another type, or of dW in float32
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -43,9 +43,8 @@ def softmax_rows(  # type: ignore[no-untyped-def]
 ) -> None:  # fmt: skip
     """Losses and hits of (R, V) logits; with WRITE, ``gains[0] * dloss/dlogits`` into ``grads`` (R, V).
 
-    A row whose factor is 0 leaves zeros there, not even a NaN. The target's exponential is kept out of the
-    others' sum: nearly all of a confident row's sum is its
-    target's, and its loss and gradient are what the others add.
+    A row whose factor is 0 writes zeros, even if it has a NaN. The target's exponential is left out of the sum of
+    the others: it is nearly all of a confident row's sum, and the row's loss and gradient depend on the others.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -80,7 +79,7 @@ def softmax_rows(  # type: ignore[no-untyped-def]
     natural = log_one_more(rest + (own - 1.0))
     lse = largest + natural
     loss = natural + (1.0 - smoothing) * (largest - at_target)
-    if z_loss > 0.0:  # apart: the square of a large lse is infinite, and 0 * inf is NaN
+    if z_loss > 0.0:  # separate: the square of a large lse is infinite, and 0 * inf is NaN
         loss += z_loss * lse * lse
     if smoothing > 0.0:  # apart: a class banned by a bias of -inf must not make 0 * -inf
         loss += smoothing * (largest - summed / n_classes)
@@ -133,7 +132,7 @@ def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Resu
     step = plan_slice_rows(n_rows, n_classes, width, 4, options.workspace_mb, 2)
     buffer = torch.empty((min(step, n_rows), n_classes), device=device)
     wide_grads = buffer if low == torch.float32 else torch.empty_like(buffer, dtype=low)
-    # A power of two near the scale is exact and keeps a float16 logit of T5's (scale D ** -0.5) in range.
+    # A power of two near the scale is exact and keeps T5's float16 logits (scale D ** -0.5) in range.
     early = 1.0
     if low == torch.float16 and not mixed_products(device):
         early = 2.0 ** min(0, round(math.log2(abs(options.logit_scale))))
@@ -164,7 +163,7 @@ def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Resu
 
 
 def _parts(weight: Tensor, low: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the weight in the type of the rows: never a whole copy in another type."""
+    """Yield slices of the weight in the type of the rows, so that there is never a whole copy."""
     n_classes, width = weight.shape
     span = max(1, CAST_BYTES // max(1, width * 4))
     for base in range(0, n_classes, span):
@@ -185,7 +184,7 @@ def _score(out: Tensor, rows: Tensor, part: Tensor) -> None:
 def _bounded_gain(rows: Tensor, weight: Tensor) -> Tensor:
     """Return the gain, (1,) float32, with which no product that is rounded to float16 overflows.
 
-    A row's gradients by its logits add up to less than 4 in size. So do a class's times the rows' factors,
+    The magnitudes of a row's gradients by its logits add up to less than 4. So do a class's times the rows' factors,
     which add up to 1.
     """
     sizes = torch.stack([side.abs().float() for x in (rows, weight) for side in torch.aminmax(x)])
@@ -203,11 +202,11 @@ def _accumulate(
     gain: Tensor,
     grads: Gradients,
 ) -> None:
-    """Add one slice of rows to the gradients: those of hidden and weight in float32, of the bias in float64.
+    """Add a slice of rows to the gradients: those of hidden and weight in float32, that of the bias in float64.
 
     ``logits_grad`` is (R, V), ``gain`` (1,) times the gradient of the rows' losses by their logits.
     """
-    # Factors that add up to one bound the product by the largest state: no float16 overflow.
+    # With factors that add up to 1, the product is at most the largest state, so float16 does not overflow.
     size = factor.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
     scaled = (rows * (factor / size).unsqueeze(1)).to(rows.dtype)
     wide = torch.zeros(rows.shape, device=rows.device) if grads.hidden is not None else None

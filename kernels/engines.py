@@ -1,4 +1,4 @@
-"""The choice of the engine that computes the loss, and whether it works here."""
+"""Choose the engine that computes the loss, and check that it works here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENGINES = ("triton", "cublas", "torch", "reference")
 
 
 class EngineStatus(NamedTuple):
-    """One engine and whether it can run on this machine."""
+    """An engine, and whether it can run on this machine."""
 
     name: str
     available: bool
@@ -30,7 +30,7 @@ _UNMEASURED = "checked in the interpreter and built ahead of time, not yet run o
 
 @lru_cache(maxsize=16)
 def _capability(index: int | None = None) -> tuple[int, int] | None:
-    """The compute capability of NVIDIA device ``index`` (None: the current one), None without one."""
+    """Return the compute capability of NVIDIA device ``index`` (None: the current one), or None without a device."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(index)
@@ -73,11 +73,11 @@ def available_engines() -> list[EngineStatus]:
 
 
 def select_engine(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the engine that ``engine="auto"`` takes for tensors of ``dtype`` on ``device``.
+    """Return the engine that ``engine="auto"`` chooses for tensors of ``dtype`` on ``device``.
 
-    16 bits: tiles from sm_80 on, library products from sm_70 on (Triton has no tensor-core products for
-    Turing). float32, which runs outside the tensor cores: library products, which the assumed rates
-    favour. Sliced torch everywhere else, and for float64, which the other two would round.
+    16-bit types use ``triton`` from sm_80 on and ``cublas`` from sm_70 on (Triton has no tensor-core products for
+    Turing). float32, which runs outside the tensor cores, uses ``cublas``, which the assumed rates
+    favour. Everything else uses ``torch``, and so does float64, which the other two would round.
     """
     if device.type != "cuda" or dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return "torch"

@@ -1,10 +1,9 @@
-"""Launches of the tile kernels that both Triton engines share, and where the factors of the rows go.
+"""Launches of the tile kernels that both Triton engines share, and the handling of the rows' factors.
 
-bfloat16 and float32 have the range for the factors, so the gradient of the logits carries them and nothing
-is scaled afterwards. float16 has not: the gradient of the logits is kept bare, times 256 (float16's
-smallest normal number is 6e-5, a flat softmax over 250112 classes is 4e-6), the factors, divided by the
-largest, go into the rows, and what is common is multiplied in float32. No loss scale can underflow or
-overflow on the way.
+bfloat16 and float32 have enough range for the factors, so the gradient of the logits includes them and nothing
+is scaled afterwards. float16 has not. There the gradient of the logits is stored without factors, times 256
+(float16's smallest normal number is 6e-5, and a flat softmax over 250112 classes is 4e-6). The factors, divided by the
+largest, are applied to the rows, and the common factor in float32. So no loss scale can underflow or overflow.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SUM_ROWS, SUM_BLOCK, SUM_COLUMNS = 512, 32, 128
 
 
 class Launch(NamedTuple):
-    """What every launch over scores needs: the tile for an architecture, the inputs and the options."""
+    """The arguments of every launch over scores: the tile for an architecture, the inputs and the options."""
 
     tile: tile_table.Tile
     arch: int
@@ -63,7 +62,7 @@ class Launch(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Where the factors of the rows go.
+    """The factors of the rows, split by where they are applied.
 
     Attributes:
         gains: (M,) into the gradient of the logits; 0 for a dead row.
@@ -78,7 +77,7 @@ class Factors(NamedTuple):
     whole: Tensor
 
     def rows(self, hidden: Tensor, indices: Tensor, here: slice = slice(None)) -> Tensor:
-        """Gather the states of rows, times what goes into them; a dead row's state is not looked at."""
+        """Gather the states of rows, times their factors; the state of a dead row is not read."""
         rows = hidden.index_select(0, indices)
         rows.masked_fill_((self.gains[here] == 0).unsqueeze(1), 0.0)  # 0 * NaN is NaN
         return rows if self.common is None else rows.mul_(self.relative[here].unsqueeze(1))
@@ -151,7 +150,7 @@ def combine(
     hits: Tensor,
     stats: Tensor,
 ) -> None:
-    """Join the strips of rows: ``partials`` is (4, rows, strips).
+    """Combine the strips of rows: ``partials`` is (4, rows, strips).
 
     ``losses`` and ``hits`` are (rows,), ``stats`` is (2, rows or more).
     """
@@ -173,9 +172,9 @@ def combine(
 def split_factors(
     factors: Tensor, targets: Tensor, n_classes: int, logit_scale: float, low: torch.dtype
 ) -> Factors:
-    """Decide where the rows' ``factors`` go for inputs of type ``low``; see the module's text.
+    """Split the rows' ``factors`` for inputs of type ``low``; see the module's docstring.
 
-    A bad target of a row that counts makes NaN of what it touches, never a silent number.
+    A bad target of a row that counts gives NaN in the results that depend on it, never a silently wrong number.
     """
     dead = dead_rows(factors)
     bad = ((targets < 0) | (targets >= n_classes)) & ~dead

@@ -1,11 +1,11 @@
 """The registered operators behind :func:`sbs_edge.kernels.cross_entropy.fused_linear_cross_entropy`.
 
-Registered, so that ``torch.compile(fullgraph=True)`` sees one opaque node with known shapes, autocast
-leaves it alone, and gradient checkpointing can run it again. All engines share the two operators. The
-``torch`` and ``cublas`` engines make the gradients of a unit total in the forward operator and scale them
-in the backward one, as does the ``triton`` engine over chunks of rows. Over chunks of the vocabulary it
-keeps a few numbers a row and makes the gradients in the backward operator. First derivatives only: a
-second one raises.
+They are registered so that ``torch.compile(fullgraph=True)`` sees one opaque node with known shapes, autocast
+does not change it, and gradient checkpointing can run it again. All engines share the two operators. The
+``torch`` and ``cublas`` engines compute the gradients of the total in the forward operator and scale them
+in the backward operator, as does the ``triton`` engine over chunks of rows. Over chunks of the vocabulary it
+keeps a few numbers per row and computes the gradients in the backward operator. There are only first derivatives;
+a second one raises an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MODULES = {
 
 
 class Arguments(NamedTuple):
-    """The arguments of the forward operator, flat as its schema has them; see the public function."""
+    """The arguments of the forward operator, flat as in its schema; see the public function."""
 
     hidden: Tensor
     weight: Tensor
@@ -63,12 +63,12 @@ class Arguments(NamedTuple):
 
     @property
     def inputs(self) -> Inputs:
-        """The differentiable inputs."""
+        """Return the differentiable inputs."""
         return Inputs(self.hidden, self.weight, self.bias)
 
     @property
     def options(self) -> Options:
-        """The scalar options."""
+        """Return the scalar options."""
         return Options(*(getattr(self, name) for name in Options._fields))
 
     @property
@@ -114,11 +114,11 @@ def _schema(arguments: type, n_outputs: int) -> str:
 
 
 def _implementation(given: Arguments) -> str:
-    """A key of ``_MODULES``; asked for real and for fake tensors alike."""
+    """Return a key of ``_MODULES``; called for real and for fake tensors."""
     name = engines.resolve(given.engine, given.hidden.device, given.hidden.dtype)
     if name != "triton":
         return name
-    if not any(given.need):  # nothing to keep exponentials for
+    if not any(given.need):  # no gradient needs exponentials
         return "vocab_chunks"
     if given.chunks:
         return given.chunks
@@ -131,16 +131,16 @@ def _implementation(given: Arguments) -> str:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The engine chooses its own precision; autocast would turn its products to 16 bits behind its back."""
+    """Switch autocast off: the engine chooses its own precision, and autocast would change its products to 16 bits."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def _saved_rows(given: Arguments, plan: RowPlan, result: Result) -> list[Tensor]:
-    """(rows, stats, n_valid) for the backward operator, which then need not plan or look for the rows again.
+    """Return (rows, stats, n_valid) for the backward operator, which then need not find and plan the rows again.
 
-    Their shapes are known before the rows are: without ``valid_indices`` they have room for all rows.
+    Their shapes must be known before the rows: without ``valid_indices`` they have space for all rows.
     """
     assert result.stats is not None
     n_valid = plan.indices.shape[0]
@@ -154,7 +154,7 @@ def _saved_rows(given: Arguments, plan: RowPlan, result: Result) -> list[Tensor]
 
 
 def _forward_impl(*flat: Any) -> tuple[Tensor, ...]:
-    """(total, means, counts, correct) and three tensors for the backward pass, empty where unused."""
+    """Return (total, means, counts, correct) and three tensors for the backward pass, empty if unused."""
     given = Arguments(*flat)
     lambdas = given.lambdas
     plan = plan_rows(
@@ -200,7 +200,7 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_impl(*flat: Any) -> tuple[Tensor, ...]:
-    """The gradients that ``need_*`` names, in their tensors' types, by chunks of the vocabulary; else empty."""
+    """Return the gradients selected by ``need_*`` in their tensors' types, by chunks of the vocabulary; others are empty."""
     from sbs_edge.kernels import triton_vocab
 
     given = BackwardArguments(*flat)
@@ -240,7 +240,7 @@ _gradients.register_fake(_backward_fake)
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """The identity on a gradient that may not be differentiated again; ``sources`` are what it depends on."""
+    """The identity on a gradient that must not be differentiated again; it depends on ``sources``."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *sources: Tensor | None) -> Tensor:
@@ -259,7 +259,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.need, ctx.options = given.need, given.options
     saved = output[4:]
     ctx.recompute = saved[0].dtype == torch.int64
-    # A hook keeps what it packed: scaling that in place would change what it holds.
+    # A hook keeps the tensors that it packed: scaling in place would change them.
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     ctx.hooked = hooks is None or hooks(False) is not None
     ctx.save_for_backward(*given.inputs, *saved)
@@ -268,10 +268,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _graph_ends_here(ctx: Any, grad_total: Tensor) -> bool:
-    """Whether nobody can ask for the saved gradients again, so that they may be scaled where they are.
+    """Return whether nothing can use the saved gradients again, so that they may be scaled in place.
 
-    They were never handed out, and a graph that autograd is about to free is not walked twice. With
-    ``retain_graph``, hooks on saved tensors, a compiler or ``vmap`` at work, they are copied instead.
+    They were never returned, and a graph that autograd is about to free has no second backward pass. With
+    ``retain_graph``, hooks on saved tensors, a compiler or ``vmap``, they are copied instead.
     """
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if keeps is None or ctx.hooked or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -281,7 +281,7 @@ def _graph_ends_here(ctx: Any, grad_total: Tensor) -> bool:
 
 
 def _scaled(saved: Tensor, grad_total: Tensor) -> Tensor:
-    """``saved`` times the total's gradient, in place; on a CPU a factor of one costs no pass."""
+    """Return ``saved`` times the total's gradient, in place; on a CPU a factor of 1 needs no pass."""
     if grad_total.device.type == "cpu" and grad_total == 1.0:
         return saved
     return saved.mul_(grad_total)
@@ -291,7 +291,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: Tensor | None) -> tuple[T
     nothing: list[Tensor | None] = [None] * len(Arguments._fields)
     if grad_total is None or not any(ctx.need):
         return tuple(nothing)
-    unpacked = ctx.saved_tensors  # once: checkpointing allows no second look
+    unpacked = ctx.saved_tensors  # read once, because checkpointing does not allow a second read
     inputs, saved = Inputs(*unpacked[:3]), unpacked[3:]
     twice = torch.is_grad_enabled()
     owned = _graph_ends_here(ctx, grad_total)
@@ -326,10 +326,10 @@ def apply(
     options: Options,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the operator of ``engine``; gradients are made only where autograd asks for them."""
+    """Run the operator of ``engine``; gradients are computed only if autograd needs them."""
     recording = torch.is_grad_enabled()
     need = Need(*(recording and tensor is not None and tensor.requires_grad for tensor in inputs))
-    # A compiler that learns the number of rows at run time only cannot weigh them against the classes.
+    # A compiler that does not know the number of rows cannot compare it with the number of classes.
     asked = chunks.asked() or ("" if _guard_or_false(inputs.hidden.shape[0] > 1) else "vocab_chunks")
     out = _forward(
         *inputs, targets, valid_indices, segment_ids, row_weights, lambdas, denominators, ignore_index, *options,

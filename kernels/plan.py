@@ -1,6 +1,6 @@
 """The valid rows of a call, their factors, and the named tuples that the operator and its engines exchange.
 
-The segments of the loss exist only here: an engine sees rows with a factor each.
+Only this module knows segments: an engine sees rows, each with a factor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = [
     "Gradients", "Inputs", "Need", "Options", "Result", "RowPlan", "dead_rows", "plan_rows", "segment_means", "wide_sum"
 ]  # fmt: skip
 
-# Up to so many segments are summed by a one-hot product, which takes this many numbers a row.
+# Up to this many segments are summed by a one-hot product, which takes as many numbers per row.
 ONE_HOT_SEGMENTS = 8
 
 
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The scalar options of the loss; ``workspace_mb`` 0 plans the temporary buffers."""
+    """The scalar options of the loss; with ``workspace_mb`` 0 the engine chooses the size of its buffers."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -46,7 +46,7 @@ class Need(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the inputs, each in its input's shape; None where it is not needed."""
+    """Gradients of the inputs, each in its input's shape; None if it is not needed."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -54,12 +54,12 @@ class Gradients(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What an engine's ``forward`` returns.
+    """The result of an engine's ``forward``.
 
     Attributes:
         losses: (M,) loss of every valid row in nats.
-        correct: (M,) bool, whether the target's logit is the largest; all False where it is not counted.
-        gradients: of a unit total, in the accumulator's precision, for an engine that makes them here.
+        correct: (M,) bool, whether the target's logit is the largest; all False if it is not counted.
+        gradients: those of the total, in the accumulator's precision, for an engine that computes them here.
         stats: (2, M) float32 maximum and sum of exponentials (base 2), for an engine that recomputes.
     """
 
@@ -70,7 +70,7 @@ class Result(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """The valid rows of one call, M of N.
+    """The valid rows of a call, M of N.
 
     Attributes:
         indices: (M,) int64 positions in the input.
@@ -90,12 +90,12 @@ class RowPlan(NamedTuple):
 
 
 def wide_sum(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which long sums of ``dtype`` are kept: float64 where the device has it."""
+    """Return the type for long sums of ``dtype``: float64 if the device has it."""
     return dtype if device.type == "mps" else torch.float64
 
 
 def dead_rows(factor: Tensor) -> Tensor:
-    """Return which rows contribute nothing: neither they nor a NaN of theirs reach the loss or a gradient."""
+    """Return the mask of rows that contribute nothing: not even their NaN reaches the loss or a gradient."""
     return factor == 0
 
 
@@ -108,9 +108,9 @@ def plan_rows(
     denominators: Tensor | None,
     ignore_index: int,
 ) -> RowPlan:
-    """Gather the valid rows' targets and factors; O(N + K), no synchronisation when indices are given.
+    """Gather the valid rows' targets and factors in O(N + K), without synchronisation if indices are given.
 
-    A segment whose divisor is 0 has factors of 0; one whose divisor is negative or not finite, of NaN.
+    A segment whose divisor is 0 has factors of 0; if the divisor is negative or not finite, they are NaN.
     """
     if valid_indices is None:
         valid_indices = (targets != ignore_index).nonzero().squeeze(1)
@@ -140,16 +140,16 @@ def plan_rows(
 
 def segment_means(plan: RowPlan, losses: Tensor, correct: Tensor, n_segments: int) -> tuple[Tensor, Tensor]:
     """Reduce (M,) losses and hits to ((K,) means, (K,) int64 counts of hits), in a fixed order."""
-    # A bad target of a row that counts makes NaN here; one of a dead row does not.
+    # A bad target gives NaN here if the row counts, but not if it is dead.
     share = (losses * plan.mean_factor).masked_fill(dead_rows(plan.mean_factor), 0.0)
     means = _segment_sums(share, plan.segments, n_segments)
     return means, _segment_sums(correct.long(), plan.segments, n_segments)
 
 
 def _segment_sums(values: Tensor, segments: Tensor, n_segments: int) -> Tensor:
-    """Sum (M,) ``values`` by segment into (K,), in a fixed order: CUDA's scatter of floats has none.
+    """Sum (M,) ``values`` by segment into (K,), in a fixed order, which CUDA's scatter of floats does not have.
 
-    A few segments are summed at once; many are sorted, because a buffer of K x M would outgrow the logits.
+    Few segments are summed at once; many are sorted, because a buffer of K x M would be larger than the logits.
     """
     if n_segments <= ONE_HOT_SEGMENTS:
         member = segments.unsqueeze(0) == torch.arange(n_segments, device=values.device).unsqueeze(1)

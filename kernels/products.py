@@ -1,4 +1,4 @@
-"""Matrix products with 16-bit operands and a float32 sum, and the precision that torch's switches may not change."""
+"""Matrix products with 16-bit operands and a float32 sum, in a precision that torch's switches do not change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sbs_edge.kernels.plan import wide_sum
 
 __all__ = ["add_product", "full_precision", "mixed_products", "product", "weighted_column_sums"]
 
-# A sum of so many terms in one go errs no more than torch's own, which adds in a tree.
+# A direct sum of this many terms has no larger error than torch's own, which adds in a tree.
 _SUM_ROWS = 16
 
 
@@ -31,7 +31,7 @@ def mixed_products(device: torch.device) -> bool:
 
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out = a @ b``: summed in float32 and rounded once, to the type of ``out``."""
+    """Compute ``out = a @ b``, summed in float32 and rounded once, to the type of ``out``."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif mixed_products(out.device):
@@ -41,7 +41,7 @@ def product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out += a @ b``, ``out`` in float32."""
+    """Compute ``out += a @ b``, with ``out`` in float32."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out)
     elif mixed_products(out.device):
@@ -56,10 +56,10 @@ def _without(a: Tensor, b: Tensor) -> Tensor:
 
 
 def weighted_column_sums(values: Tensor, factor: Tensor) -> Tensor:
-    """Return ``factor @ values`` for (R, V) values and (R,) factors of one type: (V,), float64 where there is one.
+    """Return ``factor @ values`` (V,) for (R, V) values and (R,) factors of one type, in float64 if the device has it.
 
     The library's matrix-vector product adds the rows one after the other, so its error grows with their
-    number. Here a few rows are added by it and their sums in float64.
+    number. Here it adds only a few rows, and their sums are added in float64.
     """
     n_rows, n_columns = values.shape
     whole = n_rows // _SUM_ROWS * _SUM_ROWS
@@ -92,7 +92,7 @@ def full_precision() -> Iterator[None]:
     before = []
     for owner, name, wanted in changes:
         found = getattr(owner, name)
-        # "none" multiplies in float32 too; what need not change is left alone.
+        # "none" also multiplies in float32; a setting that is right already is not changed.
         if found not in (wanted, "none"):
             before.append((owner, name, found))
             setattr(owner, name, wanted)

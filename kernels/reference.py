@@ -1,4 +1,4 @@
-"""The loss written plainly, with full logits and PyTorch's own gradients, to compare the engines with."""
+"""The loss with full logits and PyTorch's own gradients, as a reference for the engines."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def reference_loss(
         weights = row_weights[valid].to(hidden.dtype)
 
     def rows(states: Tensor) -> tuple[Tensor, Tensor]:
-        """(M,) losses and hits of (M, D) states."""
+        """Return (M,) losses and hits of (M, D) states."""
         logits = states @ weight.t().to(hidden.dtype)
         logits = logits * logit_scale
         if bias is not None:
             logits = logits + bias.to(hidden.dtype)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        # Less the largest logit before anything is subtracted: logsumexp less a confident target's is mostly rounding.
+        # Subtract the largest logit first: logsumexp minus a confident target's logit would be mostly rounding.
         shares = torch.log_softmax(logits, dim=1)
         losses = (label_smoothing - 1) * shares.gather(1, kept.unsqueeze(1)).squeeze(1)
         if label_smoothing:  # apart: a class banned by a bias of -inf must not make 0 * -inf
@@ -56,11 +56,11 @@ def reference_loss(
         weights[segments == k].sum() if denominators is None else denominators[k].to(hidden.dtype)
         for k in range(len(lambdas))
     ]
-    # 0 contributes nothing; what is negative or not finite makes NaN.
+    # 0 contributes nothing; a negative or not finite value gives NaN.
     divisor = torch.stack([d if 0 <= d < torch.inf else d * torch.nan for d in divisors])
     share = weights.masked_fill(dead_rows(divisor)[segments], 0.0)
     dead = dead_rows(share * factors[segments])
-    if dead.any():  # their losses are reported, but nothing of theirs may reach a gradient: 0 * NaN is NaN
+    if dead.any():  # their losses are reported, but must not reach a gradient, where 0 * NaN is NaN
         losses, _ = rows(states.masked_fill(dead.unsqueeze(1), 0.0))
         with torch.no_grad():
             reported, hits = rows(states)

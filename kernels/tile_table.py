@@ -1,9 +1,8 @@
-"""Tile sizes of the Triton kernels, by architecture, type and shape: a table, nothing is searched at run time.
+"""A table of tile sizes of the Triton kernels, by architecture, type and shape, without autotuning at run time.
 
-Every row is built ahead of time in the tests for its architecture, without a spill and within the
-chip's shared memory. The order within an entry is that of expectation, not of measurement: no entry has
-been timed on a GPU yet. :func:`use` takes another tile instead, and :func:`tuned` changes the launches, for a
-tuning run.
+The tests compile every row for its architecture, without a spill and within the chip's shared memory. The order
+within an entry is expected, not measured: no entry has been timed on a GPU yet. :func:`use` sets another tile, and
+:func:`tuned` changes the launches, for a tuning run.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ __all__ = [
 
 
 class Tile(NamedTuple):
-    """One block of scores: ``rows`` x ``columns``, ``depth`` of the width at a time, warps and stages."""
+    """A block of scores: ``rows`` x ``columns``, ``depth`` of the width at a time, warps and stages."""
 
     rows: int
     columns: int
@@ -30,13 +29,13 @@ class Tile(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Choices of the launches that no GPU has timed yet; each can be switched off by itself with :func:`tuned`.
+    """Launch choices that no GPU has timed yet; :func:`tuned` switches each off.
 
     Attributes:
-        row_blocks_a_group: row blocks that pass over the vocabulary together; a large number: all of them.
+        row_blocks_a_group: row blocks that pass over the vocabulary together; a large number means all of them.
         cap_registers: whether variants that would lose the second block on a multiprocessor are
             compiled for fewer registers, see :func:`register_cap`.
-        cast_bytes: of a slice of the weight in another type, in the forward pass.
+        cast_bytes: bytes of a slice of the weight that is cast in the forward pass.
         whole_waves: whether a slice of dW divides into whole waves of the multiprocessors.
     """
 
@@ -46,7 +45,7 @@ class Tuning(NamedTuple):
     whole_waves: bool = True
 
 
-# Shared memory that one block may take, bytes (CUDA C++ programming guide, table of compute capabilities).
+# Shared memory per block in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {
     80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10
 }  # fmt: skip
@@ -63,7 +62,7 @@ _LARGE = (90, 100, 103)
 # less for the same products, alone on its multiprocessor, and has no registers left for a bias or a cap.
 _AMPERE = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 128, 32, 4, 4))
 _HOPPER = (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4))
-# Few rows: a block of 128 would be mostly padding.
+# For few rows, a block of 128 would be mostly padding.
 _FEW_ROWS = (Tile(16, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4))
 # float32 is multiplied in float32 (no TF32), outside the tensor cores. Where exponentials are kept, the
 # first tile spills on sm_120 with a bias: the assembler gives up registers for a second block.
@@ -84,7 +83,7 @@ def architecture(capability: tuple[int, int]) -> int:
     """Return the newest architecture of the table that ``capability`` is not older than.
 
     Raises:
-        ValueError: older than all of them.
+        ValueError: it is older than all of them.
     """
     number = capability[0] * 10 + capability[1]
     fitting = [known for known in ARCHITECTURES if known <= number]
@@ -101,7 +100,7 @@ def candidates(arch: int, itemsize: int, kernel: str = "softmax") -> tuple[Tile,
 
 
 def fits_options(tile: Tile) -> bool:
-    """Return whether a bias, a cap, smoothing or kept exponentials have registers enough in ``tile``."""
+    """Return whether ``tile`` has enough registers for a bias, a cap, smoothing or kept exponentials."""
     return tile.rows * tile.columns <= 64 * 32 * tile.warps
 
 
@@ -128,7 +127,7 @@ def pick(arch: int, itemsize: int, n_rows: int, kernel: str = "softmax") -> Tile
 
 
 def tuning() -> Tuning:
-    """Return the choices of the launches that hold here."""
+    """Return the current launch choices."""
     return _tuning[-1]
 
 
@@ -148,10 +147,10 @@ def tuned(**changes: Any) -> Iterator[None]:
 
 
 def register_cap(arch: int, itemsize: int, tile: Tile, flags: dict[str, Any]) -> dict[str, int]:
-    """Return the launch option that keeps ``partial_softmax`` at two blocks a multiprocessor, where it can.
+    """Return the launch option that keeps ``partial_softmax`` at two blocks per multiprocessor, if possible.
 
     On Hopper a carried strip, smoothing, and a vocabulary or width that ends inside a tile take 141 to 157
-    registers a thread, with which only one block fits. They build for 128 without a spill; a bias, a cap,
+    registers per thread, with which only one block fits. They compile for 128 without a spill; a bias, a cap,
     kept exponentials, and smoothing together with any of the others do not. ``flags`` are the kernel's
     compile-time arguments.
     """
@@ -164,9 +163,9 @@ def register_cap(arch: int, itemsize: int, tile: Tile, flags: dict[str, Any]) ->
 
 @contextmanager
 def use(tile: Tile, kernel: str | None = None) -> Iterator[None]:
-    """Take ``tile`` for every launch of ``kernel`` (None: of all) inside the ``with`` block.
+    """Use ``tile`` for every launch of ``kernel`` (None: of all kernels) inside the ``with`` block.
 
-    What is asked for ``softmax`` holds for ``kept`` too.
+    A tile for ``softmax`` is also used for ``kept``.
     """
     _override.append((kernel, tile))
     try:

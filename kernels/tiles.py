@@ -1,13 +1,13 @@
-"""The Triton kernels of the ``triton`` engine: logits exist in registers only, one tile at a time.
+"""The Triton kernels of the ``triton`` engine. Logits exist only in registers, one tile at a time.
 
-``partial_softmax`` walks a strip of the vocabulary for a block of rows and keeps, for each row, the running
-maximum, the sum of exponentials and where the maximum was met first. ``combine_partials`` joins a row's
+``partial_softmax`` walks over a strip of the vocabulary for a block of rows and keeps, for each row, the running
+maximum, the sum of exponentials and the position of the first maximum. ``combine_partials`` combines a row's
 strips and adds its target. ``logits_grad`` computes a slice of the scores again and writes the gradient
 of the logits. For chunks of rows ``partial_softmax`` also keeps each tile's exponentials, from which
-``probs_to_grad`` makes the gradient without another product. ``column_sums`` adds the rows of a gradient
-for the bias. No atomics and no locks: every element has one writer, so a repeated run gives the same
+``probs_to_grad`` computes the gradient without another product. ``column_sums`` adds the rows of a gradient
+for the bias. There are no atomics and no locks: every element has a single writer, so a repeated run gives the same
 bits. Scores are in base 2, ``z2 = z * log2(e)``, with the logit scale folded into the same factor.
-Offsets are 64-bit. Knows nothing of torch.
+Offsets are 64-bit. This module knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = [
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Exponentials are kept times 2^8: float16's smallest normal number is 6e-5, its largest 65504.
+# Exponentials are stored times 2^8: float16's smallest normal number is 6e-5, its largest 65504.
 KEPT_GAIN = tl.constexpr(8.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def tanh(u) -> tl.tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """The hyperbolic tangent of float32 ``u``, as exact near 0 as anywhere."""
+    """Return the hyperbolic tangent of float32 ``u``, as exact near 0 as elsewhere."""
     # Near 0 the exponential form cancels; a Pade approximant is exact to 1e-9 there.
     q = u * u
     small = u * (945.0 + q * (105.0 + q)) / (945.0 + q * (420.0 + 15.0 * q))
@@ -38,7 +38,7 @@ def tanh(u) -> tl.tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def log_one_more(x) -> tl.tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    """``log(1 + x)`` of float32 ``x >= 0``, as exact near 0 as anywhere: a GPU's logarithm is not near 1."""
+    """Return ``log(1 + x)`` of float32 ``x >= 0``, as exact near 0 as elsewhere; a GPU's logarithm is inexact near 1."""
     s = x / (2.0 + x)
     q = s * s
     small = 2.0 * s * (1.0 + q * (1.0 / 3.0 + q * (0.2 + q * (1.0 / 7.0 + q * (1.0 / 9.0)))))
@@ -49,7 +49,7 @@ def log_one_more(x) -> tl.tensor:  # type: ignore[no-untyped-def]  # noqa: ANN00
 def _base_two(  # type: ignore[no-untyped-def]
     z, offset, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,  # noqa: ANN001
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Products made base-2 scores, and tanh where the scores are capped."""
+    """Turn products into base-2 scores; also return the tanh if scores are capped."""
     t = z
     if HAS_BIAS or HAS_CAP:
         z = z * scale
@@ -71,7 +71,7 @@ def _scores(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Base-2 scores (BLOCK_N, BLOCK_V) of the rows ``index``, and tanh where the scores are capped."""
+    """Return base-2 scores (BLOCK_N, BLOCK_V) of the rows ``index``, and the tanh if scores are capped."""
     # Columns beyond the end read the last one again: cheaper than a mask, and the caller drops them.
     near = tl.minimum(columns, n_columns - 1).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
@@ -105,14 +105,14 @@ def partial_softmax(  # type: ignore[no-untyped-def]
     KEEP: tl.constexpr, EVEN_V: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Partial statistics (4, n_rows, n_strips) of vocabulary ``[base, base + n_columns)``.
+    """Compute partial statistics (4, n_rows, n_strips) of the vocabulary ``[base, base + n_columns)``.
 
-    The four are: maximum, sum of exponentials less the maximum's own 1 (in which small ones would drown),
-    sum of scores, and the first column of the tile where the maximum was met first. With CARRY the strip
-    goes on from what it left. The target's score is left to :func:`combine_partials`: looking for it here
-    costs 58 registers a thread, and with them the second block a multiprocessor.
+    The four are the maximum, the sum of exponentials without the maximum's own 1 (beside which small ones would be
+    lost), the sum of scores, and the first column of the tile with the first maximum. With CARRY the strip
+    continues from its earlier statistics. The target's score is left to :func:`combine_partials`: finding it here
+    would cost 58 registers per thread, and with them the second block on a multiprocessor.
     """
-    # Programs (row block, strip, group): a group's states stay in the second-level cache for all strips.
+    # Programs (row block, strip, group): a group's states stay in the L2 cache for all strips.
     row_block = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     strip = tl.program_id(1)
     row = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -176,14 +176,13 @@ def combine_partials(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Join the strips of one row: its loss in nats, whether it hits, its maximum and sum, base 2.
+    """Combine the strips of a row: its loss in nats, whether it hits, its maximum and sum, base 2.
 
-    The product of the row with its target is made here, in another order than the tiles make it. A row
-    hits if the target is the first column with the largest score, and then the score *is* the maximum:
-    taking it makes a confident row's loss exact. Where the maximum has more than two thirds of the
-    probability, a target within half of it is that column; where it has less, the scores of the winning
-    tile are made again, all in one order, so that ties go to the first column; without COUNT they are not,
-    and such a row does not hit.
+    The product of the row with its target is computed here, in another order than in the tiles. A row
+    hits if the target is the first column with the largest score. Then the score *is* the maximum, which makes a
+    confident row's loss exact. If the maximum has more than two thirds of the probability, a target within half of it
+    is that column. If it has less, the scores of the winning tile are computed again, all in one order, so that ties
+    go to the first column; without COUNT they are not, and such a row does not hit.
     """
     row = tl.program_id(0).to(tl.int64)
     strip = tl.arange(0, BLOCK_S)
@@ -194,7 +193,7 @@ def combine_partials(  # type: ignore[no-untyped-def]
     largest = tl.max(tops, axis=0)
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     share = tl.exp2(tops - shift)
-    # Every strip's sum lacks the 1 of its own maximum; what is joined lacks that of the first largest alone.
+    # Every strip's sum lacks the 1 of its own maximum; the combined sum lacks only that of the first largest.
     leader = tl.min(tl.where(tops == largest, strip, BLOCK_S), axis=0)
     rest = tl.sum(tl.load(place + plane, mask=known, other=0.0) * share, axis=0)
     rest += tl.sum(tl.where(strip == leader, 0.0, share), axis=0)
@@ -248,10 +247,10 @@ def combine_partials(  # type: ignore[no-untyped-def]
     at_target = tl.where(hit, largest, at_target)
     natural = log_one_more(rest)
     loss = natural + LN2 * ((1.0 - smoothing) * (largest - at_target))
-    if smoothing > 0.0:  # apart: 0 * -inf is no loss
+    if smoothing > 0.0:  # separate, because 0 * -inf is NaN
         loss += LN2 * (smoothing * (largest - summed / n_classes))
     lse = natural + LN2 * largest
-    if z_loss > 0.0:  # apart: the square of a large lse is infinite, and 0 * inf is NaN
+    if z_loss > 0.0:  # separate: the square of a large lse is infinite, and 0 * inf is NaN
         loss += z_loss * lse * lse
     tl.store(losses + row, tl.where(bad, float("nan"), loss))
     tl.store(hits + row, hit.to(tl.int8))
@@ -267,7 +266,7 @@ def logits_grad(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A slice's ``gain_i * dloss_i/dlogit_iv`` into ``grads`` (n_rows, n_columns), rounded once.
+    """Write a slice's ``gain_i * dloss_i/dlogit_iv`` into ``grads`` (n_rows, n_columns), rounded once.
 
     ``dloss/dz = share_i * 2^(z2 - peak_i) - elsewhere - on_target * (v is the target)``, where ``share``
     is ``(1 + 2 z_loss lse) / sum`` and ``elsewhere`` is ``smoothing / V``.
@@ -291,7 +290,7 @@ def logits_grad(  # type: ignore[no-untyped-def]
     slope -= tl.where(columns[None, :] == goal[:, None], on_target, 0.0)
     if HAS_CAP:  # d softcap(u) / du = 1 - tanh(u / c)^2
         slope = slope * (1.0 - t * t)
-    # A row without weight leaves nothing, not even its NaN.
+    # A row without weight contributes nothing, not even its NaN.
     slope = tl.where((gain == 0.0)[:, None], 0.0, slope * gain[:, None])
     place = grads + row.to(tl.int64)[:, None] * grads_stride + columns[None, :]
     inside = (row < n_rows)[:, None] & (columns < n_columns)[None, :]
@@ -304,10 +303,10 @@ def probs_to_grad(  # type: ignore[no-untyped-def]
     n_rows, n_classes, n_tiles, kept_stride, on_target, elsewhere, z_loss,  # noqa: ANN001
     TILE_V: tl.constexpr, BLOCK_V: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Exponentials that :func:`partial_softmax` kept become ``gain_i * dloss_i/dlogit_iv``, in place.
+    """Turn the exponentials of :func:`partial_softmax` into ``gain_i * dloss_i/dlogit_iv``, in place.
 
     ``partials`` begins with the tiles' maxima (n_rows, n_tiles), of tiles TILE_V wide; ``peaks`` and
-    ``sums`` are the rows'. One program has BLOCK_V columns of one row.
+    ``sums`` are the rows'. Each program handles BLOCK_V columns of a row.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -331,9 +330,9 @@ def column_sums(  # type: ignore[no-untyped-def]
     grads, factors, partials, n_rows, n_columns, grads_stride,  # noqa: ANN001
     ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Sums of ``factors[i] * grads[i]`` over every ROWS rows into ``partials`` (blocks, n_columns).
+    """Write sums of ``factors[i] * grads[i]`` over every ROWS rows into ``partials`` (blocks, n_columns).
 
-    Rows are added BLOCK_R at a time in a tree and few such sums after one another, so that the error
+    BLOCK_R rows at a time are added in a tree, and only few such sums one after another, so that the error
     grows with the logarithm of their number.
     """
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)

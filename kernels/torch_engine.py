@@ -103,26 +103,26 @@ def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Resu
 
 
 def _clear_dead_rows(dead: Tensor, logits: Tensor, rows: Tensor, coefficient: Tensor) -> None:
-    """Set what rows without weight bring into the products to zero: 0 * NaN is NaN."""
+    """Set the factors of rows without weight to zero in the products, because 0 * NaN is NaN."""
     if dead.device.type == "cpu":
         if dead.any():
             logits[dead] = 0.0
             rows[dead] = 0.0
             coefficient[dead] = 0.0
-    else:  # to ask a device whether there are any is to wait for it
+    else:  # asking a device whether there are any would wait for it
         logits.masked_fill_(dead.unsqueeze(1), 0.0)
         rows.masked_fill_(dead.unsqueeze(1), 0.0)
         coefficient.masked_fill_(dead, 0.0)
 
 
 class _RowSums(NamedTuple):
-    """Of every row of a slice, each (R,): what the loss and the factor of its gradient are made of.
+    """The sums of every row of a slice, each (R,), from which the loss and the factor of its gradient follow.
 
     Attributes:
         largest: the largest logit z.
         gap: ``largest - z[target]``.
         rest: the sum of ``exp(z - largest)`` over all classes but the target.
-        depth: ``mean(largest - z)``; filled only where labels are smoothed.
+        depth: ``mean(largest - z)``; filled only if labels are smoothed.
         hit: whether the target is the largest, the first of equal ones.
     """
 
@@ -134,14 +134,14 @@ class _RowSums(NamedTuple):
 
 
 class _RowFactors(NamedTuple):
-    """What follows from a row's sums, each (R,); its gradient is ``spread / total`` times :func:`_to_gradient`'s.
+    """Values derived from a row's sums, each (R,); its gradient is ``spread / total`` times :func:`_to_gradient`'s.
 
     Attributes:
         total: the sum of ``exp(z - largest)``.
         log_total: its logarithm.
         lse: ``largest + log_total``.
         spread: ``dlse'/dlse``, where ``lse' = lse + z_loss * lse^2``.
-        at_target: the target's own entry, before what smoothing takes from every class.
+        at_target: the target's own entry, before smoothing is subtracted from every class.
     """
 
     total: Tensor
@@ -152,10 +152,10 @@ class _RowFactors(NamedTuple):
 
 
 def _row_factors(sums: _RowSums, label_smoothing: float, z_loss: float) -> _RowFactors:
-    """Return what follows from ``sums``, without a difference of nearly equal numbers.
+    """Return the values derived from ``sums``, without a difference of nearly equal numbers.
 
-    A confident row's sum is its target's nearly alone; its loss and its gradient are what the others add,
-    which a sum of both would round away.
+    A confident row's sum is almost entirely its target's. Its loss and its gradient depend on the others, which a
+    common sum would round away.
     """
     own = torch.exp(-sums.gap)
     total = own + sums.rest
@@ -174,7 +174,7 @@ def _row_factors(sums: _RowSums, label_smoothing: float, z_loss: float) -> _RowF
 def _to_gradient(
     powers: Tensor, column: Tensor, slope: Tensor | None, factors: _RowFactors, label_smoothing: float
 ) -> None:
-    """Turn ``exp(z - largest)`` of all but the target in place into the gradient up to a factor a row."""
+    """Turn ``exp(z - largest)`` of all but the target in place into the gradient, up to a factor per row."""
     powers.scatter_(1, column, factors.at_target.unsqueeze(1))
     if label_smoothing:
         share = factors.total / factors.spread * (label_smoothing / powers.shape[1])
@@ -193,10 +193,10 @@ def _pointwise(
     options: Options,
     any_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn ``logits`` in place into the gradient up to a factor a row; return (loss, hit, factor).
+    """Turn ``logits`` in place into the gradient, up to a factor per row; return (loss, hit, factor).
 
-    The wide buffer is passed over ``inner`` rows at a time, everything a row has one of at once: there
-    are hundreds of such pieces, and a dozen small operators on each would cost as much as the exponential.
+    The wide buffer is processed ``inner`` rows at a time, but the values per row all at once: there
+    are hundreds of pieces, and a dozen small operators on each would cost as much as the exponential.
     """
     label_smoothing, z_loss, _, softcap, _, count = options
     n_rows, n_classes = logits.shape
@@ -204,7 +204,7 @@ def _pointwise(
     column = targets.clamp(0, n_classes - 1).unsqueeze(1)
     largest, gap, rest, depth = (logits.new_empty(n_rows) for _ in range(4))
     sums = _RowSums(largest, gap, rest, depth, torch.empty_like(bad))
-    # With smoothing or a cap the gradient takes further passes, made while the piece is in cache.
+    # With smoothing or a cap the gradient takes more passes, made while the piece is in the cache.
     at_once = label_smoothing == 0.0 and slope is None
     for low in range(0, n_rows, inner):
         here = slice(low, low + inner)
@@ -216,7 +216,7 @@ def _pointwise(
             _to_gradient(piece, place, steep, _row_factors(known, label_smoothing, z_loss), label_smoothing)
     factors = _row_factors(sums, label_smoothing, z_loss)
     loss = factors.log_total + (1.0 - label_smoothing) * sums.gap.masked_fill(bad, torch.nan)
-    if z_loss:  # apart: the square of a large lse is infinite, and 0 * inf would be NaN
+    if z_loss:  # separate: the square of a large lse is infinite, and 0 * inf would be NaN
         loss = loss + z_loss * factors.lse.square()
     if label_smoothing:
         loss = loss + label_smoothing * sums.depth
@@ -238,10 +238,10 @@ def _exponentials(
 ) -> None:
     """Turn a few rows of ``logits`` in place into ``exp(z - max)``, 0 at the target, and fill their ``sums``.
 
-    Five passes: the maximum, the difference, its factor, the power of two, the sum. Powers of two take half
-    the time of powers of e and the factor's pass. The target's own logit is set aside throughout: the
-    maximum of the others says whether it is the largest (torch's maximum with its position takes many times
-    as long on a CPU as the maximum alone), their sum says what a confident row's loss is.
+    There are five passes: the maximum, the difference, its factor, the power of two, the sum. Powers of two and the
+    factor's pass together take half the time of powers of e. The target's own logit is kept apart: the
+    maximum of the others tells whether it is the largest (on a CPU torch's maximum with its position takes many
+    times as long as the maximum alone), and their sum gives a confident row's loss.
     """
     if offset is not None:
         logits.add_(offset)
@@ -257,8 +257,8 @@ def _exponentials(
     sums.largest.copy_(largest.squeeze(1))
     torch.sub(largest, own, out=sums.gap.unsqueeze(1))
     torch.gt(own, others, out=sums.hit.unsqueeze(1))
-    # The first of several largest is the winner, which only a search tells; equal logits are rare, but
-    # to ask a device whether there are any is to wait for it.
+    # The first of several largest logits wins, and only a search finds it; equal logits are rare, but
+    # asking a device whether there are any would wait for it.
     tied = own == others
     if not count:
         sums.hit.zero_()

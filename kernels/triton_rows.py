@@ -1,14 +1,14 @@
-"""The ``triton`` engine over chunks of rows, for more rows than classes: gradients are made in the forward pass.
+"""The ``triton`` engine over chunks of rows, for more rows than classes: the forward pass computes gradients.
 
-For a chunk of rows the tiles' exponentials over the whole vocabulary are kept, each tile's relative to
+For a chunk of rows the tiles' exponentials over the whole vocabulary are stored, each tile's relative to
 its own maximum (rows x V in the inputs' type: a rounded exponential is off by 2^-9 of itself, a rounded
-bfloat16 logit z by 2^-9 |z|). When the rows' sums are known one pass turns them into ``P = gain *
-dloss/dlogits`` in place, and the library multiplies ``dW += P^T X`` in float32 and ``dX = P W``, written
-once. 6 N D V operations, where chunks of the vocabulary take 8; dW is read and written once a chunk, so
-chunks must be few. The idea of keeping exponentials instead of logits is QuACK's.
+bfloat16 logit z by 2^-9 |z|). When the rows' sums are known, a pass turns them into ``P = gain *
+dloss/dlogits`` in place, and the library computes ``dW += P^T X`` in float32 and ``dX = P W``, written
+once. This takes 6 N D V operations, against 8 with chunks of the vocabulary. dW is read and written once per chunk, so
+there must be few chunks. The idea of storing exponentials instead of logits is QuACK's.
 
-The gradients are those of a unit total: dW in float32, dX in the inputs' type, or in float32 for float16,
-whose range is short.
+The gradients are those of the total: dW in float32, and dX in the inputs' type, or in float32 for float16,
+which has a small range.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ GRAD_COLUMNS = 4096
 
 
 def hidden_dtype(low: torch.dtype) -> torch.dtype:
-    """Return the type in which dX waits for its backward pass, for states of type ``low``."""
+    """Return the type in which dX is stored until the backward pass, for states of type ``low``."""
     return torch.float32 if low == torch.float16 else low
 
 
 def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Result:
-    """Return losses, hits and the gradients of a unit total that ``need`` names.
+    """Return losses, hits and the gradients of the total that ``need`` names.
 
     Raises:
         RuntimeError: the inputs are float64, which this engine would round, or the logits are capped.
     """
     if options.softcap:
         raise RuntimeError(
-            "Chunks of rows keep exponentials, which do not tell a soft cap's slope: take chunks of the vocabulary."
+            "Chunks of rows keep exponentials, from which a soft cap's derivative cannot be recovered: use chunks of the "
+            "vocabulary."
         )
     hidden, weight, _ = inputs
     n_rows, n_classes, device = plan.indices.shape[0], weight.shape[0], hidden.device
@@ -107,7 +108,7 @@ def _chunks(launch: launches.Launch, plan: RowPlan, losses: Tensor, hits: Tensor
 def _probs_to_grad(
     launch: launches.Launch, targets: Tensor, partials: Tensor, stats: Tensor, gains: Tensor, probs: Tensor
 ) -> None:
-    """The exponentials of a chunk become the gradient of its logits."""
+    """Turn the exponentials of a chunk into the gradient of its logits."""
     kernel: Any = probs_to_grad
     options = launch.options
     n_rows, n_classes = probs.shape

@@ -1,11 +1,11 @@
-"""The ``triton`` engine over chunks of the vocabulary: logits live in registers, gradients wait for the backward pass.
+"""The ``triton`` engine over chunks of the vocabulary: logits stay in registers, the backward pass computes gradients.
 
-Forward: one pass of tiles over the valid rows and the whole vocabulary (2 N D V operations) leaves two
-numbers a row, the maximum and the sum of exponentials. Without gradients that is all. Backward (6 N D V):
+Forward: one pass of tiles over the valid rows and the whole vocabulary (2 N D V operations) gives two
+numbers per row, the maximum and the sum of exponentials. Without gradients that is all. Backward (6 N D V):
 for each slice of the vocabulary a kernel computes the scores again and writes ``P = gain * dloss/dlogits``,
-an M x columns buffer in the inputs' type; the library multiplies it into ``dW[slice]``, which is thus
+an M x columns buffer in the inputs' type. The library multiplies it into ``dW[slice]``, which is
 written once and summed in float32 without a float32 copy of dW, and adds ``P W[slice]`` to dX in float32.
-Slicing the vocabulary moves N / V of the accumulator traffic that slices of rows move; it was asked for in
+Slices of the vocabulary have N / V of the accumulator traffic of slices of rows. They were requested in
 PyTorch's pull request 175039.
 """
 
@@ -25,13 +25,13 @@ from sbs_edge.kernels.tiles import logits_grad
 
 __all__ = ["SavedRows", "backward", "forward", "plan_strips"]
 
-# A strip's start and end cost about this many tiles: the first loads, and its four numbers a row.
+# A strip's start and end cost about as much as this many tiles: the first loads, and its four numbers per row.
 STRIP_TILES = 0.25
 MOST_STRIPS = 64
 
 
 class SavedRows(NamedTuple):
-    """What the backward pass needs of the M valid rows.
+    """The values of the M valid rows that the backward pass needs.
 
     Attributes:
         indices: (M,) int64 positions in the input.
@@ -49,10 +49,10 @@ class SavedRows(NamedTuple):
 
 
 def plan_strips(n_row_blocks: int, n_tiles: int, slots: int) -> int:
-    """Return how many strips to cut ``n_tiles`` tiles of the vocabulary into.
+    """Return the number of strips into which ``n_tiles`` tiles of the vocabulary are cut.
 
-    Every row block and strip is a program and ``slots`` programs run at once: the number is taken with
-    which the waves of programs, each as long as its strip, take least.
+    Every row block and strip is a program, and ``slots`` programs run at once. The number is the one with
+    which the waves of programs, each as long as its strip, take least time.
 
     Example:
         >>> plan_strips(n_row_blocks=32, n_tiles=251, slots=264)  # 8 strips: 256 programs, one wave
@@ -67,7 +67,7 @@ def plan_strips(n_row_blocks: int, n_tiles: int, slots: int) -> int:
 
 
 def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Result:
-    """Return the rows' losses and hits, and what the backward pass needs of the softmax.
+    """Return the rows' losses and hits, and the values of the softmax that the backward pass needs.
 
     Raises:
         RuntimeError: the inputs are float64, which this engine would round.
@@ -102,7 +102,7 @@ def forward(inputs: Inputs, plan: RowPlan, options: Options, need: Need) -> Resu
 def backward(grad_total: Tensor, inputs: Inputs, rows: SavedRows, options: Options, need: Need) -> Gradients:
     """Return the gradients that ``need`` names, in their inputs' types.
 
-    ``grad_total`` is the gradient of the total, () of any value: it enters every row's factor in
+    ``grad_total`` () is the gradient of the total. It is multiplied into every row's factor in
     float32 before anything is rounded.
     """
     hidden, weight, bias = inputs
@@ -134,8 +134,8 @@ def _chunks(grad_total: Tensor, inputs: Inputs, saved: SavedRows, options: Optio
     common = factors.common
     rows = factors.rows(hidden, saved.indices) if grads.weight is not None else None
 
-    # The product goes straight into dW where it rounds to dW's type and no factor is left that it needs
-    # in float32; else through a float32 piece.
+    # The product goes directly into dW if it is rounded to dW's type and no float32 factor remains;
+    # otherwise through a float32 piece.
     straight = weight.dtype == torch.float32 or (weight.dtype == low and common is None)
     through_piece = grads.weight is not None and not straight
     beside = width * ((low.itemsize if weight.dtype != low else 0) + (4 if through_piece else 0))

@@ -1,6 +1,6 @@
 """sbs-edge: distil a large model's rationales into a small student and ship it as a bundle.
 
-Three names do the work; the others are their results, settings and errors::
+Three names do the work. The others are their results, settings and errors::
 
     from sbs_edge import Student, export, train
 
@@ -55,30 +55,21 @@ __all__ = [
 __version__ = "0.2.0"
 
 _MODULES = {
-    "sbs_edge.errors": (
-        "AnswerError",
-        "DataError",
-        "GuardError",
-        "IntegrityError",
-        "MissingExtra",
-        "OutOfMemory",
-        "SbsEdgeError",
-        "UsageError",
-    ),
     "sbs_edge.export.api": ("ExportResult", "export"),
     "sbs_edge.runtime.answers": ("Explanation", "Prediction"),
     "sbs_edge.runtime.student": ("Student",),
     "sbs_edge.training.config": ("TrainConfig",),
     "sbs_edge.training.train": ("TrainResult", "train"),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = dict.fromkeys(set(__all__) - {"__version__"}, "sbs_edge.errors")  # unless it is named above
+_MODULE_OF |= {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         from importlib import import_module
 
-        # `export` is a package of this name too, which can be called just the same.
+        # `export` is also a package of this name, which can be called in the same way.
         return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

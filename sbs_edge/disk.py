@@ -1,4 +1,4 @@
-"""Telling a disk that is full from other failures, whatever library met it. No torch here."""
+"""Tell a full disk from other failures, whatever library reports it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import errno
 
 __all__ = ["lacks_space"]
 
-# A quota and a limit on the size of a file end a write as a full disk does.
+# A quota, and a limit on the size of a file, stop a write like a full disk.
 _NUMBERS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
-# safetensors quotes the system's error and its number; PyTorch's writers say no more than that writing failed.
+# safetensors quotes the system's error and its number; PyTorch's writers only say that writing failed.
 _WORDS = (
     "no space left on device",
     "disk quota exceeded",
@@ -20,7 +20,7 @@ _WORDS = (
 
 
 def lacks_space(error: BaseException) -> bool:
-    """Tell whether ``error``, or what it was raised from, is a write for which there was no room."""
+    """Return whether ``error``, or an error that it was raised from, is a write that found no space."""
     seen: set[int] = set()
     at: BaseException | None = error
     while at is not None and id(at) not in seen:

@@ -54,11 +54,11 @@ class DataError(UsageError):
 
 
 class MissingExtra(UsageError, ImportError):
-    """An optional package is needed and absent; the message gives the command that installs it.
+    """A needed optional package is not installed; the message gives the command that installs it.
 
     Attributes:
-        package: the absent package, also as ``name``, as in every ImportError.
-        extra: the extra of this package that brings it.
+        package: the missing package, also as ``name``, as in every ImportError.
+        extra: the extra of this package that installs it.
     """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
@@ -78,7 +78,7 @@ class MissingExtra(UsageError, ImportError):
 
 
 class GuardError(SbsEdgeError):
-    """A lossy step lost more accuracy than the accuracy check allows; nothing was replaced."""
+    """A lossy step lost more accuracy than allowed; nothing was replaced."""
 
     exit_code = 3
 

@@ -1,6 +1,6 @@
-"""Writing so that a crash leaves either the old file or the new one, never half of either.
+"""Write files so that a crash leaves either the old file or the new one, never a part of one.
 
-Standard library only, because the runtime imports it.
+Uses only the standard library, because the runtime imports it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:
-    """UTF-8 form of :func:`write_bytes`."""
+    """Replace ``path`` by ``content`` in UTF-8; see :func:`write_bytes`."""
     write_bytes(path, content.encode("utf-8"))
 
 
@@ -83,7 +83,7 @@ def to_json(content: Any, **options: Any) -> str:
     """Return ``content`` as JSON; ``options`` are those of :func:`json.dumps`.
 
     Raises:
-        SbsEdgeError: a number is NaN or infinite. JSON has neither, and readers refuse the whole document.
+        SbsEdgeError: a number is NaN or infinite, which JSON cannot represent.
     """
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)
@@ -92,13 +92,13 @@ def to_json(content: Any, **options: Any) -> str:
         if place is None:
             raise
         raise SbsEdgeError(
-            f"The result holds a number that is not finite (NaN or infinity) at {place}: JSON cannot hold it, and "
-            "it is not an answer. Nothing was written. Check the student that produced it."
+            f"The result has a number that is not finite (NaN or infinity) at {place}, which JSON cannot represent. "
+            "Nothing was written. Check the student that produced it."
         ) from error
 
 
 def _not_finite(content: Any, place: str) -> str | None:
-    """Return where the first number that is not finite stands in ``content``."""
+    """Return the place in ``content`` of the first number that is not finite."""
     if isinstance(content, float):
         return None if math.isfinite(content) else place.lstrip(".") or "the top"
     parts: Any = ()
@@ -113,33 +113,33 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as indented JSON with a final newline, in one step.
 
     Raises:
-        SbsEdgeError: a number in it is not finite; the file stays as it was.
+        SbsEdgeError: a number is not finite; the file is then unchanged.
     """
     write_text(path, to_json(content, indent=2) + "\n")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise unless the file ``path`` can be written: before long work, not after it. Its folder is made.
+    """Raise an error before long work if the file ``path`` cannot be written; create its folder.
 
     Raises:
-        UsageError: it is a directory, or its folder cannot be made or written to.
+        UsageError: ``path`` is a directory, or its folder cannot be created or written to.
 
     """
     target = Path(path)
     if target.is_dir():
-        raise UsageError(f"{target} is a directory, and a file is to be written there. Name a file.")
+        raise UsageError(f"{target} is a directory, but a file is needed. Name a file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
         raise UsageError(
-            f"{target} cannot be written: {error.strerror or error}. Name another place."
+            f"{target} cannot be written: {error.strerror or error}. Choose another path."
         ) from error
 
 
 def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str], kind: str) -> None:
-    """Reject a destination with other content than this package's output: replacing a directory deletes its content.
+    """Reject a destination that has anything but this package's output, because replacing it would delete the rest.
 
     Args:
         destination: a directory that :func:`atomic_directory` is going to replace.
@@ -147,14 +147,14 @@ def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str],
         kind: what is written, for the message.
 
     Raises:
-        UsageError: it is a file, holds something else, or is where this process stands.
+        UsageError: it is a file, has other content, or is the working directory of this process.
     """
     target = Path(destination)
     here, resolved = Path.cwd(), target.resolve()
     if resolved == here or resolved in here.parents:
         raise UsageError(
-            f"{target} is the directory this command runs in, or above it, and cannot be replaced as a whole. Name a "
-            "directory of its own."
+            f"{target} is the directory this command runs in, or above it, and cannot be replaced as a whole. Choose a "
+            "separate directory."
         )
     if target.is_dir():
         if not any(target.iterdir()) or any(any(target.glob(mark)) for mark in marks):
@@ -162,7 +162,7 @@ def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str],
     elif not target.exists():
         return
     raise UsageError(
-        f"{target} is there already and is not a {kind}. Writing would delete its content; give another directory, "
+        f"{target} exists and is not a {kind}. Writing there would delete its content: choose another directory, "
         "or remove it yourself."
     )
 
@@ -171,9 +171,9 @@ def check_replaceable(destination: str | os.PathLike[str], marks: Sequence[str],
 def atomic_directory(destination: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary directory beside ``destination`` that replaces it when the block succeeds.
 
-    Every file is flushed before the rename. An existing destination is swapped in one step where
-    the system can (Linux), so that at every moment one complete directory has the name; on any
-    failure the temporary directory is removed and the old one stays.
+    Every file is flushed before the rename. On Linux an existing destination is swapped in one step, so that at
+    every moment a complete directory has the name. If anything fails, the temporary directory is removed and the
+    old one stays.
     """
     target = Path(destination)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Labels, rationales and inputs as a tokenizer spells them: what it cannot tell apart, and what it loses."""
+"""Check how a tokenizer spells labels, rationales and inputs: labels it cannot tell apart, characters it loses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def label_ids(labels: Sequence[str], texts: TextTokenizer, eos_id: int) -> list[
     """Return every label's tokens, end-of-sequence included.
 
     Raises:
-        UsageError: nothing of a label is left in its tokens, or two labels have the same tokens.
+        UsageError: a label has no token of its own, or two labels have the same tokens.
     """
     found: dict[tuple[int, ...], str] = {}
     for label in labels:
@@ -29,7 +29,7 @@ def label_ids(labels: Sequence[str], texts: TextTokenizer, eos_id: int) -> list[
         if not texts.decode([index for index in ids if index != texts.unknown_id]):
             raise UsageError(
                 f"The label {label!r} has no token in this student's tokenizer. Rename the label, or train with "
-                "a tokenizer that knows its characters."
+                "a tokenizer that has its characters."
             )
         if ids in found:
             raise UsageError(
@@ -55,7 +55,7 @@ def check_choices(rows: Iterable[Example], texts: TextTokenizer, eos_id: int) ->
 
 
 def _letters(text: str) -> str:
-    """Return what two spellings of a text share: NFKC, no case, no white space."""
+    """Return ``text`` in NFKC without case and white space, to compare two spellings of it."""
     return "".join(normalise(text).split())
 
 
@@ -71,12 +71,12 @@ def _fate(text: str, texts: TextTokenizer) -> str | None:
 
 
 def spelling_of_rows(rows: Sequence[Example], texts: TextTokenizer) -> dict[str, dict[str, Any]]:
-    """Count what does not come back from encoding and decoding, in the first 5,000 rows.
+    """Count the texts of the first 5,000 rows that encoding and decoding changes.
 
     Returns:
         for ``labels`` (the different labels, teacher's labels and choices), ``rationales`` and ``inputs``: ``checked``;
-        ``lost``, texts of which characters are lost; ``folded``, texts whose line breaks or tabs become spaces;
-        and ``examples``, a few pairs of a lost text and what comes back.
+        ``lost``, texts that lose characters; ``folded``, texts whose line breaks or tabs become spaces;
+        and ``examples``, a few pairs of such a text and its decoded form.
     """
     some = rows[:CHECKED_ROWS]
     labels = {
@@ -106,7 +106,7 @@ def spelling_of_rows(rows: Sequence[Example], texts: TextTokenizer) -> dict[str,
 
 
 def spelling_sentences(report: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the report of :func:`spelling_of_rows` as sentences, none where every text comes back."""
+    """Return the report of :func:`spelling_of_rows` as sentences; empty if no text changes."""
     sentences = []
     for kind, counts in report.items():
         if counts["lost"]:

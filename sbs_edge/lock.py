@@ -1,4 +1,4 @@
-"""One process at a time writes into a place: a lock that names its holder and ends with it. No torch here."""
+"""A lock on an output directory, which names its holder and ends with the holder's process. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sbs_edge.errors import UsageError
 fcntl: Any
 try:
     fcntl = import_module("fcntl")
-except ImportError:  # Windows has none; there two processes are not kept apart
+except ImportError:  # not on Windows, where nothing prevents two writers
     fcntl = None
 
 __all__ = ["held"]
@@ -23,14 +23,13 @@ __all__ = ["held"]
 
 @contextlib.contextmanager
 def held(place: str | os.PathLike[str], doing: str) -> Iterator[None]:
-    """Hold ``place``, a directory that is going to be written, until the block ends.
+    """Lock the directory ``place`` until the block ends, so that no other process writes to it.
 
-    The lock is the system's on ``.NAME.lock`` beside it: when the process that holds it dies, however it dies, the
-    next one takes it over.
+    It is a system lock on ``.NAME.lock`` beside the directory, so it is released even if the process is killed.
 
     Args:
-        place: the directory; it need not be there yet.
-        doing: a noun for what the holder does, such as "training", for the message of the one that comes later.
+        place: the directory; it need not exist.
+        doing: a noun for the work, such as "training", for the message that the next process gets.
 
     Raises:
         UsageError: another process holds it.
@@ -60,9 +59,9 @@ def _locked(path: Path, target: Path, doing: str) -> int:
             holder = os.read(fd, 200).decode("utf-8", "replace") or "another process"
             os.close(fd)
             raise UsageError(
-                f"A {doing} of {holder} is already writing to {target}. Wait for its end, or give another directory."
+                f"A {doing} of {holder} is already writing to {target}. Wait until it ends, or choose another directory."
             ) from error
-        # The holder before may have removed the file between opening and locking it.
+        # The previous holder may have removed the file between our opening and locking it.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(fd).st_ino == path.stat().st_ino:
                 return fd

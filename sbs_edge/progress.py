@@ -1,4 +1,4 @@
-"""Progress of long work as plain lines on stderr, for logs and pipes; a terminal gets bars instead."""
+"""Report the progress of long work as plain lines on stderr, for logs and pipes; terminals get bars instead."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class ProgressLine:
 
     Args:
         what: name of the work.
-        total: units in all, or None if unknown: lines then give the rate.
+        total: number of units, or None if unknown; lines then give the rate.
         unit: plural noun of the units.
         stream: where lines go; None: stderr.
-        start: units done before this run, which say nothing about its speed.
+        start: units done before this run, which do not count for its speed.
         clock: seconds; replaced in tests.
 
     """
@@ -61,7 +61,7 @@ class ProgressLine:
 
     @property
     def due(self) -> bool:
-        """Whether the next :meth:`update` writes a line."""
+        """Return whether the next :meth:`update` writes a line."""
         return self._clock() - self._last >= EVERY_S
 
     def update(self, done: int, text: str = "") -> None:
@@ -87,7 +87,7 @@ def heartbeat(what: str, stage: Callable[[], str]) -> Iterator[None]:
 
     Args:
         what: name of the work.
-        stage: returns what is being done now, and of how much.
+        stage: returns the current stage, and how many there are.
 
     """
     done, began = threading.Event(), time.monotonic()

@@ -1,7 +1,7 @@
 """Processors and memory that this process may use: affinity, control groups and resource limits.
 
-A container with half a processor sees every core of its host. Threads beyond its quota only take turns, so
-defaults are taken from here and not from ``os.cpu_count()``.
+A container with half a processor sees every core of its host, but threads beyond its quota only take turns. So
+defaults come from here and not from ``os.cpu_count()``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-__all__ = ["cpu_quota", "lacks_memory", "limit_torch_threads", "memory_advice", "memory_limit", "usable_cpus"]
+__all__ = [
+    "ProcessPlan",
+    "cpu_quota",
+    "lacks_memory",
+    "limit_torch_threads",
+    "memory_advice",
+    "memory_limit",
+    "plan_processes",
+    "share_cpus",
+    "usable_cpus",
+]
 
-# Parts of messages of onnxruntime, the C++ library and the dynamic loader when memory cannot be had.
+_own_share: int | None = None  # threads that this process keeps to, beside others of the same work
+
+# Messages of onnxruntime, the C++ library and the dynamic loader when memory cannot be allocated.
 _NO_MEMORY = (
     "bad_alloc", "failed to allocate memory", "cannot allocate memory", "out of memory", "enomem",
     "failed to map segment",
@@ -20,21 +33,60 @@ _NO_MEMORY = (
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """Return how many threads can run at once: the lesser of the affinity and the quota, rounded up.
+    """Return how many threads can run at once: the smaller of affinity and quota, rounded up.
 
     Args:
         root: the file system to read ``proc`` and ``sys`` from.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota(root)
-    return allowed if quota is None else max(1, min(allowed, -int(-quota // 1)))
+    limits = [allowed, *([] if quota is None else [-int(-quota // 1)]), *([_own_share] if _own_share else [])]
+    return max(1, min(limits))
+
+
+def share_cpus(threads: int | None) -> None:
+    """Keep this process to ``threads`` threads from now on, because others do the same work beside it; None: no limit.
+
+    Every default taken from :func:`usable_cpus` follows it.
+    """
+    global _own_share
+    _own_share = threads
+
+
+class ProcessPlan(NamedTuple):
+    """How a number of equal tasks is spread over one machine."""
+
+    processes: int
+    threads: int  # of each process
+
+
+def plan_processes(tasks: int, memory_each: int, threads: int | None = None) -> ProcessPlan:
+    """Return how many processes run at once, and their threads, so that neither processors nor memory run out.
+
+    Args:
+        tasks: tasks to be done, at least 1.
+        memory_each: bytes that one task needs at most.
+        threads: threads of each; None: the processors shared out evenly.
+
+    Example:
+        >>> plan_processes(1, memory_each=1 << 30).processes
+        1
+
+    """
+    cpus = usable_cpus()
+    memory = memory_limit()
+    if memory is None and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fitting = cpus if memory is None else int(0.8 * memory) // memory_each
+    processes = max(1, min(tasks, cpus // (threads or 1), fitting))
+    return ProcessPlan(processes, threads or max(1, cpus // processes))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the processors that control groups grant, 0.5 for half of one; None where nothing limits them.
+    """Return how many processors the control groups (cgroups) grant, such as 0.5; None if there is no limit.
 
     Reads ``cpu.max`` (version 2) or ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us`` (version 1) of this process's
-    group and of every group above it; the least counts.
+    group and of every group above it; the smallest counts.
     """
     found = []
     for folder in _groups("cpu", root):
@@ -49,7 +101,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that control groups and ``ulimit -v`` allow; None where nothing limits them.
+    """Return the bytes of memory that control groups and ``ulimit -v`` allow; None if there is no limit.
 
     Reads ``memory.max`` (version 2) or ``memory.limit_in_bytes`` (version 1).
     """
@@ -76,23 +128,23 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def memory_advice() -> str:
-    """Return what to tell a user who has run out of memory."""
+    """Return advice for a user who has run out of memory."""
     limit = memory_limit()
     known = f"This process may use {limit >> 20} MB" if limit else "No limit is set on this process"
     return f"{known}; docs/bundle.md says what a bundle needs."
 
 
 def limit_torch_threads(threads: int | None = None) -> None:
-    """Give torch ``threads`` compute threads; None: its own default, but no more than a CPU quota lets run at once."""
+    """Set torch's compute threads to ``threads``; None: torch's default, but no more than the CPU quota allows."""
     import torch
 
-    if threads is None and cpu_quota() is None:
+    if threads is None and cpu_quota() is None and _own_share is None:
         return
     torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
 
 
 def _whole(word: str) -> int | None:
-    """Return a positive whole number, or None for ``max``, -1 and whatever else is not a limit."""
+    """Return a positive whole number, or None for ``max``, -1 and other values that are not a limit."""
     return int(word) if word.isascii() and word.isdigit() and int(word) > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids for training, export and the runtime alike: text is text, and one rule cuts it. No torch here."""
+"""Turn text into token ids, with the same rules in training, export and at run time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Normalizers that read a text on each side of a space between two ASCII letters or digits independently.
+# Normalizers that treat the text before and after a space between two ASCII letters or digits independently.
 _LOCAL_NORMALIZERS = frozenset(
     ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Lowercase", "StripAccents", "Strip")
 )
@@ -34,10 +34,10 @@ _LOCAL_PATTERNS = (r"\s+", " {2,}", " +", r"[\s]+")  # of the normalizer Replace
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of the file ``path``, without the truncation and padding that the file may ask for.
+    """Return the tokenizer in the file ``path``, with truncation and padding switched off.
 
     Raises:
-        Exception: the file is not a tokenizer's; the library's own error has no narrower class.
+        Exception: the file is not a tokenizer; the library raises no narrower class.
     """
     from tokenizers import Tokenizer
 
@@ -45,33 +45,33 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:
-    """Switch off the truncation and padding that a tokenizer brings, and return it."""
+    """Switch off a tokenizer's own truncation and padding, and return it."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
 def within_limit(ids: Sequence[int], limit: int, eos_id: int) -> list[int]:
-    """Return ``ids``, cut to ``limit`` where they are more; what is cut still ends with end-of-sequence."""
+    """Return ``ids``, cut to ``limit`` if there are more; a cut list still ends with end-of-sequence."""
     return list(ids) if len(ids) <= limit else [*ids[: limit - 1], eos_id]
 
 
 def most_characters(limit: int) -> int:
-    """Return how many characters of a text are read for ``limit`` tokens; what lies beyond counts as over the limit.
+    """Return how many characters of a text are read for ``limit`` tokens; a longer text counts as over the limit.
 
-    The longest piece of T5's vocabulary has 16 characters, so ordinary text is over its limit long before.
+    The longest piece of T5's vocabulary has 16 characters, so ordinary text reaches the token limit long before.
     """
     return max(64 * limit, 16384)
 
 
 def first_tokens(label_ids: Sequence[Sequence[int]]) -> list[int] | None:
-    """Return every label's first token where they all differ, so that one decoder step decides; otherwise None."""
+    """Return the first token of each label if they all differ, so that one decoder step decides; otherwise None."""
     heads = [ids[0] for ids in label_ids]
     return heads if len(set(heads)) == len(heads) else None
 
 
 def start_token_id(config: Any) -> int:
-    """Return the token that decoding starts with: the config's, or padding where it names none, as T5 does.
+    """Return the token that decoding starts with: the config's, or else padding, as in T5.
 
     Args:
         config: a transformers config, or the content of ``config.json``.
@@ -85,19 +85,19 @@ def start_token_id(config: Any) -> int:
 
 
 class TextTokenizer:
-    """A tokenizer that never takes a user's text for control tokens.
+    """A tokenizer that never reads a user's text as control tokens.
 
     Control tokens are the special added tokens (``</s>``, ``<pad>``, ``<extra_id_0>``, a student's own
-    ``[label]``) and whatever the template adds. The tokenizers library finds them in any text. Here only a
-    prefix may hold them; in a text the same characters are spelled like others. Ids of texts without them are
+    ``[label]``) and the tokens that the template adds. The tokenizers library finds them in any text. Here only a
+    prefix may contain them; in a text the same characters are spelled like others. Ids of other texts are
     exactly the library's.
 
-    Safe to share between threads.
+    It is safe to share between threads.
 
     Attributes:
         tokenizer: the library's tokenizer.
-        control: ids that no text can yield.
-        unknown_id: the token for what the vocabulary cannot spell, or None.
+        control: ids that no text can produce.
+        unknown_id: the token for characters that the vocabulary cannot spell, or None.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -116,20 +116,21 @@ class TextTokenizer:
         self._heads: dict[str, tuple[list[int], str]] = {}
 
     def _find_unknown(self) -> int | None:
-        named = getattr(self.tokenizer.model, "unk_token", None)  # Unigram keeps its own to itself
+        named = getattr(self.tokenizer.model, "unk_token", None)  # the library does not expose Unigram's
         ids = (self.tokenizer.token_to_id(name) for name in (named, "<unk>", "[UNK]") if name)
         return next((index for index in ids if index is not None), None)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | TextTokenizer) -> TextTokenizer:
-        """Return ``tokenizer`` itself, or wrapped."""
+        """Return ``tokenizer``, wrapped if it is the library's."""
         return tokenizer if isinstance(tokenizer, cls) else cls(tokenizer)
 
     # -- encoding -------------------------------------------------------------------------------------
 
     def encode(self, text: str, prefix: str = "") -> list[int]:
-        """Return the ids of ``prefix`` and ``text``, with what the tokenizer's template adds."""
-        return self._checked(self.tokenizer.encode(prefix + text).ids, text, prefix)
+        """Return the ids of ``prefix`` and ``text``, with the tokens that the template adds."""
+        (ids,) = self.encode_batch([text], prefix)  # unlike the library's encode(), it lets other threads run
+        return ids
 
     def encode_batch(self, texts: Sequence[str], prefix: str = "") -> list[list[int]]:
         """Return :meth:`encode` of every text."""
@@ -137,52 +138,53 @@ class TextTokenizer:
         return [self._checked(one.ids, text, prefix) for one, text in zip(found, texts, strict=True)]
 
     def encode_beginnings(self, texts: Sequence[str], limit: int, prefix: str = "") -> list[list[int]]:
-        """Return :meth:`encode` of every text, but no more than it takes to see that a text is over ``limit`` tokens.
+        """Return :meth:`encode` of each text, but of a text over ``limit`` tokens only a beginning.
 
-        Of a text that is over it, at least the first ``limit`` ids are those of the whole text, and more
-        than ``limit`` ids are returned, unless the text is longer than :func:`most_characters`: then only its
-        beginning counts, however few tokens that has. So the cost does not grow with the text.
+        The beginning has more than ``limit`` ids, of which the first ``limit`` are those of the whole text. A text
+        longer than :func:`most_characters` is cut there, however few tokens that gives. So the cost does not grow
+        with the text.
         """
-        short = max(8 * limit, 1024)
+        short = max(4 * limit, 1024)
         if all(len(text) <= short for text in texts):
             return self.encode_batch(texts, prefix)
-        return [self._beginning(text, limit, short, prefix) for text in texts]
+        return [self._beginning(text, limit, (short, 2 * short), prefix) for text in texts]
 
     def encode_within(self, text: str, limit: int, eos_id: int, prefix: str = "") -> tuple[list[int], bool]:
-        """Return at most ``limit`` ids of prefix and text, end-of-sequence last, and whether the text was cut."""
+        """Return at most ``limit`` ids of prefix and text, ending with end-of-sequence, and whether the text was cut."""
         (ids,) = self.encode_beginnings([text], limit, prefix)
         return within_limit(ids, limit, eos_id), len(ids) > limit or len(text) > most_characters(limit)
 
     def encode_target(self, text: str, eos_id: int) -> list[int]:
-        """Return the ids of what a student writes: :meth:`encode`, ending with end-of-sequence in any case."""
+        """Return the ids of a target text: :meth:`encode`, always ending with end-of-sequence."""
         ids = self.encode(text)
         return ids if ids[-1:] == [eos_id] else [*ids, eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``: special tokens left out, no space at either end."""
+        """Return the text of ``ids`` without special tokens and surrounding spaces."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def respelled(self, text: str) -> str:
-        """Return ``text`` as it comes back after encoding and decoding: what a student can write of it."""
+        """Return ``text`` after encoding and decoding: the form in which a student can write it."""
         return self.decode(self.encode(text))
 
     # -- long texts -----------------------------------------------------------------------------------
 
-    def _beginning(self, text: str, limit: int, short: int, prefix: str) -> list[int]:
-        if len(text) > short and (place := self._boundary(text, short)):
-            ids = self.encode(text[:place], prefix)
-            if len(ids) > limit:
-                return ids
+    def _beginning(self, text: str, limit: int, lengths: Sequence[int], prefix: str) -> list[int]:
+        for length in lengths:  # the first is enough where a token has few characters
+            if len(text) > length and (place := self._boundary(text, length)):
+                ids = self.encode(text[:place], prefix)
+                if len(ids) > limit:
+                    return ids
         most = most_characters(limit)
         if len(text) > most:
             text = text[: self._boundary(text, most) or most]
         return self.encode(text, prefix)
 
     def _boundary(self, text: str, most: int) -> int:
-        """Return a place up to ``most`` at which cutting leaves the ids before it as they are; 0 where none is sure.
+        """Return a position up to ``most`` where a cut does not change the ids before it; 0 if none is certain.
 
-        Such a place is a single space between two ASCII letters or digits, under a tokenizer that splits at spaces:
-        no normalisation reaches across it, and the pieces of words are chosen word by word.
+        That is a single space between two ASCII letters or digits, if the tokenizer splits at spaces: normalisation
+        does not reach across it, and each word is tokenised by itself.
         """
         if not self._splits_at_spaces:
             return 0
@@ -211,7 +213,7 @@ class TextTokenizer:
     # -- control tokens -------------------------------------------------------------------------------
 
     def _checked(self, ids: list[int], text: str, prefix: str) -> list[int]:
-        """Return the library's ``ids``, or those of the spelled text where it took characters for a control token."""
+        """Return the library's ``ids``, or encode again by spelling if it found a control token in the text."""
         head = self._heads.get(prefix) or self._head(prefix)
         body = ids[len(head[0]) : len(ids) - len(self._after)]
         if self.control.isdisjoint(body) and (self._fallbacks.isdisjoint(body) or not self._names(text)):
@@ -219,7 +221,7 @@ class TextTokenizer:
         return self._spelled(text, prefix)
 
     def _head(self, prefix: str) -> tuple[list[int], str]:
-        """Return what a prefix's control tokens give, the template's included, and the rest of the prefix."""
+        """Return the ids of a prefix's control tokens, with the template's, and the rest of the prefix."""
         if prefix not in self._heads:
             body = self.tokenizer.encode(prefix, add_special_tokens=False)
             n = max((place + 1 for place, index in enumerate(body.ids) if index in self.control), default=0)
@@ -244,13 +246,13 @@ class TextTokenizer:
 
     @cached_property
     def _fallbacks(self) -> frozenset[int]:
-        """Ids that a text may yield, but not because it holds their names: the unknown token and single bytes."""
+        """Return ids that a text may produce, but not by containing their names: the unknown token and single bytes."""
         unknown = () if self.unknown_id is None else (self.unknown_id,)
         return frozenset((*unknown, *self._byte_pieces.values()))
 
     @cached_property
     def _reserved(self) -> list[str]:
-        """The names of control tokens, the unknown token and bytes, as they would stand in a text."""
+        """Return the names of control tokens, the unknown token and bytes, as they would appear in a text."""
         ids = self.control if self.unknown_id is None else {*self.control, self.unknown_id}
         names = {self.tokenizer.id_to_token(index) for index in ids} | {*self._byte_pieces}
         return sorted(name for name in names if name)
@@ -263,7 +265,7 @@ class TextTokenizer:
         return re.compile("|".join(map(re.escape, names)))
 
     def _names(self, text: str) -> bool:
-        """Tell whether ``text`` holds the name of the unknown token or of a byte, normalised or not."""
+        """Return whether ``text`` contains the name of the unknown token or of a byte, normalised or not."""
         if self._fallback_names.search(text):
             return True
         normalizer = self.tokenizer.normalizer
@@ -271,9 +273,9 @@ class TextTokenizer:
 
     @cached_property
     def _speller(self) -> Tokenizer:
-        """The same tokenizer, which cuts the names of control tokens apart, so that no vocabulary entry matches them.
+        """Return a tokenizer that splits the names of control tokens, so that no vocabulary entry matches them.
 
-        Switching the library's search for special tokens off is not enough: T5's own vocabulary holds ``</s>``.
+        It is not enough to switch off the library's search for special tokens: T5's vocabulary contains ``</s>``.
         """
         from tokenizers import Regex, Tokenizer, pre_tokenizers
 
@@ -301,10 +303,10 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
 
 
 def text_fault(text: object) -> str | None:
-    """Return why no student can be asked about ``text``, as the end of a sentence about it, or None.
+    """Return why ``text`` cannot be answered, as the end of a sentence about it, or None.
 
-    A text is a string of valid Unicode that holds something to read: a string of white space, control and
-    format characters alone would be answered from the prefix.
+    A text must be valid Unicode and contain something to read: with only white space, control and format
+    characters, the answer would come from the prefix.
     """
     if not isinstance(text, str):
         return f"is a {type(text).__name__}, not a string"

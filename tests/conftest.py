@@ -49,3 +49,22 @@ def sbs_edge_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., str]:
+    """Run Python in a process of its own, in the test's folder; return what it printed."""
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-P", *command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

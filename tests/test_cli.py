@@ -90,6 +90,9 @@ def test_run_without_rationales_ends_with_a_bundle_and_a_report(
     assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "rationale, as the bundle" not in page
+    assert report["linear"]["accuracy"]["test"]["n"] == report["rows"]["test"]
+    assert report["linear"]["sentence"].startswith("A linear model on word n-grams")
+    assert report["linear"]["sentence"] in page
     bold = re.compile(r'<tr class="best"><td>([^<]*)')
     assert bold.findall(page) == []
     for shares, best in (((0.5, 0.75, 0.25), ["b"]), ((0.5, 0.5, 0.5), []), ((None, None, 0.1), ["c"])):
@@ -140,7 +143,7 @@ def test_doctor_warns_of_two_runtimes_in_one_place(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert doctor.diagnose()["warnings"] == []
-    monkeypatch.setattr(doctor, "_version", lambda _: "1.0")
+    monkeypatch.setattr(doctor, "installed_versions", lambda *names: dict.fromkeys(names, "1.0"))
     assert main(["doctor"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "warning: onnxruntime and onnxruntime-gpu are both installed" in shown

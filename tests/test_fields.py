@@ -44,8 +44,11 @@ def _options(command: str) -> Iterator[Any]:
 
 # A value other than the default for every field; pairs that exclude each other are set in two runs.
 VALUES: dict[str, Any] = {
-    "mode": "distill", "rationale_weight": 2.5, "alpha": 0.25, "prefixes": "authors", "label_prefix": "no ",
-    "rationale_prefix": "why: ", "row_weight": "confidence", "model": "dir", "d_model": 128, "d_ff": 64, "n_heads": 8,
+    "mode": "distill", "rationale_weight": 2.5, "alpha": 0.25, "head_start": 0.3, "drop_doubtful": True,
+    "prefixes": "authors", "label_prefix": "no ",
+    "rationale_prefix": "why: ", "row_weight": "confidence", "soft_labels": 0.5,
+    "soft_temperature": 2.0, "rationales": "all", "model": "dir",
+    "encoder_layers": 3, "decoder_layers": 2, "d_model": 128, "d_ff": 64, "n_heads": 8,
     "n_layers": 3, "n_decoder_layers": 1, "gated": True, "tied": False, "dropout": 0.2, "tokenizer": "unigram",
     "vocabulary": 100, "lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 0.002, "weight_decay": 0.5,
     "clip_norm": 0.0, "label_smoothing": 0.1, "z_loss": 0.01, "batch_size": 7, "gradient_accumulation": 2,

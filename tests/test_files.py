@@ -67,7 +67,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     for allowed in (ours, empty, absent):
         files.check_replaceable(allowed, ("manifest.json",), "bundle")
     for refused in (mine, file):
-        with pytest.raises(UsageError, match=f"{refused.name} is there already and is not a bundle"):
+        with pytest.raises(UsageError, match=f"{refused.name} exists and is not a bundle"):
             files.check_replaceable(refused, ("manifest.json",), "bundle")
 
 

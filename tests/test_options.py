@@ -9,19 +9,21 @@ import subprocess
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import typer
 
+from sbs_edge.cli._command import _with_options
 from sbs_edge.cli.app import app, main
 from sbs_edge.cli.serve import _FLAGS
 from sbs_edge.serve.settings import ServeSettings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-# Flags of other programs that texts of the package name: torchrun's, Triton's, and the pages' CSS variables.
-_FOREIGN = {"--nproc-per-node", "--model-repository", "--line", "--soft"}
+# Flags of other programs that texts of the package name: Triton's, pip's, and the pages' CSS variables.
+_FOREIGN = {"--model-repository", "--no-deps", "--line", "--soft"}
 
 
 def _commands(group: typer.Typer = app, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -148,7 +150,7 @@ def test_who_can_meet_bad_rows_can_go_on_without_them(repository: Path) -> None:
             for node in ast.walk(tree)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
-        if called & {"refuse", "read_rows", "load_splits", "open_stream"}:
+        if called & {"refuse", "read_rows", "load_rows", "load_splits", "open_stream"}:
             met.append(name.rpartition(".")[2])
             assert "--skip-bad-rows" in own, name
     assert set(met) >= {"annotate", "compare_teacher", "evaluate", "export", "run", "train"}
@@ -167,11 +169,11 @@ def test_ctrl_c_says_what_is_left_and_exits_130(
 
     monkeypatch.setattr("sbs_edge.cli.doctor.diagnose", stop)
     assert main(["doctor"]) == 130
-    assert "interrupted: Nothing half-written" in capsys.readouterr().err
+    assert "interrupted: No incomplete file" in capsys.readouterr().err
     monkeypatch.setattr("sbs_edge.training.train.train", stop)
     assert main(["train", "--out", str(tmp_path / "student")]) == 130
     said = "".join(capsys.readouterr().err.split())
-    assert f"arein{tmp_path}/student.training;goonwiththesamecommandand--resume" in said
+    assert f"arein{tmp_path}/student.training;continuewiththesamecommandand--resume" in said
 
 
 def test_guard_rows_that_cannot_be_used_may_be_left_out(sbs_edge_cli: Run, tmp_path: Path) -> None:
@@ -183,3 +185,43 @@ def test_guard_rows_that_cannot_be_used_may_be_left_out(sbs_edge_cli: Run, tmp_p
     left = sbs_edge_cli("evaluate", tmp_path, *flags, "--skip-bad-rows")
     assert "1 malformed row(s) left out; the first: " in left.stderr
     assert "is not a checkpoint: it has no config.json" in left.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("or leave them out with skip_bad_rows=True, which reports them.", "--skip-bad-rows, which"),
+        (
+            "keep_float=['encoder.0', 'head'], which cost most",
+            "--keep-float encoder.0 --keep-float head, which",
+        ),
+        ("choose another label_kind.", "another --label-kind."),
+        ("pass dataset='cqa'.", "pass --dataset cqa."),
+        ("Map its column with column=['input=NAME'].", "with --column input=NAME."),
+        (
+            "the file runs/label_kind/x.jsonl and the column 'label_kind'",
+            "runs/label_kind/x.jsonl and the column 'label",
+        ),
+        ("the dataset has no column", "the dataset has"),
+    ],
+)
+def test_the_command_line_names_a_parameter_by_its_option(message: str, shown: str) -> None:
+    names = ("skip-bad-rows", "keep-float", "label-kind", "dataset", "column")
+    options = [
+        SimpleNamespace(name=name.replace("-", "_"), opts=[f"--{name}"], param_type_name="option")
+        for name in names
+    ]
+    assert shown in _with_options(message, options)
+
+
+def test_library_errors_name_parameters_not_options(repository: Path) -> None:
+    own = {"teacher", "chat", "cli"}  # the teacher is reached through its commands alone
+    found = []
+    for folder in ("sbs_edge", "export", "kernels"):
+        for path in (repository / folder).rglob("*.py"):
+            if own & set(path.relative_to(repository).parts):
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Raise) and re.search(r"['\" (]--[a-z]", ast.unparse(node)):
+                    found.append(f"{path.relative_to(repository)}:{node.lineno}")
+    assert found == []

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
 @pytest.mark.long
-def test_the_python_example_runs_as_printed(repository: Path, tmp_path: Path) -> None:
+def test_the_python_example_runs_as_printed(repository: Path, python: Callable[..., str]) -> None:
     """The example asks the demo's bundle; a shorter demo makes one."""
     (code,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), flags=re.DOTALL)
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-P", *command],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run("-m", "sbs_edge", "run", "--out", "runs/demo", "--steps", "60")
-    assert re.match(r"(wait|dispatch|adjust|close) [01]\.\d+\n\w+", run("-c", code))
+    python("-m", "sbs_edge", "run", "--out", "runs/demo", "--steps", "60")
+    assert re.match(r"(wait|dispatch|adjust|close) [01]\.\d+\n\w+", python("-c", code))
 
 
 def test_every_document_the_readme_links_exists(repository: Path) -> None:

@@ -76,7 +76,6 @@ def compare(
 
     Raises:
         DataError: the documents are of different benches or share no row.
-
     """
     if first.get("kind") != second.get("kind"):
         raise DataError(

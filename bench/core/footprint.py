@@ -47,7 +47,6 @@ def closure(roots: dict[str, tuple[str, ...]]) -> list[str]:
 
     Markers are evaluated here; extras follow PEP 508 (``optimum[onnxruntime]``). A requirement that
     is not installed is left out.
-
     """
     # Here and below: a worker measures its memory with this module and must not pay for these.
     from importlib import metadata

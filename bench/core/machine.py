@@ -10,12 +10,12 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sbs_edge.resources import cpu_quota, memory_limit
 from sbs_edge.runtime.int8_products import int8_products
+from sbs_edge.versions import installed_versions
 
 __all__ = ["VERSIONED", "machine", "provenance", "slug", "versions"]
 
@@ -111,13 +111,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that takes part in a bench and is installed."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **installed_versions(*VERSIONED)}
 
 
 def provenance(command: list[str] | None = None) -> dict[str, Any]:

@@ -31,7 +31,6 @@ class Worker:
     Args:
         spec: the system and its conditions.
         module: the worker's module; the training and kernel benches have their own.
-
     """
 
     def __init__(self, spec: Spec, module: str = "sbs_edge.bench.core.worker") -> None:
@@ -93,7 +92,6 @@ class Worker:
 
         Raises:
             WorkerFailed: the worker ended, the command failed in it, or the limit passed (it is killed).
-
         """
         self._send({"do": do, **order})
         if self._process.stdout is None:

@@ -8,13 +8,15 @@ round, from which spreads and comparisons are made later.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sbs_edge.bench.core.machine import provenance
 from sbs_edge.errors import DataError
 
-__all__ = ["FORMAT", "Row", "load_document", "rows_of"]
+__all__ = ["FORMAT", "Row", "load_document", "new_document", "rows_of"]
 
 FORMAT = 1
 Key = tuple[str, str, str, str]
@@ -34,7 +36,6 @@ class Row:
         value: the figure (a median unless ``extra`` says otherwise).
         rounds: the figure of each interleaved round; empty for facts measured once.
         extra: percentiles, sample counts, settings; plain JSON values.
-
     """
 
     section: str
@@ -57,6 +58,39 @@ class Row:
         return asdict(self)
 
 
+def new_document(
+    kind: str,
+    model: dict[str, Any],
+    *,
+    threads: int,
+    cpus: list[int] | None = None,
+    command: list[str] | None = None,
+    began: dict[str, Any] | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Return a document with where and how it was measured, and ``fields``.
+
+    Args:
+        kind: the bench.
+        model: what was measured.
+        threads: compute threads.
+        cpus: processors used; None: every one this process may use.
+        command: what was run; None: this process's own arguments.
+        began: :func:`~sbs_edge.bench.core.machine.provenance` as it was before the measurement; None: now.
+        fields: everything else; a ``seed`` of 0 unless given.
+    """
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        **(began or provenance(command)),
+        "model": model,
+        "threads": threads,
+        "cpus": sorted(os.sched_getaffinity(0)) if cpus is None else cpus,
+        "seed": 0,
+        **fields,
+    }
+
+
 def rows_of(document: dict[str, Any]) -> list[Row]:
     """Return the rows of a document."""
     return [Row(**row) for row in document["rows"]]
@@ -67,7 +101,6 @@ def load_document(path: Path) -> dict[str, Any]:
 
     Raises:
         DataError: it cannot be read, is not a result of these benchmarks, or has another format number.
-
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -11,13 +11,24 @@ rows of all others are shrunk too, so that pruning to the words in use changes n
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sbs_edge import __version__, files
+from sbs_edge.bench.peers.convert import cache_root, digest
 from sbs_edge.errors import MissingExtra, UsageError
+from sbs_edge.versions import installed_versions
 
-__all__ = ["SHAPES", "random_student"]
+__all__ = [
+    "SHAPES",
+    "check_shape",
+    "layers_of",
+    "random_model",
+    "random_student",
+    "shape_bundle",
+    "shape_student",
+]
 
 _COMMON: dict[str, Any] = {"vocab_size": 32128, "d_kv": 64}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,6 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 PREFIXES = {"label": "[label] ", "rationale": "[rationale] "}
 MAX_SOURCE_TOKENS = 512
 MAX_TARGET_TOKENS = 64
+Say = Callable[[str], None]
 _SHRINK = 0.01
 WORDS_IN_USE = 4000
 _SPECIAL = ("<pad>", "</s>", "<unk>", "[label]", "[rationale]")
@@ -116,7 +128,44 @@ def _label_tokens(logits: Any, seed: int, k: int = 3) -> list[int]:
     return sorted(best[1])
 
 
-def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation: int = 128) -> Path:
+def layers_of(shape: str, encoder: int | None = None, decoder: int | None = None) -> tuple[int, int]:
+    """Return the encoder's and the decoder's layers: as given, or the shape's own."""
+    own = int(SHAPES[shape]["num_layers"])
+    return own if encoder is None else encoder, own if decoder is None else decoder
+
+
+def check_shape(shape: str) -> None:
+    """Raise :class:`UsageError` for a shape that does not exist."""
+    if shape not in SHAPES:
+        raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+
+
+def random_model(shape: str, seed: int, **changes: Any) -> Any:
+    """Return a T5 of ``shape`` with random weights; ``changes`` replace fields of its configuration.
+
+    Raises:
+        MissingExtra: torch or transformers is not installed.
+    """
+    try:
+        import torch
+        from transformers import T5Config, T5ForConditionalGeneration
+    except ImportError as error:
+        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
+    torch.manual_seed(seed)
+    fields = {"tie_word_embeddings": True, "feed_forward_proj": "relu", **SHAPES[shape], **changes}
+    config = T5Config(**fields, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    return T5ForConditionalGeneration(config)
+
+
+def random_student(
+    shape: str,
+    destination: Path,
+    *,
+    seed: int = 0,
+    n_validation: int = 128,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
+) -> Path:
     """Write a student directory of ``shape`` with random weights and return it.
 
     Args:
@@ -124,27 +173,20 @@ def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation
         destination: the directory to create (replaced as a whole).
         seed: seeds the weights and the rows.
         n_validation: validation rows; as many calibration rows are written.
+        encoder_layers: layers in place of the shape's own.
+        decoder_layers: the same of the decoder.
 
     Raises:
         UsageError: the shape is unknown.
         MissingExtra: torch or transformers is not installed.
-
     """
-    if shape not in SHAPES:
-        raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
-    try:
-        import torch
-        from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-    except ImportError as error:
-        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
-    torch.manual_seed(seed)
-    config = T5Config(
-        **{"tie_word_embeddings": True, "feed_forward_proj": "relu", **SHAPES[shape]},
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    model = T5ForConditionalGeneration(config).eval()
+    check_shape(shape)
+    encoder, decoder = layers_of(shape, encoder_layers, decoder_layers)
+    model = random_model(shape, seed, num_layers=encoder, num_decoder_layers=decoder).eval()
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    config = model.config
     words = _words(config.vocab_size, seed)
     unused = torch.ones(config.vocab_size, dtype=torch.bool)
     unused[torch.from_numpy(words)] = False
@@ -182,6 +224,47 @@ def random_student(shape: str, destination: Path, *, seed: int = 0, n_validation
         spare = [labels[index % len(labels)] for index in range(len(calibration))]
         _write_rows(work / "calibration.jsonl", "c", calibration, spare)
     return destination
+
+
+def shape_student(
+    shape: str, seed: int, say: Say, encoder_layers: int | None = None, decoder_layers: int | None = None
+) -> Path:
+    """Return the cached random student of a shape, with other numbers of layers if given, made on first use."""
+    check_shape(shape)
+    version = installed_versions("transformers").get("transformers", "").split(".")[0]
+    layers = layers_of(shape, encoder_layers, decoder_layers)
+    depth = "" if layers == layers_of(shape) else f"-{layers[0]}-{layers[1]}"
+    target = cache_root() / f"student-{shape}{depth}-{seed}-v3-transformers{version}"
+    if not (target / "sbs_edge.json").is_file():
+        say(f"making a random student of shape {shape}, {layers[0]}/{layers[1]} layers")
+        random_student(shape, target, seed=seed, encoder_layers=layers[0], decoder_layers=layers[1])
+    return target
+
+
+def shape_bundle(student: Path, targets: Sequence[str], say: Say, **options: Any) -> Path:
+    """Return the cached bundle of a random student, exported without the accuracy check.
+
+    Args:
+        student: the student directory.
+        targets: what to export it for.
+        say: receives a line when it is made.
+        options: switches of the export.
+    """
+    import sbs_edge.export.api as export_package
+    from sbs_edge.export.api import export
+
+    writer = Path(export_package.__file__).parent
+    code = digest(writer, tuple(sorted(path.name for path in writer.glob("*.py"))))
+    name = f"bundle-{digest(student)[:12]}-{'-'.join(targets)}-{__version__}-{code[:8]}"
+    name = "-".join([name, *(option for option, on in options.items() if on)])
+    target = cache_root() / name
+    if not (target / "manifest.json").is_file():
+        say(f"exporting {student.name} for {', '.join(targets)}")
+        # Rationales of random weights depend on rounding; the accuracy is shown with every speed instead.
+        export(
+            student, target, targets=tuple(targets), max_drop=100.0, min_rationale_agreement=0.0, **options
+        )
+    return target
 
 
 def _write_rows(path: Path, name: str, texts: list[str], labels: list[str]) -> None:

@@ -48,7 +48,6 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, se
 
     Raises:
         ValueError: the lengths differ, or there is no round.
-
     """
     top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     if top.shape != bottom.shape or top.ndim != 1 or not len(top):
@@ -63,7 +62,6 @@ def unpaired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, 
 
     Raises:
         ValueError: a side is empty.
-
     """
     top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     if not len(top) or not len(bottom):

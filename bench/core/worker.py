@@ -64,7 +64,6 @@ def open_loop(
 
     Returns:
         Latencies in ns of the answered requests, and how many were left unanswered.
-
     """
     found: list[int] = []
     at, start = 0, time.perf_counter_ns()
@@ -157,7 +156,6 @@ def serve(start: Callable[[Spec], Answer]) -> None:
     Args:
         start: loads what is measured, on the command ``open``; returns the function that answers
             this and every later command.
-
     """
     spec = Spec(**json.loads(sys.stdin.readline()))
     if spec.cpus:
@@ -190,7 +188,7 @@ def serve(start: Callable[[Spec], Answer]) -> None:
 
 
 def _open(spec: Spec) -> Answer:
-    system = load_module(spec.system).create(spec)
+    system = load_module(spec.system).SYSTEM(spec)
     system.open()
     return functools.partial(answer, system)
 

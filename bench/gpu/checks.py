@@ -121,7 +121,6 @@ def check_engines(
 
     Returns:
         One row an engine, shape, dtype and scale; ``verdict`` is ``right``, ``WRONG`` or a reason.
-
     """
     import torch
 

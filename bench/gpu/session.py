@@ -122,7 +122,6 @@ def run_session(
         minutes: for everything; a stage that the time does not reach is a row that says so.
         only: the stages to run.
         say: takes a line of progress.
-
     """
     out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:  # an older session's figures are not this one's
@@ -148,13 +147,11 @@ def run_session(
     return document
 
 
-def _stage(stage: str, device_name: str, out: Path, seconds: float) -> None:
+def _stage(stage: str, device: str, out: Path, seconds: float) -> None:
     """The body of a stage's own process."""
     import torch
 
-    from sbs_edge.bench.gpu import stages as gpu_stages
-
-    device, small = torch.device(device_name), device_name == "cpu"
+    from sbs_edge.bench.gpu import stages
 
     def save(found: Any) -> None:
         files.write_json(out / f"{stage}.json", found)
@@ -163,18 +160,8 @@ def _stage(stage: str, device_name: str, out: Path, seconds: float) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
-    if stage == "kernels":
-        save(gpu_stages.kernels(device, small, save, 0.93 * seconds, say))
-    elif stage == "train":
-        gpu_stages.train(device, small, save, say)
-    elif stage == "targets":
-        gpu_stages.targets(device, small, save, say)
-    elif stage == "matmul":
-        gpu_stages.matmul(device, small, save)
-    elif stage == "correctness":
-        gpu_stages.correctness(device, small, save)
-    else:
-        gpu_stages.sweep(device, small, save)
+    measure: Callable[[stages.Stage], None] = getattr(stages, stage)  # a name of STAGES
+    measure(stages.Stage(torch.device(device), device == "cpu", save, say, seconds))
 
 
 def passed(document: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from sbs_edge.bench.kernels.cases import GPU_SHAPES, Case, make_inputs
 from sbs_edge.bench.kernels.matmul_peak import Clock, copy_rate, product_rates
 from sbs_edge.resources import usable_cpus
 
-__all__ = ["SESSION_CASES", "SMALL_CASES", "correctness", "kernels", "matmul", "sweep", "targets", "train"]
+__all__ = [
+    "SESSION_CASES",
+    "SMALL_CASES",
+    "Stage",
+    "correctness",
+    "kernels",
+    "matmul",
+    "sweep",
+    "targets",
+    "train",
+]
 
-Save = Callable[[Any], None]
-Say = Callable[[str], None]
 _FIRST = GPU_SHAPES[:4]
 _MAIN = (4096, 768, 32128)
 SESSION_CASES = [
@@ -33,11 +42,35 @@ SESSION_CASES = [
 SMALL_CASES = [Case(40, 16, 300)]
 
 
-def matmul(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The conditions of a stage.
+
+    Attributes:
+        device: where it measures.
+        small: a rehearsal on small shapes.
+        save: takes what was found so far.
+        say: takes a line of progress.
+        seconds: time for the stage.
+    """
+
+    device: Any
+    small: bool
+    save: Callable[[Any], None]
+    say: Callable[[str], None]
+    seconds: float
+
+    @property
+    def gpu(self) -> bool:
+        """True for an NVIDIA GPU."""
+        return bool(self.device.type == "cuda")
+
+
+def matmul(stage: Stage) -> None:
     """Rates of the bare products: the slices' shapes at several widths, and of a copy."""
     import torch
 
-    clock = Clock(device)
+    clock, small, save = Clock(stage.device), stage.small, stage.save
     rows: list[dict[str, Any]] = []
     shapes = [(32, 16)] if small else [(4096, 768), (16384, 768), (65536, 768), (4096, 512), (4096, 1024)]
     widths = (64, 128) if small else (1536, 3072, 6144, 12288, 32128)
@@ -56,34 +89,34 @@ def matmul(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
                 rows.append({"what": shape, "together": found["tflops"], **found["each"]})
                 save(rows)
     save(rows)
-    return rows
 
 
-def correctness(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
+def correctness(stage: Stage) -> None:
     """See :func:`sbs_edge.bench.gpu.checks.check_engines`."""
     from sbs_edge.bench.gpu.checks import check_engines
 
-    return check_engines(device, small, save)
+    check_engines(stage.device, stage.small, stage.save)
 
 
-def kernels(device: Any, small: bool, save: Save, seconds: float, say: Say) -> dict[str, Any]:
+def kernels(stage: Stage) -> None:
     """The kernel bench over :data:`SESSION_CASES` in order of importance."""
     from sbs_edge.bench.kernels.bench import KernelOptions, measure_kernels
     from sbs_edge.bench.kernels.peers import names_for
 
+    small = stage.small
     options = KernelOptions(
         cases=SMALL_CASES if small else SESSION_CASES,
         peers=names_for("eager,liger" if small else "all"),
-        device=device.type,
+        device=stage.device.type,
         rounds=2 if small else 10,
         calls=1 if small else 3,
         threads=1 if small else usable_cpus(),
-        minutes=seconds / 60,
+        minutes=0.93 * stage.seconds / 60,
         prepare_s=90.0,
         slow_cases=1,
         graph_cases=3,
     )
-    return measure_kernels(options, say, save=save)
+    stage.save(measure_kernels(options, stage.say, save=stage.save))
 
 
 def _step_ms(clock: Clock, inputs: Any, engine: str, workspace_mb: float | None, repeats: int) -> float:
@@ -131,94 +164,105 @@ _UNTIMED: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-def sweep(device: Any, small: bool, save: Save) -> list[dict[str, Any]]:
+Try = tuple[str, float | None, Any, str]  # engine, workspace in MiB, tile or changed launch choice, order
+
+
+def _tries(stage: Stage, names: list[str], itemsize: int) -> list[Try]:
+    """What may be tuned first: the tiles, each of which is compiled once, then the slices' size."""
+    from sbs_edge.kernels import chunks
+
+    workspaces = (1.0,) if stage.small else (24.0, 48.0, 96.0, 192.0, 384.0)
+    tries: list[Try] = [(name, None, None, "") for name in names]
+    if "triton" in names:
+        tries += [("triton", None, change, "") for change in _UNTIMED]
+        tries += [("triton", None, None, order) for order in chunks.CHUNKS]
+        tries += [("triton", None, tile, "") for tile in _tiles(stage.device, itemsize)]
+        tries += [("triton", workspaces[-1], None, order) for order in chunks.CHUNKS]
+    return [*tries, *((name, mb, None, "") for name in names for mb in workspaces)]
+
+
+def _tried(clock: Clock, inputs: Any, case: Case, chosen: Try, repeats: int) -> dict[str, Any]:
+    """Return the row of one choice: its ms, or why it failed."""
+    from sbs_edge.kernels import chunks
+    from sbs_edge.kernels.tile_table import tuned, use
+
+    engine, workspace, tile, order = chosen
+    change = tile if isinstance(tile, dict) else {}
+    row: dict[str, Any] = {
+        "case": case.name,
+        "engine": engine,
+        "workspace, MiB": "planned" if workspace is None else workspace,
+        "tile": "table" if tile is None or change else ",".join(map(str, tile)),
+        "changed": ", ".join(f"{key}={value}" for key, value in change.items()),
+        "order": order or "planned",
+    }
+    try:
+        with (
+            tuned(**change),
+            nullcontext() if tile is None or change else use(tile),
+            chunks.use(order) if order else nullcontext(),
+        ):
+            row["ms"] = _step_ms(clock, inputs, engine, workspace, repeats)
+    except Exception as error:
+        row["why"] = _reason(error, 160)
+    return row
+
+
+def _reason(error: Exception, most: int) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:most]}"
+
+
+def sweep(stage: Stage) -> None:
     """Forward + backward over chunks, tiles, launch choices and workspaces; a row says why it failed."""
     import torch
 
-    from sbs_edge.kernels import chunks
     from sbs_edge.kernels.cross_entropy import available_engines
-    from sbs_edge.kernels.tile_table import tuned, use
 
     names = [status.name for status in available_engines() if status.available and status.name != "reference"]
-    clock = Clock(device)
+    clock = Clock(stage.device)
     rows: list[dict[str, Any]] = []
-    cases = (
-        [Case(33, 16, 70)]
-        if small
-        else [
-            Case(*shape, "bfloat16") for shape in ((16384, 768, 32128), GPU_SHAPES[0], GPU_SHAPES[3], _MAIN)
-        ]
-    )
-    workspaces = (1.0,) if small else (24.0, 48.0, 96.0, 192.0, 384.0)
-    for case in cases:
-        inputs = make_inputs(case, device, 0)
-        # What may be tuned first: the tiles, each of which is compiled once, then the slices' size.
-        tries: list[tuple[str, float | None, Any, str]] = [(name, None, None, "") for name in names]
-        if "triton" in names:
-            tries += [("triton", None, change, "") for change in _UNTIMED]
-            tries += [("triton", None, None, order) for order in chunks.CHUNKS]
-            tries += [("triton", None, tile, "") for tile in _tiles(device, inputs.hidden.element_size())]
-            tries += [("triton", workspaces[-1], None, order) for order in chunks.CHUNKS]
-        tries += [(name, mb, None, "") for name in names for mb in workspaces]
-        for engine, workspace, tile, order in tries:
-            change = tile if isinstance(tile, dict) else {}
-            row: dict[str, Any] = {
-                "case": case.name,
-                "engine": engine,
-                "workspace, MiB": "planned" if workspace is None else workspace,
-                "tile": "table" if tile is None or change else ",".join(map(str, tile)),
-                "changed": ", ".join(f"{key}={value}" for key, value in change.items()),
-                "order": order or "planned",
-            }
-            try:
-                with (
-                    tuned(**change),
-                    nullcontext() if tile is None or change else use(tile),
-                    chunks.use(order) if order else nullcontext(),
-                ):
-                    row["ms"] = _step_ms(clock, inputs, engine, workspace, 2 if small else 10)
-            except Exception as error:
-                row["why"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-                if "CUDA error" in row["why"]:
-                    rows.append(row)
-                    save(rows)
-                    return rows
-            rows.append(row)
-            save(rows)
+    shapes = ((16384, 768, 32128), GPU_SHAPES[0], GPU_SHAPES[3], _MAIN)
+    for case in [Case(33, 16, 70)] if stage.small else [Case(*shape, "bfloat16") for shape in shapes]:
+        inputs = make_inputs(case, stage.device, 0)
+        for chosen in _tries(stage, names, inputs.hidden.element_size()):
+            rows.append(_tried(clock, inputs, case, chosen, 2 if stage.small else 10))
+            stage.save(rows)
+            if "CUDA error" in rows[-1].get("why", ""):
+                return
         del inputs
-        if device.type == "cuda":
+        if stage.gpu:
             torch.cuda.empty_cache()
-    return rows
 
 
-def train(device: Any, small: bool, save: Save, say: Say) -> dict[str, Any]:
+def train(stage: Stage) -> None:
     """Compare the whole optimizer step of a t5-base-sized student with the two-forward step."""
     from sbs_edge.bench.training.bench import TrainBenchOptions, measure_train
 
+    small = stage.small
     options = TrainBenchOptions(
         shape="tiny" if small else "flan-t5-base",
         batch_size=4 if small else 32,
         examples=8 if small else 128,
         steps=2 if small else 4,
         rounds=1 if small else 6,
-        device=device.type,
+        device=stage.device.type,
         precisions=("fp32",) if small else ("bf16",),
     )
-    document = measure_train(options, say)
-    save(document)
-    return document
+    stage.save(measure_train(options, stage.say))
 
 
-def targets(device: Any, small: bool, save: Save, say: Say) -> list[dict[str, Any]]:
+def targets(stage: Stage) -> None:
     """Export a student for the bundle targets of the device, and compare their answers with float32."""
     from sbs_edge.bench.core.shapes import random_student
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import TARGETS, providers_here
 
-    wanted: Sequence[str] = ("cuda-fp16", "cuda-bf16") if device.type == "cuda" else ("cpu-int8",)
+    wanted: Sequence[str] = ("cuda-fp16", "cuda-bf16") if stage.gpu else ("cpu-int8",)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
-        student = random_student("tiny" if small else "t5-small", Path(work) / "student", n_validation=16)
+        student = random_student(
+            "tiny" if stage.small else "t5-small", Path(work) / "student", n_validation=16
+        )
         for name in wanted:
             row: dict[str, Any] = {"target": name}
             try:
@@ -227,20 +271,15 @@ def targets(device: Any, small: bool, save: Save, say: Say) -> list[dict[str, An
                 bundle = Path(work) / name
                 before = time.perf_counter()
                 export(
-                    student,
-                    bundle,
-                    targets=("cpu-fp32", name),
-                    max_drop=100.0,
-                    min_rationale_agreement=0.0,
-                    say=say,
-                )
+                    student, bundle, targets=("cpu-fp32", name), max_drop=100.0, min_rationale_agreement=0.0,
+                    say=stage.say,
+                )  # fmt: skip
                 row["export s"] = time.perf_counter() - before
                 row |= _answers(bundle, name)
             except Exception as error:
-                row["why"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                row["why"] = _reason(error, 200)
             rows.append(row)
-            save(rows)
-    return rows
+            stage.save(rows)
 
 
 def _answers(bundle: Path, name: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.core.machine import provenance
+from sbs_edge.bench.core import results
 from sbs_edge.bench.core.protocol import Worker, WorkerFailed
-from sbs_edge.bench.core.results import FORMAT
-from sbs_edge.bench.kernels.case import CaseRecord, Entry
+from sbs_edge.bench.core.rounds import rotated
+from sbs_edge.bench.kernels.case import CaseRecord, Entry, state
 from sbs_edge.bench.kernels.cases import Case
 from sbs_edge.bench.kernels.peers import OURS, PEERS
 from sbs_edge.bench.kernels.reference_error import judge
@@ -50,7 +50,6 @@ class KernelOptions:
         slow_cases: losses that compile for most of a minute take part in this many of the first cases.
         graph_cases: steps are also captured in a CUDA graph and replayed in this many of the first cases;
             none where the device is a CPU.
-
     """
 
     cases: list[Case]
@@ -146,12 +145,11 @@ def _timed_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, e
     for number in range(options.rounds):
         if number >= 3 and time.monotonic() > end:
             break
-        at = number % max(1, len(losses.ready))
         try:
             record.roofs.append(losses.worker.ask("roof", repeats=1 if options.device == "cpu" else 3))
         except WorkerFailed as failure:
             record.roof_failure = str(failure)
-        for entry in [*losses.ready[at:], *losses.ready[:at]]:
+        for entry in rotated(losses.ready, number):
             if entry not in losses.ready:  # lost when the process was started again
                 continue
             for what in ("forward", "step"):
@@ -168,8 +166,7 @@ def _timed_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, e
 def _graph_rounds(losses: _Losses, record: CaseRecord, options: KernelOptions, end: float) -> None:
     """Replay captured steps in turn; a step that cannot be captured keeps its other figures."""
     for number in range(3):
-        at = number % max(1, len(losses.ready))
-        for entry in [*losses.ready[at:], *losses.ready[:at]]:
+        for entry in rotated(losses.ready, number):
             if entry in record.graph_failures or entry not in losses.ready:
                 continue
             if time.monotonic() > end and number == 0 and not entry.peer.startswith(OURS):
@@ -258,20 +255,11 @@ def _case(
 
 def new_document(options: KernelOptions, command: list[str] | None = None) -> dict[str, Any]:
     """A document without a measurement."""
-    return {
-        "format": FORMAT,
-        "kind": "kernels",
-        **provenance(command),
-        "model": {"shape": f"linear + cross-entropy on {options.device}"},
-        "threads": options.threads,
-        "cpus": sorted(os.sched_getaffinity(0))[-options.threads :],
-        "seed": options.seed,
-        "options": options.as_dict(),
-        "systems": [],
-        "cases": [],
-        "rows": [],
-        "ratios": [],
-    }
+    model = {"shape": f"linear + cross-entropy on {options.device}"}
+    return results.new_document(
+        "kernels", model, threads=options.threads, cpus=sorted(os.sched_getaffinity(0))[-options.threads :],
+        command=command, seed=options.seed, options=options.as_dict(), systems=[], cases=[], rows=[], ratios=[],
+    )  # fmt: skip
 
 
 def measure_kernels(
@@ -292,7 +280,6 @@ def measure_kernels(
 
     Raises:
         UsageError: no case, no peer, or a peer that does not exist.
-
     """
     unknown = [name for name in options.peers if name not in PEERS]
     if unknown or not options.peers or not options.cases:
@@ -304,15 +291,7 @@ def measure_kernels(
     for number, case in enumerate(options.cases):
         left = deadline - time.monotonic()
         if left <= 0:
-            document["systems"].append(
-                {
-                    "name": "every loss",
-                    "case": case.name,
-                    "variant": "",
-                    "status": "failed",
-                    "why": _NOT_REACHED,
-                }
-            )
+            document["systems"].append(state("every loss", case.name, "", "failed", _NOT_REACHED))
             continue
         # The first cases matter most: each may take a quarter of what is left, however many follow.
         end = time.monotonic() + left / min(len(options.cases) - number, 4)

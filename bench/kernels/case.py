@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from sbs_edge.bench.core.results import Row
-from sbs_edge.bench.core.stats import paired_ratio, percentiles
+from sbs_edge.bench.core.rounds import Series, fixed_ratio, shared_ratio
+from sbs_edge.bench.core.stats import percentiles
 from sbs_edge.bench.kernels.cases import Case
 from sbs_edge.bench.kernels.peers import FLOOR, OURS
-from sbs_edge.bench.latency.sections import Series
 
-__all__ = ["SECTIONS", "CaseRecord", "Entry"]
+__all__ = ["SECTIONS", "CaseRecord", "Entry", "state"]
 
 SECTIONS = {
     "forward": "forward",
@@ -51,7 +52,6 @@ class CaseRecord:
         memory_failures: why an entry has times but no memory.
         graph_failures: why an entry has times but none of a captured step.
         roofs: the slice products' rates, one a round.
-
     """
 
     case: Case
@@ -84,6 +84,14 @@ class CaseRecord:
         """Median rate of the three slice products over the rounds."""
         return statistics.median(item["tflops"] for item in self.roofs) if self.roofs else None
 
+    def _row(
+        self, entry: Entry, section: str, unit: str, value: float, rounds: Sequence[float] = (), **extra: Any
+    ) -> Row:
+        better: Literal["lower", "higher"] = "higher" if unit in ("%", "TFLOP/s") else "lower"
+        return Row(
+            section, entry.peer, entry.variant, self.case.name, unit, better, value, list(rounds), extra
+        )
+
     def _time_rows(self) -> list[Row]:
         rows = []
         roof = self.roof_tflops
@@ -99,54 +107,39 @@ class CaseRecord:
             }
             rows.append(row)
             if what == "step" and roof:
-                shares = [100.0 * self.case.flops / (ms * 1e-3) / (roof * 1e12) for ms in series.rounds]
-                share = 100.0 * self.case.flops / (row.value * 1e-3) / (roof * 1e12)
-                rows.append(
-                    Row(
-                        "share of roof",
-                        entry.peer,
-                        entry.variant,
-                        self.case.name,
-                        "%",
-                        "higher",
-                        share,
-                        shares,
-                    )
+                share, *shares = (
+                    100.0 * self.case.flops / (ms * 1e-3) / (roof * 1e12)
+                    for ms in (row.value, *series.rounds)
                 )
+                rows.append(self._row(entry, "share of roof", "%", share, shares))
         return rows
 
     def rows(self) -> list[Row]:
         """Every figure of the case."""
-        name, rows = self.case.name, self._time_rows()
+        rows = self._time_rows()
         if self.roofs:
             rates = [item["tflops"] for item in self.roofs]
-            extra = {key: self.roofs[0][key] for key in ("n", "d", "width", "dtype")}
-            extra["each"] = {
+            each = {
                 key: statistics.median(item["each"][key] for item in self.roofs)
                 for key in self.roofs[0]["each"]
             }
-            rows.append(
-                Row("roof", ROOF, "", name, "TFLOP/s", "higher", statistics.median(rates), rates, extra)
-            )
+            shape = {key: self.roofs[0][key] for key in ("n", "d", "width", "dtype")}
+            value = statistics.median(rates)
+            rows.append(self._row(Entry(ROOF, ""), "roof", "TFLOP/s", value, rates, **shape, each=each))
         for entry, found in self.memory.items():
             for what, section in (("step", "extra memory"), ("forward", "extra memory, forward")):
-                extra = {"reserved_mib": found.get(f"{what}_reserved")}
-                rows.append(
-                    Row(section, entry.peer, entry.variant, name, "MiB", "lower", found[what], extra=extra)
-                )
+                reserved = found.get(f"{what}_reserved")
+                rows.append(self._row(entry, section, "MiB", found[what], reserved_mib=reserved))
         for entry, errors in self.errors.items():
-            plain = self.facts["plain"]
+            plain = self.facts["plain"]["gradient"]
             extra = {
                 **{key: value for key, value in errors.items() if math.isfinite(value)},
-                "times_plain": _finite(errors["gradient"] / plain["gradient"]) if plain["gradient"] else None,
+                "times_plain": _finite(errors["gradient"] / plain) if plain else None,
                 "wrong": self.wrong.get(entry),
             }
             for section, key, more in (("gradient error", "gradient", extra), ("loss error", "loss", {})):
                 if math.isfinite(errors[key]):
-                    row = Row(
-                        section, entry.peer, entry.variant, name, "relative", "lower", errors[key], extra=more
-                    )
-                    rows.append(row)
+                    rows.append(self._row(entry, section, "relative", errors[key], (), **more))
         return rows
 
     def _withheld(self, ours: Entry, peer: Entry) -> str | None:
@@ -183,15 +176,12 @@ class CaseRecord:
         found: list[tuple[str, dict[str, Any] | None]] = []
         for what, section in SECTIONS.items():
             top, bottom = (self.times.get((entry, what), Series()).rounds for entry in (peer, ours))
-            shared = min(len(top), len(bottom))
-            if what == "graph" and not shared:  # measured in the cases that ask for it
-                continue
-            ratio = asdict(paired_ratio(top[:shared], bottom[:shared])) if shared else None
-            found.append((section, ratio))
+            ratio = shared_ratio(top, bottom)
+            if what != "graph" or ratio:  # captured only in the cases that ask for it
+                found.append((section, ratio))
         if peer.peer != FLOOR and ours in self.memory and peer in self.memory:
             mine, theirs = (max(self.memory[entry]["step"], _LEAST_MIB) for entry in (ours, peer))
-            value = theirs / mine
-            found.append(("extra memory", {"value": value, "low": value, "high": value, "rounds": 0}))
+            found.append(("extra memory", fixed_ratio(theirs / mine)))
         return found
 
     def write(self, document: dict[str, Any]) -> None:
@@ -208,23 +198,19 @@ class CaseRecord:
         )
         document["rows"] += [row.as_dict() for row in self.rows()]
         document["ratios"] += self.ratios()
-        for entry, why in self.failures.items():
-            document["systems"].append(self._state(entry, "failed", why))
-        for entry, why in self.wrong.items():
-            document["systems"].append(self._state(entry, "no speed-up", why))
-        for entry, why in self.memory_failures.items():
-            document["systems"].append(self._state(entry, "memory failed", why))
-        for entry, why in self.graph_failures.items():
-            document["systems"].append(self._state(entry, "no CUDA graph", why))
+        for status, reasons in (
+            ("failed", self.failures), ("no speed-up", self.wrong), ("memory failed", self.memory_failures),
+            ("no CUDA graph", self.graph_failures),
+        ):  # fmt: skip
+            document["systems"] += [
+                state(entry.peer, self.case.name, entry.variant, status, why)
+                for entry, why in reasons.items()
+            ]
 
-    def _state(self, entry: Entry, status: str, why: str) -> dict[str, str]:
-        return {
-            "name": entry.peer,
-            "case": self.case.name,
-            "variant": entry.variant,
-            "status": status,
-            "why": why,
-        }
+
+def state(name: str, case: str, variant: str, status: str, why: str) -> dict[str, str]:
+    """Return the document's record of a loss without figures or without a ratio."""
+    return {"name": name, "case": case, "variant": variant, "status": status, "why": why}
 
 
 def _finite(value: float) -> float | None:

@@ -62,7 +62,6 @@ class Case:
         dtype: of states and weight, one of :data:`DTYPES`; under ``amp-`` the weight is float32.
         padding: share of ignored rows in the padded batch, in [0, 1); they come on top of ``n``.
         data: one of :data:`DATA`.
-
     """
 
     n: int
@@ -119,7 +118,6 @@ class Inputs:
         weight: (V, D) leaf that requires a gradient.
         targets: (N,) int64, :data:`IGNORED` where a row is padding.
         valid: (M,) int64 positions of the rows that count.
-
     """
 
     hidden: Tensor
@@ -141,7 +139,6 @@ def parse_shapes(text: str) -> tuple[tuple[int, int, int], ...]:
 
     Raises:
         UsageError: the numbers are not triples of positive integers.
-
     """
     try:
         numbers = [int(part) for part in text.replace(";", ",").split(",") if part.strip()]
@@ -164,7 +161,6 @@ def make_inputs(case: Case, device: torch.device, seed: int, student: Path | Non
     Raises:
         UsageError: unknown data kind, or no student for ``student``.
         DataError: the student has no validation rows, or other sizes than the case.
-
     """
     import torch
 
@@ -211,7 +207,6 @@ def student_states(student: Path, rows: int = 64) -> tuple[Tensor, Tensor, Tenso
 
     Raises:
         DataError: the student kept no validation rows.
-
     """
     import torch
 
@@ -254,7 +249,6 @@ def cases_of(
 
     Raises:
         UsageError: an unknown dtype or data kind, or a share outside [0, 1).
-
     """
     for name, given, known in (("dtype", dtypes, DTYPES), ("data", data, DATA)):
         wrong = [item for item in given if item not in known]

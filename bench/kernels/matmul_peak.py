@@ -78,7 +78,6 @@ def product_rates(
     Returns:
         ``tflops`` of the three together (6 N D Vc over the sum of their medians), ``each`` product's own,
         ``ms`` of each, and the shape.
-
     """
     import torch
 

@@ -32,7 +32,6 @@ class Peer:
         prepare: imports what it needs and returns the loss; raises where it cannot run.
         gpu_only: it says itself that it runs on NVIDIA GPUs alone.
         slow_start: compiling takes most of a minute: not part of a quick run.
-
     """
 
     note: str
@@ -173,7 +172,6 @@ def names_for(wanted: str, quick: bool = False) -> tuple[str, ...]:
 
     Raises:
         UsageError: a name is unknown.
-
     """
     from sbs_edge.errors import UsageError
 

@@ -35,7 +35,6 @@ class Truth:
         grad_hidden: exact dX of ``rows``, float64.
         grad_weight: exact dW of ``classes``, float64.
         plain: errors of plain torch in the input's precision, as :meth:`errors` gives them.
-
     """
 
     scale: float

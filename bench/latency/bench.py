@@ -16,10 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sbs_edge import files
 from sbs_edge.bench.core.machine import provenance
-from sbs_edge.bench.core.results import FORMAT, Row
-from sbs_edge.bench.core.shapes import SHAPES, random_student
+from sbs_edge.bench.core.results import Row, new_document
+from sbs_edge.bench.core.shapes import layers_of, shape_bundle, shape_student
 from sbs_edge.bench.latency import footprint as latency_footprint
 from sbs_edge.bench.latency import quality
 from sbs_edge.bench.latency import sections as latency_sections
@@ -36,9 +35,9 @@ from sbs_edge.bench.latency.workers import (
     start_workers,
     student_facts,
 )
-from sbs_edge.bench.peers.convert import cache_root, digest
+from sbs_edge.bench.peers.convert import digest
 from sbs_edge.bench.peers.system import PEERS
-from sbs_edge.errors import DataError, MissingExtra, UsageError
+from sbs_edge.errors import DataError, UsageError
 from sbs_edge.runtime.manifest import read_manifest
 
 __all__ = ["LatencyOptions", "measure_latency", "student_of"]
@@ -56,6 +55,8 @@ class LatencyOptions:
         bundles: bundle directories.
         student: the student directory they were made from; looked for next to the bundle when None.
         shape: measure random weights of this shape instead of a bundle.
+        encoder_layers: layers of the shape's encoder in place of its own; the full depth is measured beside them.
+        decoder_layers: the same of the decoder.
         against: peers.
         targets: targets of each bundle; its default target when empty.
         threads: compute threads of every system.
@@ -64,12 +65,13 @@ class LatencyOptions:
         seed: of inputs, arrivals and random weights.
         prepare_only: make and check everything, time nothing.
         schedule: how long and how often.
-
     """
 
     bundles: tuple[Path, ...] = ()
     student: Path | None = None
     shape: str | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
     against: tuple[str, ...] = tuple(PEERS)
     targets: tuple[str, ...] = ()
     threads: int = 1
@@ -89,51 +91,6 @@ def student_of(bundle: Path, given: Path | None) -> Path | None:
         if (student / "sbs_edge.json").is_file():
             return student
     return None
-
-
-def shape_student(shape: str, seed: int, say: Say) -> Path:
-    """Return the cached random student of a shape, made on first use."""
-    if shape not in SHAPES:
-        raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
-    try:
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
-
-    target = cache_root() / f"student-{shape}-{seed}-v3-transformers{transformers.__version__.split('.')[0]}"
-    if not (target / "sbs_edge.json").is_file():
-        say(f"making a random student of shape {shape}")
-        random_student(shape, target, seed=seed)
-    return target
-
-
-def shape_bundle(student: Path, targets: Sequence[str], say: Say, **options: Any) -> Path:
-    """Return the cached bundle of a random student, exported without the accuracy check.
-
-    Args:
-        student: the student directory.
-        targets: what to export it for.
-        say: receives a line when it is made.
-        options: switches of the export.
-
-    """
-    import sbs_edge.export.api as export_package
-    from sbs_edge import __version__
-    from sbs_edge.export.api import export
-
-    writer = Path(export_package.__file__).parent
-    code = digest(writer, tuple(sorted(path.name for path in writer.glob("*.py"))))
-    name = f"bundle-{digest(student)[:12]}-{'-'.join(targets)}-{__version__}-{code[:8]}"
-    name = "-".join([name, *(option for option, on in options.items() if on)])
-    target = cache_root() / name
-    if not (target / "manifest.json").is_file():
-        say(f"exporting {student.name} for {', '.join(targets)}")
-        # Rationales of random weights depend on rounding; the accuracy is shown with every speed instead.
-        export(
-            student, target, targets=tuple(targets), max_drop=100.0, min_rationale_agreement=0.0, **options
-        )
-    return target
 
 
 def _our_entries(options: LatencyOptions, bundles: Sequence[Path], make: Callable[..., Any]) -> list[Entry]:
@@ -191,6 +148,22 @@ def _smaller_entries(student: Path, make: Callable[..., Any], say: Say) -> list[
     return entries
 
 
+def _full_depth_entries(options: LatencyOptions, shape: str, say: Say) -> list[Entry]:
+    """Return our bundle and CTranslate2 at the shape's full depth, so that a cut is not credited to the runtime."""
+    student = shape_student(shape, options.seed, say).resolve()
+    card, config = student_facts(student)
+    make = partial(base_spec, student, card, config, threads=options.threads, cpus=_cpus(options))
+    golds = [row["label"] for row in make_inputs(student, card, options.rows, options.seed).rows]
+    bundle = shape_bundle(student, ["cpu-int8"], say)
+    entries = [Entry("sbs-edge:cpu-int8", make(system="sbs-edge:cpu-int8", artifact=str(bundle)))]
+    entries += peer_entries([name for name in options.against if name == "ctranslate2"], student, make, say)
+    encoder, decoder = layers_of(shape)
+    for entry in entries:
+        entry.name += f" (full depth, {encoder}/{decoder})"
+        entry.sections, entry.golds = ("label", "rationale"), golds
+    return entries
+
+
 def _cpus(options: LatencyOptions) -> list[int]:
     allowed = sorted(os.sched_getaffinity(0))
     if options.cpus:
@@ -207,8 +180,18 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Benchmark, str]:
         raise UsageError("Give either bundles to measure or a shape for random weights.")
     for path in options.bundles:
         read_manifest(path)  # first: a mistyped path has no student next to it either
+    asked = (options.encoder_layers, options.decoder_layers)
+    if not options.shape and asked != (None, None):
+        raise UsageError(
+            "The numbers of layers are those of a random student: give a shape, or leave them out. A bundle has the layers "
+            "that it was trained with."
+        )
+    shape = options.shape
     if options.shape:
-        student: Path | None = shape_student(options.shape, options.seed, say)
+        student: Path | None = shape_student(options.shape, options.seed, say, *asked)
+        layers, full = layers_of(options.shape, *asked), layers_of(options.shape)
+        if layers != full:
+            shape = f"{options.shape} at {layers[0]}/{layers[1]} layers"
     else:
         student = student_of(options.bundles[0], options.student)
     if student is None:
@@ -233,12 +216,14 @@ def set_up(options: LatencyOptions, say: Say) -> tuple[Benchmark, str]:
     entries = _our_entries(options, bundles, make) if bundles else [Entry("sbs-edge", None, why=why)]
     entries += smaller
     entries += peer_entries(options.against, student.resolve(), make, say)
+    if options.shape and shape != options.shape:
+        entries += _full_depth_entries(options, options.shape, say)
     benchmark = Benchmark(
         entries,
         make_inputs(student, card, options.rows, options.seed),
         {
             "student": student.name,
-            "shape": options.shape,
+            "shape": shape,
             "random_weights": bool(card.get("training", {}).get("random_weights")),
             "weights_sha256": digest(student),
             "task": card["task"]["name"],
@@ -270,7 +255,6 @@ def measure_latency(
     Raises:
         UsageError: neither or both of bundles and shape; an unknown peer or processor.
         DataError: a bundle or student that cannot be read.
-
     """
     began = provenance(command)
     benchmark, compare = set_up(options, say)
@@ -295,22 +279,13 @@ def measure_latency(
         timed = time.monotonic() - clock
     finally:
         benchmark.close()
-    return {
-        "format": FORMAT,
-        "kind": "latency",
-        **began,
-        "finished_load_average": [round(load, 2) for load in os.getloadavg()],
-        "model": benchmark.model,
-        "threads": options.threads,
-        "cpus": _cpus(options),
-        "seed": options.seed,
-        "validation_rows": len(benchmark.inputs.rows),
-        "schedule": asdict(schedule),
-        "timed_seconds": round(timed, 1),
-        "systems": [_system(entry) for entry in benchmark.entries],
-        "rows": [_rounded(row) for row in rows],
-        "ratios": compared,
-    }
+    return new_document(
+        "latency", benchmark.model, threads=options.threads, cpus=_cpus(options), began=began,
+        seed=options.seed, finished_load_average=[round(load, 2) for load in os.getloadavg()],
+        validation_rows=len(benchmark.inputs.rows), schedule=asdict(schedule), timed_seconds=round(timed, 1),
+        systems=[_system(entry) for entry in benchmark.entries], rows=[_rounded(row) for row in rows],
+        ratios=compared,
+    )  # fmt: skip
 
 
 def _rounded(row: Row) -> dict[str, Any]:
@@ -327,8 +302,3 @@ def _rounded(row: Row) -> dict[str, Any]:
 
     content: dict[str, Any] = cut(row.as_dict())
     return content
-
-
-def save(document: dict[str, Any], path: Path) -> None:
-    """Write a result document."""
-    files.write_json(path, document)

@@ -13,8 +13,8 @@ from typing import Any
 from sbs_edge.bench.core.footprint import closure, directory_bytes, installed_bytes
 from sbs_edge.bench.core.protocol import Worker, WorkerFailed
 from sbs_edge.bench.core.results import Row
-from sbs_edge.bench.core.stats import percentiles
-from sbs_edge.bench.latency.sections import Schedule, Series, all_rotated
+from sbs_edge.bench.core.rounds import Series, median_row, rotated
+from sbs_edge.bench.latency.sections import Schedule
 from sbs_edge.bench.latency.workers import Benchmark, Entry
 from sbs_edge.bench.peers.system import load_module
 
@@ -48,7 +48,7 @@ def cold_start(
     for number, _ in zip(range(schedule.cold_rounds), schedule.rounds_within(share), strict=False):
         say(f"cold start, round {number + 1}")
         times["python"].add([_python_floor()])
-        for entry in all_rotated(benchmark.participants("cold_start"), number):
+        for entry in rotated(benchmark.participants("cold_start"), number):
             if entry.why or entry.spec is None:
                 continue
             try:
@@ -69,8 +69,7 @@ def cold_start(
     names = {"peak_rss_mb": "peak RSS (VmHWM)", "anonymous_rss_mb": "anonymous RSS"}
     for system, found in memory.items():
         rows += [
-            Row("memory", system, names[name], case, "MB", "lower", percentiles(values)["p50"], values)
-            for name, values in found.items()
+            median_row("memory", system, names[name], case, "MB", values) for name, values in found.items()
         ]
     return rows
 

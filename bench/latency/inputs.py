@@ -21,7 +21,6 @@ def text_of_length(words: Sequence[str], tokens: int, count: Count, rng: random.
 
     Where the tokenizer has no word of the missing size, the closest shorter text is returned: the
     caller records the true count.
-
     """
     picked: list[str] = []
     size = count("")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import Row
 from sbs_edge.bench.latency.workers import Benchmark, Entry
 from sbs_edge.data.answers import same_answer
@@ -42,19 +41,13 @@ def _percent(hits: list[bool]) -> float:
 def _ask(benchmark: Benchmark, entry: Entry, steps: int) -> dict[str, Any] | None:
     rows = benchmark.inputs.rows
     choices = [row.get("choices") for row in rows] if benchmark.inputs.choices else None
-    if entry.worker is None:
-        return None
-    try:
-        return entry.worker.ask(
-            "answers",
-            texts=[row["input"] for row in rows],
-            choices=choices,
-            rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
-            steps=steps,
-        )
-    except WorkerFailed as failure:
-        entry.give_up(f"no answers: {failure}")
-        return None
+    return entry.ask(
+        "answers",
+        texts=[row["input"] for row in rows],
+        choices=choices,
+        rationales=RATIONALE_ROWS if "rationale" in entry.sections else 0,
+        steps=steps,
+    )
 
 
 def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
@@ -64,14 +57,13 @@ def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
         benchmark: its entries; the reference (eager fp32) is the judge of agreement.
         compare: the task's comparison, ``text`` or ``value``.
         steps: tokens of a rationale.
-
     """
     golds = [row.get("label") for row in benchmark.inputs.rows]
     judge = benchmark.reference or next((e for e in benchmark.entries if e.name == "transformers"), None)
     found = {entry.name: _ask(benchmark, entry, steps) for entry in benchmark.alive}
     if judge is not None and judge.name not in found:
         found[judge.name] = _ask(benchmark, judge, steps)
-    base = found.get(judge.name) if judge is not None else None
+    reference = found.get(judge.name) if judge is not None else None
     rows: list[Row] = []
     for entry in benchmark.entries:
         said = found.get(entry.name)
@@ -79,11 +71,12 @@ def measure(benchmark: Benchmark, compare: Any, steps: int) -> list[Row]:
             continue
         field = "restricted" if benchmark.inputs.random_weights else "free"
         answers = said[field]
+        base = reference if entry.golds is None else None  # other weights have other answers
         quality: dict[str, float] = {}
         if answers is not None:
             hits = [
                 same_answer(answer, gold, compare)
-                for answer, gold in zip(answers, golds, strict=True)
+                for answer, gold in zip(answers, entry.golds or golds, strict=True)
                 if gold is not None
             ]
             if hits:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sbs_edge.bench.core.results import Row
-from sbs_edge.bench.core.stats import Ratio, paired_ratio
+from sbs_edge.bench.core.rounds import fixed_ratio, shared_ratio
 from sbs_edge.bench.latency.quality import rationale_withheld, withheld
 from sbs_edge.bench.latency.sections import COMMON_RATE
 from sbs_edge.bench.latency.workers import Benchmark, Entry
@@ -56,17 +56,13 @@ def _other_length(ours: Row, peer: Row) -> str | None:
     return f"{mine} new tokens against {others}"
 
 
-def _ratio(ours: Row, peer: Row) -> Ratio | None:
+def _ratio(ours: Row, peer: Row) -> dict[str, Any] | None:
     if ours.value <= 0 or peer.value <= 0:
         return None
     top, bottom = (peer, ours) if ours.better == "lower" else (ours, peer)
     if min([*top.rounds, *bottom.rounds], default=1.0) <= 0:
         return None  # a difference of two times that noise has turned around
-    shared = min(len(top.rounds), len(bottom.rounds))
-    if not shared:
-        value = top.value / bottom.value
-        return Ratio(value, value, value, 0)
-    return paired_ratio(top.rounds[:shared], bottom.rounds[:shared])
+    return shared_ratio(top.rounds, bottom.rounds) or fixed_ratio(top.value / bottom.value)
 
 
 def ratios(benchmark: Benchmark, rows: list[Row]) -> list[RatioRow]:
@@ -81,6 +77,8 @@ def ratios(benchmark: Benchmark, rows: list[Row]) -> list[RatioRow]:
             peer = entries.get(other.system)
             if peer is None or peer.ours or not _matches(row, other):
                 continue
+            if ours.golds is not None and peer.golds is None:
+                continue  # the full depth beside a shallower peer says nothing about either
             why = None
             if row.section in _TIMED:
                 why = withheld(ours, peer, benchmark.inputs.random_weights)
@@ -99,7 +97,7 @@ def ratios(benchmark: Benchmark, rows: list[Row]) -> list[RatioRow]:
                     row.system,
                     other.system,
                     other.variant,
-                    asdict(ratio) if ratio else None,
+                    ratio,
                     why,
                 )
             )

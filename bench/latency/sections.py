@@ -9,18 +9,16 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from sbs_edge.bench.core.protocol import WorkerFailed
 from sbs_edge.bench.core.results import Row
-from sbs_edge.bench.core.stats import percentiles
+from sbs_edge.bench.core.rounds import Series, median_row, rotated
 from sbs_edge.bench.latency.inputs import poisson_arrivals
 from sbs_edge.bench.latency.workers import Benchmark, Entry
 
 __all__ = ["COMMON_RATE", "Schedule", "label", "open_loop", "rationale", "throughput"]
 
-_SLOW_CALL_S = 0.3
 COMMON_RATE = "common rate"
 
 
@@ -41,7 +39,6 @@ class Schedule:
         loads: shares of a system's own capacity offered in the open loop.
         load_seconds: length of one open-loop run.
         cold_rounds: new processes of each system.
-
     """
 
     rounds: int = 10
@@ -66,59 +63,9 @@ class Schedule:
             yield number
 
 
-@dataclass(slots=True)
-class Series:
-    """Samples of a measured point: all of them, and the median of each round."""
-
-    samples: list[float] = field(default_factory=list)
-    rounds: list[float] = field(default_factory=list)
-
-    def add(self, ns: list[int], scale: float = 1e-6) -> None:
-        """Add one round's samples, scaled (to ms by default)."""
-        values = [value * scale for value in ns]
-        self.samples += values
-        self.rounds.append(percentiles(values, (50,))["p50"])
-
-    @property
-    def warm(self) -> int:
-        """Uncounted calls before the next round: none once calls are slow and have been made before."""
-        return 0 if self.rounds and self.rounds[-1] > _SLOW_CALL_S * 1e3 else 1
-
-    def row(self, section: str, system: str, variant: str, case: str, unit: str = "ms", **extra: Any) -> Row:
-        """The row of this series: the median, with percentiles over all samples."""
-        found = percentiles(self.samples)
-        return Row(
-            section,
-            system,
-            variant,
-            case,
-            unit,
-            "lower",
-            found["p50"],
-            list(self.rounds),
-            {**found, "n": len(self.samples), **extra},
-        )
-
-
-def rotated(entries: list[Entry], number: int) -> list[Entry]:
-    """Return the entries with a worker, starting at the next one each round."""
-    return [entry for entry in all_rotated(entries, number) if entry.worker is not None]
-
-
-def all_rotated(entries: list[Entry], number: int) -> list[Entry]:
-    """Return all entries, starting at the next one each round."""
-    at = number % len(entries) if entries else 0
-    return [*entries[at:], *entries[:at]]
-
-
-def _asked(entry: Entry, do: str, **order: Any) -> dict[str, Any] | None:
-    if entry.worker is None:
-        return None
-    try:
-        return entry.worker.ask(do, **order)
-    except WorkerFailed as failure:
-        entry.give_up(f"{do}: {failure}")
-        return None
+def _measured(entries: list[Entry], number: int) -> list[Entry]:
+    """Return the entries with a worker, in this round's order."""
+    return [entry for entry in rotated(entries, number) if entry.worker is not None]
 
 
 def label(benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[[str], None]) -> list[Row]:
@@ -136,11 +83,10 @@ def label(benchmark: Benchmark, schedule: Schedule, share: float, say: Callable[
     for number in schedule.rounds_within(share):
         say(f"label, round {number + 1}")
         for case in cases:
-            for entry in rotated(benchmark.participants("label"), number):
+            for entry in _measured(benchmark.participants("label"), number):
                 for variant in entry.variants:
                     series = found.setdefault((entry.name, variant, case), Series())
-                    reply = _asked(
-                        entry,
+                    reply = entry.ask(
                         "label",
                         texts=texts[case],
                         choices=inputs.choice_sets(case[0]),
@@ -173,13 +119,13 @@ def rationale(
         say(f"rationale, round {number + 1}")
         for batch in schedule.rationale_batches:
             texts = inputs.texts(source, batch)
-            for entry in rotated(benchmark.participants("rationale"), number):
+            for entry in _measured(benchmark.participants("rationale"), number):
                 key = (entry.name, batch)
                 replies = []
                 for table, steps in ((first, 1), (whole, schedule.rationale_steps)):
                     into = table.setdefault(key, Series())
                     order = {"seconds": schedule.call_seconds, "least": 1, "warm": into.warm}
-                    replies.append(_asked(entry, "rationale", texts=texts, steps=steps, **order))
+                    replies.append(entry.ask("rationale", texts=texts, steps=steps, **order))
                 if all(reply is not None for reply in replies):
                     for table, reply in zip((first, whole), replies, strict=True):
                         table[key].add(reply["ns"] if reply else [])
@@ -198,12 +144,8 @@ def rationale(
         each = [(ms - start) / max(1, new - 1) for ms, start in pairs]
         rows.append(series.row("rationale", name, "whole", case, **extra))
         rows.append(first[key].row("rationale", name, "first token", case, **extra))
-        rows.append(
-            Row("rationale", name, "a token", case, "ms", "lower", percentiles(each)["p50"], each, extra)
-        )
-        rows.append(
-            Row("rationale", name, "rate", case, "tokens/s", "higher", percentiles(rate)["p50"], rate, extra)
-        )
+        rows.append(median_row("rationale", name, "a token", case, "ms", each, **extra))
+        rows.append(median_row("rationale", name, "rate", case, "tokens/s", rate, **extra))
     return rows
 
 
@@ -217,10 +159,10 @@ def throughput(
     budget = share * schedule.seconds / max(1, 8 * len(benchmark.alive))
     for entry in benchmark.alive:
         say(f"throughput, sweep of {entry.name}")
-        reply = _asked(entry, "settings")
+        reply = entry.ask("settings")
         best: tuple[float, dict[str, Any]] | None = None
         for setting in reply["settings"] if reply else []:
-            if _asked(entry, "apply", setting=setting) is None:
+            if entry.ask("apply", setting=setting) is None:
                 break
             if entry.name not in sizes:  # how many requests fit the time
                 probe = _stream(entry, texts[:8], setting, benchmark)
@@ -237,11 +179,11 @@ def throughput(
                 best = (rate, setting)
         if best is not None:
             entry.facts["setting"] = best[1]
-            _asked(entry, "apply", setting=best[1])
+            entry.ask("apply", setting=best[1])
     rates: dict[str, list[float]] = {}
     for number in schedule.rounds_within(share / 2):
         say(f"throughput, round {number + 1}")
-        for entry in rotated(benchmark.entries, number):
+        for entry in _measured(benchmark.entries, number):
             if "setting" not in entry.facts:
                 continue
             n = sizes[entry.name]
@@ -251,25 +193,22 @@ def throughput(
     rows = []
     for entry in benchmark.entries:
         if entry.name in rates:
-            value = percentiles(rates[entry.name])["p50"]
             extra = {
                 "setting": entry.facts["setting"],
                 "sweep": sweep[entry.name],
                 "requests": sizes[entry.name],
             }
-            entry.facts["capacity"] = value
-            rows.append(
-                Row(
-                    "throughput", entry.name, "", "mixed stream", "requests/s", "higher",
-                    value, rates[entry.name], extra,
-                )
-            )  # fmt: skip
+            row = median_row(
+                "throughput", entry.name, "", "mixed stream", "requests/s", rates[entry.name], **extra
+            )
+            entry.facts["capacity"] = row.value
+            rows.append(row)
     return rows
 
 
 def _stream(entry: Entry, texts: list[str], setting: dict[str, Any], benchmark: Benchmark) -> float | None:
     choices = benchmark.inputs.choice_sets(len(texts))
-    reply = _asked(entry, "stream", texts=texts, setting=setting, choices=choices)
+    reply = entry.ask("stream", texts=texts, setting=setting, choices=choices)
     return None if reply is None else float(reply["ns"][0]) * 1e-9
 
 
@@ -292,7 +231,7 @@ def open_loop(
     seconds = min(schedule.load_seconds, max(0.3, share * schedule.seconds / max(1, runs)))
     for number in range(max(1, min(3, int(share * schedule.seconds / max(1e-9, runs * seconds))))):
         say(f"open loop, round {number + 1}")
-        for entry in rotated(benchmark.entries, number):
+        for entry in _measured(benchmark.entries, number):
             if entry.name not in capacities:
                 continue
             offers = {f"{load:.0%} of its capacity": load * capacities[entry.name] for load in schedule.loads}
@@ -300,8 +239,7 @@ def open_loop(
                 rng = random.Random(f"{benchmark.inputs.seed}/{case}/{number}")
                 arrivals = poisson_arrivals(rate, seconds, rng)
                 texts = benchmark.inputs.stream(len(arrivals))
-                reply = _asked(
-                    entry,
+                reply = entry.ask(
                     "open_loop",
                     texts=texts,
                     choices=benchmark.inputs.choice_sets(len(texts)),

@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
-REFERENCE = "transformers"
 
 
 WARM_SECTIONS = ("label", "rationale", "throughput", "open_loop")  # asked of a process that stays
@@ -44,6 +43,8 @@ class Entry:
 
     Attributes:
         sections: what is measured of it besides its answers and its size.
+        golds: labels that its own weights give in float32, where these are not the benchmark's student's: the same
+            shape at its full depth, beside a shallower one. It is judged by them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     worker: Worker | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     sections: tuple[str, ...] = SECTIONS
+    golds: list[str] | None = None
 
     @property
     def ours(self) -> bool:
@@ -62,6 +64,16 @@ class Entry:
     def variants(self) -> tuple[str, ...]:
         """Forms of the label task that are measured."""
         return ("label",) if self.ours else ("label+eos", "one token")
+
+    def ask(self, do: str, **order: Any) -> dict[str, Any] | None:
+        """Return the worker's answer; None where there is no worker, or it failed: then the entry has its reason."""
+        if self.worker is None:
+            return None
+        try:
+            return self.worker.ask(do, **order)
+        except WorkerFailed as failure:
+            self.give_up(f"{do}: {failure}")
+            return None
 
     def give_up(self, why: str) -> None:
         """End the worker and keep the reason; the row stays."""
@@ -143,7 +155,6 @@ def student_facts(student: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         DataError: one of them is missing or damaged.
-
     """
     found = []
     for name in ("sbs_edge.json", "config.json"):
@@ -208,7 +219,6 @@ def peer_entries(names: Sequence[str], student: Path, make: Callable[..., Spec],
 
     Raises:
         UsageError: a name is not in :data:`~sbs_edge.bench.peers.system.PEERS`.
-
     """
     unknown = [name for name in names if name not in PEERS]
     if unknown:

@@ -12,14 +12,13 @@ import os
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from sbs_edge import files
 from sbs_edge.bench.peers.system import load_module
 from sbs_edge.errors import SbsEdgeError
 from sbs_edge.runtime.cache import cache_directory
+from sbs_edge.versions import installed_versions
 
 __all__ = ["ConversionFailed", "cache_root", "converted", "digest"]
 
@@ -49,36 +48,28 @@ def digest(folder: Path, names: tuple[str, ...] = _DIGESTED) -> str:
     return total.hexdigest()
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def converted(system: str, student: Path, weights: str, options: dict[str, Any] | None = None) -> Path:
+def converted(system: str, student: Path, weights: str) -> Path:
     """Return the directory of the converted student, converting it when the cache has none.
 
     Args:
         system: a peer's name.
         student: the student directory.
         weights: :func:`digest` of it.
-        options: what the converter reads; part of the cache key.
 
     Raises:
         ConversionFailed: a package is missing or the converter failed; the last line of its error.
-
     """
     packages = load_module(system).PACKAGES
-    found = {name: _version(name) for name in packages}
+    installed = installed_versions(*packages)
+    found = {name: installed.get(name, "absent") for name in packages}
     absent = [name for name, version in found.items() if version == "absent"]
     if absent:
         raise ConversionFailed(f"not installed: {', '.join(absent)}")
-    key = json.dumps([weights, system, found, options or {}, 2], sort_keys=True)
+    key = json.dumps([weights, system, found, {}, 2], sort_keys=True)
     target = cache_root() / f"{system}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if (target / _STAMP).is_file():
         return target
-    order = {"system": system, "student": str(student), "out": str(target), "options": options or {}}
+    order = {"system": system, "student": str(student), "out": str(target)}
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "sbs_edge.bench.peers.convert"],
@@ -101,7 +92,7 @@ def _main() -> None:
     order = json.loads(sys.stdin.read())
     started = time.perf_counter()
     with files.atomic_directory(order["out"]) as work:
-        facts = load_module(order["system"]).prepare(Path(order["student"]), work, order["options"])
+        facts = load_module(order["system"]).prepare(Path(order["student"]), work)
         facts["seconds"] = round(time.perf_counter() - started, 1)
         files.write_json(work / _STAMP, facts)
 

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.peers.system import Choices, Spec, System
+from sbs_edge.bench.peers.system import Choices, System
 
-__all__ = ["ROOTS", "create", "prepare"]
+__all__ = ["PACKAGES", "ROOTS", "SYSTEM", "prepare"]
 
 ROOTS: dict[str, tuple[str, ...]] = {"ctranslate2": (), "tokenizers": ()}
 PACKAGES = ("ctranslate2", "transformers")
 
 
-def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+def prepare(student: Path, out: Path) -> dict[str, Any]:
     """Convert with CTranslate2's own converter to int8."""
-    del options
     from ctranslate2.converters import TransformersConverter
 
     TransformersConverter(str(student)).convert(str(out), quantization="int8", force=True)
@@ -90,6 +89,4 @@ class CTranslate2(System):
         return self.decode(self._translate(self.encode(texts, "label"), self.spec.label_steps, **setting))
 
 
-def create(spec: Spec) -> System:
-    """Return the system."""
-    return CTranslate2(spec)
+SYSTEM = CTranslate2

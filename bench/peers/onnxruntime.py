@@ -6,20 +6,19 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbs_edge.bench.peers.system import Spec, System, read_config
+from sbs_edge.bench.peers.system import System, read_config
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROOTS", "create", "prepare"]
+__all__ = ["PACKAGES", "ROOTS", "SYSTEM", "prepare"]
 
 ROOTS: dict[str, tuple[str, ...]] = {"onnxruntime": (), "tokenizers": ()}
 PACKAGES = ("onnxruntime", "torch", "transformers")
 
 
-def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+def prepare(student: Path, out: Path) -> dict[str, Any]:
     """Export plain graphs with torch, then quantize each with the defaults."""
-    del options
     import logging
 
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -87,6 +86,4 @@ class OnnxRuntimeInt8(System):
         return self._greedy(ids, 1)[1]
 
 
-def create(spec: Spec) -> System:
-    """Return the system."""
-    return OnnxRuntimeInt8(spec)
+SYSTEM = OnnxRuntimeInt8

@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.bench.peers.onnxruntime import OnnxRuntimeInt8
-from sbs_edge.bench.peers.system import Spec, System, read_config
+from sbs_edge.bench.peers.system import read_config
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROOTS", "create", "prepare"]
+__all__ = ["PACKAGES", "ROOTS", "SYSTEM", "prepare"]
 
 ROOTS: dict[str, tuple[str, ...]] = {"openvino": (), "tokenizers": ()}
 PACKAGES = ("openvino", "nncf", "torch", "transformers")
 
 
-def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+def prepare(student: Path, out: Path) -> dict[str, Any]:
     """Export plain graphs with torch, convert each and compress its weights to int8."""
-    del options
     import nncf
     import openvino
 
@@ -72,6 +71,4 @@ class OpenVino(OnnxRuntimeInt8):
         return [value.copy() for value in result.values()]
 
 
-def create(spec: Spec) -> System:
-    """Return the system."""
-    return OpenVino(spec)
+SYSTEM = OpenVino

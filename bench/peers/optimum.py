@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sbs_edge.bench.peers.system import Spec
 from sbs_edge.bench.peers.transformers import Transformers
 
-if TYPE_CHECKING:
-    from sbs_edge.bench.peers.system import System
-
-__all__ = ["ROOTS", "create", "prepare"]
+__all__ = ["PACKAGES", "ROOTS", "SYSTEM", "prepare"]
 
 ROOTS: dict[str, tuple[str, ...]] = {"optimum": ("onnxruntime",), "optimum-onnx": ("onnxruntime",)}
 PACKAGES = ("optimum", "optimum-onnx", "onnxruntime", "transformers")
 
 
-def prepare(student: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+def prepare(student: Path, out: Path) -> dict[str, Any]:
     """Export with cache, then ``avx512_vnni`` dynamic quantization per channel of every graph."""
-    del options
     from optimum.onnxruntime import ORTModelForSeq2SeqLM, ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
@@ -64,6 +59,4 @@ class Optimum(Transformers):
         )
 
 
-def create(spec: Spec) -> System:
-    """Return the system."""
-    return Optimum(spec)
+SYSTEM = Optimum

@@ -8,7 +8,7 @@ from typing import Any
 
 from sbs_edge.bench.peers.system import Choices, Spec, System
 
-__all__ = ["ROOTS", "create"]
+__all__ = ["ROOTS", "SYSTEM"]
 
 ROOTS: dict[str, tuple[str, ...]] = {"sbs-edge": ("cpu",)}
 
@@ -71,6 +71,4 @@ class SbsEdge(System):
         return self.label(texts, "label", choices)
 
 
-def create(spec: Spec) -> System:
-    """Return the system."""
-    return SbsEdge(spec)
+SYSTEM = SbsEdge

@@ -158,7 +158,6 @@ def greedy(
 
     Returns:
         Tokens (B, n) int64 and the first step's logits (B, V).
-
     """
     names = cache_names(layers)
     (hidden,) = run("encoder", {"ids": ids, "mask": mask})

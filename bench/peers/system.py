@@ -48,7 +48,6 @@ class Spec:
         label_steps: tokens a peer generates for label + EOS, at most.
         start, eos, pad: special token ids.
         options: settings that only one system reads.
-
     """
 
     system: str
@@ -78,7 +77,6 @@ def plan_batches(lengths: Sequence[int], setting: dict[str, Any]) -> list[list[i
         lengths: tokens of each request.
         setting: ``{"batch": n}`` takes ``n`` at a time in order of arrival; ``{"tokens": n}`` sorts by
             length and fills batches up to ``n`` padded tokens (a longer request goes alone).
-
     """
     if "batch" in setting:
         size = int(setting["batch"])

@@ -57,7 +57,6 @@ def generate(results: Path) -> str:
 
     Raises:
         DataError: a file is not JSON.
-
     """
     found: dict[str, dict[str, list[tuple[str, str, dict[str, Any]]]]] = {}
     for path in sorted(results.glob("*.json")):
@@ -94,7 +93,6 @@ def write_docs(root: Path) -> list[Path]:
     Raises:
         UsageError: ``root`` has no ``bench/results``.
         DataError: a result cannot be read.
-
     """
     results = root / RESULTS
     if not results.is_dir():

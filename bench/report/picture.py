@@ -72,7 +72,6 @@ def peers_svg(results: Path) -> str:
 
     Raises:
         DataError: one of them cannot be read.
-
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG

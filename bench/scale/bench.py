@@ -15,19 +15,19 @@ plays no part: without a bundle, an untrained student of the built-in task's siz
 from __future__ import annotations
 
 import json
-import os
 import platform
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.core.machine import provenance
+from sbs_edge.bench.core.protocol import Worker
+from sbs_edge.bench.core.results import new_document
+from sbs_edge.bench.core.worker import Answer, serve
+from sbs_edge.bench.peers.system import Spec
 from sbs_edge.resources import usable_cpus
 
 __all__ = ["make_bundle", "measure", "write_rows"]
@@ -47,53 +47,16 @@ def write_rows(path: Path, n_rows: int, seed: int = 0) -> Path:
     return path
 
 
-def make_bundle(folder: Path, *, d_model: int = 64, d_ff: int = 512) -> Path:
-    """Export an untrained student of the built-in task: its speed is that of a trained one."""
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    from sbs_edge.data.builtin import builtin_splits
-    from sbs_edge.data.jsonl import write_examples
-    from sbs_edge.data.tokenizer import build_tokenizer
+def make_bundle(folder: Path) -> Path:
+    """Export a student of the built-in task after one step of training: its speed is that of a trained one."""
     from sbs_edge.export.api import export
-    from sbs_edge.training.student_dir import StudentDir
+    from sbs_edge.training.train import train
 
     student = folder / "student"
-    student.mkdir(parents=True)
-    splits = builtin_splits("default")
-    prefixes = {"label": "[label] ", "rationale": "[rationale] "}
-    texts = [text for e in splits.train for text in (e.input, e.label, e.rationale) if text]
-    tokenizer = build_tokenizer(texts, list(prefixes.values()))
-    tokenizer.save(str(student / "tokenizer.json"))
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=(tokenizer.get_vocab_size() + 7) // 8 * 8,
-        d_model=d_model,
-        d_kv=16,
-        d_ff=d_ff,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(student)
-    card = {
-        "format": 1,
-        "task": StudentDir.task_card(splits.task),
-        "prefixes": prefixes,
-        "mode": "stepwise",
-        "rationale_weight": 1.0,
-        "max_source_tokens": 128,
-        "max_target_tokens": 32,
-        "max_label_tokens": 4,
-        "seed": 0,
-        "versions": {},
-        "training": {},
-    }
-    (student / "sbs_edge.json").write_text(json.dumps(card), encoding="utf-8")
-    write_examples(student / "validation.jsonl", splits.validation[:48])
-    write_examples(student / "calibration.jsonl", splits.train[:64])
+    train(
+        "builtin", student, max_steps=1, batch_size=1, validation_rows=0, max_source_tokens=128,
+        max_target_tokens=32, trackers=(), progress=False,
+    )  # fmt: skip
     export(student, folder / "bundle", targets=("cpu-int8",), max_drop=100, min_rationale_agreement=0.0)
     return folder / "bundle"
 
@@ -134,29 +97,27 @@ def _ray(bundle: Path, data: Path, out: Path, shard_bytes: int, workers: int) ->
         }
 
 
-def _start_variant(variant: str, bundle: Path, data: Path, out: Path, shard_bytes: int) -> dict[str, float]:
+def _variant(spec: Spec) -> Answer:
+    """Return what answers for one variant in its own process."""
+    bundle, given = Path(spec.artifact), spec.options
+    data, out, shard_bytes = Path(given["data"]), Path(given["out"]), int(given["shard_bytes"])
+
+    def answer(order: dict[str, Any]) -> dict[str, Any]:
+        if order["do"] == "open":
+            return {}
+        if spec.system == "loop":
+            return dict(_loop(bundle, data, out, shard_bytes))
+        return dict(_ray(bundle, data, out, shard_bytes, int(spec.system.removeprefix("ray-"))))
+
+    return answer
+
+
+def _run_variant(variant: str, bundle: Path, **places: Any) -> dict[str, float]:
     """Run one variant in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "sbs_edge.bench.scale.bench",
-        variant,
-        *map(str, (bundle, data, out)),
-    ]
-    done = subprocess.run(
-        [*command, str(shard_bytes)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
-def _run_variant(variant: str, bundle: str, data: str, out: str, shard_bytes: str) -> dict[str, float]:
-    places = (Path(bundle), Path(data), Path(out), int(shard_bytes))
-    return _loop(*places) if variant == "loop" else _ray(*places, int(variant.removeprefix("ray-")))
+    options = {name: str(value) for name, value in places.items()}
+    with Worker(Spec(variant, str(bundle), "", options=options), "sbs_edge.bench.scale.bench") as worker:
+        worker.ask("open")
+        return worker.ask("score", timeout_s=86_400)
 
 
 def _content(folder: Path) -> bytes:
@@ -177,38 +138,35 @@ def measure(
         for number in range(rounds):
             for variant, figures in taken.items():
                 out = folder / f"{variant}-{number}"
-                figures.append(_start_variant(variant, chosen, data, out, shard_bytes))
+                figures.append(_run_variant(variant, chosen, data=data, out=out, shard_bytes=shard_bytes))
                 contents.add(_content(out))
                 shutil.rmtree(out)
         median, steady = (
             {variant: statistics.median(f[name] for f in figures) for variant, figures in taken.items()}
             for name in ("seconds", "steady_seconds")
         )
-        return {
-            "kind": "scale",
-            **provenance(),
-            "model": {"student": chosen.name if bundle else "untrained student of the built-in task"},
-            "threads": 1,
-            "cpus": sorted(os.sched_getaffinity(0)),
-            "seed": 0,
-            "rows": n_rows,
-            "rounds": rounds,
-            "shard_bytes": shard_bytes,
-            "cores": usable_cpus(),
-            "python": platform.python_version(),
-            "seconds": median,
-            "steady_seconds": steady,
-            "steady_overhead": round(steady["ray-1"] / steady["loop"] - 1, 4),
-            "steady_scaling_1_to_2": round(steady["ray-1"] / steady["ray-2"], 3),
-            "rows_per_second": {variant: round(n_rows / s, 1) for variant, s in median.items()},
-            "ray_overhead": round(median["ray-1"] / median["loop"] - 1, 4),
-            "scaling_1_to_2": round(median["ray-1"] / median["ray-2"], 3),
-            "outputs_equal": len(contents) == 1,
-            "raw": taken,
-        }
+        return new_document(
+            "scale",
+            {"student": chosen.name if bundle else "untrained student of the built-in task"},
+            threads=1,
+            rows=n_rows,
+            rounds=rounds,
+            shard_bytes=shard_bytes,
+            cores=usable_cpus(),
+            python=platform.python_version(),
+            seconds=median,
+            steady_seconds=steady,
+            steady_overhead=round(steady["ray-1"] / steady["loop"] - 1, 4),
+            steady_scaling_1_to_2=round(steady["ray-1"] / steady["ray-2"], 3),
+            rows_per_second={variant: round(n_rows / s, 1) for variant, s in median.items()},
+            ray_overhead=round(median["ray-1"] / median["loop"] - 1, 4),
+            scaling_1_to_2=round(median["ray-1"] / median["ray-2"], 3),
+            outputs_equal=len(contents) == 1,
+            raw=taken,
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":  # a variant's own process
-    sys.stdout.write(json.dumps(_run_variant(*sys.argv[1:])) + "\n")
+    serve(_variant)

@@ -15,9 +15,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.core import machine
+from sbs_edge.bench.core.results import new_document
 from sbs_edge.bench.serving import scenarios
 from sbs_edge.bench.serving.client import run
+from sbs_edge.bench.serving.overload import overload
+from sbs_edge.bench.serving.requests import requests_of
 from sbs_edge.bench.serving.server import shared_cores, split_cores
 from sbs_edge.errors import DataError
 from sbs_edge.runtime.bundle import Bundle
@@ -64,26 +66,22 @@ class Options:
 
 
 def _step(name: Scenario, bundle: Path, options: Options) -> Coroutine[Any, Any, dict[str, Any]]:
-    threads = options.threads
-    cores = split_cores() if options.pin else shared_cores()
-    if name is Scenario.latency:
-        return scenarios.latency(bundle, threads)
-    if name is Scenario.throughput:
-        return scenarios.throughput(bundle, threads, min(options.seconds, 4.0), options.rounds)
-    if name is Scenario.drain:
-        return scenarios.drain(bundle, threads)
-    if name is Scenario.cost:
-        return scenarios.cost(bundle, threads, cores)
-    if name is Scenario.overload:
-        return scenarios.overload(bundle, threads, options.seconds, cores)
-    if name is Scenario.plain:
-        from sbs_edge.bench.serving.plain_server import against_plain
+    from sbs_edge.bench.serving.plain_server import against_plain
 
-        seconds = min(options.seconds, 2.0)
-        return against_plain(
-            bundle, threads, seconds, cores, scenarios.requests_of, options.workers, options.rounds
-        )
-    return scenarios.soak(bundle, threads, options.requests, options.soak_seconds)
+    threads, rounds = options.threads, options.rounds
+    cores = split_cores() if options.pin else shared_cores()
+    start: dict[Scenario, Callable[[], Coroutine[Any, Any, dict[str, Any]]]] = {
+        Scenario.latency: lambda: scenarios.latency(bundle, threads),
+        Scenario.throughput: lambda: scenarios.throughput(bundle, threads, min(options.seconds, 4.0), rounds),
+        Scenario.drain: lambda: scenarios.drain(bundle, threads),
+        Scenario.cost: lambda: scenarios.cost(bundle, threads, cores),
+        Scenario.overload: lambda: overload(bundle, threads, options.seconds, cores),
+        Scenario.soak: lambda: scenarios.soak(bundle, threads, options.requests, options.soak_seconds),
+        Scenario.plain: lambda: against_plain(
+            bundle, threads, min(options.seconds, 2.0), cores, requests_of, options.workers, rounds
+        ),
+    }
+    return start[name]()
 
 
 def _model(bundle: Path) -> dict[str, Any]:
@@ -103,16 +101,7 @@ def measure(
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Run a scenario, or all but ``plain``; return ``document``, or a new one, with the figures added."""
-    document = document or {
-        "format": 1,
-        "kind": "serving",
-        **machine.provenance(),
-        "model": _model(bundle),
-        "seed": 0,
-        "threads": options.threads,
-        "cpus": sorted(os.sched_getaffinity(0)),
-        "scenarios": {},
-    }
+    document = document or new_document("serving", _model(bundle), threads=options.threads, scenarios={})
     for name in Scenario:
         if name is Scenario.plain and scenario is Scenario.all:
             continue  # it needs a package that the server does not
@@ -133,9 +122,8 @@ def shape_to_bundle(shape: str, say: Say) -> Path:
 
     Raises:
         UsageError: there is no such shape.
-
     """
-    from sbs_edge.bench.latency.bench import shape_bundle, shape_student
+    from sbs_edge.bench.core.shapes import shape_bundle, shape_student
 
     return shape_bundle(shape_student(shape, 0, say), ["cpu-int8"], say)
 
@@ -145,7 +133,6 @@ def gathered(path: Path, bundle: Path) -> dict[str, Any] | None:
 
     Raises:
         DataError: the file holds figures of another bundle or another benchmark.
-
     """
     if not path.exists():
         return None

@@ -15,8 +15,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["HOST", "BlockingClient", "Client", "Job", "Outcome", "Record", "closed_loop", "open_loop", "percentile",
-           "request_bytes", "run"]  # fmt: skip
+__all__ = [
+    "HOST", "BlockingClient", "Client", "Job", "Outcome", "Record", "closed_loop", "milliseconds", "open_loop",
+    "percentile", "request_bytes", "run",
+]  # fmt: skip
 
 HOST = "127.0.0.1"
 _TICK_S = 0.002
@@ -42,6 +44,11 @@ def percentile(values: Sequence[float], q: float) -> float:
         return 0.0
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * q / 100))]
+
+
+def milliseconds(seconds: float) -> float:
+    """Return the time in ms, to a microsecond."""
+    return round(seconds * 1e3, 3)
 
 
 @dataclass(slots=True)
@@ -159,7 +166,6 @@ class BlockingClient:
     Args:
         port: the server's.
         timeout_s: longest silence within an answer.
-
     """
 
     def __init__(self, port: int, timeout_s: float = 40.0) -> None:
@@ -177,7 +183,6 @@ class BlockingClient:
 
         Raises:
             ConnectionError: the server closed the connection before the answer was whole.
-
         """
         self._socket.sendall(raw)
         held = b""

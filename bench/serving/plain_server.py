@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import statistics
-import subprocess
-import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from sbs_edge.bench.serving.client import HOST, Client, Job, closed_loop
-from sbs_edge.bench.serving.server import Cores, ServerUnderTest
+from sbs_edge.bench.serving.server import Cores, PinnedServer, ServerUnderTest
 from sbs_edge.errors import MissingExtra
 
 __all__ = ["CASES", "PlainServer", "against_plain", "main"]
@@ -77,41 +74,23 @@ def main(
     )
 
 
-class PlainServer:
-    """The plain server in a process of its own, stopped by ``with``."""
+class PlainServer(PinnedServer):
+    """The plain server."""
 
     def __init__(self, bundle: Path, threads: int, workers: int, cores: Cores) -> None:
         with socket.create_server((HOST, 0)) as free:
-            self.port = free.getsockname()[1]
-        command = [
-            sys.executable, "-P", "-m", "sbs_edge.bench.serving.plain_server", str(bundle), "--port", str(self.port),
-            "--threads", str(threads), "--workers", str(workers),
-        ]  # fmt: skip
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cores[0])
-        try:
-            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        finally:
-            os.sched_setaffinity(0, before)
+            port = free.getsockname()[1]
+        options = ("--port", str(port), "--threads", str(threads), "--workers", str(workers))
+        super().__init__(("sbs_edge.bench.serving.plain_server", str(bundle), *options), cores)
+        self.port = port
 
-    def __enter__(self) -> PlainServer:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and self._process.poll() is None:
-            try:
-                urllib.request.urlopen(f"http://{HOST}:{self.port}/v2/health/live", timeout=5).close()
-                return self
-            except OSError:
-                time.sleep(0.05)
-        self.__exit__()
-        raise RuntimeError("The plain server did not start.")
-
-    def __exit__(self, *error: object) -> None:
-        self._process.terminate()
+    def is_ready(self) -> bool:
+        """Ask it."""
         try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            urllib.request.urlopen(f"http://{HOST}:{self.port}/v2/health/live", timeout=5).close()
+        except OSError:
+            return False
+        return True
 
 
 async def against_plain(

@@ -7,173 +7,29 @@ Every scenario is bounded in time and in requests, stops what it started, and re
 from __future__ import annotations
 
 import asyncio
-import gzip
-import itertools
-import json
-import random
 import signal
 import statistics
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from sbs_edge.bench.serving.client import (
     BlockingClient,
     Client,
-    Job,
-    Record,
     closed_loop,
+    milliseconds,
     open_loop,
     percentile,
-    request_bytes,
 )
+from sbs_edge.bench.serving.requests import job_of, mixed_requests, requests_of, some_texts
 from sbs_edge.bench.serving.server import Cores, ServerUnderTest
-from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.runtime.student import Student
 
-__all__ = ["cost", "drain", "latency", "overload", "requests_of", "soak", "throughput"]
+__all__ = ["cost", "drain", "latency", "soak", "throughput"]
 
 _NO_QUEUE_LIMIT = ("--max-queue-ms", "600000", "--max-queue-texts", "100000")
 _GET_READY = b"GET /v2/health/ready HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-_TURN_S = 5.0  # of overload, between two measurements of the peak
-_FILL = 0.2  # share of a turn left out at its start: first answers come late while the queue fills
 _SOAK_SHARE, _SOAK_MOST = 0.5, 0.9  # of what the server can do with the same mix: usual, and at most
-
-
-def _texts(n: int = 512) -> list[str]:
-    rows = [example.input for example in builtin_splits("ci").test]
-    return (rows * (n // len(rows) + 1))[:n]
-
-
-def _job(texts: list[str], explain: bool = False) -> Job:
-    body = json.dumps({"texts": texts, "explain": explain}).encode()
-    return request_bytes("/v1/predict", body), len(texts)
-
-
-def requests_of(n_texts: int, count: int = 64, explain: bool = False) -> list[Job]:
-    """Return prepared requests of ``n_texts`` texts each, the same ones every time."""
-    rng, texts = random.Random(0), _texts()
-    return [_job(rng.sample(texts, n_texts), explain) for _ in range(count)]
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1e3, 3)
-
-
-def _texts_done(record: Record) -> int:
-    return sum(outcome.n_texts for outcome in record.outcomes if outcome.status == 200)
-
-
-async def _peak(
-    client: Client, jobs: list[Job], server: ServerUnderTest, seconds: float
-) -> tuple[Record, float, int]:
-    """Return the best of three closed loops, the server's processor time in it, and its concurrency."""
-    best, best_cpu, width = Record(), 0.0, 8
-    for concurrency in (8, 16, 32):
-        cpu = server.cpu_s
-        record = await closed_loop(client, jobs, concurrency=concurrency, seconds=seconds)
-        if record.goodput() > best.goodput():
-            best, best_cpu, width = record, server.cpu_s - cpu, concurrency
-    return best, best_cpu, width
-
-
-async def _peak_at(
-    client: Client, jobs: list[Job], server: ServerUnderTest, seconds: float, width: int
-) -> tuple[float, float]:
-    """Return texts a second, and a second of the server's processor time, with ``width`` callers."""
-    cpu = server.cpu_s
-    record = await closed_loop(client, jobs, concurrency=width, seconds=seconds)
-    return record.goodput(), _texts_done(record) / max(server.cpu_s - cpu, 1e-9)
-
-
-async def overload(
-    bundle: Path, threads: int, seconds: float, cores: Cores, texts_per_request: int = 16
-) -> dict[str, Any]:
-    """Open loop at 4 times the measured peak; peak and overload on the same processors.
-
-    The overload is cut in turns of :data:`_TURN_S`, and the peak is measured before and after each, because
-    the speed of a shared machine changes within seconds by more than the effect to be found. A turn offers
-    4 times the peak before it. Its goodput, once the queue is full, is compared with the mean of the two
-    peaks around it, and the median over turns is reported. Refusals are timed from their sending; the
-    client's own lateness is reported separately.
-    """
-    jobs = requests_of(texts_per_request)
-    turns = max(2, round(seconds / _TURN_S))
-    peak_s, turn_s = min(2.5, seconds / 4), seconds / turns
-    with ServerUnderTest(bundle, "--threads", str(threads), "--no-access-log", cores=cores) as server:
-        client = Client(server.port)
-        await client.open(512)
-        await closed_loop(client, jobs, concurrency=8, seconds=peak_s / 2)
-        before, before_cpu, width = await _peak(client, jobs, server, peak_s)
-        peak = before.goodput()
-        calm = await open_loop(client, jobs, rate=0.3 * peak / texts_per_request, seconds=peak_s)
-        # A first short overload fills every queue and connection once; growth counts from there.
-        first_s = min(3.0, seconds / 4)
-        await open_loop(client, jobs, rate=4 * peak / texts_per_request, seconds=first_s)
-        rss_before = server.rss_mib
-        records: list[Record] = []
-        peaks = [(await _peak_at(client, jobs, server, peak_s, width))]
-        cpu = 0.0
-        for _ in range(turns):
-            started, rate = server.cpu_s, 4 * peaks[-1][0] / texts_per_request
-            records.append(await open_loop(client, jobs, rate=rate, seconds=turn_s))
-            cpu += server.cpu_s - started
-            peaks.append(await _peak_at(client, jobs, server, peak_s, width))
-        rss_after = server.rss_mib
-        await client.close()
-    around = [(a + b) / 2 for a, b in itertools.pairwise(texts_per_s for texts_per_s, _ in peaks)]
-    goods = [record.goodput(_FILL * turn_s) for record in records]
-    unsent = sum(record.unsent for record in records)
-    shares = [good / peak for good, peak in zip(goods, around, strict=True)]
-    codes = dict(sorted(sum((Counter(r.codes) for r in records), Counter()).items()))
-    refused = [s for r in records for s in r.answer_times(429)]
-    accepted = [s for r in records for s in r.latencies(200)]
-    lasted = sum(r.seconds for r in records)
-    calm_p99 = percentile(calm.latencies(200), 99)
-    return {
-        "seconds": seconds,
-        "cores": {"server": cores[0], "client": cores[1]},
-        "texts_per_request": texts_per_request,
-        "peak_texts_per_s": round(statistics.median(around), 1),
-        "peaks_texts_per_s": [round(texts_per_s, 1) for texts_per_s, _ in peaks],
-        "first_peak_texts_per_s": round(peak, 1),
-        "peak_server_cpu_s": round(before_cpu, 2),
-        "peak_client_cpu_s": round(before.cpu_s, 2),
-        "peak_seconds": round(before.seconds, 2),
-        "offered_requests_per_s": round((sum(codes.values()) + unsent) / seconds, 1),
-        "requests": sum(codes.values()),
-        "unsent_by_client": unsent,
-        "codes": codes,
-        "rejections_per_s": round(len(refused) / lasted, 1),
-        "goodput_texts_per_s": round(statistics.median(goods), 1),
-        "goodput_of_peak": round(statistics.median(shares), 4),
-        "goodput_of_peak_by_turn": [round(share, 4) for share in shares],
-        "server_cpu_s": round(cpu, 2),
-        "client_cpu_s": round(sum(r.cpu_s for r in records), 2),
-        # On a machine that is not quiet only this ratio means something.
-        "texts_per_server_cpu_s_of_peak": round(
-            sum(map(_texts_done, records)) / cpu / statistics.mean(each for _, each in peaks), 4
-        ),
-        "rejection_p50_ms": _ms(percentile(refused, 50)),
-        "rejection_p99_ms": _ms(percentile(refused, 99)),
-        "rejection_p99_from_due_ms": _ms(percentile([s for r in records for s in r.latencies(429)], 99)),
-        "client_late_p99_ms": _ms(percentile([s for r in records for s in r.lateness], 99)),
-        "client_loop_late_p99_ms": _ms(percentile([s for r in records for s in r.oversleep], 99)),
-        "accepted_p50_ms": _ms(percentile(accepted, 50)),
-        "accepted_p99_ms": _ms(percentile(accepted, 99)),
-        "calm_p99_ms": _ms(calm_p99),
-        "rss_before_mib": round(rss_before, 1),
-        "rss_after_mib": round(rss_after, 1),
-        "rss_growth": round(rss_after / rss_before - 1, 4),
-        "held": {
-            "only_200_and_429": set(codes) == {"200", "429"},
-            "rejection_p99_20_ms": bool(refused) and percentile(refused, 99) <= 0.020,
-            "goodput_90_percent": statistics.median(shares) >= 0.9,
-            "rss_growth_5_percent": rss_after <= 1.05 * rss_before,
-            "accepted_p99_within_queue_budget": percentile(accepted, 99) <= calm_p99 + 1.0,
-        },
-    }
 
 
 async def cost(bundle: Path, threads: int, cores: Cores, requests: int = 5000) -> dict[str, Any]:
@@ -251,7 +107,7 @@ async def drain(bundle: Path, threads: int, in_flight: int = 200) -> dict[str, A
     return {
         "in_flight_at_sigterm": unfinished,
         "lost": sum(status != 200 for status in statuses),
-        "readiness_off_ms": _ms(unready_s),
+        "readiness_off_ms": milliseconds(unready_s),
         "exit_code": code,
         "exit_s": round(exit_s, 2),
         "held": {
@@ -260,34 +116,6 @@ async def drain(bundle: Path, threads: int, in_flight: int = 200) -> dict[str, A
             "exit_0": code == 0,
         },
     }
-
-
-def _mixed(n: int) -> list[Job]:
-    """A mix of what a server meets: sizes, rationales, both protocols, compression, mistakes."""
-    rng, texts = random.Random(1), _texts()
-    jobs: list[Job] = []
-    for _ in range(n):
-        kind = rng.random()
-        size = min(32, 1 + int(rng.expovariate(0.5)))
-        chosen = [
-            " ".join(rng.sample(text.split(), rng.randint(1, len(text.split()))))
-            for text in rng.sample(texts, size)
-        ]
-        if kind < 0.05:
-            jobs.append(_job(chosen[:2], explain=True))
-        elif kind < 0.3:
-            tensor = {"name": "text", "datatype": "BYTES", "shape": [size], "data": chosen}
-            name = "/v2/models/bench/infer"
-            jobs.append((request_bytes(name, json.dumps({"inputs": [tensor]}).encode()), size))
-        elif kind < 0.4:
-            packed = gzip.compress(json.dumps({"texts": chosen}).encode())
-            jobs.append((request_bytes("/v1/predict", packed, "Content-Encoding: gzip\r\n"), size))
-        elif kind < 0.45:
-            bad = rng.choice([b"{", b'{"texts": []}', json.dumps({"texts": ["word " * 5000]}).encode()])
-            jobs.append((request_bytes("/v1/predict", bad), 0))
-        else:
-            jobs.append(_job(chosen))
-    return jobs
 
 
 async def soak(
@@ -300,7 +128,7 @@ async def soak(
     """
     samples: list[tuple[int, float, int, int]] = []
     step = max(1, requests // 40)
-    jobs = _mixed(4096)
+    jobs = mixed_requests(4096)
     options = ("--threads", str(threads), "--no-access-log", *_NO_QUEUE_LIMIT)
     with ServerUnderTest(f"bench={bundle}", *options) as server:
         client = Client(server.port)
@@ -336,8 +164,8 @@ async def soak(
         "rate_per_s": round(share * capacity, 1),
         "share_of_capacity": round(share, 3),
         "codes": record.codes,
-        "p50_ms": _ms(percentile(record.latencies(200), 50)),
-        "p99_ms": _ms(percentile(record.latencies(200), 99)),
+        "p50_ms": milliseconds(percentile(record.latencies(200), 50)),
+        "p99_ms": milliseconds(percentile(record.latencies(200), 99)),
         "server_cpu_s": round(cpu, 1),
         "client_cpu_s": round(record.cpu_s, 1),
         "rss_first_mib": round(settled[0][1], 1) if settled else None,
@@ -369,7 +197,7 @@ async def _connections_gone(server: ServerUnderTest, most_s: float = 5.0) -> Non
 
 async def throughput(bundle: Path, threads: int, seconds: float, rounds: int = 5) -> dict[str, Any]:
     """Texts per second over HTTP and in-process, with the same token budget, in turns."""
-    texts = _texts()
+    texts = some_texts()
     ratios, served, direct = [], [], []
     with (
         Student.load(bundle, threads=threads) as student,
@@ -403,7 +231,7 @@ async def latency(bundle: Path, threads: int, rounds: int = 10, calls: int = 100
 
     The client is a socket of blocking calls: what an event loop of its own would add is not the server's.
     """
-    texts = _texts(calls)
+    texts = some_texts(calls)
     direct, served = [], []
     with (
         Student.load(bundle, threads=threads) as student,
@@ -418,7 +246,7 @@ async def latency(bundle: Path, threads: int, rounds: int = 10, calls: int = 100
                 own.append(time.perf_counter() - started)
                 await asyncio.sleep(0.002)
             for text in texts:
-                raw, _ = _job([text])
+                raw, _ = job_of([text])
                 started = time.perf_counter()
                 status, _ = client.ask(raw)
                 remote.append(time.perf_counter() - started)
@@ -430,8 +258,8 @@ async def latency(bundle: Path, threads: int, rounds: int = 10, calls: int = 100
                 served.append(statistics.median(remote))
     added = statistics.median(s - d for s, d in zip(served, direct, strict=True))
     return {
-        "in_process_p50_ms": _ms(statistics.median(direct)),
-        "served_p50_ms": _ms(statistics.median(served)),
-        "added_p50_ms": _ms(added),
+        "in_process_p50_ms": milliseconds(statistics.median(direct)),
+        "served_p50_ms": milliseconds(statistics.median(served)),
+        "added_p50_ms": milliseconds(added),
         "held": {"added_1_ms": added <= 0.001},
     }

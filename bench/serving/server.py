@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 from sbs_edge.bench.serving.client import HOST
 
-__all__ = ["Cores", "ServerUnderTest", "shared_cores", "split_cores"]
+__all__ = ["Cores", "PinnedServer", "ServerUnderTest", "shared_cores", "split_cores"]
 
 Cores = tuple[list[int], list[int]]  # processors of the server, processors of the client
 
@@ -37,35 +39,41 @@ def split_cores() -> Cores:
     return (every[:-1], every[-1:]) if len(every) > 1 else (every, every)
 
 
-class ServerUnderTest:
-    """``sbs-edge serve`` with ``arguments``; always stopped by ``with``, which also puts pinning back."""
+class PinnedServer:
+    """A server in a process of its own on ``cores[0]``; ``with`` waits until it answers, and always stops it.
 
-    def __init__(self, bundle: Path | str, *arguments: str, cores: Cores | None = None) -> None:
-        self._log = tempfile.NamedTemporaryFile("w", suffix=".log", delete=False)  # noqa: SIM115 (kept open)
-        command = [
-            sys.executable, "-P", "-m", "sbs_edge", "serve", str(bundle), "--port", "0", *arguments,
-        ]  # fmt: skip
-        self.cores = cores or shared_cores()
-        self._before = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, self.cores[0])  # inherited by every thread of the child
-        try:
-            self.process = subprocess.Popen(command, stderr=self._log, stdout=subprocess.DEVNULL)
-        finally:
-            os.sched_setaffinity(0, self.cores[1])
+    This process moves to ``cores[1]`` until then.
+    """
+
+    ready_s = 60.0
+
+    def __init__(self, arguments: Sequence[str], cores: Cores, log: Any = None) -> None:
+        command = [sys.executable, "-P", "-m", *arguments]
+        self.cores = cores
         self.port = 0
-
-    def __enter__(self) -> ServerUnderTest:
+        self._before = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[0])  # inherited by every thread of the child
         try:
-            end = time.monotonic() + 120
+            self.process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)
+        finally:
+            os.sched_setaffinity(0, cores[1])
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers; it may set ``port``."""
+        raise NotImplementedError
+
+    def last_words(self) -> str:
+        """Return what the server said, for the error of one that did not start."""
+        return ""
+
+    def __enter__(self) -> Self:
+        try:
+            end = time.monotonic() + self.ready_s
             while time.monotonic() < end and self.process.poll() is None:
-                for line in Path(self._log.name).read_text().splitlines():
-                    event = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-                    if event.get("event") == "listening":
-                        self.port = int(event["port"])
-                    elif event.get("event") == "ready":
-                        return self
+                if self.is_ready():
+                    return self
                 time.sleep(0.05)
-            raise RuntimeError(f"The server did not get ready: {Path(self._log.name).read_text()[-2000:]}")
+            raise RuntimeError(f"The server did not get ready: {self.last_words()}")
         except BaseException:
             self.__exit__()
             raise
@@ -79,6 +87,34 @@ class ServerUnderTest:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+class ServerUnderTest(PinnedServer):
+    """``sbs-edge serve`` with ``arguments``."""
+
+    ready_s = 120.0
+
+    def __init__(self, bundle: Path | str, *arguments: str, cores: Cores | None = None) -> None:
+        self._log = tempfile.NamedTemporaryFile("w", suffix=".log", delete=False)  # noqa: SIM115 (kept open)
+        command = ("sbs_edge", "serve", str(bundle), "--port", "0", *arguments)
+        super().__init__(command, cores or shared_cores(), self._log)
+
+    def is_ready(self) -> bool:
+        """Read the port and the server's own word that it is ready from its log."""
+        for line in Path(self._log.name).read_text().splitlines():
+            event = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
+            if event.get("event") == "listening":
+                self.port = int(event["port"])
+            elif event.get("event") == "ready":
+                return True
+        return False
+
+    def last_words(self) -> str:
+        """Return the end of its log."""
+        return Path(self._log.name).read_text()[-2000:]
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._log.close()
         os.unlink(self._log.name)
 

@@ -11,15 +11,14 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.core.machine import provenance
 from sbs_edge.bench.core.protocol import Worker, WorkerFailed
-from sbs_edge.bench.core.results import FORMAT, Row
-from sbs_edge.bench.core.shapes import SHAPES
-from sbs_edge.bench.core.stats import paired_ratio, percentiles
-from sbs_edge.bench.latency.sections import Series
+from sbs_edge.bench.core.results import Row, new_document
+from sbs_edge.bench.core.rounds import Series, fixed_ratio, median_row, rotated, shared_ratio
+from sbs_edge.bench.core.shapes import SHAPES, check_shape
 from sbs_edge.bench.peers.system import Spec
 from sbs_edge.errors import DataError, UsageError
 
@@ -55,7 +54,6 @@ def make_pairs(options: TrainBenchOptions) -> list[list[list[int]]]:
 
     Raises:
         DataError: fewer examples with label and rationale than one batch.
-
     """
     from sbs_edge.data.load import load_splits
     from sbs_edge.data.tokenizer import build_tokenizer
@@ -121,105 +119,126 @@ def _rows(
     name: str, case: str, options: TrainBenchOptions, tokens: int, step: Series, epoch: Series
 ) -> list[Row]:
     """Times of a step and an epoch, and the examples and tokens a second; ``tokens`` are those of an epoch."""
-    rows = [step.row("step", name, "", case), epoch.row("epoch", name, "", case)]
     tokens_a_step = tokens / max(1, options.examples // options.batch_size)
-    for section, unit, amount in (
-        ("rate", "examples/s", options.batch_size),
-        ("token rate", "tokens/s", tokens_a_step),
-    ):
-        rates = [amount / ms * 1e3 for ms in step.rounds]
-        rows.append(Row(section, name, "", case, unit, "higher", percentiles(rates)["p50"], rates))
-    return rows
+
+    def rates(amount: float) -> list[float]:
+        return [amount / ms * 1e3 for ms in step.rounds]
+
+    return [
+        step.row("step", name, "", case),
+        epoch.row("epoch", name, "", case),
+        median_row("rate", name, "", case, "examples/s", rates(options.batch_size)),
+        median_row("token rate", name, "", case, "tokens/s", rates(tokens_a_step)),
+    ]
 
 
-def _case(
-    options: TrainBenchOptions, device: str, precision: str, pairs: str, document: dict[str, Any], say: Say
-) -> None:
-    case = f"{device} {precision}, batch {options.batch_size}"
-    given = {
-        "device": device, "precision": precision, "pairs": pairs, "shape": options.shape, "seed": options.seed,
-        "batch_size": options.batch_size, "rationale_weight": options.rationale_weight,
-    }  # fmt: skip
-    cpus = sorted(os.sched_getaffinity(0))[-options.threads :]
-    specs = {name: Spec(name, "", "", threads=options.threads, cpus=cpus, options=given) for name in _STEPS}
-    workers: dict[str, Worker] = {}
-    losses: dict[str, list[float]] = {}
-    shares: dict[str, dict[str, list[int]]] = {}
-    steps: dict[str, Series] = {}
-    epochs: dict[str, Series] = {}
+class _Case:
+    """The steps of one device and precision, each in its own process; one that fails drops out with its reason."""
 
-    def drop(name: str, failure: WorkerFailed) -> None:
-        say(f"{case}: {name}: {failure}")
-        document["systems"].append({"name": f"{name}, {case}", "status": "failed", "why": str(failure)})
-        if name in workers:
-            workers.pop(name).close()
+    def __init__(
+        self,
+        options: TrainBenchOptions,
+        device: str,
+        precision: str,
+        pairs: str,
+        document: dict[str, Any],
+        say: Say,
+    ) -> None:
+        self.options, self.precision, self.document, self.say = options, precision, document, say
+        self.name = f"{device} {precision}, batch {options.batch_size}"
+        given = {
+            "device": device, "precision": precision, "pairs": pairs, "shape": options.shape, "seed": options.seed,
+            "batch_size": options.batch_size, "rationale_weight": options.rationale_weight,
+        }  # fmt: skip
+        cpus = sorted(os.sched_getaffinity(0))[-options.threads :]
+        self.specs = {name: Spec(name, "", "", options.threads, cpus, options=given) for name in _STEPS}
+        self.workers: dict[str, Worker] = {}
+        self.losses: dict[str, list[float]] = {}
+        self.shares: dict[str, dict[str, list[int]]] = {}
+        self.times: dict[tuple[str, str], Series] = {}
 
-    try:
-        for name, spec in specs.items():
-            say(f"{case}: loss curve of {name}")
-            try:
-                workers[name] = Worker(spec, _MODULE)
-                workers[name].ask("open", timeout_s=600)
-                losses[name] = workers[name].ask("curve", steps=options.steps, timeout_s=600)["losses"]
-                shares[name] = workers[name].ask("padding")["padding"]
-                document["systems"].append({"name": f"{name}, {case}", "status": "ok", "why": ""})
-            except WorkerFailed as failure:
-                drop(name, failure)
-        for number in range(options.rounds):
-            say(f"{case}: round {number + 1}")
-            names = list(workers)
-            for name in names[number % max(1, len(names)) :] + names[: number % max(1, len(names))]:
-                order = {"seconds": 0.3, "least": 1, "warm": 1 if number == 0 else 0}
-                try:
-                    steps.setdefault(name, Series()).add(workers[name].ask("step", **order)["ns"])
-                except WorkerFailed as failure:
-                    drop(name, failure)
-        for number in range(2):
-            for name in list(workers):
-                say(f"{case}: epoch {number + 1} of {name}")
-                try:
-                    epochs.setdefault(name, Series()).add(workers[name].ask("epoch", timeout_s=600)["ns"])
-                except WorkerFailed as failure:
-                    drop(name, failure)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    rows: list[Row] = []
-    for name in workers:
-        used = sum(total[1] for total in shares[name].values())
-        rows += _rows(name, case, options, used, steps[name], epochs[name])
+    def _dropping(self, name: str, what: str, call: Callable[[], None]) -> None:
+        self.say(f"{self.name}: {what}")
         try:
-            say(f"{case}: peak memory of {name}")
-            rows += _peak(specs[name], case)
+            call()
         except WorkerFailed as failure:
-            document["systems"].append({"name": f"{name}, {case}, memory", "why": str(failure)})
-    document["rows"] += [row.as_dict() for row in rows]
-    document["losses"][case] = losses
-    document["padding"] |= {
-        f"{name}, {case}": {part: f"{1 - used / held:.1%}" for part, (held, used) in shares[name].items()}
-        for name in workers
-    }
-    _judge(case, precision, losses, rows, document)
+            self.say(f"{self.name}: {name}: {failure}")
+            state = {"name": f"{name}, {self.name}", "status": "failed", "why": str(failure)}
+            self.document["systems"].append(state)
+            if name in self.workers:
+                self.workers.pop(name).close()
+
+    def _start(self, name: str) -> None:
+        worker = self.workers[name] = Worker(self.specs[name], _MODULE)
+        worker.ask("open", timeout_s=600)
+        self.losses[name] = worker.ask("curve", steps=self.options.steps, timeout_s=600)["losses"]
+        self.shares[name] = worker.ask("padding")["padding"]
+        self.document["systems"].append({"name": f"{name}, {self.name}", "status": "ok", "why": ""})
+
+    def _time(self, name: str, do: str, **order: Any) -> None:
+        reply = self.workers[name].ask(do, **order)
+        self.times.setdefault((name, do), Series()).add(reply["ns"])
+
+    def measure(self) -> list[Row]:
+        """Time every step in turn, then epochs, then memory."""
+        try:
+            for name in self.specs:
+                self._dropping(name, f"loss curve of {name}", partial(self._start, name))
+            for number in range(self.options.rounds):
+                order = {"seconds": 0.3, "least": 1, "warm": 1 if number == 0 else 0}
+                for name in rotated(list(self.workers), number):
+                    what = f"round {number + 1}, {name}"
+                    self._dropping(name, what, partial(self._time, name, "step", **order))
+            for number in range(2):
+                for name in list(self.workers):
+                    what = f"epoch {number + 1} of {name}"
+                    self._dropping(name, what, partial(self._time, name, "epoch", timeout_s=600))
+        finally:
+            for worker in self.workers.values():
+                worker.close()
+        rows: list[Row] = []
+        for name in self.workers:
+            used = sum(total[1] for total in self.shares[name].values())
+            step, epoch = (self.times[(name, do)] for do in ("step", "epoch"))
+            rows += _rows(name, self.name, self.options, used, step, epoch)
+            try:
+                self.say(f"{self.name}: peak memory of {name}")
+                rows += _peak(self.specs[name], self.name)
+            except WorkerFailed as failure:
+                self.document["systems"].append({"name": f"{name}, {self.name}, memory", "why": str(failure)})
+        return rows
+
+    def write(self, rows: list[Row]) -> None:
+        """Add the case to the document."""
+        self.document["rows"] += [row.as_dict() for row in rows]
+        self.document["losses"][self.name] = self.losses
+        self.document["padding"] |= {
+            f"{name}, {self.name}": {
+                part: f"{1 - used / held:.1%}" for part, (held, used) in self.shares[name].items()
+            }
+            for name in self.workers
+        }
+        _judge(self.name, self.precision, self.losses, rows, self.document)
 
 
 def _judge(
     case: str, precision: str, losses: dict[str, list[float]], rows: list[Row], document: dict[str, Any]
 ) -> None:
     """Loss curves against the two-forward step's, and the ratios that agreement allows."""
-    base = losses.get("two-forward")
-    agree: dict[str, bool] = {}
+    base, limit = losses.get("two-forward"), _FLOAT_NOISE[precision]
+    same = False
     for name, curve in losses.items():
         if base is None or name == "two-forward":
             continue
         difference = largest_difference(curve, base)
-        agree[name] = difference <= _FLOAT_NOISE[precision]
+        same |= name == "sbs-edge" and difference <= limit
         document["loss_curves"].append(
             {
                 "case": f"{name}, {case}",
                 "against": "two-forward",
                 "largest_difference": difference,
-                "limit": _FLOAT_NOISE[precision],
-                "verdict": "equal within float noise" if agree[name] else "DIFFERENT",
+                "limit": limit,
+                "verdict": "equal within float noise" if difference <= limit else "DIFFERENT",
             }
         )
     mine = {row.section: row for row in rows if row.system == "sbs-edge"}
@@ -227,13 +246,11 @@ def _judge(
         row = mine.get(other.section)
         if row is None or other.system == "sbs-edge" or other.section in ("rate", "token rate"):
             continue
-        same = agree.get("sbs-edge", False)
         ratio = None
         if same and row.rounds and len(row.rounds) == len(other.rounds):
-            ratio = asdict(paired_ratio(other.rounds, row.rounds))
+            ratio = shared_ratio(other.rounds, row.rounds)
         elif same and row.value > 0:
-            value = other.value / row.value
-            ratio = {"value": value, "low": value, "high": value, "rounds": 0}
+            ratio = fixed_ratio(other.value / row.value)
         document["ratios"].append(
             {
                 "section": other.section,
@@ -255,40 +272,29 @@ def measure_train(
     Raises:
         UsageError: unknown shape, device or precision.
         DataError: too little data.
-
     """
-    if options.shape not in SHAPES:
-        raise UsageError(f"There is no shape {options.shape!r}; choose one of {', '.join(SHAPES)}.")
+    check_shape(options.shape)
     unknown = [name for name in options.precisions if name not in _FLOAT_NOISE]
     if unknown or not options.precisions:
         raise UsageError(f"precisions are fp32 and bf16; found {', '.join(unknown) or 'nothing'}.")
     devices = _devices(options.device)
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "kind": "train",
-        **provenance(command),
-        "model": {
-            "shape": options.shape,
-            "random_weights": True,
-            "config": SHAPES[options.shape],
-            "data": options.dataset or options.data,
-        },
-        "threads": options.threads,
-        "cpus": sorted(os.sched_getaffinity(0))[-options.threads :],
-        "seed": options.seed,
-        "options": asdict(options),
-        "systems": [],
-        "rows": [],
-        "ratios": [],
-        "losses": {},
-        "loss_curves": [],
-        "padding": {},
+    model = {
+        "shape": options.shape,
+        "random_weights": True,
+        "config": SHAPES[options.shape],
+        "data": options.dataset or options.data,
     }
+    document = new_document(
+        "train", model, threads=options.threads, cpus=sorted(os.sched_getaffinity(0))[-options.threads :],
+        command=command, seed=options.seed, options=asdict(options), systems=[], rows=[], ratios=[], losses={},
+        loss_curves=[], padding={},
+    )  # fmt: skip
     pairs = make_pairs(options)
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "pairs.json"
         path.write_text(json.dumps(pairs), encoding="utf-8")
         for device in devices:
             for precision in options.precisions:
-                _case(options, device, precision, str(path), document, say)
+                case = _Case(options, device, precision, str(path), document, say)
+                case.write(case.measure())
     return document

@@ -37,7 +37,6 @@ class Step:
     Attributes:
         loss: from a batch of pairs to ``L_label + lambda * L_rationale``, () with gradient.
         padding: share of encoder and of target positions that hold no token, for a batch.
-
     """
 
     loss: Callable[[Sequence[Pair]], Tensor]

@@ -8,7 +8,6 @@ grows with rows.
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import time
@@ -16,22 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sbs_edge.bench.core.machine import provenance
+from sbs_edge.bench.core.footprint import memory_mb
+from sbs_edge.bench.core.results import new_document
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import Example, Splits
 
-__all__ = ["measure", "rows", "rss_mb", "slope_mb"]
+__all__ = ["measure", "rows", "slope_mb"]
 
 OPTIONS: dict[str, Any] = {
     "d_model": 8, "d_ff": 16, "n_heads": 1, "n_layers": 1, "n_decoder_layers": 1, "batch_size": 500,
     "shuffle_buffer": 2000, "save_steps": 0, "trackers": (), "progress": False, "threads": 1,
 }  # fmt: skip
-
-
-def rss_mb() -> float:
-    """Return this process's resident memory in MiB (Linux)."""
-    with open("/proc/self/statm", encoding="ascii") as handle:
-        return int(handle.read().split()[1]) * 4096 / 2**20
 
 
 def rows(base: list[Example], count: int) -> Iterator[Example]:
@@ -60,31 +54,33 @@ def measure(count: int, out: Path, samples: int = 100, max_rss_mb: float = 1500.
     def watched() -> Iterator[Example]:
         for index, example in enumerate(rows(small.train, count)):
             if index % every == 0:
-                taken.append((index, round(rss_mb(), 1)))
+                taken.append((index, _rss_mb()))
             yield example
 
     started, cpu = time.perf_counter(), time.process_time()
     steps = -(-count // int(OPTIONS["batch_size"]))
     result = train(small, out, stream=watched, max_steps=steps, **OPTIONS)
-    taken.append((count, round(rss_mb(), 1)))
+    taken.append((count, _rss_mb()))
     seconds = time.perf_counter() - started
     # The first tenth holds start-up: buffers fill, allocators warm.
     settled = [(index, value) for index, value in taken if index >= count // 10]
-    return {
-        "kind": "stream-rows",
-        **provenance(),
-        "model": {"shape": "smallest student", "random_weights": True},
-        "threads": OPTIONS["threads"],
-        "cpus": sorted(os.sched_getaffinity(0)),
-        "seed": 0,
-        "rows": count,
-        "steps": result.metrics["steps"],
-        "rss_mb": taken,
-        "peak_rss_mb": max(value for _, value in taken),
-        "growth_after_first_tenth_mb": round(max(value for _, value in settled) - settled[0][1], 1),
-        "slope_after_first_tenth_mb_per_million_rows": round(slope_mb(settled), 2),
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
-        "rows_per_second": round(count / seconds, 1),
-        "max_rss_mb": max_rss_mb,
-    }
+    return new_document(
+        "stream-rows",
+        {"shape": "smallest student", "random_weights": True},
+        threads=OPTIONS["threads"],
+        rows=count,
+        steps=result.metrics["steps"],
+        rss_mb=taken,
+        peak_rss_mb=max(value for _, value in taken),
+        growth_after_first_tenth_mb=round(max(value for _, value in settled) - settled[0][1], 1),
+        slope_after_first_tenth_mb_per_million_rows=round(slope_mb(settled), 2),
+        seconds=round(seconds, 1),
+        cpu_seconds=round(time.process_time() - cpu, 1),
+        rows_per_second=round(count / seconds, 1),
+        max_rss_mb=max_rss_mb,
+    )
+
+
+def _rss_mb() -> float:
+    """Return this process's resident memory in MiB."""
+    return round(memory_mb()["rss_mb"] * 1e6 / 2**20, 1)

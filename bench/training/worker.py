@@ -39,26 +39,17 @@ class Trainer:
         self._build()
 
     def _build(self) -> None:
-        from transformers import T5Config, T5ForConditionalGeneration
         from transformers.utils import logging
 
-        from sbs_edge.bench.core.shapes import SHAPES
+        from sbs_edge.bench.core.shapes import random_model
         from sbs_edge.bench.training.steps import make_step
 
         logging.set_verbosity_error()
-        torch = self.torch
-        torch.manual_seed(self.given["seed"])
-        config = T5Config(
-            **{"tie_word_embeddings": True, "feed_forward_proj": "relu", **SHAPES[self.given["shape"]]},
-            dropout_rate=0.0,  # so that the losses of different steps can be compared
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=1,
-            use_cache=False,
-        )
-        self.model = T5ForConditionalGeneration(config).to(self.device).train()
+        # Without dropout, so that the losses of different steps can be compared.
+        model = random_model(self.given["shape"], self.given["seed"], dropout_rate=0.0, use_cache=False)
+        self.model = model.to(self.device).train()
         self.step = make_step(self.spec.system, self.model, self.given["rationale_weight"], self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
+        self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
 
     def _batches(self) -> list[list[Any]]:
         from sbs_edge.bench.training.steps import Pair

@@ -49,11 +49,11 @@ def compare_rationales(reference: Sequence[Sequence[int]], got: Sequence[Sequenc
     """Return two agreements of decoded token lists, each in [0, 1].
 
     ``rationale_token_agreement`` is the share of positions with the same token, over the longer of each
-    pair: what a reader sees. One token that turns moves all after it, so a fluent rationale may score low.
+    pair. A different token shifts all later ones, so a good rationale may score low.
 
-    ``rationale_next_token_agreement`` is how often the same token follows the same beginning: equal tokens
-    before the first difference, over those and the first difference. It tells a student that took another
-    turn somewhere from one that is broken, whatever the length, and is what the accuracy check limits.
+    ``rationale_next_token_agreement`` is how often the same token follows the same beginning: the number of equal
+    tokens before the first difference, divided by that number plus the difference. It distinguishes a student that
+    continues differently at some point from one that is broken, whatever the length. The accuracy check limits it.
     """
     same = places = followed = asked = 0
     for first, second in zip(reference, got, strict=True):
@@ -69,12 +69,12 @@ def compare_rationales(reference: Sequence[Sequence[int]], got: Sequence[Sequenc
 
 
 def drifted(figures: dict[str, Any], least: float) -> bool:
-    """Tell whether rationales go on like the reference's less often than ``least``."""
+    """Return whether rationales have the reference's next token less often than ``least``."""
     return bool(figures.get("rationale_next_token_agreement", 1.0) < least)
 
 
 def too_much(figures: dict[str, Any], max_drop: float) -> bool:
-    """Tell whether the drop is over ``max_drop`` points."""
+    """Return whether the drop is over ``max_drop`` points."""
     return bool(figures["drop_points"] > max_drop)
 
 
@@ -89,56 +89,57 @@ def refusal(
 
     Args:
         target: its name.
-        figures: what :func:`compare_labels` returned.
+        figures: the result of :func:`compare_labels`.
         max_drop: the limit, in points.
         layers: the layers that cost most, each with its share of the error.
-        pruned: the flags given that make the vocabulary smaller.
+        pruned: the given options that make the vocabulary smaller.
     """
     advice = _advice(layers, target)
     if pruned:
-        advice = f"without {' and '.join(pruned)}, {advice}"
+        advice = f"leaving out {' and '.join(pruned)}; {advice}"
     return GuardError(
-        f"{target} answers {figures['drop_points']:.2f} points fewer rows right than the float32 student "
+        f"{target} loses {figures['drop_points']:.2f} points of label accuracy against the float32 student "
         f"({100 * figures['before']:.2f} % to {100 * figures['after']:.2f} %, {figures['n']} rows, 95 % bound "
         f"{figures['drop_bound']:.2f} points, same label on {100 * figures['label_agreement']:.2f} %); the limit is "
-        f"{max_drop:.2f}. Nothing was replaced. Try, of the options of 'sbs-edge export', {advice}, or raise "
-        "--max-drop if this loss is acceptable."
+        f"{max_drop:.2f}. Nothing was replaced. These options of export can help: {advice}. Or raise max_drop if "
+        "this loss is acceptable."
     )
 
 
 def rationale_refusal(
     target: str, figures: dict[str, Any], least: float, layers: Sequence[tuple[str, float]] = ()
 ) -> GuardError:
-    """Return the error for a target whose rationales go another way too often; arguments as for :func:`refusal`."""
+    """Return the error for a target whose rationales differ too often; arguments as for :func:`refusal`."""
     followed, same = figures["rationale_next_token_agreement"], figures["rationale_token_agreement"]
     return GuardError(
-        f"{target} goes on with the float32 student's next token in {100 * followed:.2f} % of the steps of its "
+        f"{target} writes the float32 student's next token in {100 * followed:.2f} % of the steps of its "
         f"rationales ({figures['n_rationales']} rows, {100 * same:.2f} % of all tokens equal); the limit is "
-        f"{100 * least:.2f} %. Nothing was replaced. Try, of the options of 'sbs-edge export', "
-        f"{_advice(layers, target)}, --label-only if nobody reads rationales, or lower --min-rationale-agreement "
-        "if such rationales are acceptable."
+        f"{100 * least:.2f} %. Nothing was replaced. These options of export can help: {_advice(layers, target)}; "
+        "label_only=True, if nobody reads rationales. Or lower min_rationale_agreement if such rationales are "
+        "acceptable."
     )
 
 
 def _advice(layers: Sequence[tuple[str, float]], target: str) -> str:
     finer = "cpu-int8 or cpu-fp32" if target.endswith("int4") else "cpu-fp32"
-    advice = f"more calibration rows (--calibration-rows), the target {finer}"
+    advice = f"more calibration_rows; the target {finer}"
     if not layers:
         return advice
-    named = ", ".join(f"{layer} ({100 * share:.0f} % of the error)" for layer, share in layers)
-    flags = " ".join(f"--keep-float {layer}" for layer, _ in layers)
-    return f"to keep the layers that cost most in float32 ({named}): {flags}; {advice}"
+    shares = ", ".join(f"{layer} {100 * share:.0f} %" for layer, share in layers)
+    return (
+        f"keep_float={[layer for layer, _ in layers]}, the layers with most of the error ({shares}); {advice}"
+    )
 
 
-def pruning_refusal(figures: dict[str, Any], max_drop: float, flags: Sequence[str]) -> GuardError | None:
-    """Return the error when a smaller vocabulary alone, in float32, costs more than ``max_drop``; None when it does not.
+def pruning_refusal(figures: dict[str, Any], max_drop: float, options: Sequence[str]) -> GuardError | None:
+    """Return the error if a smaller vocabulary alone, in float32, costs more than ``max_drop``, else None.
 
-    Points of label accuracy count, and per cent of the rationales' tokens that changed.
+    The cost is in points of label accuracy, and in per cent of the rationales' tokens that changed.
     """
     changed = 100.0 * (1.0 - figures.get("rationale_token_agreement", 1.0))
     if too_much(figures, max_drop):
         cost = (
-            f"answers {figures['drop_points']:.2f} points fewer rows right ({100 * figures['before']:.2f} % to "
+            f"loses {figures['drop_points']:.2f} points of label accuracy ({100 * figures['before']:.2f} % to "
             f"{100 * figures['after']:.2f} %, {figures['n']} rows)"
         )
     elif changed > max_drop:
@@ -149,5 +150,5 @@ def pruning_refusal(figures: dict[str, Any], max_drop: float, flags: Sequence[st
         return None
     return GuardError(
         f"With the pruned vocabulary the float32 student {cost}; the limit is {max_drop:.2f}. Nothing was replaced. "
-        f"Export without {' and '.join(flags)}, or raise --max-drop if this loss is acceptable."
+        f"Export without {' and '.join(options)}, or raise max_drop if this loss is acceptable."
     )

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: a temperature fitted on validation rows (Guo et al. 2017)."""
+"""Calibrate probabilities with a temperature fitted on validation rows (Guo et al. 2017)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def fit_temperature(scores: Sequence[np.ndarray], gold: Sequence[int]) -> float:
     """Return the temperature in [0.05, 20] with the least smoothed negative log-likelihood.
 
     Args:
-        scores: one (K_i,) array of scores a row; K may differ between rows.
+        scores: an array (K_i,) of scores for each row; K may differ between rows.
         gold: index of the right label in every row.
 
-    The likelihood is unimodal in log T, so a golden-section search finds it. As in Platt's scaling, a share
-    1 / (n + 2) of every target goes to all labels alike: where every row is answered right the plain
-    likelihood would ask for certainty, whatever the number of rows.
+    The likelihood is unimodal in log T, so a golden-section search finds the maximum. As in Platt scaling, a share
+    1 / (n + 2) of every target is spread over all labels: if every answer were right, the plain likelihood would
+    be highest at certainty, whatever the number of rows.
     """
     smoothing = 1.0 / (len(scores) + 2)
     counts = np.array([len(row) for row in scores])
@@ -76,7 +76,7 @@ def _confidence(scores: np.ndarray, temperature: float) -> float:
 
 
 def _out_of_fold(scores: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:
-    """Return (n,) confidences, each at the temperature fitted on the half of the rows that the row is not in.
+    """Return (n,) confidences, each at the temperature fitted on the other half of the rows.
 
     Halves are drawn at random with a fixed seed, because rows may be sorted.
     """
@@ -93,10 +93,10 @@ def _out_of_fold(scores: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarra
 def calibrate(scores: Sequence[np.ndarray], gold: Sequence[int]) -> dict[str, Any]:
     """Fit the temperature and return it with calibration error and accuracy against coverage.
 
-    The temperature is fitted on all rows. ``ece_after`` is not: every row's confidence comes from the temperature
-    that the other half of the rows gave (``ece_folds`` 2), so no row judges a temperature it helped to choose. It is
-    None for a single row. ``coverage`` lists, for a number of thresholds, the share of rows answered when rows below
-    the threshold are passed on, and the accuracy on those answered.
+    The temperature is fitted on all rows. ``ece_after`` is cross-fitted: the confidence of each row comes from the
+    temperature of the other half of the rows (``ece_folds`` 2), so that no row tests a temperature that it helped to
+    choose. It is None for a single row. ``coverage`` lists, for several thresholds, the share of rows with a
+    confidence above the threshold, and the accuracy on them.
     """
     if not scores:
         return {"temperature": 1.0, "n": 0, "abstain_below": 0.0}

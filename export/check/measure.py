@@ -30,7 +30,7 @@ __all__ = [
 
 
 def check_labels_known(rows: Sequence[Example], plan: LabelPlan, source: str) -> None:
-    """Raise :class:`DataError` when the student cannot give a row's label."""
+    """Raise :class:`DataError` if the student cannot give a row's label."""
     if plan.kind == "open":
         return
     for number, row in enumerate(rows, start=1):
@@ -38,18 +38,18 @@ def check_labels_known(rows: Sequence[Example], plan: LabelPlan, source: str) ->
         gold = gold_of(row)
         if known is None:
             raise DataError(
-                f"{row.source or f'{source}, row {number}'} has no choices, and this task's rows need them."
+                f"{row.source or f'{source}, row {number}'} has no choices, which this task needs in every row."
             )
         if gold is not None and gold not in known:
             raise DataError(
                 f"{row.source or f'{source}, row {number}'} has the label {gold!r}, which the student cannot give; "
-                f"it knows {', '.join(map(repr, known))}. Correct the row or leave it out."
+                f"it has {', '.join(map(repr, known))}. Correct the row or leave it out."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Labels of the float32 student, and for scored labels the scores behind them."""
+    """Labels of the float32 student and, for scored labels, their scores."""
 
     labels: list[str]
     scores: list[np.ndarray] | None
@@ -74,7 +74,7 @@ def answer_rows(student: Student, rows: Sequence[Example], plan: LabelPlan) -> A
 
 
 def gold_of(row: Example) -> str | None:
-    """Return the row's label, or the teacher's where there is none."""
+    """Return the row's gold label, or the teacher's if there is none."""
     return row.label if row.label is not None else row.teacher_label
 
 
@@ -91,7 +91,7 @@ def calibration_of(answers: Answers, rows: Sequence[Example], abstain_below: flo
 
 
 def rationale_tokens(student: Student, texts: Sequence[str], opened: StudentDir) -> list[list[int]]:
-    """Return the rationale of every text as tokens of the checkpoint's own tokenizer, end-of-sequence if it came to it."""
+    """Return the rationale of each text as tokens of the checkpoint's tokenizer, with end-of-sequence if it was reached."""
     tokenizer, eos = opened.tokenizer(), student.manifest["model"]["eos_token_id"]
     return [
         [*tokenizer.encode(e.rationale, add_special_tokens=False).ids, *([eos] if e.complete else [])]
@@ -118,7 +118,7 @@ def accuracy_figures(
     if not judged:
         return None
 
-    # A decoded label is right as the tokenizer spells it, as in evaluate.
+    # A decoded label is right if it is the gold label as the tokenizer spells it, as in evaluate.
     spelled = opened.text_tokenizer().respelled if plan.method == "decode" else None
 
     def right(labels: Sequence[str]) -> list[bool]:

@@ -1,9 +1,9 @@
-"""How far padding moves a target's label scores, and whether it moves an answer.
+"""Measure the effect of padding on a target's label scores and answers.
 
-A row is padded by its own length alone, so company cannot change its answer; this measures what the padding itself
-does, by scoring every row again at twice its padded length. In exact arithmetic nothing would move. Where float32
-splits the attention's sums differently, int8 may carry a last-place difference over a rounding border now and
-then, which is one step of one activation.
+A row is padded by its own length alone, so other rows cannot change its answer. This module measures the padding
+itself, by scoring every row again at twice its padded length. In exact arithmetic nothing would change. In float32 the
+attention's sums are split differently, and int8 may occasionally round a last-place difference to another step of an
+activation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sbs_edge.tokens import TextTokenizer, read_tokenizer, within_limit
 __all__ = ["padding_figures"]
 
 MOST_ROWS = 1000
-BUDGET = 1024  # tokens a call
+BUDGET = 1024  # tokens per call
 
 
 def padding_figures(student: Student, rows: Sequence[Example], plan: LabelPlan) -> dict[str, Any] | None:
@@ -37,7 +37,7 @@ def padding_figures(student: Student, rows: Sequence[Example], plan: LabelPlan) 
 
     Returns:
         ``rows``; ``largest_move`` of a score, relative to the largest score; ``flips``: rows whose best label changed.
-        None where labels are decoded, or there are no rows.
+        None if labels are decoded, or there are no rows.
     """
     role = "choice_scorer" if plan.method == "choices" else "label_scorer"
     _, entry = student.bundle.target(student.target)
@@ -48,7 +48,7 @@ def padding_figures(student: Student, rows: Sequence[Example], plan: LabelPlan) 
     model = student.manifest["model"]
     pad, eos, start = (model[f"{name}_token_id"] for name in ("pad", "eos", "decoder_start"))
     sources = [within_limit(ids, most, eos) for ids in student.tokenize([row.input for row in rows])]
-    # The bundle's own: its vocabulary may be smaller than the checkpoint's.
+    # The bundle's tokenizer, because its vocabulary may be smaller than the checkpoint's.
     texts = TextTokenizer(read_tokenizer(student.bundle.member("tokenizer.json")))
     labels = [[texts.encode_target(choice, eos) for choice in row.distinct_choices] for row in rows]
     move = largest = 0.0

@@ -1,7 +1,7 @@
-"""The float32 graphs beside the PyTorch model they were written from, on real rows, at every export.
+"""Compare the float32 graphs with their PyTorch model on real rows, at every export.
 
-PyTorch is asked one row at a time, without padding or cache: scores are sums of log-probabilities from plain forward
-passes, and every generated token must be the most probable one after those before it.
+PyTorch runs one row at a time, without padding or cache. Scores are sums of log-probabilities from plain forward
+passes, and every generated token must be the most probable one after its predecessors.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Source = Sequence[int] | Sequence[Chunk]
 
 
 class Judge:
-    """The PyTorch model, asked about one row's tokens or chunks."""
+    """The PyTorch model, run on the tokens or the chunks of one row."""
 
     def __init__(self, model: Any) -> None:
         self._model, self.config = model, model.config
         self.start_id = start_token_id(model.config)
 
     def logits(self, source: Source, targets: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Return for every target (len(target), V) float64: the logits of each of its tokens' position."""
+        """Return, for each target, the logits (len(target), V) float64 at the positions of its tokens."""
         import torch
 
         longest = max(len(target) for target in targets)
@@ -60,7 +60,7 @@ class Judge:
         return [rows[: len(target)].numpy() for rows, target in zip(out, targets, strict=True)]
 
     def log_probabilities(self, source: Source, targets: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return (len(targets),) float64: log P of every target's tokens together."""
+        """Return (len(targets),) float64, the log-probability of each target as a whole."""
         return np.array(
             [
                 _log_softmax(logits)[np.arange(len(target)), list(target)].sum()
@@ -95,15 +95,15 @@ def compare_with_pytorch(
         graphs: a target's entry in the manifest.
         model: the transformers model in float32.
         opened: the student.
-        rows: rows to ask about; without any the labels themselves are the inputs.
+        rows: rows to compare on; if there are none, the labels themselves are the inputs.
         plan: how labels are scored.
-        long: how long inputs are read, where the target has graphs for them.
+        long: how long inputs are read, if the target has graphs for them.
 
     Returns:
         ``max_relative_error`` over all graphs, and ``graphs``: error and rows of each.
 
     Raises:
-        SbsEdgeError: a graph differs by more than 1e-4 relative, or answers something else.
+        SbsEdgeError: a graph differs by more than 1e-4 (relative), or gives another answer.
     """
     judge, tokenizer = Judge(model), opened.text_tokenizer()
     most, eos = opened.limits["max_source_tokens"], int(model.config.eos_token_id)
@@ -186,10 +186,10 @@ def _choices(
 
 
 def accept(role: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Return the figures of scores that agree, or raise."""
+    """Return the figures if the scores agree, or raise an error."""
     scale = max(max(float(np.abs(row).max()) for row in theirs), 1e-9)
     error = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)) / scale
-    # The label must be the same one, unless two are closer than the tolerance.
+    # The label must be the same, unless two labels are closer than the tolerance.
     behind = max(float(b.max() - b[int(a.argmax())]) for a, b in zip(ours, theirs, strict=True)) / scale
     if not (error <= FLOAT_TOLERANCE and behind <= FLOAT_TOLERANCE):
         raise _differs(role, f"by {error:.2e} relative on {len(ours)} rows")
@@ -199,7 +199,7 @@ def accept(role: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) 
 def _generated(
     judge: Judge, session: Session, sources: Sequence[Sequence[int]], limit: int, eos: int, pad: int
 ) -> dict[str, Any]:
-    """Check greedy decoding: each token the most probable one, the end where it belongs, the log-probability."""
+    """Check greedy decoding: each token is the most probable one, the end is right, and so is the log-probability."""
     worst, n_tokens = 0.0, 0
     for low in range(0, len(sources), BATCH):
         ids, mask = pad_rows(sources[low : low + BATCH], pad)
@@ -222,7 +222,7 @@ def check_tokens(
     eos: int,
     role: str = "explainer",
 ) -> float:
-    """Return the relative error of a decoded text's log-probability; raise where a token is not the best one."""
+    """Return the relative error of a decoded text's log-probability; raise an error if a token is not the best one."""
     if eos not in target and len(target) != limit:
         raise _differs(role, f"by stopping after {len(target)} of {limit} tokens without an end")
     (logits,) = judge.logits(source, [target])
@@ -232,7 +232,7 @@ def check_tokens(
         first = int(np.argmax(~(behind <= FLOAT_TOLERANCE)))
         raise _differs(role, f"in token {first + 1} of {len(target)} of a decoded text")
     expected = float(_log_softmax(logits)[places, target].sum())
-    # A sum over n tokens carries n roundings, however certain each token is.
+    # A sum over n tokens has n roundings, however certain each token is.
     error = abs(total - expected) / max(abs(expected), len(target))
     if not error <= FLOAT_TOLERANCE:
         raise _differs(role, f"by {error:.2e} relative in its log-probabilities")

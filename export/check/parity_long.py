@@ -55,8 +55,8 @@ def compare_long(
     """
     config = judge.config
     reader = LongReader(
-        lambda role, _: session(role), long,
-        top_k=None, d_model=config.d_model, pad_id=config.pad_token_id, max_batch_tokens=2 * long.chunk,
+        lambda role, _: session(role), top_k=None, d_model=config.d_model, pad_id=config.pad_token_id,
+        max_batch_tokens=2 * long.chunk,
     )  # fmt: skip
     found: dict[str, Any] = {}
     labels = _documents(opened, rows, plan, long, "label", config.eos_token_id)

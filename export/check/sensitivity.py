@@ -28,15 +28,15 @@ def most_sensitive(
 ) -> list[tuple[str, float]]:
     """Return (layer, share of the target's error it causes), the largest first.
 
-    A layer's share is what keeping it alone in float32 takes off the distance between the target's
-    answers and the float32 student's.
+    A layer's share is the part of the distance between the target's answers and the float32 student's that
+    disappears when only this layer is kept in float32.
 
     Args:
         target: the refused target.
-        recipe: what its graphs were made from.
+        recipe: the inputs of its graphs.
         rows: rows to measure on; at most 128 are used.
-        open_student: makes a student from a folder and a target's entry.
-        distance: how far a student's answers are from the float32 student's on some rows.
+        open_student: opens a student from a folder and a target's entry.
+        distance: returns the distance of a student's answers from the float32 student's on some rows.
     """
     measured = list(rows[:ROWS])
 

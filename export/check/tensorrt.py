@@ -1,8 +1,8 @@
 """Parse and build graphs with NVIDIA's own TensorRT-RTX, which needs no GPU for either.
 
-A program of its own, because its environment is its own: it needs ``tensorrt-rtx`` and nothing of this project.
-One argument a graph; shapes come from ``<graph>.profile.json`` beside it (input -> min, opt, max). Writes one JSON
-document a graph to standard output, and ends with 1 when any graph is refused, with 2 when it cannot run.
+This is a separate program with its own environment: it needs ``tensorrt-rtx`` and nothing of this project.
+Each argument is a graph; shapes come from ``<graph>.profile.json`` beside it (input -> min, opt, max). It writes a JSON
+document for each graph to standard output. The exit code is 1 if a graph is refused, and 2 if it cannot run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def check(trt: Any, graph: Path) -> dict[str, Any]:
-    """Return what the parser and the builder said about ``graph``."""
+    """Return the messages of the parser and the builder about ``graph``."""
     report: dict[str, Any] = {
         "graph": graph.name,
         "tensorrt_rtx": trt.__version__,
@@ -26,7 +26,7 @@ def check(trt: Any, graph: Path) -> dict[str, Any]:
     messages: list[str] = []
 
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what matters."""
+        """Collects warnings and errors."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -1,6 +1,6 @@
-"""The pieces every T5 graph is made of: norms, attention, feed-forward.
+"""The blocks of every T5 graph: norms, attention, feed-forward.
 
-The residual stream and the normalised stream travel together, because the runtime adds and normalises
+The residual stream and the normalised stream are passed together, because the runtime adds and normalises
 in one operator.
 """
 
@@ -22,7 +22,7 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """(B, T, d_model) residual sum and its RMSNorm; ``norm`` names the norm's weight."""
+    """The residual sum (B, T, d_model) and its RMSNorm; ``norm`` is the name of the norm's weight."""
 
     residual: Value
     normed: Value
@@ -36,7 +36,7 @@ def mask_bias(graph: Graph, attention_mask: Value) -> Value:
 
 
 class Writer:
-    """Writes blocks of one checkpoint into one graph, in one precision."""
+    """Writes blocks of a checkpoint into a graph, in a given precision."""
 
     def __init__(self, graph: Graph, weights: T5Weights, precision: Precision) -> None:
         """Bind a graph, a checkpoint and a number format."""
@@ -113,7 +113,7 @@ class Writer:
         return str(self.graph.op("Reshape", turned, np.array([0, 0, self.weights.inner], np.int64)))
 
     def widen(self, x: Value) -> Value:
-        """Mark ``x`` and what follows as float32 for graphs that are turned into half precision."""
+        """Mark ``x``, and values computed from it, as float32 for graphs that are converted to half precision."""
         if self.precision.contrib:
             return x
         wide = self.graph.fresh("wide")
@@ -121,7 +121,7 @@ class Writer:
         return wide
 
     def attend(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
-        """Attention of (B, T, H * d_kv) inputs with an additive bias; T5 does not scale by d_kv ** -0.5."""
+        """Compute attention of (B, T, H * d_kv) inputs with an additive bias; T5 does not scale by d_kv ** -0.5."""
         if self._plain_attention:
             return self.unheads(self.attend_heads(self.heads(q), self.heads(k), self.heads(v), bias))
         heads = self.weights.n_heads
@@ -130,7 +130,7 @@ class Writer:
         )
 
     def attend_heads(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
-        """Attention of (B, H, T, d_kv) inputs with an additive bias."""
+        """Compute attention of (B, H, T, d_kv) inputs with an additive bias."""
         graph = self.graph
         if not self._plain_attention:
             return str(graph.op("Attention", q, k, v, bias, scale=1.0))
@@ -140,13 +140,13 @@ class Writer:
 
     @property
     def _plain_attention(self) -> bool:
-        """Whether to spell attention out: TensorRT has fused kernels only for heads of whole 16s."""
+        """Return whether to write attention in basic operators: TensorRT's fused kernels need multiples of 16 per head."""
         return not self.precision.contrib and self.weights.d_kv % 16 != 0
 
     def logits(self, normed: Value, columns: np.ndarray | None = None) -> Value:
         """Multiply the decoder's normalised output by the LM head, or by ``columns`` of it.
 
-        A head that is the embedding's table is not stored a second time, where the number format allows it.
+        A head that is the embedding's table is not stored again, if the number format allows this.
         """
         weights, graph = self.weights, self.graph
         if columns is None and weights.tied:

@@ -1,6 +1,6 @@
 """A small builder for ONNX graphs: constants by value, nodes by name, subgraphs that share constants.
 
-Knows nothing of T5. Operators are standard (opset 23) unless a domain is given.
+The module knows nothing of T5. Operators are standard (opset 23) unless a domain is given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SMALL = 64  # elements; larger constants are shared by digest
 
 
 class Graph:
-    """One graph, or the body of a loop, under construction."""
+    """A graph, or the body of a loop, that is being built."""
 
     def __init__(self, parent: Graph | None = None, prefix: str = "") -> None:
         """Start a graph; with ``parent`` its constants and names are shared with it."""
@@ -81,7 +81,7 @@ class Graph:
         return f"{self.prefix}{hint}_{self._count}"
 
     def once(self, key: tuple[Any, ...], make: Any) -> Any:
-        """Return ``make()``, made only the first time ``key`` is asked for in this graph."""
+        """Return ``make()``, called only the first time that ``key`` is used in this graph."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
@@ -92,7 +92,7 @@ class Graph:
         return name
 
     def output(self, name: str, kind: int, shape: Sequence[int | str], source: Value) -> None:
-        """Declare an output that carries ``source``."""
+        """Declare an output with the value of ``source``."""
         self.nodes.append(helper.make_node("Identity", [source], [name]))
         self.outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
 
@@ -109,7 +109,7 @@ class Graph:
 
         A constant that only a loop's body uses is an initialiser of that body. The runtime's passes over int8
         weights look at a graph's own initialisers: they would not reach the body's products otherwise.
-        Operator sets are declared only where they are in use, so a graph of standard operators says so.
+        Only operator sets that are used are declared, so a graph of standard operators declares only the standard.
         """
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs)
         opsets = [helper.make_opsetid("", OPSET)]
@@ -120,7 +120,7 @@ class Graph:
         )
         homes = _homes(model.graph)
         for key, array in self.constants.items():
-            # Filled in place: a list of finished tensors would hold gigabytes twice.
+            # Filled in place, because a list of finished tensors would have gigabytes twice.
             tensor = homes.get(key, model.graph).initializer.add()
             tensor.name, tensor.data_type = key, helper.np_dtype_to_tensor_dtype(array.dtype)
             tensor.dims.extend(array.shape)

@@ -11,7 +11,7 @@ from sbs_edge.export.graphs.positions import causal_row_bias
 
 SelfAttention = Callable[[int, Value, Value, Value], tuple[Value, Value, Value]]
 CrossAttention = Callable[[Writer, int, Stream], Value]
-"""Writer, layer and (B, T, d_model) stream -> (B, T, H * d_kv): the mean of the encoder's values, a head each."""
+"""Writer, layer and (B, T, d_model) stream -> (B, T, H * d_kv): the mean of the encoder's values for each head."""
 
 __all__ = [
     "HEAD",
@@ -34,7 +34,7 @@ def cross_cache(writer: Writer, states: Value) -> list[Value]:
 
 
 def attend_cache(cross: Sequence[Value], mask: Value) -> CrossAttention:
-    """Return cross-attention over what :func:`cross_cache` returned, with an additive (B, 1, T or 1, S) mask."""
+    """Return cross-attention over the result of :func:`cross_cache`, with an additive (B, 1, T or 1, S) mask."""
 
     def attend(writer: Writer, layer: int, stream: Stream) -> Value:
         (q,) = writer.projections(stream, f"decoder.block.{layer}.layer.1.EncDecAttention", "q")
@@ -57,7 +57,7 @@ def decode_step(
         cross: attention to the encoder's states.
 
     Returns:
-        (B, 1, d_model) after the final norm, and the caches with one position more.
+        (B, 1, d_model) after the final norm, and the caches with another position.
     """
     graph, weights = writer.graph, writer.weights
     position = graph.op("Shape", past[0], start=2, end=3)
@@ -76,7 +76,7 @@ def decode_step(
 def decode_position(
     writer: Writer, token: Value, attend: SelfAttention, cross: CrossAttention
 ) -> tuple[Value, list[Value]]:
-    """Run one position through the decoder, whatever keeps its cache.
+    """Run one position through the decoder, with any kind of cache.
 
     Args:
         writer: where to write.

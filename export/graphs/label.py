@@ -1,9 +1,9 @@
-"""The label in one shot, when the first target tokens tell the labels apart.
+"""The label in one decoder step, if the first tokens of the labels differ.
 
-One decoder position has one key in its self-attention: the softmax is 1, queries and keys vanish, O and V
+With a single decoder position, self-attention has one key: the softmax is 1, queries and keys are not needed, O and V
 merge into one matrix, and layer 0's self-attention is a constant. Cross-attention has one query, so the
-key projection is absorbed into it and the value projection applied after pooling; both then cost
-heads * d_model a source token instead of two d_model * d_model products. The head keeps the labels' rows.
+key projection is folded into it, and the value projection is applied after pooling. Both then cost
+heads * d_model per source token instead of two d_model * d_model products. The head has only the labels' rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Pool", "build_label_classifier", "first_token_scores"]
 
 _LAST = "decoder.final_layer_norm"
 Pool = Callable[[Value], Value]
-"""Queries with the key projection absorbed, (1 or B, H, d_model) -> (B, H, d_model): a mean of states for each."""
+"""Queries with the key projection folded in, (1 or B, H, d_model) -> (B, H, d_model), a mean of states for each."""
 
 
 def _rms(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -83,7 +83,7 @@ def first_token_scores(writer: Writer, states: Value, pool: Pool, first_tokens: 
 
 
 def _constant_start(weights: T5Weights) -> np.ndarray:
-    """Return (d_model,) float64: the residual after layer 0's self-attention, the same for every input."""
+    """Return (d_model,) float64, the residual after layer 0's self-attention, which is the same for every input."""
     x = weights.embedding[weights.start_id].astype(np.float64)
     block = "decoder.block.0.layer.0"
     normed = _rms(x, weights.vector(f"{block}.layer_norm"), weights.epsilon)
@@ -121,7 +121,7 @@ def _decode_one(writer: Writer, states: Value, pool: Pool) -> Value:
             stream = writer.add(stream, update, f"{block}.1.layer_norm")
             query = graph.op("Mul", writer.linear(stream.normed, f"{cross}.q", stream.norm), block_mask)
             absorbed = writer.precision.linear(graph, query, weights.vector(f"{cross}.k"), norm=None)
-        # A mean of normalised states: within the range of the norm that made them.
+        # A mean of normalised states is within the range of their norm.
         values = writer.precision.linear(graph, pool(absorbed), weights.linear(f"{cross}.v"), norm=FINAL_NORM)
         merged_heads = graph.op(
             "ReduceSum", graph.op("Mul", values, block_mask), np.array([1], np.int64), keepdims=1

@@ -1,4 +1,4 @@
-"""T5's relative position bias (Raffel et al. 2020, section 2.1) as tables that need no bucket arithmetic.
+"""T5's relative position bias (Raffel et al. 2020, section 2.1) as tables, without bucket arithmetic.
 
 Buckets saturate at ``max_distance``, so a table over distances -max..max, looked up with a clipped
 distance, is exact for sequences of any length.
@@ -28,7 +28,7 @@ def bucket_of(distance: np.ndarray, *, bidirectional: bool, n_buckets: int, max_
     else:
         distance = -np.minimum(distance, 0)
     exact = n_buckets // 2
-    # float32 throughout, as PyTorch computes it: a bucket's border may fall on an integer.
+    # float32 throughout, as in PyTorch, because a bucket's border may be an integer.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     far = exact + (ratio / np.float32(math.log(max_distance / exact)) * np.float32(n_buckets - exact)).astype(
         np.int64
@@ -39,7 +39,7 @@ def bucket_of(distance: np.ndarray, *, bidirectional: bool, n_buckets: int, max_
 def bias_table(weights: T5Weights, stack: str, layer: int) -> np.ndarray:
     """Return (H, 2 * max_distance + 1) float32: the bias at distance -max_distance .. max_distance.
 
-    Only UMT5 has a table in every layer; elsewhere layer 0's serves all.
+    Only UMT5 has a table in every layer; other models use layer 0's in all layers.
     """
     owner = layer if weights.family == "umt5" else 0
     table = weights.vector(f"{stack}.block.{owner}.layer.0.SelfAttention.relative_attention_bias")
@@ -56,8 +56,8 @@ def bias_table(weights: T5Weights, stack: str, layer: int) -> np.ndarray:
 def encoder_bias(graph: Graph, weights: T5Weights, layer: int, length: Value) -> Value:
     """Return (1, H, S, S) for a sequence of ``length`` (a 1-element int64 tensor S).
 
-    Row i of a Toeplitz matrix is row 0 moved by i. The 2S values (distances 0..S-1, one unused, then
-    -(S-1)..-1) are repeated S times and read again in rows of 2S-1, which moves every row by one.
+    Row i of a Toeplitz matrix is row 0 shifted by i. The 2S values (distances 0..S-1, one unused, then
+    -(S-1)..-1) are repeated S times and read in rows of 2S-1, which shifts every row by one.
     """
     table = bias_table(weights, "encoder", layer)
 
@@ -110,7 +110,7 @@ def _causal_row_bias(graph: Graph, weights: T5Weights, layer: int, position: Val
 def cache_row_bias(graph: Graph, weights: T5Weights, layer: int, position: Value, length: int) -> Value:
     """Return (1, H, 1, length): the bias of the query at ``position`` to a cache with room for ``length``.
 
-    Places after ``position`` hold nothing yet and are masked.
+    Positions after ``position`` are empty and masked.
     """
     owner = layer if weights.family == "umt5" else 0
     table = bias_table(weights, "decoder", owner)[:, : weights.max_distance + 1]

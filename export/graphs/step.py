@@ -1,6 +1,6 @@
-"""Rationales on a GPU: an encoder graph, and a step graph with a cache of fixed size that a host loop drives.
+"""Rationales on a GPU: an encoder graph, and a step graph with a cache of fixed size for a loop on the host.
 
-TensorRT refuses a loop whose tensors grow, and a fixed cache can stay on the device between calls.
+TensorRT refuses a loop whose tensors grow. A fixed cache can stay on the device between calls.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from sbs_edge.export.graphs.blocks import Writer, mask_bias
 from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64, Graph, Value
 from sbs_edge.export.graphs.decoder import HEAD, LAST_NORM, attend_cache, cross_cache, decode_position
 from sbs_edge.export.graphs.encoder import encode
+from sbs_edge.export.graphs.loops import (
+    axes,
+    cache_inputs,
+    cache_outputs,
+    ends,
+    log_probability,
+    next_token,
+)
 from sbs_edge.export.graphs.positions import cache_row_bias
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
@@ -22,7 +30,7 @@ __all__ = ["build_decoder_step", "build_encoder"]
 def build_encoder(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
     """Write ``input_ids, attention_mask (B, S) int64 -> cross_0 .. cross_{2L-1} (B, H, S, d_kv)``.
 
-    ``cross_{2l}`` and ``cross_{2l+1}`` are keys and values of decoder layer l, made once a request.
+    ``cross_{2l}`` and ``cross_{2l+1}`` are keys and values of decoder layer l, computed once per request.
     """
     graph = Graph()
     ids = graph.input("input_ids", INT64, ["batch", "source"])
@@ -37,7 +45,7 @@ def build_encoder(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
 def build_decoder_step(
     weights: T5Weights, precision: Precision, max_new_tokens: int, output_tokens: np.ndarray | None = None
 ) -> onnx.ModelProto:
-    """Write one step: the token at ``position`` in, the next token and the caches out.
+    """Write a step graph, from the token at ``position`` to the next token and the caches.
 
     Inputs: ``token (B, 1)`` and ``position (1,)`` int64, ``finished (B, 1)`` bool, ``score (B, 1)`` float32,
     ``past_i (B, H, max_new_tokens, d_kv)``, of which places from ``position`` on are not read, whatever they hold;
@@ -48,7 +56,7 @@ def build_decoder_step(
     Args:
         weights: the checkpoint.
         precision: the number format.
-        max_new_tokens: places in the cache.
+        max_new_tokens: positions in the cache.
         output_tokens: sorted token ids the student may write; None: all.
     """
     graph = Graph()
@@ -59,11 +67,11 @@ def build_decoder_step(
     attention = graph.input("attention_mask", INT64, ["batch", "source"])
     heads, width, layers = weights.n_heads, weights.d_kv, 2 * weights.n_decoder_layers
     cross = [graph.input(f"cross_{i}", FLOAT, ["batch", heads, "source", width]) for i in range(layers)]
-    past = [graph.input(f"past_{i}", FLOAT, ["batch", heads, max_new_tokens, width]) for i in range(layers)]
+    past = cache_inputs(graph, weights, "batch", max_new_tokens)
     writer = Writer(graph, weights, precision)
     places = np.arange(max_new_tokens, dtype=np.int64)[None, None, :, None]
-    # Places that no step has filled take this step's key and value: finite, and masked by the bias. What the
-    # buffers held before is never read, so nobody has to clear them.
+    # Positions that no step has filled get this step's key and value, which are finite and masked by the bias. The
+    # earlier content of the buffers is never read, so they need not be cleared.
     filled = graph.op("Less", places, position)
 
     def attend(layer: int, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
@@ -77,17 +85,12 @@ def build_decoder_step(
     logits = writer.widen(
         precision.linear(graph, normed, writer.head_weight(output_tokens), norm=LAST_NORM, site=HEAD)
     )
-    best = graph.op("ArgMax", logits, axis=-1, keepdims=0)
-    if output_tokens is not None:
-        best = graph.op("Gather", np.asarray(output_tokens, np.int64), best)
-    following = graph.op("Where", finished, np.int64(weights.pad_id), best)
+    best, following = next_token(graph, weights, logits, finished, output_tokens)
     graph.output("next_token", INT64, ["batch", 1], following)
-    graph.output("next_position", INT64, [1], graph.op("Add", position, np.array([1], np.int64)))
-    ended = graph.op("Or", finished, graph.op("Equal", best, np.int64(weights.eos_id)))
+    graph.output("next_position", INT64, [1], graph.op("Add", position, axes(1)))
+    ended = ends(graph, weights, finished, best)
     graph.output("next_finished", BOOL, ["batch", 1], ended)
-    gain = graph.op("ReduceMax", graph.op("LogSoftmax", logits, axis=-1), np.array([2], np.int64), keepdims=0)
-    gain = graph.op("Where", finished, np.float32(0), gain)
+    gain = log_probability(graph, logits, finished)
     graph.output("next_score", FLOAT, ["batch", 1], graph.op("Add", score, gain))
-    for index, cache in enumerate(present):
-        graph.output(f"present_{index}", FLOAT, ["batch", heads, max_new_tokens, width], cache)
+    cache_outputs(graph, weights, "batch", max_new_tokens, present)
     return graph.model("decoder_step")

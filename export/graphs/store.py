@@ -1,7 +1,7 @@
-"""Graphs of one target on disk, their constants beside them in files that runtimes map into memory.
+"""Write the graphs of a target, with their constants in files that runtimes map into memory.
 
-The label classifier and the rationale generator hold the same encoder; a constant with the same bytes is stored once. What
-the first graph needs lies in ``weights.bin`` alone; what only a later one needs, in a file of its name. So
+The label classifier and the rationale generator have the same encoder, and equal constants are stored once. The
+constants of the first graph are in ``weights.bin``; those that only a later graph needs are in a file of its name. So
 a process that only needs labels never reads or checks the rationale generator.
 """
 
@@ -32,8 +32,8 @@ def save_graphs(
     """Write every model as ``<name>.onnx`` and their constants into ``folder``.
 
     The models are changed: their constants become references into ``weights.bin``, or into ``<name>.bin`` for
-    those that no model before ``name`` has. So a graph is never serialised with its constants, and may hold more
-    than the 2 GB that protobuf allows. Of an iterable's models, each is let go before the next is made.
+    those that no earlier model has. So a graph is never serialised with its constants, and may have more
+    than the 2 GB that protobuf allows. Each model of an iterable is released before the next is built.
 
     Returns:
         The models' names.
@@ -56,7 +56,7 @@ def save_graphs(
 
 
 def _move_out(tensor: TensorProto, file: BinaryIO, name: str, known: dict[bytes, _Place]) -> None:
-    content = tensor.raw_data  # read once: each reading is a copy
+    content = tensor.raw_data  # read once, because each read is a copy
     if len(content) < EXTERNAL_FROM_BYTES:
         return
     digest = hashlib.sha256(content).digest()

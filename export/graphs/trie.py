@@ -1,7 +1,7 @@
-"""Labels scored by one teacher-forced pass over the prefix trie of their tokens.
+"""Score labels by a teacher-forced pass over the prefix trie of their tokens.
 
-For label sets whose first tokens collide, and for labels that come with the request. A node is a prefix of
-some label (the root is the decoder's start token); it attends to itself and to the nodes above it, so one
+It is for label sets in which labels share a first token, and for labels that come with the request. A node is a prefix
+of a label (the root is the decoder's start token). It attends to itself and to the nodes above it, so one
 pass scores every label. A label's score is the sum of log P(token | prefix) over its tokens and
 end-of-sequence, over the full vocabulary.
 """
@@ -72,9 +72,9 @@ def trie_constants(graph: Graph, batched: Value, trie: Trie) -> TrieValues:
 
 
 def build_choice_classifier(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
-    """Write the graph for labels that come with the request: ids, mask and a trie a row -> scores (B, K).
+    """Write the graph for labels that come with the request: ids, mask and a trie for each row -> scores (B, K).
 
-    Trie inputs, as :func:`sbs_edge.runtime.trie.batch_tries` makes them: ``node_ids (B, T)``,
+    The trie inputs are those of :func:`sbs_edge.runtime.trie.batch_tries`: ``node_ids (B, T)``,
     ``node_depth (B, T)``, ``ancestors (B, T, T)`` float32, ``edge_node (B, E)``, ``edge_token (B, E)``,
     ``label_edges (B, K, E)`` float32.
     """
@@ -163,7 +163,7 @@ def score_trie(writer: Writer, batched: Value, trie: TrieValues, attend: CrossAt
     ]
     picked = graph.op("GatherND", log_softmax, graph.op("Concat", *lifted, axis=2))  # (B, E)
     log_p = graph.op("Unsqueeze", picked, np.array([2], np.int64))  # (B, E, 1)
-    # Summed edge after edge: how ReduceSum splits a sum depends on the batch, and MatMul's on the padding.
+    # Summed edge by edge: ReduceSum splits a sum depending on the batch, and MatMul depending on the padding.
     chosen = graph.op("Transpose", writer.widen(trie.label_edges), perm=[0, 2, 1])  # (B, E, K)
     sums = graph.op("CumSum", graph.op("Mul", chosen, log_p), np.array(1, np.int64))
     return str(graph.op("Gather", sums, np.array(-1, np.int64), axis=1))

@@ -17,10 +17,10 @@ ACTIVATIONS = ("relu", "gelu_new", "gelu", "silu")
 
 @dataclass(frozen=True)
 class T5Weights:
-    """Shapes and arrays of one checkpoint.
+    """Shapes and arrays of a checkpoint.
 
     Attributes:
-        arrays: float32 by state-dict name; linear weights are (out, in), as torch keeps them.
+        arrays: float32 by state-dict name; linear weights are (out, in), as in torch.
         head: (V, d_model) float32 weight of the LM head.
         logit_scale: factor between decoder output and head, d_model ** -0.5 or 1, measured on the model.
     """
@@ -47,7 +47,7 @@ class T5Weights:
 
     @property
     def inner(self) -> int:
-        """Width of all heads together; not always ``d_model``."""
+        """Return the width of all heads together, which is not always ``d_model``."""
         return self.n_heads * self.d_kv
 
     @property
@@ -56,7 +56,7 @@ class T5Weights:
         return self.arrays["shared.weight"]
 
     def linear(self, name: str) -> np.ndarray:
-        """Return the weight ``name`` as (in, out), ready to be multiplied from the right."""
+        """Return the weight ``name`` as (in, out), for multiplication from the right."""
         return self.arrays[name + ".weight"].T
 
     def vector(self, name: str) -> np.ndarray:
@@ -76,12 +76,12 @@ class T5Weights:
 
     @property
     def tied(self) -> bool:
-        """Whether the LM head is the embedding."""
+        """Return whether the LM head is the embedding."""
         return np.shares_memory(self.head, self.embedding) or np.array_equal(self.head, self.embedding)
 
     @property
     def parameters(self) -> int:
-        """Number of distinct parameters."""
+        """Return the number of distinct parameters."""
         tied = self.tied
         own = sum(a.size for name, a in self.arrays.items() if name not in ("lm_head.weight",)
                   and not name.endswith("embed_tokens.weight"))  # fmt: skip
@@ -89,7 +89,7 @@ class T5Weights:
 
 
 def weights_of(model: Any) -> T5Weights:
-    """Take shapes and arrays out of a live transformers model (on CPU, any floating dtype)."""
+    """Return shapes and arrays of a transformers model (on CPU, any floating dtype)."""
     from sbs_edge.training.model import measure_logit_scale
 
     config = model.config
@@ -97,13 +97,13 @@ def weights_of(model: Any) -> T5Weights:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UsageError(
-                f"The checkpoint's tensor {name} holds numbers that are not finite, so nothing it answers can be "
-                "trusted. Training has diverged, or the file is damaged; train again or copy it again."
+                f"The checkpoint's tensor {name} has numbers that are not finite, so its answers cannot be trusted. "
+                "Either training diverged or the file is damaged: train again, or copy it again."
             )
     activation = config.dense_act_fn
     if activation not in ACTIVATIONS:
         raise UsageError(
-            f"The checkpoint's activation {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}."
+            f"The checkpoint's activation {activation!r} is not supported; the supported ones are {', '.join(ACTIVATIONS)}."
         )
     return T5Weights(
         family=config.model_type,

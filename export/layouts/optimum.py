@@ -8,7 +8,7 @@
                                   -> logits, present.N.decoder.{key,value}
 
 Constants are stored once for the three graphs, and the cross-attention's keys and values are computed
-once. For other tools; this project's own runtime reads the bundle.
+once. The layout is for other tools; this project's own runtime reads the bundle.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def write_optimum(
     """Write the directory ``out``; an existing one is replaced only by a complete one.
 
     Raises:
-        UsageError: more than one target was asked for; the layout has room for one.
+        UsageError: more than one target is given; the layout has a single one.
     """
     if len(wanted) != 1:
-        raise UsageError("The optimum layout holds one target; give --target once.")
+        raise UsageError("The optimum layout has a single target; give one.")
     weights, target = recipe.weights, wanted[0]
     with files.atomic_directory(out) as work:
         save_graphs(
@@ -90,7 +90,7 @@ def _present(graph: Graph, weights: T5Weights, side: str, values: Sequence[Value
 
 
 def _decoder(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
-    """Write the decoder over a whole (B, T) sequence: a generation's first step, or a forced prefix."""
+    """Write the decoder over a whole (B, T) sequence, for the first step or a forced prefix."""
     graph = Graph()
     attention = graph.input("encoder_attention_mask", INT64, ["batch", "source"])
     ids = graph.input("input_ids", INT64, ["batch", "target"])

@@ -1,8 +1,8 @@
-"""Text in, label out, in one graph: the tokenizer becomes an operator of onnxruntime-extensions.
+"""A graph from text to label, in which the tokenizer is an operator of onnxruntime-extensions.
 
-``text (1,) string -> label (1,) string, probabilities (1, K) float32``. One text a call. The extension's
-tokenizer reads the same ``tokenizer.json``, so only kinds it knows can be embedded (unigram and BPE), and
-only where the extension's library can be loaded: any CPU, not TensorRT. Constants are inside the file.
+``text (1,) string -> label (1,) string, probabilities (1, K) float32``, with one text per call. The extension's
+tokenizer reads the same ``tokenizer.json``, so only the kinds that it knows can be embedded (unigram and BPE), and
+only where its library can be loaded: on any CPU, but not in TensorRT. Constants are inside the file.
 """
 
 from __future__ import annotations
@@ -44,18 +44,16 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Gr
     if "CPUExecutionProvider" not in target.providers:
         raise UsageError(
             f"A single file needs the tokenizer operator, which {target.name} cannot run. Use a cpu target, or leave "
-            "--single-file out."
+            "out single_file."
         )
     if plan.kind != "closed":
-        raise UsageError(
-            "A single file answers with one of a closed label set; this student's labels are not closed."
-        )
+        raise UsageError("A single file needs a closed label set; this student's labels are not closed.")
     saved = json.loads((opened.companion("tokenizer.json")).read_text(encoding="utf-8"))
     kind = saved["model"].get("type", "BPE")
     if kind not in KINDS:
         raise UsageError(
             f"The tokenizer is of the kind {kind!r}; only {' and '.join(KINDS)} can be put into a graph. Train with "
-            "tokenizer='unigram' (run --training tokenizer=unigram), or leave --single-file out."
+            "tokenizer='unigram', or leave out single_file."
         )
     precision = precision_of(target, recipe)
     if plan.method == "first-token":
@@ -73,7 +71,7 @@ def write_single_file(root: Path, target: Target, opened: StudentDir, recipe: Gr
 
 
 def _check(content: bytes, scorer: Path, opened: StudentDir, eos_id: int) -> None:
-    """Refuse when the extension's tokenizer reads a validation row otherwise than the bundle's does.
+    """Raise an error if the extension's tokenizer reads a validation row differently from the bundle's.
 
     Raises:
         UsageError: the probabilities differ on a row.
@@ -95,18 +93,18 @@ def _check(content: bytes, scorer: Path, opened: StudentDir, eos_id: int) -> Non
         if not np.allclose(found, chances / chances.sum(), atol=1e-3):
             raise UsageError(
                 f"onnxruntime-extensions reads this student's tokenizer.json differently (on {text!r}), so a single "
-                "file would answer differently from the bundle. Leave --single-file out."
+                "file would answer differently from the bundle. Leave out single_file."
             )
 
 
 def _without_control_tokens(saved: dict[str, Any], texts: TextTokenizer) -> dict[str, Any]:
-    """Return ``tokenizer.json`` with the names of its control tokens replaced, so that no text yields one.
+    """Return ``tokenizer.json`` with the names of its control tokens replaced, so that no text produces one.
 
-    The graph adds end-of-sequence and the prefix's control tokens as ids, so nothing looks for their names. The
-    names that replace them are of the private use area.
+    The graph adds end-of-sequence and the prefix's control tokens as ids, so their names are not needed. The
+    new names are from the private use area.
     """
     if saved["model"].get("type") != "Unigram":
-        return saved  # byte-level BPE reaches an entry by merges alone, and control tokens have none
+        return saved  # byte-level BPE reaches an entry only by merges, and control tokens have none
     vocab = [
         [f"\ue000{index}\ue001", score] if index in texts.control else [piece, score]
         for index, (piece, score) in enumerate(saved["model"]["vocab"])
@@ -121,7 +119,7 @@ def _constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
 
 
 def _own_end(opened: StudentDir, tokenizer: str, kind: str) -> int:
-    """Return how many tokens the extension itself puts behind a text: some versions add an end of their own."""
+    """Return how many tokens the extension itself appends to a text: some versions add an end token."""
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(_library())
     node = helper.make_node(
@@ -152,12 +150,12 @@ def _library() -> str:
 def _put_tokenizer_in_front(
     model: onnx.ModelProto, opened: StudentDir, recipe: GraphInputs, tokenizer: str, kind: str
 ) -> None:
-    """Make ``input_ids`` and ``attention_mask`` from a text: prefix, tokens, the end-of-sequence token."""
+    """Compute ``input_ids`` and ``attention_mask`` from a text: prefix, tokens, the end-of-sequence token."""
     text_tokenizer = opened.tokenizer()
     known = set(text_tokenizer.get_added_tokens_decoder())
     prefix_ids = text_tokenizer.encode(opened.prefixes["label"].rstrip()).ids[:-1]
     special = bool(prefix_ids) and all(index in known for index in prefix_ids)
-    # The extension splits special tokens like any text: a prefix made of them goes in as ids.
+    # The extension splits special tokens like any text, so a prefix of them is inserted as ids.
     before = _constant(model, "before", np.array(prefix_ids if special else [], np.int64))
     prefix_text = "" if special else opened.prefixes["label"]
     prefix = _constant(model, "prefix", np.array([prefix_text], dtype=object))

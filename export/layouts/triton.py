@@ -13,10 +13,10 @@ across requests needs every tensor to have a batch dimension, so the scalar ``ma
 explainer becomes a constant here. Triton batches requests of equal shape: clients pad to a multiple
 of 16 tokens so that batches form.
 
-Rationales of targets for GPUs are left out: their encoder and step graphs are driven by a loop on the host, with a
-cache between the steps, which is no request and answer. The repository's README says so.
+Rationales of targets for GPUs are left out: their encoder and step graphs need a loop on the host with a
+cache between the steps, which does not fit a request and a response. The repository's README says so.
 
-Source of the fields: Triton's ``model_config.proto``. Knows nothing of training or HTTP.
+Source of the fields: Triton's ``model_config.proto``. The module knows nothing of training or HTTP.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def write_triton_repository(
     Args:
         bundle: the bundle's directory; its digests are checked first.
         out: the repository's directory.
-        targets: which targets; None: all of the bundle.
+        targets: the targets; None: all of the bundle.
         model_version: the numeric version directory.
-        max_batch_size: most requests Triton puts into one call.
-        max_queue_delay_us: longest time a request waits for company.
-        max_queue_size: requests beyond this are refused, as the bundle's own server does.
-        timeout_ms: requests that wait longer in the queue are refused.
-        instances: copies of each graph that run side by side.
+        max_batch_size: largest number of requests that Triton puts into one call.
+        max_queue_delay_us: longest time that a request waits for others.
+        max_queue_size: largest queue; more requests are refused, as by our own server.
+        timeout_ms: longest wait in the queue; then a request is refused.
+        instances: copies of each graph that run in parallel.
 
     Raises:
         UsageError: a target is not in the bundle or has no graph to serve, or a number is out of range.
@@ -79,6 +79,43 @@ def write_triton_repository(
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     wanted = list(targets) if targets is not None else list(manifest["targets"])
+    stepwise = _check_targets(manifest, wanted)
+    batching = {
+        "max_queue_delay_microseconds": max_queue_delay_us,
+        "default_queue_policy": {
+            "timeout_action": _Word("REJECT"),
+            "default_timeout_microseconds": timeout_ms * 1000,
+            "allow_timeout_override": True,
+            "max_queue_size": max_queue_size,
+        },
+    }
+    names: list[tuple[str, str, str]] = []
+    with files.atomic_directory(out) as work:
+        for target in wanted:
+            entry = manifest["targets"][target]
+            for role in filter(entry.__contains__, _ROLES):
+                name = re.sub(r"[^A-Za-z0-9_-]", "-", f"{manifest['name']}-{target}-{role}")
+                (work / name).mkdir()
+                config = {
+                    "name": name,
+                    "platform": "onnxruntime_onnx",
+                    "max_batch_size": max_batch_size,
+                    **_write_model(opened, entry, role, work / name, model_version),
+                    "version_policy": {"latest": {"num_versions": 2}},
+                    "instance_group": [{"count": instances, "kind": _kind(entry["providers"])}],
+                    "dynamic_batching": batching,
+                    **_accelerator(entry["providers"]),
+                }
+                files.write_text(work / name / "config.pbtxt", _text(config))
+                names.append((name, target, role))
+        (work / "tokenizer").mkdir()
+        shutil.copyfile(opened.member("tokenizer.json"), work / "tokenizer" / "tokenizer.json")
+        files.write_text(work / "README.md", _readme(manifest, names, stepwise))
+    return Path(out)
+
+
+def _check_targets(manifest: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
+    """Return the targets that generate in steps; raise UsageError for one that Triton cannot serve."""
     unknown = [target for target in wanted if target not in manifest["targets"]]
     if unknown:
         raise UsageError(
@@ -88,66 +125,31 @@ def write_triton_repository(
     alone = [target for target in stepwise if not any(role in manifest["targets"][target] for role in _ROLES)]
     if alone:
         raise UsageError(
-            f"The target {alone[0]!r} of this bundle only generates, in steps that a loop on the host drives, and Triton "
-            "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph holds the loop."
+            f"The target {alone[0]!r} of this bundle only generates, in steps that the host repeats, and Triton "
+            "serves single graphs. Use sbs-edge serve, or a cpu target, whose graph contains the loop."
         )
-    names: list[tuple[str, str, str]] = []
-    with files.atomic_directory(out) as work:
-        for target in wanted:
-            entry = manifest["targets"][target]
-            for role in _ROLES:
-                if role not in entry:
-                    continue
-                name = re.sub(r"[^A-Za-z0-9_-]", "-", f"{manifest['name']}-{target}-{role}")
-                folder = work / name
-                folder.mkdir()
-                inputs, outputs = _write_graph(
-                    opened.member(entry[role]),
-                    folder / str(model_version),
-                    manifest["limits"]["max_new_tokens"],
-                )
-                closed = role == "label_scorer"
-                if closed:
-                    files.write_text(
-                        folder / "labels.txt", "".join(f"{x}\n" for x in manifest["labels"]["labels"])
-                    )
-                config: dict[str, Any] = {
-                    "name": name,
-                    "platform": "onnxruntime_onnx",
-                    "max_batch_size": max_batch_size,
-                    "input": [{"name": n, "data_type": _Word(t), "dims": d} for n, t, d in inputs],
-                    "output": [
-                        {
-                            "name": n,
-                            "data_type": _Word(t),
-                            "dims": d,
-                            **({"label_filename": "labels.txt"} if closed and n == "scores" else {}),
-                        }
-                        for n, t, d in outputs
-                    ],
-                    "version_policy": {"latest": {"num_versions": 2}},
-                    "instance_group": [{"count": instances, "kind": _kind(entry["providers"])}],
-                    "dynamic_batching": {
-                        "max_queue_delay_microseconds": max_queue_delay_us,
-                        "default_queue_policy": {
-                            "timeout_action": _Word("REJECT"),
-                            "default_timeout_microseconds": timeout_ms * 1000,
-                            "allow_timeout_override": True,
-                            "max_queue_size": max_queue_size,
-                        },
-                    },
-                    **_accelerator(entry["providers"]),
-                }
-                files.write_text(folder / "config.pbtxt", _text(config))
-                names.append((name, target, role))
-        (work / "tokenizer").mkdir()
-        shutil.copyfile(opened.member("tokenizer.json"), work / "tokenizer" / "tokenizer.json")
-        files.write_text(work / "README.md", _readme(manifest, names, stepwise))
-    return Path(out)
+    return stepwise
+
+
+def _write_model(
+    bundle: Bundle, entry: Mapping[str, Any], role: str, folder: Path, version: int
+) -> dict[str, Any]:
+    """Write a graph, and its labels if it scores them; return ``input`` and ``output`` of its configuration."""
+    manifest = bundle.manifest
+    limit = manifest["limits"]["max_new_tokens"]
+    inputs, outputs = _write_graph(bundle.member(entry[role]), folder / str(version), limit)
+    named = {}
+    if role == "label_scorer":
+        files.write_text(folder / "labels.txt", "".join(f"{x}\n" for x in manifest["labels"]["labels"]))
+        named = {"scores": {"label_filename": "labels.txt"}}
+    return {
+        "input": [{"name": n, "data_type": _Word(t), "dims": d} for n, t, d in inputs],
+        "output": [{"name": n, "data_type": _Word(t), "dims": d, **named.get(n, {})} for n, t, d in outputs],
+    }
 
 
 class _Word(str):
-    """A bare word of the text format: an enum value."""
+    """An enum value, which is a bare word in the text format."""
 
     __slots__ = ()
 
@@ -157,7 +159,7 @@ def _kind(providers: Sequence[str]) -> _Word:
 
 
 def _accelerator(providers: Sequence[str]) -> dict[str, Any]:
-    """TensorRT targets ask Triton's onnxruntime backend for its TensorRT provider."""
+    """Return the setting that makes Triton's onnxruntime backend use TensorRT, for TensorRT targets."""
     if not providers[0].lower().startswith(("tensorrt", "nvtensorrt")):
         return {}
     return {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": [{"name": "tensorrt"}]}}}
@@ -194,7 +196,7 @@ def _write_graph(
 
 
 def _tensor(value: Any, graph: Path) -> tuple[str, str, list[int]]:
-    """Return one tensor as Triton describes it: the batch dimension is implied, -1 is any size."""
+    """Return a tensor in Triton's description: the batch dimension is implied, and -1 is any size."""
     import onnx
 
     numbers = {onnx.TensorProto.INT64: "TYPE_INT64", onnx.TensorProto.FLOAT: "TYPE_FP32"}
@@ -202,7 +204,7 @@ def _tensor(value: Any, graph: Path) -> tuple[str, str, list[int]]:
     if kind.elem_type not in numbers or not kind.shape.dim:
         raise UsageError(f"{graph} has the tensor {value.name!r}, which Triton cannot batch.")
     dims = [int(d.dim_value) if d.HasField("dim_value") else -1 for d in kind.shape.dim[1:]]
-    # A tensor with nothing but a batch dimension is [batch, 1] to Triton, reshaped to [batch].
+    # For Triton, a tensor with only a batch dimension is [batch, 1], reshaped to [batch].
     return value.name, numbers[kind.elem_type], dims
 
 

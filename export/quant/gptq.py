@@ -1,7 +1,7 @@
 """int4 weights by GPTQ (Frantar et al. 2023): round one input at a time and let the rest absorb the error.
 
-Plain rounding to 4 bits moves a T5's logits by a fifth of their spread. With the second moments of the real inputs
-the error of every rounded row is passed on to the rows that are still free, weighted by how they vary together.
+Plain rounding to 4 bits changes a T5's logits by a fifth of their spread. With the second moments of the real inputs,
+the error of every rounded row is compensated in the rows that are not rounded yet, weighted by their correlation.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import numpy as np
 
 __all__ = ["pack_int4", "quantise_int4", "unpack_int4"]
 
-_DAMPING = 0.01  # of the mean diagonal, as the paper has it
+_DAMPING = 0.01  # share of the mean diagonal, as in the paper
 _LEVELS = 8  # signed 4 bits: -8 .. 7
-# Clipping the largest weight of a group can cost less than a coarse step for all others.
+# Clipping the largest weight of a group can cost less than a coarse step for all its weights.
 _SHRINK = np.array([1.0, 0.95, 0.9, 0.85, 0.8], np.float32)
 
 
 def quantise_int4(
     weight: np.ndarray, moments: np.ndarray | None, group: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round (in, out) float32 to 4 bits, one scale for ``group`` inputs of a column.
+    """Round (in, out) float32 to 4 bits, with a scale for each ``group`` of inputs of a column.
 
     Args:
         weight: (in, out).
@@ -62,7 +62,7 @@ def _factor(moments: np.ndarray) -> np.ndarray:
 
 
 def _scale(block: np.ndarray, importance: np.ndarray) -> np.ndarray:
-    """Return (out,) scales: the signed extreme maps to -8, shrunk where that costs less."""
+    """Return (out,) scales: the signed extreme maps to -8, or less if that reduces the error."""
     extreme = np.take_along_axis(block, np.abs(block).argmax(axis=0)[None], axis=0)[0]
     full = np.where(extreme == 0, np.float32(1e-8), extreme / -_LEVELS).astype(np.float32)
     best, least = full, np.full(full.shape, np.inf, np.float32)
@@ -90,5 +90,5 @@ def pack_int4(quantised: np.ndarray, scales: np.ndarray, group: int) -> tuple[np
 
 
 def unpack_int4(quantised: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
-    """Return the (in, out) float32 weight the rounded values stand for."""
+    """Return the (in, out) float32 weight of the rounded values."""
     return np.asarray(quantised.astype(np.float32) * np.repeat(scales, group, axis=0)[: len(quantised)])

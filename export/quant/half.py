@@ -1,8 +1,8 @@
-"""A written float32 graph in fp16 or bf16, weights and activations alike.
+"""Convert a float32 graph to fp16 or bf16, both weights and activations.
 
-Values named ``wide...`` and what is computed from them stay float32: sums over a vocabulary and log-probabilities
-need it. Integer inputs stay as they are; float inputs and outputs of a graph stay float32, except caches, which
-never leave the device.
+Values named ``wide...``, and values computed from them, stay float32, because sums over a vocabulary and
+log-probabilities need it. Integer inputs do not change. Float inputs and outputs of a graph stay float32, except
+caches, which never leave the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CACHES", "WIDE", "HalfType", "numpy_half", "to_half"]
 HalfType = Literal["fp16", "bf16"]
 WIDE = "wide"
 CACHES = ("cross_", "past_", "present_")
-# Additive masks are -1e9; fp16 ends at 65504 and a mask is added to a bias. exp(-30000) is 0 in either type.
+# Additive masks are -1e9, but fp16 ends at 65504, and a mask is added to a bias. exp(-30000) is 0 in both types.
 LOWEST = -30000.0
 
 
@@ -31,9 +31,9 @@ def numpy_half(kind: HalfType) -> np.dtype:
 
 
 def to_half(model: onnx.ModelProto, kind: HalfType) -> onnx.ModelProto:
-    """Return ``model`` in ``kind``; it must hold no subgraphs (half graphs are driven by a loop on the host).
+    """Return ``model`` in ``kind``. It must have no subgraphs, because half graphs use a loop on the host.
 
-    A constant that would become infinite, other than a mask, is a checkpoint this type cannot hold.
+    If a constant other than a mask would become infinite, the type cannot represent the checkpoint.
 
     Raises:
         OverflowError: a weight is beyond the type's range.

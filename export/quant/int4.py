@@ -1,6 +1,6 @@
-"""4-bit weights for the decoder's steps, where a token's cost is the reading of weights.
+"""4-bit weights for the decoder's steps, whose cost is reading the weights.
 
-Only steps gain: with many rows a product is bound by arithmetic, and the encoder stays in int8.
+Only steps gain. With many rows a product is limited by arithmetic, so the encoder stays in int8.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["GROUP", "Int4"]
 
 GROUP = 128
 _INT8_ACTIVATIONS = (
-    4  # MatMulNBits' accuracy_level: inputs rounded to int8 by block of a row, so batch-invariant
+    4  # MatMulNBits' accuracy_level: inputs rounded to int8 by block of a row, which is batch-invariant
 )
 
 
 class Int4:
     """Calibrated 4-bit products; see :class:`sbs_edge.export.quant.precision.Precision`.
 
-    A product that was not calibrated runs in int8: plain rounding to 4 bits is never used.
+    A product without calibration runs in int8; plain rounding to 4 bits is never used.
     """
 
     contrib = True

@@ -1,4 +1,4 @@
-"""Some layers quantised, some kept in float32, and which ones are worth keeping.
+"""Quantise some layers and keep others in float32.
 
 A layer is ``encoder.block.N``, ``decoder.block.N``, ``lm_head`` or ``shared`` (the embedding).
 """
@@ -30,12 +30,12 @@ def layers_of(weights: T5Weights) -> list[str]:
 
 
 def check_layers(weights: T5Weights, keep: Collection[str]) -> None:
-    """Raise :class:`UsageError` when ``keep`` names a layer that is not there."""
+    """Raise :class:`UsageError` if ``keep`` names a layer that does not exist."""
     known = layers_of(weights)
     unknown = [name for name in keep if name not in known]
     if unknown:
         raise UsageError(
-            f"There is no layer {unknown[0]!r} to keep in float32; the student has {', '.join(known)}."
+            f"There is no layer {unknown[0]!r} to keep in float32; the student's layers are {', '.join(known)}."
         )
 
 
@@ -43,7 +43,7 @@ class Mixed:
     """Another precision, except for the layers ``keep``."""
 
     def __init__(self, base: Precision, weights: T5Weights, keep: Collection[str]) -> None:
-        """Remember where every weight lies in memory, because a graph's blocks pass arrays, not names."""
+        """Remember the memory address of every weight, because a graph's blocks pass arrays, not names."""
         self.base = base
         self.keep = frozenset(keep)
         self.contrib = base.contrib
@@ -55,7 +55,7 @@ class Mixed:
         }
 
     def _layer(self, weight: np.ndarray, norm: str | None, site: str | None) -> str | None:
-        """Return the layer of a product: by its weight, or for a computed weight by the norm before it."""
+        """Return the layer of a product, by its weight or, for a computed weight, by the norm before it."""
         name = site or self._place.get(weight.__array_interface__["data"][0]) or norm
         if name is None:
             return None

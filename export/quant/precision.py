@@ -1,7 +1,7 @@
-"""How matrix products with constant weights are computed: plain float32, or batch-invariant int8.
+"""Matrix products with constant weights in plain float32 or batch-invariant int8.
 
-Only products with constant weights are ever quantised. QK and PV stay in float: quantising them makes a
-generated token cost more the longer the input is, for nothing.
+Only products with constant weights are quantised. QK and PV stay in float: quantising them would make
+a generated token more expensive the longer the input is, without a gain.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["Float32", "Int8", "Precision", "quantise_columns", "quantise_rows", 
 
 
 class Precision(Protocol):
-    """What the blocks need to know about number formats.
+    """The interface between the graphs' blocks and a number format.
 
     Attributes:
-        contrib: whether onnxruntime's own operators may be used besides the standard's.
+        contrib: whether onnxruntime's own operators may be used besides the standard ones.
     """
 
     contrib: bool
@@ -35,14 +35,14 @@ class Precision(Protocol):
             graph: the graph to add to.
             x: the input.
             weight: (in, out) float32.
-            norm: the RMSNorm that made ``x``, if one did.
-            site: the checkpoint's name of the weight, if it is one of the checkpoint's.
-            relu: multiply max(x, 0) instead: rounding to unsigned integers may do both in one step.
+            norm: the RMSNorm that computed ``x``, if any.
+            site: the checkpoint's name of the weight, if it is in the checkpoint.
+            relu: multiply max(x, 0) instead; rounding to unsigned integers can do both in one step.
         """
         ...
 
     def embedding(self, graph: Graph, weight: np.ndarray, ids: Value) -> Value:
-        """Look rows of a constant (V, d) up."""
+        """Look up rows of a constant (V, d)."""
         ...
 
     def tied_head(
@@ -51,13 +51,13 @@ class Precision(Protocol):
         """Multiply (..., d) by the transpose of the (V, d) ``table`` that :meth:`embedding` stores, times ``scale``.
 
         Returns:
-            (..., V), or None where this format has to store the product's weight by itself.
+            (..., V), or None if this format must store the product's weight separately.
         """
         ...
 
 
 class Float32:
-    """Everything in float32."""
+    """All products in float32."""
 
     def __init__(self, *, contrib: bool = True) -> None:
         """Write for onnxruntime, or with ``contrib=False`` in standard operators only."""
@@ -79,7 +79,7 @@ class Float32:
     def tied_head(
         self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
     ) -> Value | None:
-        """See :class:`Precision`; graphs in standard operators are left to other runtimes and keep a weight a product."""
+        """See :class:`Precision`; graphs in standard operators, for other runtimes, store a weight for each product."""
         del norm
         if not self.contrib:
             return None
@@ -89,10 +89,10 @@ class Float32:
 
 
 def turned(graph: Graph, table: np.ndarray) -> Value:
-    """Return (d, V) of a constant (V, d) that is stored once: onnxruntime transposes it while it loads the graph.
+    """Return (d, V) of a constant (V, d) that is stored once; onnxruntime transposes it while it loads the graph.
 
-    The transpose stands in the graph that uses it, a loop's body too. Folded there, its result is an initialiser of
-    the body, which the runtime's passes over int8 weights reach.
+    The transpose is in the graph that uses it, which may be a loop's body. When it is folded there, its result is an
+    initialiser of the body, which the runtime's passes over int8 weights reach.
     """
     table_of = graph.constant(table)
     return str(graph.once(("turned", table_of), lambda: graph.op("Transpose", table_of, perm=[1, 0])))
@@ -104,29 +104,29 @@ def rectified(graph: Graph, x: Value, relu: bool) -> Value:
 
 
 def quantise_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round (in, out) to int8 with one symmetric scale a column; return (int8, (out,) float32 scales)."""
+    """Round (in, out) to int8 with a symmetric scale for each column; return (int8, (out,) float32 scales)."""
     scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127.0
     return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale.astype(np.float32)
 
 
 def quantise_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round (V, d) to int8 with one symmetric scale a row; return (int8, (V, 1) float32 scales)."""
+    """Round (V, d) to int8 with a symmetric scale for each row; return (int8, (V, 1) float32 scales)."""
     quantised, scale = quantise_columns(weight.T)
     return np.ascontiguousarray(quantised.T), scale[:, None]
 
 
 class Int8:
-    """int8 weights with a scale a column; int8 activations whose scale no other row can move.
+    """int8 weights with a scale per column, and int8 activations whose scale does not depend on other rows.
 
-    After an RMSNorm values are bounded, so a constant scale, calibrated, serves every row. Everywhere
-    else (after attention, after the activation) each row has its own scale. A scale taken over the
-    whole tensor would be a little faster, and would make an answer depend on what shares its batch.
+    After an RMSNorm values are bounded, so a constant, calibrated scale serves every row. Everywhere
+    else (after attention, after the activation) each row has its own scale. A scale of the whole
+    tensor would be a little faster, but an answer would depend on the other rows of its batch.
     """
 
     contrib = True
 
     def __init__(self, norm_ranges: Mapping[str, float]) -> None:
-        """Take the largest magnitude seen after every norm; a norm without one gets a scale a row."""
+        """Take the largest magnitude after every norm; a norm without one gets a scale per row."""
         self.norm_ranges = norm_ranges
 
     def linear(
@@ -142,7 +142,7 @@ class Int8:
     def _signed(
         self, graph: Graph, x: Value, quantised: np.ndarray | Value, scales: np.ndarray, norm: str | None
     ) -> Value:
-        """Multiply (..., in) by an int8 (in, out) with a scale a column."""
+        """Multiply (..., in) by an int8 (in, out) with a scale per column."""
         largest = self.norm_ranges.get(norm) if norm is not None else None
         if largest is not None:
             step = np.float32(max(largest, 1e-6) / 127.0)
@@ -163,10 +163,10 @@ class Int8:
     def _rectified(
         self, graph: Graph, x: Value, weight: np.ndarray, scales: np.ndarray, *, many: bool
     ) -> Value:
-        """Multiply max(x, 0): with zero point 0 the rounding itself cuts negative numbers off.
+        """Multiply max(x, 0): with zero point 0, rounding to unsigned integers sets negative numbers to 0.
 
-        What is left has no sign, so that a row is told apart in 255 steps, not 127, and its largest value
-        needs no magnitudes.
+        The remaining values have no sign, so a row has 255 steps instead of 127, and its largest value
+        needs no absolute values.
 
         Args:
             graph: the graph to add to.
@@ -206,6 +206,6 @@ class Int8:
     def tied_head(
         self, graph: Graph, x: Value, table: np.ndarray, scale: float, *, norm: str
     ) -> Value | None:
-        """See :class:`Precision`; a row's scale in the embedding is a column's scale in the head."""
+        """See :class:`Precision`; the scale of a row of the embedding is that of a column of the head."""
         quantised, scales = quantise_rows(np.asarray(table, np.float32))
         return self._signed(graph, x, turned(graph, quantised), scales[:, 0] * np.float32(scale), norm)

@@ -1,7 +1,7 @@
 """int8 for TensorRT: explicit, symmetric quantise/dequantise pairs around products with constant weights.
 
-One calibrated scale an activation, one scale a column of a weight, zero points 0: what its builder accepts.
-A product whose input was not measured stays in the graph's own float type.
+Each activation has a calibrated scale, each column of a weight has a scale, and zero points are 0, as its builder
+requires. A product whose input was not measured stays in the graph's own float type.
 """
 
 from __future__ import annotations

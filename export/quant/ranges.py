@@ -1,6 +1,6 @@
-"""What calibration rows show: largest magnitudes where numbers are rounded, and how inputs vary together.
+"""Measure calibration rows: the largest magnitudes where numbers are rounded, and the second moments of inputs.
 
-Measured on the PyTorch model with teacher forcing; padding is left out, its values never reach an answer.
+The PyTorch model runs with teacher forcing. Padding is left out, because its values never reach an answer.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _UPDATES = ("Attention.o", ".wo")
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStats:
-    """Figures of one checkpoint on its calibration rows.
+    """Figures of a checkpoint on its calibration rows.
 
     Attributes:
         norms: norm name -> largest output magnitude.
         inputs: linear weight's name -> largest input magnitude.
         moments: linear weight's name -> (in, in) float32 sum of x x^T over rows; decoder and head only.
-        largest_residual: largest magnitude in the residual stream or in what is added to it.
+        largest_residual: largest magnitude in the residual stream or in its updates.
         largest_hidden: largest magnitude of a feed-forward's hidden layer.
         rows: pairs measured.
     """
@@ -97,13 +97,13 @@ def collect_calibration(
     *,
     moments: bool = False,
 ) -> CalibrationStats:
-    """Run teacher-forced (source ids, target ids) pairs and return what was seen.
+    """Run teacher-forced (source ids, target ids) pairs and return their figures.
 
     Args:
         model: a transformers model of the T5 family.
-        pairs: token ids; none: empty figures.
-        batch_size: pairs a forward pass.
-        moments: keep second moments of decoder inputs as well, which int4 needs.
+        pairs: token ids; without any, the figures are empty.
+        batch_size: pairs per forward pass.
+        moments: also collect second moments of decoder inputs, which int4 needs.
     """
     import torch
 

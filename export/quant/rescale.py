@@ -1,10 +1,10 @@
-"""A checkpoint that computes the same with smaller numbers, so that fp16 cannot overflow.
+"""Rescale a checkpoint so that it computes the same with smaller numbers and fp16 cannot overflow.
 
-T5 never normalises its residual stream, only readings of it, and in fp16 the feed-forward's output and the
-stream overflow (65504). Every reading is an RMSNorm, which cancels a common factor: dividing the embeddings and
-everything added to the stream by a power of two s, and the norms' epsilon by s squared, changes exponents and
-not one mantissa bit. The hidden layer of the feed-forward is divided the same way, through the half of it that
-is linear (relu, or the gate's other factor). The LM head reads a norm and keeps its weights.
+T5 does not normalise its residual stream itself, so in fp16 the feed-forward's output and the stream overflow
+(65504). The stream is only read through RMSNorms, which cancel a common factor. So dividing the embeddings and all
+updates of the stream by a power of two s, and the norms' epsilon by s squared, changes exponents but no mantissa bit.
+The hidden layer of the feed-forward is divided in the same way, through its linear factor (relu, or the gate's other
+factor). The LM head reads a norm and keeps its weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sbs_edge.export.quant.ranges import CalibrationStats
 
 __all__ = ["Rescale", "fp16_rescale", "rescale"]
 
-# Calibration rows do not show the largest value there is: three bits of headroom.
+# Other rows may have larger values than the calibration rows: three bits of headroom.
 FP16_LIMIT = 65504.0 / 8.0
 
 
@@ -34,7 +34,7 @@ class Rescale:
 def fp16_rescale(stats: CalibrationStats, weights: T5Weights) -> Rescale:
     """Return the smallest powers of two that keep measured values 8 times below fp16's end.
 
-    Not larger than needed, because weights divided too far would lose bits below fp16's smallest normal number.
+    They are no larger than needed, because smaller weights would lose bits below fp16's smallest normal number.
     """
 
     def power(largest: float) -> float:
@@ -46,7 +46,7 @@ def fp16_rescale(stats: CalibrationStats, weights: T5Weights) -> Rescale:
 
 
 def rescale(weights: T5Weights, by: Rescale) -> T5Weights:
-    """Return the checkpoint with the factors of ``by`` divided out; its logits are the same, bit for bit in float32."""
+    """Return the checkpoint divided by the factors of ``by``; its logits are the same, bit for bit in float32."""
     if by == Rescale():
         return weights
     for value in (by.residual, by.hidden):

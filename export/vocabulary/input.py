@@ -1,6 +1,6 @@
-"""Which tokens a student needs to read: those of its texts, everything it takes to spell others, and a margin.
+"""Choose the tokens that a student needs to read: those of its texts, tokens that spell other texts, and a margin.
 
-The embedding is a quarter of a small label bundle, and most of its rows are never looked up.
+The embedding is a quarter of a small label bundle, and most of its rows are never used.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = ["SmallVocabulary", "copy_tokenizer_and_config", "small_vocabulary"]
 
-MARGIN = 8192  # or a quarter of the vocabulary, whichever is less: filled up with the most frequent tokens
+MARGIN = 8192  # or a quarter of the vocabulary, if that is less; filled up with the most frequent tokens
 COMPANIONS = ("tokenizer.json", "config.json", "generation_config.json")
 _IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id", "unk_token_id")
 
 
 @dataclass(frozen=True, slots=True)
 class SmallVocabulary:
-    """A smaller vocabulary, and how ids move.
+    """A smaller vocabulary, and its mapping of ids.
 
     Attributes:
         kept: (n,) int64, the old id of every new one.
         saved: content of the new ``tokenizer.json``.
-        figures: what the manifest says of it.
+        figures: its entry in the manifest.
     """
 
     kept: np.ndarray
@@ -110,8 +110,8 @@ def small_vocabulary(
     training, validation = opened.calibration(), opened.validation()
     if not (training or validation or rows):
         raise UsageError(
-            "Pruning the vocabulary needs rows to see which tokens are read; this student kept none. Give labelled "
-            "rows with --guard-data, or leave --prune-input-vocabulary out."
+            "Pruning the vocabulary needs rows that show which tokens are read, but this student has none stored. Pass "
+            "labelled rows as guard_data, or leave out prune_input_vocabulary."
         )
     saved = json.loads((opened.companion("tokenizer.json")).read_text(encoding="utf-8"))
     whole = _loaded(saved)
@@ -132,7 +132,7 @@ def small_vocabulary(
     if kept[-1] >= weights.vocab_size:
         raise UsageError(
             f"The tokenizer has tokens beyond the checkpoint's {weights.vocab_size} rows; leave "
-            "--prune-input-vocabulary out."
+            "out prune_input_vocabulary."
         )
     judged = [opened.prefixes["label"] + row.input for row in validation or rows]
     figures: dict[str, Any] = {
@@ -156,7 +156,7 @@ def _ids(opened: StudentDir, rows: Sequence[Example], texts: TextTokenizer) -> I
         yield texts.encode("", prefix)
         yield from texts.encode_batch([row.input for row in rows], prefix)
     for row in rows:
-        for text in (row.label, row.teacher_label, row.rationale, *(row.choices or ())):
+        for text in (row.label, row.teacher_label, row.rationale, *row.rationales, *(row.choices or ())):
             if text:
                 yield texts.encode(text)
 

@@ -1,4 +1,4 @@
-"""Which tokens a student needs to write: those of its targets, and a margin.
+"""Choose the tokens that a student needs to write: those of its targets, and a margin.
 
 The LM head is a third of a rationale's cost, and most of its rows never win.
 """
@@ -34,12 +34,19 @@ def output_tokens(
     """
     if not rows:
         raise UsageError(
-            "Pruning the vocabulary needs rows to see which tokens are written; this student kept none."
+            "Pruning the vocabulary needs rows that show which tokens are written, but this student has none stored."
         )
     counts: Counter[int] = Counter()
     texts = TextTokenizer(tokenizer)
     for row in rows:
-        for text in (row.input, row.label, row.teacher_label, row.rationale, *(row.choices or ())):
+        for text in (
+            row.input,
+            row.label,
+            row.teacher_label,
+            row.rationale,
+            *row.rationales,
+            *(row.choices or ()),
+        ):
             if text:
                 counts.update(texts.encode(text))
     kept = {eos_id, pad_id, *counts}

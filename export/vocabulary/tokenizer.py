@@ -31,7 +31,7 @@ def vocabulary_of(saved: Mapping[str, Any]) -> dict[str, int]:
     if kind not in _KINDS:
         raise UsageError(
             f"The tokenizer is of the kind {kind!r}; only {', '.join(_KINDS)} can be made smaller. Leave "
-            "--prune-input-vocabulary out."
+            "out prune_input_vocabulary."
         )
     own = (
         {piece: index for index, (piece, _) in enumerate(model["vocab"])}

@@ -1,1 +1,1 @@
-"""Reads what language models and their servers send, for ``annotate`` and for the cascade of ``serve`` alike."""
+"""Read the answers of language models and their servers, for ``annotate`` and for escalation in ``serve``."""

@@ -10,20 +10,26 @@ __all__ = ["Answer", "CallFailed"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. Token counts are None where the server counts none; thought is kept apart."""
+    """An answer. Token counts are None if the server gives none.
+
+    ``text`` is the message's content, or the arguments of its function call; ``reasoning`` is what the server sent
+    in a field of its own. ``top_logprobs`` holds the last tokens of the text, each with the log-probabilities of the
+    likeliest tokens at its place, if the server was asked for them and gave them.
+    """
 
     text: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     refusal: str | None = None
-    has_thought: bool = False
+    reasoning: str = ""
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    top_logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
 
 
 class CallFailed(Exception):
-    """A call brought no answer.
+    """A call that gave no answer.
 
     Attributes:
         reason: short and stable, such as ``http-429`` or ``rejected``.

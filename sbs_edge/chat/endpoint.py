@@ -1,8 +1,8 @@
-"""An HTTP endpoint of the OpenAI protocol: its address, its headers, and what of them is secret.
+"""An HTTP endpoint of the OpenAI protocol: its address, its headers, and the secrets in them.
 
-Everything that may reach a person's eyes (errors, logs, the journal, saved configurations) goes through
-:func:`redacted_url` or :meth:`Endpoint.clean`. Headers are checked here, before a library sees them: a library
-that refuses one quotes its value.
+Everything that a person may see (errors, logs, the journal, saved configurations) goes through
+:func:`redacted_url` or :meth:`Endpoint.clean`. Headers are checked here, before a library sees them, because a
+library that rejects a header quotes its value.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 HIDDEN = "***"
-"""What stands where a secret was."""
+"""The text that replaces a secret."""
 
 _OPEN_QUERY = {"api-version", "api_version", "version"}  # query fields whose values are shown
 _ROUTES = ("/chat/completions", "/completions")
@@ -45,7 +45,7 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 def redacted_url(url: str) -> str:
-    """Return ``url`` without user, password and the values of its query, ``api-version`` excepted."""
+    """Return ``url`` without user, password and the values of its query, except ``api-version``."""
     try:
         parts = urlsplit(url.strip())
     except ValueError:
@@ -82,9 +82,9 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def redacted_fields(value: object, name: str = "") -> Any:
-    """Return the fields of a request with every text hidden that its name or its form marks as a secret.
+    """Return the fields of a request with every text hidden whose name or form marks it as a secret.
 
-    Lists and objects are searched to any depth; a secret name covers every text below it. Numbers are never hidden.
+    Lists and objects are searched to any depth. A secret name covers every text below it. Numbers are never hidden.
 
     Example:
         >>> redacted_fields({"api_key": "abc", "max_tokens": 5})
@@ -120,7 +120,7 @@ def secret_values(value: object) -> tuple[str, ...]:
 
 
 def holds_hidden(value: object) -> bool:
-    """Whether a value read back from a saved configuration holds the mark that stands for a secret."""
+    """Return whether a value from a saved configuration contains the text that replaces a secret."""
     if isinstance(value, Mapping):
         return any(map(holds_hidden, value.values()))
     if isinstance(value, list | tuple):
@@ -129,23 +129,23 @@ def holds_hidden(value: object) -> bool:
 
 
 def header_value(value: str, origin: str) -> str:
-    """Return ``value`` without outer white space, checked to be one that HTTP can carry.
+    """Return ``value`` without surrounding white space, checked to be a valid HTTP header value.
 
     Raises:
-        UsageError: it holds something else than visible ASCII and spaces; the message names ``origin`` and
+        UsageError: it has anything but visible ASCII and spaces; the message names ``origin`` and
             never the value.
 
     """
     plain = value.strip()
     if plain == HIDDEN:
         raise UsageError(
-            f"{origin} is {HIDDEN}: a saved configuration leaves secrets out. Give the value again."
+            f"{origin} is {HIDDEN}, because saved configurations leave secrets out. Give the value again."
         )
     bad = next((c for c in plain if not (c == "\t" or " " <= c <= "~")), None)
     if bad is not None:
         kind = "a line break" if bad in "\r\n" else f"the character U+{ord(bad):04X}"
         raise UsageError(
-            f"{origin} holds {kind}, which cannot stand in an HTTP header. Set it to the bare value: one line, "
+            f"{origin} contains {kind}, which an HTTP header cannot have. Set it to the bare value: one line, "
             "without quotation marks."
         )
     return plain
@@ -153,7 +153,7 @@ def header_value(value: str, origin: str) -> str:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Endpoint:
-    """One server: make it with :meth:`of`.
+    """A server; create it with :meth:`of`.
 
     Attributes:
         base: scheme, host and path, without a trailing slash, user, password or query.
@@ -183,7 +183,7 @@ class Endpoint:
 
         Args:
             url: up to and including ``/v1``; a user, a password and a query are kept.
-            origin: the flag or variable that ``url`` comes from, for messages.
+            origin: the option or variable that ``url`` comes from, for messages.
             key: sent as ``Bearer`` token, or bare in another header.
             key_origin: the variable that ``key`` comes from, for messages.
             key_header: the header that carries the key.
@@ -214,19 +214,19 @@ class Endpoint:
 
     @property
     def shown(self) -> str:
-        """The address as it may be shown."""
+        """Return the address in a form that may be shown."""
         return redacted_url(self.base + (f"?{self.query}" if self.query else ""))
 
     @property
     def identity(self) -> str:
-        """Address and names of the headers: tells servers apart in a journal, without a secret."""
+        """Return the address and the names of the headers, which identify a server in a journal without a secret."""
         names = ",".join(
             sorted(name.casefold() for name in self.headers if name.casefold() != "authorization")
         )
         return self.shown + (f" [{names}]" if names else "")
 
     def url(self, route: str) -> str:
-        """Return the address of ``route``, such as ``/chat/completions``, with the query behind it."""
+        """Return the address of ``route``, such as ``/chat/completions``, with the query."""
         return f"{self.base}{route}" + (f"?{self.query}" if self.query else "")
 
     def hiding(self, secrets: tuple[str, ...]) -> Endpoint:
@@ -241,7 +241,7 @@ class Endpoint:
         return text
 
     def clean(self, text: str, limit: int = 300) -> str:
-        """Return ``text`` as it may be shown: bounded, on one line, without this endpoint's secrets."""
+        """Return ``text`` in a form that may be shown: short, on one line, without this endpoint's secrets."""
         return one_line(self.hide(text), limit)
 
 
@@ -253,7 +253,7 @@ def _address(url: str, origin: str) -> tuple[str, str, str | None]:
     except ValueError:
         raise UsageError(f"{origin} is not an address: its host or port cannot be read.") from None
     if any(c.isspace() or not c.isprintable() for c in plain):
-        raise UsageError(f"{origin} holds white space or a control character inside the address; remove it.")
+        raise UsageError(f"{origin} has white space or a control character inside the address; remove it.")
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise UsageError(
             f"{origin} must be a full address such as http://localhost:8000/v1; {redacted_url(plain)!r} does not "
@@ -261,10 +261,10 @@ def _address(url: str, origin: str) -> tuple[str, str, str | None]:
         )
     if HIDDEN in parts.netloc or HIDDEN in parts.query:
         raise UsageError(
-            f"{origin} holds {HIDDEN}: a saved configuration leaves secrets out. Give the full address again."
+            f"{origin} contains {HIDDEN}, because saved configurations leave secrets out. Give the full address again."
         )
     path = parts.path.rstrip("/")
-    for route in _ROUTES:  # the full address of a route works as well
+    for route in _ROUTES:  # the full address of a route works too
         path = path.removesuffix(route)
     user, at, netloc = parts.netloc.rpartition("@")
     return (

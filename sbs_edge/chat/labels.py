@@ -1,7 +1,7 @@
-"""Reads a label out of the words a model wrote: ornaments, typography and letters of choices aside.
+"""Read a label from the words of a model, ignoring ornaments, typography and letters of choices.
 
-A label that fits two members of its set, or a letter that contradicts the text beside it, is not read at all: a
-lost row costs a call, a wrong label costs accuracy.
+A label that matches two members of its set, or a letter that contradicts the text beside it, is not read at all: a
+lost row costs a call, but a wrong label costs accuracy.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def _visible(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Return the key under which two spellings of one label are equal: case, typography, width, white space."""
+    """Return a key that is equal for two spellings of a label: it ignores case, typography, width and white space."""
     return " ".join(_visible(unicodedata.normalize("NFKC", _visible(text))).casefold().split())
 
 
 def _inside(inner: str, left: str, right: str) -> bool:
-    """Whether ``left`` and ``right`` around ``inner`` are one pair, not the ends of two."""
+    """Return whether ``left`` and ``right`` around ``inner`` are one pair, not the ends of two."""
     return right not in inner or (inner.startswith(left) and inner.endswith(right))
 
 
@@ -109,10 +109,10 @@ def _bare(text: str) -> str:
 
 
 def match_label(text: str, known: Sequence[str]) -> str | None:
-    """Return the one member of ``known`` that ``text`` spells, or None: none does, or more than one.
+    """Return the only member of ``known`` that ``text`` spells, or None if there is none or more than one.
 
-    Tried in turn: the exact text, its folded form, the form without ornaments, hyphens as spaces; then the same
-    for the first sentence and for what stands before a bracket or a dash.
+    Tried in turn are the exact text, its folded form, the form without ornaments, and hyphens as spaces; then the
+    same for the first sentence and for the part before a bracket or a dash.
     """
     tests: tuple[Callable[[str], str], ...] = (str.strip, fold, _bare, _loose)
     heads = [
@@ -134,8 +134,8 @@ def match_label(text: str, known: Sequence[str]) -> str | None:
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """Return the choice that ``(c) math problem``, ``c``, ``(c)`` or ``math problem`` names, or None.
 
-    The whole text is tried first, since a choice may itself hold a bracketed letter; then a letter at the start.
-    Text beside the letter must be that choice's, or an abbreviation of it that fits no other choice.
+    The whole text is tried first, because a choice may itself contain a bracketed letter; then a letter at the start.
+    Text beside the letter must be that choice's, or an abbreviation of it that matches no other choice.
     """
     if (whole := match_label(text, choices)) is not None and not re.match(
         r"\(\s*[A-Za-z]{1,2}\s*\)", text.strip()
@@ -158,7 +158,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     if spelled is not None or named is None:
         return spelled if named is None or spelled is None or fold(spelled) == fold(named) else None
     if fold(plain_label(rest)) == fold(plain_label(named)):
-        return named  # two choices are equal after folding: the letter tells them apart
+        return named  # two choices are equal after folding, so the letter decides
     words = set(_loose(rest).split())
     fitting = [choice for choice in choices if words and words <= set(_loose(choice).split())]
     return named if fitting and all(choice == named for choice in fitting) else None

@@ -1,6 +1,6 @@
-"""Takes a chat template's marks out of an answer: thought, channels, turns.
+"""Remove a chat template's marks from an answer: thinking, channels, turns.
 
-A model's server should remove them; where it does not, they would be learnt as part of a rationale or a label.
+The server should remove them. If it does not, the student would learn them as part of a rationale or a label.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Unmarked", "unmark"]
+__all__ = ["Unmarked", "unmark", "without_invisible"]
 
 _WORDS = (
     r"(?:seed:|ant)?(?:think|thinking|thoughts?|thought_process|reasoning|reason|reflection|scratchpad|"
@@ -32,10 +32,10 @@ _CHANNEL = re.compile(
     r"(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
     re.DOTALL,
 )
-# The same where the special tokens were dropped and their words left: analysisWe need ...assistantfinalThe ...
+# The same if the special tokens were dropped and their words left: analysisWe need ...assistantfinalThe ...
 _BARE_CHANNEL = re.compile(r"\A(?:analysis|commentary)(?=[A-Z\"“'’])(.*?)(?:assistant\s*final|\Z)", re.DOTALL)
 _PROSE = re.compile(
-    r"\A\s*Here is my thought process:.*?Here is my response:", re.DOTALL | re.IGNORECASE
+    r"\A\s*Here is my thought process:(.*?)Here is my response:", re.DOTALL | re.IGNORECASE
 )  # Granite
 _START = re.compile(
     r"\A(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<\|START_OF_TURN_TOKEN\|>|<\|CHATBOT_TOKEN\|>|"
@@ -54,7 +54,7 @@ _WRAPPER = re.compile(
     r"</?(?:answer|final_answer|response|output|solution)>|<\|(?:begin|end)_of_solution\|>|◁/?answer▷",
     re.IGNORECASE,
 )
-# A mark that none of the above knows: a special token anywhere, or a tag that opens the text or closes nothing.
+# An unknown mark: a special token anywhere, or a tag that opens the text or closes nothing.
 _SPECIAL = re.compile(
     r"<\|[^\s<>|]{1,40}\|?>|<[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>|◁[^\s◁▷]{1,40}▷|<unused\d+>"
 )
@@ -68,60 +68,70 @@ _HTML = re.compile(
 
 
 class Unmarked(NamedTuple):
-    """The answer without marks; ``reason`` where it is of no use; ``ended`` if a mark ended the turn."""
+    """The answer without marks; ``reason`` if it cannot be used; ``ended`` if a mark ended the turn.
+
+    ``thought`` is the text between the marks of thinking.
+    """
 
     text: str
     reason: str | None = None
     ended: bool = False
+    thought: str = ""
 
 
-def unmark(text: str, keep: Sequence[str] = ()) -> Unmarked:
-    """Return what the model said to the user.
+def unmark(text: str, keep: Sequence[str] = (), names: Sequence[str] = ()) -> Unmarked:
+    """Return the part of the answer that is meant for the user.
 
-    Thought is removed with its marks. Thought that is opened and never closed makes the answer useless
-    (``thought-unfinished``), thought without an answer too (``thought-only``), and so does a mark that is not
-    known (``unknown-mark: <name>``): it would be taken for a part of the rationale.
+    Thinking is kept apart, without its marks. An answer cannot be used if thinking is opened and never closed
+    (``thought-unfinished``), if there is only thinking (``thought-only``), or if a mark is unknown
+    (``unknown-mark: <name>``), because it would be read as a part of the rationale.
 
     Args:
         text: what came.
         keep: the task's own words (answer marker, labels); a mark in one of them is left alone.
+        names: further names of marks around thought, such as ``musing`` for ``<musing>...</musing>``.
 
     """
     own = "\n".join(keep)
-    text = _without_invisible(text)
+    text = without_invisible(text)
     ended = False
+    thought = ""
     if "<|channel|>" in text:
         channels = _CHANNEL.findall(text)
         final = [body for name, body in channels if name == "final"]
+        thought = "\n".join(body.strip() for name, body in channels if name != "final")
         if not final:
-            return Unmarked("", "thought-unfinished")
+            return Unmarked("", "thought-unfinished", thought=thought)
         text = final[-1]
     bare = _BARE_CHANNEL.match(text)
     if bare is not None:
+        thought = bare[1].strip()
         if not bare[0].endswith("final"):
-            return Unmarked("", "thought-unfinished")
+            return Unmarked("", "thought-unfinished", thought=thought)
         text = text[bare.end() :]
-    text = _PROSE.sub("", _START.sub("", text))
-    had_thought = False
-    if _OPEN.search(text) or _CLOSE.search(text):
-        text, had_thought, unfinished = _without_thought(text, own)
+    text = _START.sub("", text)
+    if (prose := _PROSE.match(text)) is not None:
+        text, thought = text[prose.end() :], prose[1].strip()
+    marks = _thought_marks(text, own, names)
+    if marks:
+        text, thought, unfinished = _without_thought(text, marks)
         if unfinished:
-            return Unmarked("", "thought-unfinished")
+            return Unmarked("", "thought-unfinished", thought=thought)
         text = _START.sub("", text)
     for found in _END.finditer(text):
         if found[0] not in own:
             text, ended = text[: found.start()], True
             break
     text = _WRAPPER.sub(lambda found: found[0] if found[0] in own else "\n", text).strip()
-    if had_thought and not text:
-        return Unmarked("", "thought-only")
+    if marks and not text:
+        return Unmarked("", "thought-only", thought=thought)
     if (name := _unknown(text, own)) is not None:
-        return Unmarked(text, f"unknown-mark: {name}")
-    return Unmarked(text, None, ended)
+        return Unmarked(text, f"unknown-mark: {name}", thought=thought)
+    return Unmarked(text, None, ended, thought)
 
 
-def _without_invisible(text: str) -> str:
-    """Drop control and format characters; the two joiners stay, scripts and emoji are written with them."""
+def without_invisible(text: str) -> str:
+    """Drop control and format characters, except the two joiners, which scripts and emoji need."""
     return "".join(
         c
         if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf")
@@ -132,28 +142,44 @@ def _without_invisible(text: str) -> str:
     )
 
 
-def _without_thought(text: str, own: str) -> tuple[str, bool, bool]:
-    """Return the text without thought, whether there was any, and whether it was left open."""
-    kept: list[str] = []
-    start, depth, had = 0, 0, False
-    marks = sorted(
-        [(m.start(), m.end(), 1) for m in _OPEN.finditer(text) if m[0] not in own]
-        + [(m.start(), m.end(), -1) for m in _CLOSE.finditer(text) if m[0] not in own]
+def _thought_marks(text: str, own: str, names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return (begin, end, 1 or -1) of every mark that opens or closes thought, in order."""
+    spelled = "|".join(re.escape(name) for name in names)
+    openings, closings = [_OPEN], [_CLOSE]
+    if names:
+        openings.append(re.compile(rf"<(?:{spelled})>|\[(?:{spelled})\]", re.IGNORECASE))
+        closings.append(re.compile(rf"</(?:{spelled})>|\[/(?:{spelled})\]", re.IGNORECASE))
+    return sorted(
+        {
+            (found.start(), found.end(), step)
+            for patterns, step in ((openings, 1), (closings, -1))
+            for pattern in patterns
+            for found in pattern.finditer(text)
+            if found[0] not in own
+        }
     )
+
+
+def _without_thought(text: str, marks: Sequence[tuple[int, int, int]]) -> tuple[str, str, bool]:
+    """Return the text without thought, the thought, and whether it was left open."""
+    kept: list[str] = []
+    thought: list[str] = []
+    start, is_open = 0, False
     for begin, end, step in marks:
-        had = True
+        between = text[start:begin]
         if step > 0:
-            if depth == 0:
-                kept.append(text[start:begin])
-            depth = 1  # a model that quotes the opening mark in its thought closes it once
-        elif depth == 0:
-            kept.clear()  # opened in the prompt's template: all that stands before is thought
-        else:
-            depth = 0
+            (thought if is_open else kept).append(between)
+            is_open = True  # a model that quotes the opening mark in its thought closes it once
+        elif is_open:
+            thought.append(between)
+            is_open = False
+        else:  # opened in the prompt's template: everything before it is thinking
+            thought += [*kept, between]
+            kept.clear()
         start = end
-    if depth:
-        return "", had, True
-    return "\n".join([*kept, text[start:]]).strip(), had, False
+    (thought if is_open else kept).append(text[start:])
+    said = "\n".join(piece.strip() for piece in thought if piece.strip())
+    return "" if is_open else "\n".join(kept).strip(), said, is_open
 
 
 def _unknown(text: str, own: str) -> str | None:

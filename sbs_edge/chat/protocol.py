@@ -1,7 +1,7 @@
-"""The OpenAI protocol, read once: a typed answer, or a failure in the server's own words.
+"""Read responses of the OpenAI protocol: a typed answer, or a failure in the server's own words.
 
-Whatever a server, a Batch file or a proxy sends is foreign JSON. :func:`read_answer` takes the text out of it and
-refuses every other shape; only text goes further.
+Responses of servers, Batch files and proxies are untrusted JSON. :func:`read_answer` takes only the text out of it and
+rejects every other shape.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from sbs_edge.chat.answer import Answer, CallFailed
 from sbs_edge.chat.endpoint import one_line
+from sbs_edge.chat.logprobs import read_logprobs
 
-__all__ = ["content_text", "failure", "parse_body", "read_answer", "token_count"]
+__all__ = ["content_text", "failure", "parse_body", "read_answer", "reasoning_text", "token_count"]
 
-# The server says that no retry will help: the account is empty or the project has no access.
+# The server says that a retry will not help: the account is empty or the project has no access.
 _FATAL_CODES = {"insufficient_quota", "billing_hard_limit_reached", "account_deactivated", "model_not_found"}
 _FILTER_CODES = {"content_filter", "content_policy_violation"}
 _FATAL = {401, 402, 403, 404, 405, 407, 410}
@@ -26,13 +27,14 @@ _AGAIN = {408, 409, 424, 425, 429}  # 424: text-generation-inference failed whil
 _FINISH = {
     "max_tokens": "length", "model_length": "length", "max_output_tokens": "length",
     "safety": "content_filter", "recitation": "content_filter", "prohibited_content": "content_filter",
+    "tool_calls": "stop", "function_call": "stop",
 }  # fmt: skip
-_QUOTED = 4000  # characters; the caller takes secrets out first, then cuts further
+_QUOTED = 4000  # characters; the caller removes secrets first, then cuts further
 _THOUGHT_PARTS = {"thinking", "reasoning", "redacted_thinking", "thought", "reasoning_content"}
 
 
 def content_text(content: object) -> str:
-    """Return the text of a message's ``content``: a text, null, or a list of parts, of which thought is left out.
+    """Return the text of a message's ``content``: a text, null, or a list of parts, without thinking.
 
     Raises:
         ValueError: any other shape.
@@ -59,8 +61,61 @@ def content_text(content: object) -> str:
     return "".join(texts)
 
 
+def reasoning_text(message: Mapping[str, Any]) -> str:
+    """Return the reasoning that a server keeps apart from the answer, or an empty text.
+
+    Servers name the field ``reasoning_content``, ``reasoning``, ``thinking`` or ``reasoning_details``, or send parts
+    of ``content`` with the type ``thinking``.
+
+    Example:
+        >>> reasoning_text({"content": "refund", "reasoning_content": "Money back is asked for."})
+        'Money back is asked for.'
+
+    """
+    for name in ("reasoning_content", "reasoning", "thinking", "reasoning_details"):
+        if found := _joined(message.get(name)).strip():
+            return found
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    thought = [
+        part
+        for part in parts
+        if isinstance(part, dict) and (part.get("type") in _THOUGHT_PARTS or part.get("thought") is True)
+    ]
+    return _joined(thought).strip()
+
+
+def _joined(value: object, depth: int = 0) -> str:
+    """Return the texts of a field that may be a text, an object with one, or a list of either."""
+    if isinstance(value, str):
+        return value
+    if depth > 4:
+        return ""
+    if isinstance(value, list):
+        return "".join(_joined(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        names = ("text", "thinking", "reasoning", "summary", "content")
+        return next((text for name in names if (text := _joined(value.get(name), depth + 1))), "")
+    return ""
+
+
+def _arguments(message: Mapping[str, Any]) -> str:
+    """Return the arguments of the first function call as JSON text, or an empty text."""
+    calls = message.get("tool_calls")
+    listed = (
+        [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    )
+    for called in (*listed, message.get("function_call")):
+        arguments = called.get("arguments") if isinstance(called, dict) else None
+        if isinstance(arguments, dict):  # some servers send the object itself
+            return json.dumps(arguments, ensure_ascii=False)
+        if isinstance(arguments, str) and arguments.strip():
+            return arguments
+    return ""
+
+
 def token_count(value: object) -> int | None:
-    """Return a count of tokens, or None for anything that is not one; servers send texts, floats and -1."""
+    """Return a number of tokens, or None for anything else, because servers send texts, floats and -1."""
     if isinstance(value, str) and value.strip().isdecimal() and len(value) < 16:
         value = int(value)
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
@@ -86,8 +141,6 @@ class _Foreign(BaseModel):
 class _Message(_Foreign):
     content: _Text = ""
     refusal: Any = None
-    reasoning_content: Any = None
-    reasoning: Any = None
 
 
 class _Choice(_Foreign):
@@ -95,6 +148,7 @@ class _Choice(_Foreign):
     text: _Text | None = None
     finish_reason: _Word = None
     error: Any = None
+    logprobs: Any = None
 
 
 class _Usage(_Foreign):
@@ -109,7 +163,7 @@ class _Response(_Foreign):
 
 
 def parse_body(content: bytes) -> Any:
-    """Return the JSON of a body, or None where it is not JSON."""
+    """Return the JSON of a body, or None if it is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -161,8 +215,10 @@ def read_answer(body: Any, headers: Mapping[str, str] | None = None, raw: str = 
             headers=headers,
         )
     message = choice.message or _Message()
+    sent: dict[str, Any] = body["choices"][0].get("message") or {}
+    content = message.content if choice.message is not None else choice.text or ""
     return Answer(
-        text=message.content if choice.message is not None else choice.text or "",
+        text=_arguments(sent) or content,
         finish_reason=_FINISH.get(finish, choice.finish_reason),
         prompt_tokens=response.usage.prompt_tokens,
         completion_tokens=response.usage.completion_tokens,
@@ -171,9 +227,10 @@ def read_answer(body: Any, headers: Mapping[str, str] | None = None, raw: str = 
         )
         if message.refusal
         else None,
-        has_thought=bool(message.reasoning_content or message.reasoning),
+        reasoning=reasoning_text(sent),
         model=response.model,
         headers=headers or {},
+        top_logprobs=read_logprobs(choice.logprobs),
     )
 
 
@@ -213,7 +270,7 @@ def _error_of(body: Any) -> tuple[str, str, int | None] | None:
 
 
 def failure(status: int, body: Any, headers: Mapping[str, str] | None = None, raw: str = "") -> CallFailed:
-    """Say what a response with an error ``status`` (or an error in a 200) means for this call and for the next.
+    """Return the failure for a response with an error ``status``, or with an error in a 200.
 
     Args:
         status: of the response, or the one its body names.

@@ -1,12 +1,13 @@
-"""The steps of ``sbs-edge annotate``, apart from its flags."""
+"""The steps of ``sbs-edge annotate``."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from sbs_edge.cli._common import print_json
@@ -22,19 +23,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Connection",
+    "PriceInOption",
+    "PriceOutOption",
     "ask_teacher",
     "emit",
     "outcome",
     "read_outputs",
     "read_rows",
     "say_estimate",
+    "settle_from_journal",
     "summary",
 ]
 
 
+PriceInOption = Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")]
+PriceOutOption = Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Connection:
-    """Where the teacher is; keyword arguments of :func:`sbs_edge.teacher.connect.connect`. It holds secrets."""
+    """The address of the teacher: keyword arguments of :func:`sbs_edge.teacher.connect.connect`, with secrets."""
 
     backend: str = "openai"
     base_url: str | None = None
@@ -73,13 +81,20 @@ def connection_of(
     request: Sequence[str] = (),
     omit: Sequence[str] = (),
     extra_body: str | None = None,
+    structured: str | None = None,
 ) -> tuple[Sampling, Connection]:
     """Return both with what flags, task file and server preset say; arguments as the flags of the same names."""
+    from typing import get_args
+
     from sbs_edge.teacher.connect import headers_of, server_preset, with_request
+    from sbs_edge.teacher.task import Structured
 
     preset = server_preset(server, connection.base_url)
+    policy = next((item for item in get_args(Structured) if item == structured), None)
     return (
-        with_request(sampling, task, preset, request=request, omit=omit, extra_body=extra_body),
+        with_request(
+            sampling, task, preset, request=request, omit=omit, extra_body=extra_body, structured=policy
+        ),
         dataclasses.replace(
             connection,
             base_url=connection.base_url or preset.base_url or None,
@@ -110,7 +125,7 @@ def read_rows(
         if split not in found.splits:
             raise UsageError(f"{dataset} has no split {split!r}; it has {', '.join(found.splits)}.")
         examples, rejected = found.splits[split], found.rejected[split]
-        # The teacher whose outputs lie beside the rows is not the teacher asked here.
+        # The teacher whose outputs are beside the rows is not the teacher of this run.
         examples = [dataclasses.replace(e, teacher_label=None, rationale=None) for e in examples[:limit]]
     else:
         result = read_examples(data, columns=ColumnMap.parse(column), limit=limit, split=split)
@@ -138,7 +153,7 @@ def read_outputs(paths: list[Path], settings: Settings) -> Any:
     for path in paths:
         matches = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else [path]
         if not matches:
-            raise UsageError(f"No file fits {path}.")
+            raise UsageError(f"No file matches {path}.")
         found += matches
     kinds = {path.suffix for path in found}
     if kinds == {".json"}:
@@ -150,14 +165,24 @@ def read_outputs(paths: list[Path], settings: Settings) -> Any:
     )
 
 
-def journal_records(path: Path) -> dict[str, Any]:
-    """Return what the journal holds; an absent one holds nothing."""
-    from sbs_edge.teacher.journal import Journal
+def settle_from_journal(settings: Settings, path: Path) -> tuple[Settings, dict[str, Any]]:
+    """Return the settings with the form that the journal's runs settled, and its records; nobody is asked.
 
-    if not path.exists():
-        return {}
-    with Journal(path) as journal:
-        return journal.records
+    Where no run has settled a form, ``auto`` stands for plain text and ``on`` for a JSON schema.
+    """
+    from sbs_edge.teacher.journal import Journal
+    from sbs_edge.teacher.probe import form_from_notes
+
+    notes: dict[str, str] = {}
+    records: dict[str, Any] = {}
+    if path.exists():
+        with Journal(path) as journal:
+            notes, records = journal.notes, journal.records
+    policy = settings.sampling.structured
+    settled = form_from_notes(policy, notes, settings.model)
+    form = settled.form if settled is not None else "json_schema" if policy == "on" else "off"
+    sampling = dataclasses.replace(settings.sampling, structured=form)
+    return dataclasses.replace(settings, sampling=sampling), records
 
 
 def emit(
@@ -169,12 +194,13 @@ def emit(
     console: Console,
     json_output: bool,
 ) -> None:
-    """Write Batch input for what the journal lacks."""
+    """Write OpenAI Batch input for the calls that the journal lacks."""
     from sbs_edge.teacher.collect import unfinished
     from sbs_edge.teacher.outputs import emit_batch
 
+    settings, records = settle_from_journal(settings, journal_path)
     calls = unfinished(
-        rows, spec, settings.model, settings.sampling, settings.samples, journal_records(journal_path),
+        rows, spec, settings.model, settings.sampling, settings.samples, records,
         retry_failed=settings.retry_failed,
     )  # fmt: skip
     paths = emit_batch(calls, settings.model, settings.sampling, path)
@@ -194,10 +220,11 @@ def say_estimate(
     console: Console,
     json_output: bool,
 ) -> None:
-    """Print what asking would take."""
+    """Print the estimated calls, tokens and cost."""
     from sbs_edge.teacher.annotate import estimate
 
-    found = estimate(rows, spec, settings, journal_records(journal_path))
+    settings, records = settle_from_journal(settings, journal_path)
+    found = estimate(rows, spec, settings, records)
     figures = dataclasses.asdict(found)
     cost = f"cost about {found.likely_cost:.4f}, at most {found.most_cost:.4f}"
     if not settings.prices.known:
@@ -221,7 +248,7 @@ def ask_teacher(
     journal_path: Path,
     console: Console,
 ) -> Annotation:
-    """Ask with a progress bar, or a line every few seconds where there is no terminal."""
+    """Ask with a progress bar, or a line every few seconds without a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sbs_edge.teacher.annotate import Progress as Figures
@@ -258,10 +285,10 @@ REFUSED_SHARE = 0.1
 def outcome(
     annotation: Annotation, report: dict[str, Any], out: Path, server: str, fields: list[str]
 ) -> None:
-    """Raise where a run did not do what was asked; what it did is written already.
+    """Raise an error if a run did not do what was asked; its results are written already.
 
     Raises:
-        SbsEdgeError: the budget ended the run, calls stayed unanswered, no row is annotated, or the server refused
+        SbsEdgeError: the budget was used up, calls were left unanswered, no row is annotated, or the server refused
             more than :data:`REFUSED_SHARE` of the rows.
 
     """
@@ -273,7 +300,7 @@ def outcome(
     if stats.stopped == "budget":
         raise SbsEdgeError(
             f"The budget ended the run: {done} of {rows} rows are annotated and written to {out}. Raise --max-cost "
-            "or --max-total-tokens and run the same command to go on."
+            "or --max-total-tokens and run the same command to continue."
         )
     words = stats.last_failure or next((item.detail for item in annotation.results if item.detail), None)
     refused = report["reasons"].get("rejected", 0)
@@ -284,7 +311,7 @@ def outcome(
     if stats.unanswered:
         kinds = ", ".join(f"{number} {reason}" for reason, number in stats.unanswered.items())
         raise SbsEdgeError(
-            f"{sum(stats.unanswered.values())} calls stayed unanswered ({kinds}); the rest is written to {out}.{said} "
+            f"{sum(stats.unanswered.values())} calls were left unanswered ({kinds}); the rest is written to {out}.{said} "
             "Run the same command again: it asks only what is missing."
         )
     if done == 0:
@@ -299,6 +326,17 @@ def outcome(
         )
 
 
+COPIED_SHARE = 0.1
+"""From this share on, rationales that are a worked example's are worth a word."""
+
+
+def _copied(report: dict[str, Any]) -> str:
+    copied = report["copied_rationales"]
+    if copied <= COPIED_SHARE * report["annotated"]:
+        return ""
+    return f"; {copied:,} rationales repeat a worked example word for word"
+
+
 def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -> None:
     """Print one line about the outcome."""
     agreement = report["agreement"]["rate"]
@@ -307,6 +345,7 @@ def summary(report: dict[str, Any], out: Path, console: Console, priced: bool) -
         + (f"; agreement with gold {agreement:.1%}" if agreement is not None else "")
         + (f"; without: {report['reasons']}" if report["reasons"] else "")
         + (f"; the server's words: {report['refusal']}" if report.get("refusal") else "")
+        + _copied(report)
         + (f"; cost {report['calls']['cost']:.4f}" if priced or report["calls"]["cost"] else "")
         + f". Read {out.with_suffix('.report.html')}.",
         highlight=False,

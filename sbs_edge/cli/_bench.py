@@ -18,7 +18,7 @@ __all__ = ["OutOption", "finish", "int_list", "names", "progress", "require"]
 
 
 def _writable(out: Path | None) -> Path | None:
-    """Raise if the results could not be kept in ``out``: before the measurement, not after it."""
+    """Raise an error before the measurement if the results cannot be written to ``out``."""
     if out is not None:
         files.check_writable(out.expanduser() / "result.json")
     return out
@@ -28,7 +28,7 @@ OutOption = Annotated[
     Path | None,
     typer.Option(
         callback=_writable,
-        help="Directory for JSON, Markdown, pictures and a page; without it only stdout has the result.",
+        help="Directory for JSON, Markdown, pictures and a page. Default: the result is only on stdout.",
         show_default=False,
     ),
 ]
@@ -38,7 +38,7 @@ def int_list(text: str, flag: str, least: int = 1) -> tuple[int, ...]:
     """Parse whole numbers separated by commas.
 
     Raises:
-        UsageError: there is none, one is below ``least``, or a part is not a whole number.
+        UsageError: the list is empty, a number is below ``least``, or a part is not a whole number.
 
     """
     try:
@@ -64,7 +64,7 @@ def require(package: str, purpose: str, extra: str = "bench") -> None:
     """Check that an optional package is installed.
 
     Raises:
-        MissingExtra: it is not.
+        MissingExtra: it is not installed.
 
     """
     if find_spec(package) is None:

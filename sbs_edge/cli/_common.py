@@ -77,7 +77,7 @@ ConfigOption = Annotated[
         "--config",
         is_eager=True,
         callback=_load_config,
-        help="YAML file of flags; flags and environment win over it.",
+        help="YAML file of options; flags and environment variables win over it.",
         show_default=False,
     ),
 ]
@@ -85,7 +85,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout; messages go to stderr.")
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, say what would be done, change nothing.")
+    bool, typer.Option("--dry-run", help="Check everything and say what would be done, but change nothing.")
 ]
 
 
@@ -99,21 +99,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# What wins over what: the order of this module's first lines.
+# Precedence of the sources, as in the module's docstring.
 _RANK = {"COMMANDLINE": 3, "ENVIRONMENT": 2, "DEFAULT_MAP": 1}
 
 
 def either(ctx: typer.Context, name: str, other: str, flags: str) -> Any:
-    """Return the parameter ``name``, or ``other``, its second spelling, where that was given; keep it as ``name``.
+    """Return the parameter ``name``, or its alias ``other`` if that was given; store it as ``name``.
 
     Args:
-        ctx: of the command; the resolved configuration it gives knows ``name`` only.
+        ctx: context of the command; its resolved configuration then has only ``name``.
         name: the parameter.
-        other: the parameter that is the same under another name; None where it was not given.
+        other: the alias; None if it was not given.
         flags: both as the user writes them, for the message.
 
     Raises:
-        UsageError: both were given in one way; else the stronger of flag, environment and file wins.
+        UsageError: both were given in the same way. Otherwise flag wins over environment, and environment over file.
 
     """
     second = ctx.params.pop(other)
@@ -134,7 +134,7 @@ def need(packages: Iterable[str], extra: str, purpose: str) -> None:
     """Check, before any work, that the packages of an extra are installed.
 
     Raises:
-        MissingExtra: one is not; the message says how to add it.
+        MissingExtra: a package is missing; the message says how to add it.
 
     """
     for package in packages:
@@ -143,7 +143,7 @@ def need(packages: Iterable[str], extra: str, purpose: str) -> None:
 
 
 def resolved(ctx: typer.Context) -> dict[str, Any]:
-    """Return the command's parameters after flags, environment, file and defaults were merged."""
+    """Return the command's parameters, merged from flags, environment, file and defaults."""
     values = {
         name: _plain(value)
         for name, value in sorted(ctx.params.items())
@@ -158,7 +158,7 @@ def save_resolved(ctx: typer.Context, path: Path) -> None:
 
 
 def save_resolved_beside(ctx: typer.Context, folder: str | Path) -> None:
-    """Write it beside a directory whose content is counted or listed: ``NAME.config.yaml``; nothing for a URI."""
+    """Write it to ``NAME.config.yaml`` beside a directory that must have no other files; do nothing for a URI."""
     if "://" not in str(folder):
         place = Path(folder).resolve()  # "." has no name
         save_resolved(ctx, place.with_name(place.name + ".config.yaml"))

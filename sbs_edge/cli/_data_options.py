@@ -1,8 +1,8 @@
-"""Options that say which rows a command reads, shared by all commands that read examples."""
+"""Options that select the rows of a command, shared by all commands that read examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,6 +19,8 @@ __all__ = [
     "CompareOption",
     "DataArgument",
     "DatasetOption",
+    "DecoderLayersOption",
+    "EncoderLayersOption",
     "LabelKind",
     "LabelKindOption",
     "LeaveOutBadRowsOption",
@@ -29,12 +31,13 @@ __all__ = [
     "TestOption",
     "ValidationOption",
     "judge",
+    "load_rows",
     "read_rows",
 ]
 
 
 class Mode(StrEnum):
-    """Where labels and rationales come from."""
+    """The training modes: gold or teacher labels, with or without rationales."""
 
     finetune = "finetune"
     distill = "distill"
@@ -52,14 +55,14 @@ class PaperDataset(StrEnum):
 
 
 class Compare(StrEnum):
-    """When two labels are the same answer."""
+    """The ways to compare two labels."""
 
     text = "text"
     value = "value"
 
 
 class LabelKind(StrEnum):
-    """Where the labels to choose from come from."""
+    """The kinds of label sets."""
 
     closed = "closed"
     choices = "choices"
@@ -73,34 +76,46 @@ DatasetOption = Annotated[
     PaperDataset | None, typer.Option(help="Read DATA in the paper's layout instead of by its suffix.")
 ]
 ValidationOption = Annotated[
-    Path | None, typer.Option(help="File of validation rows; none: a tenth of the training inputs.")
+    Path | None, typer.Option(help="File of validation rows. Default: a tenth of the training inputs.")
 ]
 TestOption = Annotated[
     Path | None,
-    typer.Option(help="File of test rows, kept out of training; none: a tenth of the inputs."),
+    typer.Option(help="File of test rows, kept out of training. Default: a tenth of the inputs."),
 ]
 LabelKindOption = Annotated[
-    LabelKind | None, typer.Option(help="closed, choices or open; none: decided from the rows.")
+    LabelKind | None,
+    typer.Option(
+        help="One fixed label set, choices in each row, or free text. Default: decided from the rows."
+    ),
 ]
 CompareOption = Annotated[
-    Compare, typer.Option(help="Labels are equal as text, or by arithmetic value: 84/2 is 42.")
+    Compare, typer.Option(help="Compare labels as text, or by arithmetic value (84/2 is 42).")
 ]
 ColumnOption = Annotated[
     list[str] | None,
-    typer.Option(help="For example input=question."),
+    typer.Option(help="Read FIELD from COLUMN, for example input=question."),
 ]
 SkipBadRowsOption = Annotated[
     bool,
-    typer.Option("--skip-bad-rows", help="Go on without malformed rows and list them in a file."),
+    typer.Option("--skip-bad-rows", help="Leave malformed rows out and list them in a file."),
 ]
 LeaveOutBadRowsOption = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows and say how many.")
+    bool, typer.Option("--skip-bad-rows", help="Leave malformed rows out and say how many.")
 ]
-ModeOption = Annotated[Mode, typer.Option(help="Gold or teacher's labels, with or without rationales.")]
+EncoderLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Encoder layers to keep of the checkpoint: a number, evenly spaced, or indices such as 0,3,5."
+    ),
+]
+DecoderLayersOption = Annotated[
+    str | None, typer.Option(help="Decoder layers to keep of the checkpoint, as --encoder-layers.")
+]
+ModeOption = Annotated[Mode, typer.Option(help="Learn gold or teacher labels, with or without rationales.")]
 
 
 def judge(splits: Splits, mode: str) -> None:
-    """Say on stderr what the checks of ``data check`` warn of, and refuse at their stops.
+    """Print the warnings of ``data check`` on stderr; raise an error if a check says stop.
 
     Raises:
         DataError: training would fail, or the student would be useless.
@@ -117,8 +132,26 @@ def judge(splits: Splits, mode: str) -> None:
     refuse_stops(findings)
 
 
+def load_rows(values: Mapping[str, Any], *, seed: int, skipped_file: Path | None, **instead: Any) -> Splits:
+    """Read the splits that a command's data options name.
+
+    Args:
+        values: the command's parameters.
+        seed: of splits that are drawn.
+        skipped_file: where rows that were left out are listed.
+        instead: arguments of ``load_splits`` that replace what ``values`` says.
+    """
+    from sbs_edge.data.load import load_splits
+    from sbs_edge.data.readers import ColumnMap
+
+    names = ("dataset", "validation", "test", "label_kind", "compare", "skip_bad_rows")
+    options = {name: values[name] for name in names}
+    options["columns"] = ColumnMap.parse(values["column"] or ())
+    return load_splits(values["data"], **{**options, **instead}, seed=seed, skipped_file=skipped_file)
+
+
 def read_rows(path: Path, column: Iterable[str] | None, skip_bad_rows: bool) -> list[Example]:
-    """Read one file of rows; malformed ones stop the command, or are left out and counted on stderr."""
+    """Read a file of rows; malformed rows stop the command, or are left out and counted on stderr."""
     from sbs_edge.data.readers import ColumnMap, read_examples, refuse
 
     read = read_examples(path, columns=ColumnMap.parse(column or ()))

@@ -1,4 +1,4 @@
-"""Options generated from the fields of a configuration class, and the text form ``FIELD=VALUE``."""
+"""Generate options from the fields of a configuration class, and parse ``FIELD=VALUE``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from sbs_edge.errors import UsageError
 __all__ = ["field_options", "parse_fields"]
 
 
-def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that gives a command one option for each field of ``model``.
+def field_options(
+    model: type[BaseModel], before: str, flags: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that gives a command an option for each described field of ``model``.
 
-    The options arrive in the command's ``**`` parameter. Their names, bounds, choices, defaults and help
-    are the fields' own.
+    The command receives the options in its ``**`` parameter. Names, bounds, choices, defaults and help
+    come from the fields.
 
     Args:
-        model: configuration class; every field has a description.
-        before: parameter of the command in front of which the options go.
+        model: configuration class; a field without a description gets no option.
+        before: parameter of the command before which the options are placed.
+        flags: fields whose option has another name, and that name.
 
     """
 
@@ -37,7 +40,11 @@ def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[...
         parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(command).parameters.items():
             if name == before:
-                parameters += [_parameter(field, info) for field, info in model.model_fields.items()]
+                parameters += [
+                    _parameter((flags or {}).get(field, field), info)
+                    for field, info in model.model_fields.items()
+                    if info.description
+                ]
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
                 parameters.append(
                     parameter.replace(annotation=hints[name], kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -52,12 +59,8 @@ def field_options(model: type[BaseModel], before: str) -> Callable[[Callable[...
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = field.default
     kind, repeated, optional = _kind(name, field.annotation)
-    flag = f"--{name.replace('_', '-')}"
-    if kind is bool:
-        # A flag that is off unless given needs no opposite; the others do.
-        names = [flag] if default is False else [f"{flag}/--{'no-' + flag[2:]}"]
-    else:
-        names = [flag]
+    # A flag that is off by default needs no opposite; typer gives one to the others.
+    names = [f"--{name.replace('_', '-')}"] if kind is not bool or default is False else []
     if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(default, str):
         default = kind(default)
     annotation: Any = list[kind] if repeated else kind  # type: ignore[valid-type]
@@ -73,7 +76,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _kind(name: str, annotation: Any) -> tuple[Any, bool, bool]:
-    """Return the type of one value, whether several may be given, and whether None is allowed."""
+    """Return the type of a value, whether several may be given, and whether None is allowed."""
     optional = repeated = False
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is typing.Union:
         parts = get_args(annotation)
@@ -110,10 +113,10 @@ def parse_fields(
     """Read ``FIELD=VALUE`` texts; the configuration class converts and checks the values.
 
     Args:
-        items: the texts; ``null`` stands for None, every other value is text as written.
+        items: the texts; ``null`` means None, every other value is text as written.
         model: configuration class.
-        flags: fields that the command sets by an option of its own, and that option.
-        option: option that took the texts, for messages.
+        flags: fields that the command sets with another option, and that option.
+        option: option that received the texts, for messages.
 
     Raises:
         UsageError: a text is not FIELD=VALUE, names an unknown field or names one twice.

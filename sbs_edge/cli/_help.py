@@ -22,6 +22,12 @@ _COMMON = {"config", "dry_run", "help", "json"}
 # By command: the option that starts a panel, in the order of declaration.
 _PANELS: dict[str, dict[str, str]] = {
     "run": {"mode": "Students", "target": "Export", "skip_bad_rows": "Data", "seed": "Students"},
+    "study": {
+        "method": "Grid",
+        "within": "Choice",
+        "target": "Export",
+        "engine": "Where runs are carried out",
+    },
     "train": {
         "mode": "Objective",
         "model": "Student",
@@ -49,20 +55,29 @@ _PANELS: dict[str, dict[str, str]] = {
         "watch": "Versions",
         "max_batch_tokens": "Batches",
         "truncate": "Limits",
-        "token_file": "Security",
+        "tls_cert": "Security",
         "escalate_url": "Escalation",
         "abstain_below": "Answers and logs",
+        "token_file": "Security",
+        "log_level": "Answers and logs",
     },
 }
-_DIRECTORIES = {"student", "out", "tokenizer"}
-_FILES = {"task", "data", "input", "journal", "emit_batch"}
+_DIRECTORIES = {"student", "out", "tokenizer", "work"}
+_FILES = {"task", "input", "journal", "emit_batch"}
 _VALUES = {
+    **dict.fromkeys(("against", "batches", "cpus", "dtype", "padding", "peers", "precision"), "LIST"),
+    **dict.fromkeys(("rationale_batches", "shapes", "sources", "stages"), "LIST"),
     "base_url": "URL",
     "column": "FIELD=COLUMN",
+    "decoder_layers": "LAYERS",
+    "encoder_layers": "LAYERS",
     "escalate_url": "URL",
     "extra_body": "JSON",
     "header": "NAME=VALUE",
+    "label": "TEXT",
+    "label_prefix": "TEXT",
     "otel_endpoint": "URL",
+    "rationale_prefix": "TEXT",
     "request": "NAME=VALUE",
     "training": "FIELD=VALUE",
 }
@@ -77,7 +92,7 @@ def show_help(command: Any, ctx: Any) -> None:
     console.print(Text(command.get_usage(ctx)))
     for paragraph in (command.help or "").split("\n\n"):
         if paragraph.strip():
-            console.print(Text("\n" + " ".join(paragraph.split())))
+            console.print(Text("\n" + _paragraph(paragraph, width)))
     hints = typing.get_type_hints(command.callback, include_extras=True) if command.callback else {}
     panels: dict[str, list[tuple[str, str]]] = {}
     starts = {**_DATA, **_PANELS.get(command.name or "", {})}
@@ -95,11 +110,29 @@ def show_help(command: Any, ctx: Any) -> None:
     for title in sorted(panels, key=lambda name: (name != "Arguments", name == "General")):
         _print_panel(console, title, panels[title], width)
     if commands := getattr(command, "commands", None):
-        rows = [(name, (each.help or "").split("\n\n")[0]) for name, each in commands.items()]
+        rows = [(name, (commands[name].help or "").split("\n\n")[0]) for name in command.list_commands(ctx)]
         _print_panel(console, "Commands", rows, width, max(len(name) for name in commands) + 2)
     elif ctx.auto_envvar_prefix:
-        rule = f"Each option is also an environment variable, {ctx.auto_envvar_prefix}_OPTION in capitals."
+        named = [item for item in command.get_params(ctx) if item.param_type_name == "option"]
+        one = next((item for item in named if item.name not in _COMMON and not item.hidden), named[0])
+        variable = f"{ctx.auto_envvar_prefix}_{one.name.upper()}"
+        rule = f"Each option is also an environment variable: {max(one.opts, key=len)} is {variable}."
         console.print(Text(rule, style="dim"))
+
+
+def _paragraph(text: str, width: int) -> str:
+    """Join the lines of a paragraph. The commands after ``Examples:`` get lines of their own, ready to be copied."""
+    text = " ".join(text.split())
+    heading, _, commands = text.partition(": ")
+    if heading not in ("Example", "Examples"):
+        return text
+    lines = [f"{heading}:"]
+    for command in commands.split("; "):
+        parts = textwrap.wrap(
+            command, width - 6, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
+        lines.append("  " + " \\\n  ".join(parts))
+    return "\n".join(lines)
 
 
 def _declared(hint: Any) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
-"""Rows that ``sbs-edge predict`` answers: lines of text, JSON Lines, or a table by its suffix."""
+"""The rows of ``sbs-edge predict``: lines of text, JSON Lines, or a table by its suffix."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class PredictRow:
         place: file and line, for messages.
         text: the input.
         labels: the row's own choices, or None.
-        rest: what goes into the answer unchanged: the row's id where it has one.
+        rest: fields that are copied into the answer: the row's id, if it has one.
 
     """
 
@@ -35,15 +36,18 @@ class PredictRow:
 
 
 def is_table(source: str) -> bool:
-    """Tell whether the suffix says that ``source`` has named columns (:data:`sbs_edge.data.rows.FORMATS`)."""
+    """Return whether the suffix of ``source`` is that of a format with columns (:data:`sbs_edge.data.rows.FORMATS`)."""
     return Path(source).suffix.lower() in FORMATS
 
 
 def columns_of(column: Iterable[str], field: str) -> ColumnMap:
     """Merge ``--column`` and ``--field``, of which the second is the short form of ``input=FIELD``."""
     columns = ColumnMap.parse(column)
+    read = ("id", "input", "choices")
     unused = [
-        name for name in ("label", "teacher_label", "rationale", "confidence") if getattr(columns, name)
+        part.name
+        for part in dataclasses.fields(columns)
+        if part.name not in read and getattr(columns, part.name)
     ]
     if unused:
         raise UsageError(
@@ -56,11 +60,11 @@ def columns_of(column: Iterable[str], field: str) -> ColumnMap:
 
 
 def text_rows(lines: Iterable[bytes], source: str) -> Iterator[PredictRow]:
-    """Yield one row a line.
+    """Yield a row for each line.
 
     Raises:
-        DataError: a line is blank, not UTF-8, or holds a carriage return or a NUL byte: with one answer
-            for each line, no line may be dropped or joined.
+        DataError: a line is blank, not UTF-8, or has a carriage return or a NUL byte. Each line gets an answer, so
+            no line may be dropped or joined.
 
     """
     for number, line in enumerate(lines, 1):
@@ -90,13 +94,13 @@ def table_rows(
     """Yield the rows of a file with columns.
 
     Args:
-        source: the file, whose suffix says its format; with ``lines``, only a name for messages.
-        columns: which column is which field; all but ``input`` may be left at None.
+        source: the file, whose suffix gives its format; with ``lines``, only a name for messages.
+        columns: the columns of the fields; all but ``input`` may be None.
         lines: JSON Lines to read instead of the file.
-        own_choices: read each row's choices; without, they may be anything.
+        own_choices: read each row's choices; otherwise they are ignored.
 
     Raises:
-        DataError: a row cannot be read or lacks its text: no row is left out.
+        DataError: a row cannot be read or has no text; no row is left out.
 
     """
     for raw in iterate_rows(Path(source)) if lines is None else json_line_rows(lines, source):

@@ -52,11 +52,13 @@ def run_long_task(ctx: typer.Context) -> None:
         **{name: value for name, value in own.items() if value is not None},
         **parse_fields(values["training"] or (), TrainConfig, flags),
     }
+    own_fields: dict[str, Any] = {"steps": values["steps"]} if "steps" in given else {}
+    if values["target"]:
+        own_fields["targets"] = tuple(values["target"])
     config = ShiftLogConfig(
         latest=values["data"] == LATEST_NAME, seed=values["seed"], training=training,
         max_drop=values["max_drop"], min_rationale_agreement=values["min_rationale_agreement"],
-        **({"steps": values["steps"]} if "steps" in given else {}),
-        **({"targets": tuple(values["target"])} if values["target"] else {}),
+        **own_fields,
     )  # fmt: skip
     trained = make_config(None, {**TRAINING, **training, "max_steps": config.steps, "seed": config.seed})
     if trained.long_settings is None:

@@ -1,4 +1,4 @@
-"""Near misses of options, fields and commands: common names elsewhere, then similar spelling."""
+"""Suggest options, fields and commands: by their names in other programs, then by similar spelling."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def suggested(name: str, known: Iterable[str]) -> list[str]:
-    """Return at most three of the ``known`` names that ``name`` may stand for, likeliest first.
+    """Return at most three of the ``known`` names that ``name`` may mean, the likeliest first.
 
     Dashes, underscores and leading dashes do not count.
 

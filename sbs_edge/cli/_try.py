@@ -9,8 +9,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sbs_edge.cli._annotate import Connection, ask_teacher, connection_of, read_rows
+from sbs_edge.cli._annotate import (
+    Connection,
+    PriceInOption,
+    PriceOutOption,
+    ask_teacher,
+    connection_of,
+    read_rows,
+)
 from sbs_edge.cli._common import JsonOption, print_json
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
+from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
 
 __all__ = ["register_try"]
 
@@ -23,38 +32,38 @@ def register_try(group: typer.Typer) -> None:
         data: Annotated[str, typer.Argument(metavar="INPUT", help="Rows, as for annotate.")],
         task: Annotated[str, typer.Option(help="Task file or preset.")],
         model: Annotated[str, typer.Option(help="The teacher's model, as the server knows it.")],
-        rows: Annotated[int, typer.Option(min=1, help="How many rows to ask for.")] = 5,
+        rows: Annotated[int, typer.Option(min=1, help="Number of rows to ask for.")] = 5,
         base_url: Annotated[str | None, typer.Option(help="As for annotate.")] = None,
         server: Annotated[str | None, typer.Option(help="Preset of a server, as for annotate.")] = None,
         api_key_env: Annotated[
             str | None, typer.Option(help="Environment variable that holds the key.")
         ] = None,
-        header: Annotated[list[str] | None, typer.Option(help="NAME=VALUE or NAME=env:VARIABLE.")] = None,
-        request: Annotated[
-            list[str] | None, typer.Option(help="NAME=VALUE sets a field of the request.")
+        header: Annotated[
+            list[str] | None, typer.Option(help="Header sent with every request; or NAME=env:VARIABLE.")
         ] = None,
-        omit: Annotated[list[str] | None, typer.Option(help="Field of the request that is not sent.")] = None,
-        extra_body: Annotated[str | None, typer.Option(help="JSON object of further fields.")] = None,
+        request: Annotated[list[str] | None, typer.Option(help="Set a field of the request.")] = None,
+        omit: Annotated[list[str] | None, typer.Option(help="Leave a field out of the request.")] = None,
+        extra_body: Annotated[
+            str | None, typer.Option(help="JSON object with further fields of the request.")
+        ] = None,
+        structured: StructuredOption = None,
+        rationale_from: RationaleFromOption = None,
         temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-        max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit of one answer in tokens.")] = None,
+        max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
-        skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows.")
-        ] = False,
-        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
-        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        column: ColumnOption = None,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
+        price_in: PriceInOption = 0.0,
+        price_out: PriceOutOption = 0.0,
         journal: Annotated[
             Path | None,
             typer.Option(
-                help="Keep the answers here: annotate with the same journal does not pay for them again."
+                help="Keep the answers in this file; annotate with the same journal does not pay for them again."
             ),
         ] = None,
         json: JsonOption = False,
     ) -> None:
-        """Ask a teacher for a few rows; show prompt, raw answer, label and rationale, tokens and cost.
+        """Ask a teacher for a few rows; show prompt, raw answer, label and rationale, tokens, cost, and what to change.
 
         Example: sbs-edge task try rows.jsonl --task task.yaml --base-url http://localhost:8080/v1 --model any
         """
@@ -67,7 +76,7 @@ def register_try(group: typer.Typer) -> None:
         from sbs_edge.teacher.trial import trial_report, trial_text
 
         console = Console(stderr=True)
-        spec = load_task(task)
+        spec = with_rationale_from(load_task(task), rationale_from)
         refuse_placeholders(spec, task)
         sampling, connection = connection_of(
             spec,
@@ -78,6 +87,7 @@ def register_try(group: typer.Typer) -> None:
             request=request or (),
             omit=omit or (),
             extra_body=extra_body,
+            structured=structured,
         )
         prices = Prices(price_in, price_out)
         settings = Settings(
@@ -89,7 +99,7 @@ def register_try(group: typer.Typer) -> None:
         with tempfile.TemporaryDirectory() as folder:
             place = journal or Path(folder) / "journal.jsonl"
             annotation = ask_teacher(examples, spec, settings, connection, place, console)
-        report = trial_report(examples, spec, annotation, model, sampling, prices)
+        report = trial_report(examples, spec, annotation, model, prices)
         if json:
             print_json(report)
         else:

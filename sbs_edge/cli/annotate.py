@@ -12,6 +12,8 @@ from rich.console import Console
 
 from sbs_edge.cli._annotate import (
     Connection,
+    PriceInOption,
+    PriceOutOption,
     ask_teacher,
     connection_of,
     emit,
@@ -19,6 +21,7 @@ from sbs_edge.cli._annotate import (
     read_outputs,
     read_rows,
     say_estimate,
+    settle_from_journal,
     summary,
 )
 from sbs_edge.cli._common import (
@@ -30,19 +33,21 @@ from sbs_edge.cli._common import (
     save_resolved,
     save_resolved_beside,
 )
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
+from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
 
 __all__ = ["register"]
 
 
 class Backend(StrEnum):
-    """Who answers."""
+    """The kinds of teacher."""
 
     openai = "openai"
     local = "local"
 
 
 class Engine(StrEnum):
-    """What runs the calls."""
+    """The ways to run the calls."""
 
     local = "local"
     ray = "ray"
@@ -65,7 +70,7 @@ def register(app: typer.Typer) -> None:
         out: Annotated[
             str,
             typer.Option(
-                help="Annotated rows (JSON Lines); failures, report and journal go beside it. "
+                help="Annotated rows (JSON Lines); failures, report and journal are written beside it. "
                 "Ray: a folder of shards, or a URI. --output is the same."
             ),
         ] = "annotated.jsonl",
@@ -78,141 +83,159 @@ def register(app: typer.Typer) -> None:
         backend: Annotated[
             Backend,
             typer.Option(
-                help="openai: any endpoint of the OpenAI protocol; local: a transformers model in this process."
+                help="openai: any endpoint with the OpenAI protocol. local: a transformers model in this process."
             ),
         ] = Backend.openai,
         base_url: Annotated[
             str | None,
             typer.Option(
                 help="The endpoint up to and including /v1; a query (?api-version=...) is kept. "
-                "None: OPENAI_BASE_URL, the preset's, or OpenAI's own."
+                "Default: OPENAI_BASE_URL, the address of --server, or OpenAI's."
             ),
         ] = None,
         server: Annotated[
             str | None,
             typer.Option(
-                help="Preset of a server: openai, azure, openrouter, anthropic, vllm, llama.cpp, ollama or lmstudio. It "
-                "gives the address, the key's variable and the names of parameters; flags win."
+                help="Preset of a server: openai, azure, openrouter, anthropic, gemini, mistral, deepseek, groq, "
+                "together, fireworks, xai, vllm, sglang, llama.cpp, llama-cpp-python, ollama or lmstudio. It sets the "
+                "address, the key's variable and parameter names; flags win."
             ),
         ] = None,
         api_key_env: Annotated[
             str | None,
             typer.Option(
-                help="Environment variable that holds the key; the key itself is never a flag and never written. "
-                "None: OPENAI_API_KEY, or the preset's."
+                help="Environment variable that holds the key. The key itself is never an option and never written. "
+                "Default: OPENAI_API_KEY, or the variable of --server."
             ),
         ] = None,
         header: Annotated[
             list[str] | None,
             typer.Option(
-                help="NAME=VALUE, sent with every request; NAME=env:VARIABLE keeps a secret out of the shell."
+                help="Header sent with every request; NAME=env:VARIABLE keeps a secret out of the shell."
             ),
         ] = None,
         request: Annotated[
             list[str] | None,
             typer.Option(
-                help="NAME=VALUE sets a field of the request. max_completion_tokens, with or without a value, takes "
-                "the place of max_tokens."
+                help="Set a field of the request. max_completion_tokens, with or without a value, replaces max_tokens."
             ),
         ] = None,
         omit: Annotated[
-            list[str] | None, typer.Option(help="Field of the request that is not sent, such as temperature.")
+            list[str] | None, typer.Option(help="Leave a field out of the request, such as temperature.")
         ] = None,
         extra_body: Annotated[
-            str | None, typer.Option(help="JSON object of further fields of the request.")
+            str | None, typer.Option(help="JSON object with further fields of the request.")
         ] = None,
+        structured: StructuredOption = None,
+        rationale_from: RationaleFromOption = None,
         timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
         device: Annotated[str | None, typer.Option(help="Device of a local model.")] = None,
         dataset: Annotated[
             str | None, typer.Option(help="Read INPUT in the paper's layout: cqa, svamp, anli1 or esnli.")
         ] = None,
         split: Annotated[
-            str, typer.Option(help="Split to annotate, with --dataset or a data set's name.")
+            str, typer.Option(help="Split to annotate, with --dataset or the name of a data set.")
         ] = "train",
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
+        column: ColumnOption = None,
+        limit: Annotated[
+            int | None, typer.Option(min=1, help="Annotate only this many rows, from the first.")
         ] = None,
-        limit: Annotated[int | None, typer.Option(min=1, help="Annotate only the first rows.")] = None,
-        skip_bad_rows: Annotated[
-            bool, typer.Option("--skip-bad-rows", help="Go on without malformed rows.")
-        ] = False,
+        skip_bad_rows: LeaveOutBadRowsOption = False,
         samples: Annotated[
             int,
             typer.Option(
-                min=1, help="Answers a row; above 1 the label is voted on and costs grow as many times."
+                min=1, help="Answers per row. Above 1 the label is a majority vote, and costs multiply."
             ),
         ] = 1,
+        logprobs: Annotated[
+            int,
+            typer.Option(
+                min=0,
+                max=20,
+                help="Ask for so many log-probabilities at each token, where the server has them; a row then gets the "
+                "teacher's distribution over the labels, for --soft-labels.",
+            ),
+        ] = 0,
         temperature: Annotated[
-            float | None, typer.Option(min=0, help="0 is greedy. None: 0 for one sample, 0.7 for several.")
+            float | None, typer.Option(min=0, help="0 is greedy. Default: 0 for one sample, 0.7 for several.")
         ] = None,
         top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None,
         max_tokens: Annotated[
             int | None,
-            typer.Option(min=1, help="Limit of one answer in tokens; answers cut off by it are of no use."),
+            typer.Option(
+                min=1,
+                help="Longest answer in tokens; an answer that is cut off cannot be used. Default: the task file's.",
+            ),
         ] = None,
         sampling_seed: Annotated[
-            int | None, typer.Option(min=0, help="Seed sent with each request, where the server knows one.")
+            int | None, typer.Option(min=0, help="Seed sent with each request, if the server supports one.")
         ] = None,
         concurrency: Annotated[
-            int, typer.Option(min=1, help="Requests on their way at once; a kill repeats at most this many.")
+            int,
+            typer.Option(
+                min=1, help="Requests in flight at once; after a kill at most this many are repeated."
+            ),
         ] = 8,
         max_attempts: Annotated[
-            int, typer.Option(min=1, help="How often one call is sent before it is left to the next run.")
+            int, typer.Option(min=1, help="Attempts per call; then it is left to the next run.")
         ] = 6,
-        price_in: Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")] = 0.0,
-        price_out: Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")] = 0.0,
+        price_in: PriceInOption = 0.0,
+        price_out: PriceOutOption = 0.0,
         max_cost: Annotated[
             float | None,
-            typer.Option(min=0, help="Stop before the journal's calls cost more than this in all."),
+            typer.Option(min=0, help="Stop before all calls in the journal cost more than this."),
         ] = None,
         max_total_tokens: Annotated[
             int | None,
-            typer.Option(min=1, help="Stop before the journal's calls take more tokens than this in all."),
+            typer.Option(min=1, help="Stop before all calls in the journal use more tokens than this."),
         ] = None,
         journal: Annotated[
             Path | None,
             typer.Option(
-                help="Where finished calls are kept. None: OUT with .journal.jsonl; Ray: a folder, OUT/journal."
+                help="File of finished calls. Default: OUT with .journal.jsonl; Ray: the folder OUT/journal."
             ),
         ] = None,
         retry_failed: Annotated[
             bool,
             typer.Option(
-                "--retry-failed", help="Ask again where an answer was refused, empty, cut off or unreadable."
+                "--retry-failed",
+                help="Ask again for rows whose answer was refused, empty, cut off or unreadable.",
             ),
         ] = False,
         keep_failed: Annotated[
             bool,
             typer.Option(
                 "--keep-failed",
-                help="Keep rows without annotation in OUT, without teacher's label and rationale.",
+                help="Keep failed rows in OUT, without a teacher label and rationale.",
             ),
         ] = False,
         outputs: Annotated[
             list[Path] | None,
             typer.Option(
-                help="Ask nobody: read finished outputs (paper's layout .json, or Batch output .jsonl)."
+                help="Read finished outputs instead of asking (the paper's .json files, or OpenAI Batch output .jsonl)."
             ),
         ] = None,
         emit_batch: Annotated[
             Path | None,
-            typer.Option(help="Ask nobody: write OpenAI Batch input for what is not in the journal."),
+            typer.Option(
+                help="Write OpenAI Batch input for the calls that the journal lacks, instead of asking."
+            ),
         ] = None,
         show_prompt: Annotated[
             bool, typer.Option("--show-prompt", help="Print the first row's prompt and stop.")
         ] = False,
-        row: Annotated[int, typer.Option(min=0, help="Which row --show-prompt shows, from 0.")] = 0,
+        row: Annotated[int, typer.Option(min=0, help="Row that --show-prompt shows, counted from 0.")] = 0,
         engine: Annotated[
             Engine,
             typer.Option(
-                help="local: this process; ray: Ray Data workers, resumable by shard (extra 'scale')."
+                help="local: this process. ray: Ray Data workers, resumed by shard (extra 'scale')."
             ),
         ] = Engine.local,
         workers: Annotated[
-            int, typer.Option(min=1, help="Ray actors, each with --concurrency requests on their way.")
+            int, typer.Option(min=1, help="Ray actors, each with --concurrency requests in flight.")
         ] = 2,
         ray_address: Annotated[
-            str | None, typer.Option(help="Ray cluster; none starts one on this machine.")
+            str | None, typer.Option(help="Address of a Ray cluster. Default: start one on this machine.")
         ] = None,
         input: Annotated[str | None, typer.Option("--input", hidden=True, help="INPUT.")] = None,
         output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
@@ -220,13 +243,14 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
-        """Ask a teacher for labels and rationales. Killed and started again, it repeats no finished call.
+        """Ask a teacher for labels and rationales. If it is interrupted, the next run continues where it stopped.
 
         Examples: sbs-edge annotate rows.jsonl --task task.yaml --base-url http://localhost:8080/v1 --model any;
         sbs-edge annotate DIR --dataset svamp --task svamp --outputs 'DIR/svamp/llm/train_CoT_*.json';
         sbs-edge annotate --engine ray --task task.yaml --model any --input 'rows/*.jsonl' --output annotated
         """
         from sbs_edge.chat.endpoint import redacted_headers, redacted_url
+        from sbs_edge.chat.logprobs import logprob_fields
         from sbs_edge.errors import UsageError
         from sbs_edge.teacher.annotate import Settings, annotate_outputs, write_annotation
         from sbs_edge.teacher.calls import Sampling
@@ -239,10 +263,10 @@ def register(app: typer.Typer) -> None:
         data = either(ctx, "data", "input", "INPUT and --input")
         out = either(ctx, "out", "output", "--out and --output")
         if data is None:
-            raise UsageError("There is nothing to annotate: name the rows as INPUT, or with --input.")
+            raise UsageError("There is nothing to annotate: give the rows as INPUT, or with --input.")
         console = Console(stderr=True, markup=False)
-        spec = load_task(task)
-        if not (show_prompt or outputs):  # these ask nobody
+        spec = with_rationale_from(load_task(task), rationale_from)
+        if not (show_prompt or outputs):  # these do not call the teacher
             refuse_placeholders(spec, task)
         heat = temperature if temperature is not None else (0.7 if samples > 1 else 0.0)
         sampling, connection = connection_of(
@@ -254,22 +278,40 @@ def register(app: typer.Typer) -> None:
             request=request or (),
             omit=omit or (),
             extra_body=extra_body,
+            structured=structured,
         )
+        if backend is Backend.local and sampling.structured == "auto":
+            sampling = dataclasses.replace(sampling, structured="off")
+        if logprobs:
+            if backend is Backend.local:
+                raise UsageError(
+                    "--logprobs is for a server behind HTTP; --backend local gives none. Use --samples."
+                )
+            fields = logprob_fields(logprobs, chat=spec.form == "chat")
+            sampling = dataclasses.replace(sampling, extra={**fields, **sampling.extra})
         if samples > 1 and sampling.parameters().get("temperature", 1) == 0:
             raise UsageError(
                 "--samples above 1 needs a --temperature above 0: greedy answers are all the same."
             )
         if (max_cost or max_total_tokens) and sampling.limit_name in sampling.omit:
             raise UsageError(
-                f"A budget needs a limit on each answer, and --omit {sampling.limit_name} takes it away. Leave out one."
+                f"A budget needs a limit on each answer, but --omit {sampling.limit_name} removes it. Leave one out."
             )
-        if backend is Backend.local and (header or request or omit or extra_body or server):
+        asks_for_object = sampling.structured != "off"
+        if backend is Backend.local and (
+            header or request or omit or extra_body or server or asks_for_object
+        ):
             raise UsageError(
-                "--backend local generates in this process: --server, --header, --request, --omit and --extra-body are "
-                "for a server behind HTTP."
+                "--backend local generates in this process: --server, --header, --request, --omit, --extra-body and "
+                "--structured are for a server behind HTTP."
+            )
+        if spec.rationale_from == "summary" and (outputs or emit_batch):
+            raise UsageError(
+                "A summary takes a second call to the teacher, which --outputs and --emit-batch do not make. Leave out "
+                "--rationale-from summary, or ask directly."
             )
         asks = not (show_prompt or outputs or emit_batch or dry_run)
-        ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # what is saved holds no secret
+        ctx.params["base_url"] = redacted_url(base_url) if base_url else None  # no secret is saved
         ctx.params["header"] = redacted_headers(header or []) or None
         ctx.params["request"] = shown_request(request or []) or None
         ctx.params["extra_body"] = shown_extra_body(extra_body) if extra_body else None
@@ -288,8 +330,8 @@ def register(app: typer.Typer) -> None:
         if engine is Engine.ray:
             if outputs or emit_batch or show_prompt or dry_run or dataset or limit or keep_failed:
                 raise UsageError(
-                    "--engine ray asks a teacher for whole files: it takes none of --outputs, --emit-batch, "
-                    "--show-prompt, --dry-run, --dataset, --limit, --keep-failed. Leave --engine out for those."
+                    "--engine ray annotates whole files and cannot be combined with --outputs, --emit-batch, "
+                    "--show-prompt, --dry-run, --dataset, --limit or --keep-failed. Leave out --engine for those."
                 )
             from sbs_edge.scale.annotate import annotate_with_ray
 
@@ -304,13 +346,15 @@ def register(app: typer.Typer) -> None:
         journal_path = journal or place.with_suffix(".journal.jsonl")
         rows = read_rows(data, dataset, split, column or [], limit, skip_bad_rows, console)
         if not rows:
-            raise UsageError(f"{data} holds no row to annotate.")
+            raise UsageError(f"{data} has no row to annotate.")
         if show_prompt:
             import sys
 
+            settings, _ = settle_from_journal(settings, journal_path)
+
             if row >= len(rows):
                 raise UsageError(f"--row {row} is beyond the last row, {len(rows) - 1}.")
-            sys.stdout.write(show(render(spec, rows[row])) + "\n")
+            sys.stdout.write(show(render(spec, rows[row], settings.sampling.structured)) + "\n")
             return
         if emit_batch is not None:
             emit(rows, spec, settings, journal_path, emit_batch, console, json)
@@ -320,12 +364,13 @@ def register(app: typer.Typer) -> None:
             return
         if place.exists() and not any(p.exists() for p in (journal_path, place.with_suffix(".report.json"))):
             raise UsageError(
-                f"{place} is there already, and no journal or report beside it says that annotate wrote it. Name "
-                "another file with --out, or remove this one. (A teacher's finished answers are --outputs.)"
+                f"{place} exists, and no journal or report beside it shows that annotate wrote it. Choose "
+                "another file with --out, or remove this one. (To read a teacher's finished answers, use --outputs.)"
             )
         place.parent.mkdir(parents=True, exist_ok=True)
         save_resolved(ctx, place.with_suffix(".config.yaml"))
         if outputs:
+            settings, _ = settle_from_journal(settings, journal_path)
             annotation = annotate_outputs(rows, spec, read_outputs(outputs, settings), settings)
         else:
             annotation = ask_teacher(rows, spec, settings, connection, journal_path, console)
@@ -339,4 +384,4 @@ def register(app: typer.Typer) -> None:
                 "are asked again.",
                 highlight=False,
             )
-        outcome(annotation, report, place, settings.server, [*sampling.parameters(), "stop"])
+        outcome(annotation, report, place, settings.server, annotation.sampling.field_names())

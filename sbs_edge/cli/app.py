@@ -24,13 +24,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"auto_envvar_prefix": "SBS_EDGE", "help_option_names": ["-h", "--help"]},
-    help="Examples and a teacher's rationales in, a small file that answers in milliseconds out.",
+    help="Distil the labels and rationales of a large model into a small file that answers in milliseconds.",
 )
 
 # Each module under sbs_edge/cli/ registers its commands with `register(app)`; light imports
-# only, so that `--help` is fast. Order here is the order of `--help`.
+# only, so that `--help` is fast.
 _MODULES: tuple[str, ...] = (
     "run",
+    "study",
     "data",
     "train",
     "evaluate",
@@ -57,7 +58,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an expected error too."),
+    debug: bool = typer.Option(False, "--debug", help="Also show the traceback of an expected error."),
     version: bool = typer.Option(
         False, "--version", is_eager=True, callback=_version, help="Show the version and exit."
     ),
@@ -82,14 +83,14 @@ def _validation_message(error: ValidationError) -> str:
 def main(args: list[str] | None = None) -> int:
     """Run the command line; return the exit code.
 
-    0 success, 1 failure, 2 usage or bad input, 3 guard, 4 integrity, 130 interrupted.
+    0 success, 1 failure, 2 usage or bad input, 3 accuracy check, 4 integrity, 130 interrupted.
     """
     try:
         app(args=args, prog_name="sbs-edge")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except KeyboardInterrupt:
-        _say("interrupted", "Nothing half-written was kept under its final name.")
+        _say("interrupted", "No incomplete file was left under its final name.")
         return 130
     except Interrupted as error:
         _say("interrupted", str(error))
@@ -101,7 +102,7 @@ def main(args: list[str] | None = None) -> int:
         _say("error", _validation_message(error))
         return 2
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): not an error of ours, nothing left to say.
+        # The reader of stdout is gone (`| head`). That is not our error, and there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

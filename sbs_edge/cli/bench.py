@@ -25,7 +25,10 @@ _COMMANDS = (
 
 def register(app: typer.Typer) -> None:
     """Add the command group to ``app``."""
-    bench = typer.Typer(no_args_is_help=True, help="Measure against the peers, in the same run.")
+    bench = typer.Typer(
+        no_args_is_help=True,
+        help="Measure latency, training, kernels, serving and scale, beside other systems.",
+    )
     for name in _COMMANDS:
         import_module(f"sbs_edge.cli.bench_{name}").register(bench)
     app.add_typer(bench, name="bench")

@@ -22,14 +22,15 @@ def register(app: typer.Typer) -> None:
         first: Annotated[Path, typer.Argument(help="The older result (result.json of --out).")],
         second: Annotated[Path, typer.Argument(help="The newer result.")],
         tolerance: Annotated[
-            float, typer.Option(min=0, help="Share a figure may grow before the exit code is 1.")
+            float,
+            typer.Option(min=0, help="Share by which a figure may become worse before the exit code is 1."),
         ] = 0.15,
         system: Annotated[
-            str, typer.Option(help="Judge systems whose name starts with this; '' judges the peers too.")
+            str, typer.Option(help="Compare systems whose name starts with this; '' compares the peers too.")
         ] = "sbs-edge",
         json: JsonOption = False,
     ) -> None:
-        """Show the figures that became worse from FIRST to SECOND, with noise bounds; exit 1 if any did.
+        """Show which figures became worse from FIRST to SECOND, with noise bounds; exit 1 if any did.
 
         Example: sbs-edge bench compare bench/results/old.json runs/bench/result.json --tolerance 0.1
         """

@@ -25,15 +25,15 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Option(help="Directory for the JSON and the log of every stage.")],
         minutes: Annotated[float, typer.Option(min=0.01, help="Time for everything.")] = 8.0,
         device: Annotated[
-            str, typer.Option(help="cuda, or cpu: a rehearsal on small shapes whose times mean nothing.")
+            str, typer.Option(help="cuda, or cpu: a rehearsal on small shapes, whose times mean nothing.")
         ] = "cuda",
         stages: Annotated[
-            str, typer.Option(help="Stages to run, by commas; default: all.", show_default=False)
+            str, typer.Option(help="Stages to run, separated by commas. Default: all.", show_default=False)
         ] = "",
         json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Run every GPU measurement in order of importance, within --minutes.
+        """Run all GPU measurements in order of importance, within --minutes.
 
         Exit 1 if a stage did not finish or an engine's result is wrong. The last line of stdout is one JSON
         document.

@@ -47,50 +47,60 @@ def register(app: typer.Typer) -> None:
         shapes: Annotated[
             str,
             typer.Option(
-                help="N,D,V[,N,D,V...]: rows, width, classes; default: by device.", show_default=False
+                help="N,D,V[,N,D,V...]: rows, width, classes. Default: depends on the device.",
+                show_default=False,
             ),
         ] = "",
         dtype: Annotated[
             str,
             typer.Option(
-                help="float32, bfloat16, float16, by commas; amp-bfloat16 and amp-float16: under autocast, the "
-                "weight in float32. Default: float32 on a CPU, else bfloat16."
+                help="float32, bfloat16, float16, separated by commas; amp-bfloat16 and amp-float16 use autocast with "
+                "a float32 weight. Default: float32 on a CPU, otherwise bfloat16."
             ),
         ] = "",
         padding: Annotated[
-            str, typer.Option(help="Ignored rows in percent; then each loss also gets the compacted batch.")
+            str,
+            typer.Option(help="Per cent of rows to ignore; each loss then also gets the batch without them."),
         ] = "0",
-        data: Annotated[str, typer.Option(help="random, flat, peaked, student, by commas.")] = "random",
+        data: Annotated[
+            str, typer.Option(help="random, flat, peaked, student, separated by commas.")
+        ] = "random",
         student: Annotated[
-            Path | None, typer.Option(help="Student directory behind --data student.", show_default=False)
+            Path | None, typer.Option(help="Student directory for --data student.", show_default=False)
         ] = None,
         peers: Annotated[
             str,
             typer.Option(
-                help="Losses to compare with, by commas; an absent one becomes a row with the reason."
+                help="Losses to compare with, separated by commas; a missing one gets a row with the reason."
             ),
         ] = "all",
-        device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
-        rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of every case at most.")] = 10,
+        device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is one.")] = "auto",
+        rounds: Annotated[int, typer.Option(min=1, help="Most interleaved rounds of each case.")] = 10,
         minutes: Annotated[
-            float, typer.Option(min=0.01, help="Time; what it does not reach is a row that says so.")
+            float,
+            typer.Option(min=0.01, help="Time limit; a case that is not reached gets a row that says so."),
         ] = 30.0,
         threads: Annotated[
             int,
-            typer.Option(min=0, help="Compute threads; 0: as many as can run at once.", show_default=False),
+            typer.Option(
+                min=0,
+                help="Compute threads. Default: as many as the CPU quota and affinity allow.",
+                show_default=False,
+            ),
         ] = 0,
-        seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
         quick: Annotated[
-            bool, typer.Option("--quick", help="A smoke run: a tiny shape, two rounds; figures mean nothing.")
+            bool,
+            typer.Option("--quick", help="Smoke test: a tiny shape, two rounds; the figures mean nothing."),
         ] = False,
         out: OutOption = None,
         json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Time, extra memory and gradient error of the loss, eager torch, compilers and fused peers.
+        """Measure time, extra memory and gradient error of the loss, eager torch, compilers and fused peers.
 
-        Every loss gets the same batch in the same run; one whose loss or gradient is off by more than twice
-        plain torch's error gets no speed-up. The last line of stdout is one JSON document.
+        All losses get the same batch in the same run. If the error of a loss or gradient is more than twice plain torch's,
+        it gets no ratio. The last line of stdout is a JSON document.
 
         Example: sbs-edge bench kernels --shapes 2048,512,32128 --out runs/bench-kernels
         """

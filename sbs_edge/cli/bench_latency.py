@@ -23,51 +23,66 @@ def register(app: typer.Typer) -> None:
     def latency(
         ctx: typer.Context,
         bundles: Annotated[
-            list[Path] | None, typer.Argument(help="Bundles to measure; or give --shape.", show_default=False)
+            list[Path] | None,
+            typer.Argument(help="Bundles to measure, unless --shape is given.", show_default=False),
         ] = None,
         student: Annotated[
             Path | None,
-            typer.Option(help="The student they were exported from; default: looked for next to the bundle."),
+            typer.Option(help="The student that they were exported from. Default: found next to the bundle."),
         ] = None,
         shape: Annotated[
             str | None,
-            typer.Option(help="Random weights of t5-small, t5-v1_1-small, flan-t5-base or tiny instead."),
+            typer.Option(
+                help="Measure random weights instead: t5-small, t5-v1_1-small, flan-t5-base or tiny."
+            ),
+        ] = None,
+        encoder_layers: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                help="Encoder layers of --shape in place of its own; its full depth is measured beside.",
+            ),
+        ] = None,
+        decoder_layers: Annotated[
+            int | None, typer.Option(min=1, help="Decoder layers of --shape in place of its own.")
         ] = None,
         against: Annotated[
-            str, typer.Option(help="Peers, separated by commas; an absent one becomes a row with the reason.")
+            str, typer.Option(help="Peers, separated by commas; a missing one gets a row with the reason.")
         ] = _ALL,
         target: Annotated[
-            str, typer.Option(help="Targets of each bundle, by commas; default: its default target.")
+            str, typer.Option(help="Targets of each bundle, separated by commas. Default: its first.")
         ] = "",
         threads: Annotated[int, typer.Option(min=1, help="Compute threads of every system.")] = 1,
         cpus: Annotated[
-            str, typer.Option(help="Processors to pin the systems to; default: the last ones allowed.")
+            str, typer.Option(help="Processors to pin the systems to. Default: the last ones allowed.")
         ] = "",
-        rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds at most.")] = 10,
+        rounds: Annotated[int, typer.Option(min=1, help="Most interleaved rounds.")] = 10,
         minutes: Annotated[
             float, typer.Option(min=0.01, help="Time for all timed parts; at least 3 rounds are run.")
         ] = 4.0,
         sources: Annotated[str, typer.Option(help="Source lengths in tokens.")] = "16,64,256",
         batches: Annotated[str, typer.Option(help="Batch sizes of the label task.")] = "1,8",
         rationale_batches: Annotated[str, typer.Option(help="Batch sizes of the rationale task.")] = "1",
-        rows: Annotated[int, typer.Option(min=8, help="Validation rows behind the accuracy.")] = 96,
+        rows: Annotated[int, typer.Option(min=8, help="Validation rows that accuracy is measured on.")] = 96,
         seed: Annotated[int, typer.Option(min=0, help="Seed of inputs, arrivals and random weights.")] = 0,
         quick: Annotated[
-            bool, typer.Option("--quick", help="A smoke run: two rounds, short inputs; figures mean nothing.")
+            bool,
+            typer.Option("--quick", help="Smoke test: two rounds, short inputs; the figures mean nothing."),
         ] = False,
         prepare_only: Annotated[
-            bool, typer.Option("--prepare-only", help="Convert, load and check the answers; time nothing.")
+            bool, typer.Option("--prepare-only", help="Convert, load and check the answers, without timing.")
         ] = False,
         out: OutOption = None,
         json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Measure bundles and peers on the same weights, inputs, threads and minutes.
+        """Measure the latency of bundles and peers on the same weights, inputs and threads.
 
         Label and rationale latency, throughput, latency under load, cold start, memory, disk and
-        installed size; every speed is shown with its accuracy. The last line of stdout is one JSON document.
+        installed size; every speed is shown with its accuracy. The last line of stdout is a JSON document.
 
-        Example: sbs-edge bench latency runs/demo/bundle --out runs/bench
+        Examples: sbs-edge bench latency runs/demo/bundle --out runs/bench; sbs-edge bench latency --shape t5-small
+        --decoder-layers 2
         """
         require("tokenizers", "The latency bench")
         from sbs_edge.bench.latency.bench import LatencyOptions, measure_latency
@@ -91,6 +106,8 @@ def register(app: typer.Typer) -> None:
             bundles=tuple(bundles or ()),
             student=student,
             shape=shape,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
             against=names(against),
             targets=names(target),
             threads=threads,

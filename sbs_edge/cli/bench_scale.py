@@ -21,19 +21,24 @@ def register(app: typer.Typer) -> None:
         ctx: typer.Context,
         bundle: Annotated[
             Path | None,
-            typer.Argument(help="Default: an untrained student of the built-in task.", show_default=False),
+            typer.Argument(
+                help="Bundle to score with. Default: an untrained student of the built-in task.",
+                show_default=False,
+            ),
         ] = None,
         rows: Annotated[int, typer.Option(min=1, help="Rows to score.")] = 100_000,
-        rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians count.")] = 3,
-        shard_rows: Annotated[int, typer.Option(min=1, help="Rows of an output shard, about.")] = 5000,
+        rounds: Annotated[
+            int, typer.Option(min=1, help="Interleaved rounds, of which the median is taken.")
+        ] = 3,
+        shard_rows: Annotated[int, typer.Option(min=1, help="Approximate rows per output shard.")] = 5000,
         out: OutOption = None,
         json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Measure the overhead and the scaling of offline scoring on Ray against a plain loop.
+        """Compare offline scoring on Ray with a plain loop: overhead and scaling.
 
         The loop, one actor and two actors score the same rows in fresh processes, in turn. Exit 1 if their
-        outputs differ. The last line of stdout is one JSON document.
+        outputs differ. The last line of stdout is a JSON document.
 
         Example: sbs-edge bench scale runs/demo/bundle --rows 100000 --out runs/bench/scale
         """

@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
         scenario: Annotated[
             str,
             typer.Argument(
-                help="latency, throughput, drain, cost, overload, soak, or all of these; or plain: beside a "
+                help="latency, throughput, drain, cost, overload, soak, or all of these; or plain, which compares with a "
                 "plain FastAPI server."
             ),
         ],
@@ -35,29 +35,30 @@ def register(app: typer.Typer) -> None:
         shape: Annotated[
             str,
             typer.Option(
-                help="Random weights of this shape instead of a bundle: t5-small, ...", show_default=False
+                help="Serve random weights instead of a bundle: t5-small, t5-v1_1-small, flan-t5-base or tiny.",
+                show_default=False,
             ),
         ] = "",
         minutes: Annotated[
             float,
-            typer.Option(
-                min=0.001, help="Length of the overload; the other timed parts are at most as long."
-            ),
+            typer.Option(min=0.001, help="Minutes of overload; the other timed parts are at most as long."),
         ] = 1.0,
         rounds: Annotated[
-            int, typer.Option(min=1, help="Interleaved rounds of throughput and of each case of plain.")
+            int, typer.Option(min=1, help="Interleaved rounds of throughput, and of each case of plain.")
         ] = 5,
         requests: Annotated[int, typer.Option(min=1, help="Requests of the soak.")] = 100_000,
         soak_minutes: Annotated[
             float,
-            typer.Option(min=0.01, help="Longest time of the soak; later requests are reported as not sent."),
+            typer.Option(
+                min=0.01, help="Longest time for the soak; requests beyond it are reported as not sent."
+            ),
         ] = 20.0,
         threads: Annotated[
-            int, typer.Option(min=1, help="Threads of an inference, served and in process.")
+            int, typer.Option(min=1, help="Threads per inference, in the server and in process.")
         ] = 1,
         pin: Annotated[
             bool,
-            typer.Option(help="Overload, cost and plain: client and server on separate processors."),
+            typer.Option(help="Run client and server on separate processors in overload, cost and plain."),
         ] = True,
         workers: Annotated[int, typer.Option(min=1, help="Processes of each server in plain.")] = 1,
         out: OutOption = None,

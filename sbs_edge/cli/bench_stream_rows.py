@@ -28,9 +28,9 @@ def register(app: typer.Typer) -> None:
         json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Train on generated rows that are never held, and sample memory along the way.
+        """Train on a stream of generated rows and sample the memory.
 
-        The last line of stdout is one JSON document.
+        The last line of stdout is a JSON document.
 
         Example: sbs-edge bench stream-rows --rows 1000000 --out runs/bench/stream-rows
         """

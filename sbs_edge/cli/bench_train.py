@@ -25,22 +25,24 @@ def register(app: typer.Typer) -> None:
         shape: Annotated[
             str, typer.Option(help="Size of the student: t5-small, t5-v1_1-small, flan-t5-base or tiny.")
         ] = "t5-small",
-        batch_size: Annotated[int, typer.Option(min=1, help="Examples a step; each gives two rows.")] = 8,
-        examples: Annotated[int, typer.Option(min=2, help="Examples of the epoch.")] = 64,
+        batch_size: Annotated[int, typer.Option(min=1, help="Examples per step; each gives two rows.")] = 8,
+        examples: Annotated[int, typer.Option(min=2, help="Examples in the epoch.")] = 64,
         steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of the loss curves.")] = 8,
         rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of single steps.")] = 6,
-        device: Annotated[str, typer.Option(help="cpu, cuda, or all: every device present.")] = "all",
-        precision: Annotated[str, typer.Option(help="fp32, bf16 (autocast), by commas.")] = "fp32",
+        device: Annotated[str, typer.Option(help="cpu, cuda, or all devices present.")] = "all",
+        precision: Annotated[str, typer.Option(help="fp32, bf16 (autocast), separated by commas.")] = "fp32",
         threads: Annotated[int, typer.Option(min=1, help="Compute threads of every step.")] = 1,
-        seed: Annotated[int, typer.Option(min=0, help="Of weights and of the order of the data.")] = 0,
+        seed: Annotated[
+            int, typer.Option(min=0, help="Seed of the weights and of the order of the data.")
+        ] = 0,
         out: OutOption = None,
         json: JsonOption = False,
         config: ConfigOption = None,
     ) -> None:
-        """Measure one optimizer step and one epoch against the two-forward step with full logits.
+        """Compare an optimizer step and an epoch with plain training: two forward passes and full logits.
 
-        Time, tokens a second, peak memory in a fresh process, padding, and the loss on the same seed
-        and data, which must agree. The last line of stdout is one JSON document.
+        The figures are time, tokens per second, peak memory in a fresh process, padding, and the loss on the same
+        seed and data, which must agree. The last line of stdout is a JSON document.
 
         Example: sbs-edge bench train --shape t5-small --out runs/bench-train
         """

@@ -21,31 +21,39 @@ def register(app: typer.Typer) -> None:
     @app.command(name="compare-teacher")
     def compare_teacher(
         ctx: typer.Context,
-        annotated: Annotated[Path, typer.Argument(help="Annotated training rows, as 'annotate' wrote them.")],
+        annotated: Annotated[Path, typer.Argument(help="Training rows that 'annotate' wrote.")],
         test: Annotated[
             Path,
-            typer.Option(help="Test rows with gold labels; annotated too, they judge the teacher as well."),
+            typer.Option(
+                help="Test rows with gold labels. If they are annotated too, the teacher is evaluated as well."
+            ),
         ],
         task: Annotated[str, typer.Option(help="Task file or preset.")],
-        out: Annotated[Path, typer.Option(help="Where students, bundles and report go.")] = Path(
+        out: Annotated[Path, typer.Option(help="Directory of the students, bundles and report.")] = Path(
             "runs/compare-teacher"
         ),
         gold: Annotated[
             Path | None,
-            typer.Option(help="Rows with gold labels for the training ids, for the student on gold."),
+            typer.Option(
+                help="Gold labels of the training rows, by id, for the student that learns gold labels."
+            ),
         ] = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         validation_share: Annotated[
-            float, typer.Option(min=0.01, max=0.5, help="Share of the annotated rows for model selection.")
+            float,
+            typer.Option(
+                min=0.01, max=0.5, help="Share of the annotated rows that is held out for model selection."
+            ),
         ] = 0.15,
         steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each student.")] = 600,
         rationale_weight: Annotated[float, typer.Option(min=0, help="lambda of the rationale loss.")] = 3.0,
         row_weight: Annotated[
-            str, typer.Option(help="none, or confidence: rows count as much as the teacher's votes agreed.")
+            str,
+            typer.Option(help="none, or confidence: weight each row by the teacher's agreement with itself."),
         ] = "none",
         target: Annotated[str, typer.Option(help="Export target of both students.")] = "cpu-int8",
         core_hour_price: Annotated[
-            float, typer.Option(min=0, help="Money for a CPU core and hour, in the teacher's currency.")
+            float, typer.Option(min=0, help="Price of a CPU core for an hour, in the teacher's currency.")
         ] = 0.0,
         teacher_parameters: Annotated[
             int | None, typer.Option(min=1, help="The teacher's number of parameters, if known.")
@@ -56,7 +64,7 @@ def register(app: typer.Typer) -> None:
         config: ConfigOption = None,
         json: JsonOption = False,
     ) -> None:
-        """Train a student on the teacher's labels and one on gold, and put all three side by side.
+        """Compare the teacher with a student trained on its labels and a student trained on gold labels.
 
         Example: sbs-edge compare-teacher annotated.jsonl --test test.jsonl --task task.yaml --gold gold.jsonl
         """

@@ -114,12 +114,12 @@ def _show(report: dict[str, Any]) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    data = typer.Typer(no_args_is_help=True, help="Look at examples before training on them.")
+    data = typer.Typer(no_args_is_help=True, help="Check examples before training on them.")
     app.add_typer(data, name="data")
 
     @data.callback()
     def _group() -> None:
-        """Look at examples before training on them."""
+        """Check examples before training on them."""
 
     @data.command()
     def check(
@@ -132,19 +132,20 @@ def register(app: typer.Typer) -> None:
         label_kind: LabelKindOption = None,
         compare: CompareOption = Compare.text,
         mode: Annotated[
-            Mode | None, typer.Option(help="Judge the rows for this mode of training; none: for any.")
+            Mode | None, typer.Option(help="Check the rows for this training mode. Default: for any.")
         ] = None,
         tokenizer: Annotated[
             Path | None,
-            typer.Option(help="Directory with tokenizer.json to count tokens with; default: words."),
+            typer.Option(help="Directory with a tokenizer.json that counts tokens. Default: words."),
         ] = None,
         seed: Annotated[int, typer.Option(min=0, help="Seed of the splits that training would draw.")] = 0,
         config: ConfigOption = None,
         json: JsonOption = False,
     ) -> None:
-        """Count rows, bad rows, teacher's agreement, labels, lengths and overlaps, a split a row.
+        """Check examples before training: bad rows, labels, teacher-gold agreement, lengths, overlaps.
 
-        The verdict is ok, warn or stop; stop exits with 2, as training would. Nothing is written.
+        The verdict is ok, warn or stop. On stop, training would refuse the rows, and the exit code is 2. Nothing is
+        written.
 
         Examples: sbs-edge data check rows.jsonl --column input=question; sbs-edge data check DIR --dataset svamp
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata, util
+from importlib import util
 from typing import Any
 
 import typer
@@ -17,6 +17,7 @@ from sbs_edge.cli._common import JsonOption, print_json
 from sbs_edge.resources import cpu_quota, memory_limit, usable_cpus
 from sbs_edge.runtime.int8_products import int8_products
 from sbs_edge.runtime.prepacked import cache_directory, max_bytes, usage
+from sbs_edge.versions import installed_versions
 
 __all__ = ["diagnose", "register"]
 
@@ -49,13 +50,6 @@ _PRODUCTS = {
     "exact": "exact on this CPU",
     "corrected": "saturate on this CPU (no VNNI); bundles are loaded with exact ones, which take a little longer",
 }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> dict[str, Any]:
@@ -134,7 +128,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _warnings() -> list[str]:
-    if _version("onnxruntime") is None or _version("onnxruntime-gpu") is None:
+    if len(installed_versions("onnxruntime", "onnxruntime-gpu")) < 2:
         return []
     return [
         "onnxruntime and onnxruntime-gpu are both installed. They write the same files, so that the one installed last "
@@ -160,7 +154,7 @@ def diagnose() -> dict[str, Any]:
         "packages": [
             {
                 "name": name,
-                "version": _version(name),
+                "version": installed_versions(name).get(name),
                 "purpose": purpose,
                 "add": f"pip install 'sbs-edge[{extra}]'",
             }

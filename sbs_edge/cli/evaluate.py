@@ -26,21 +26,22 @@ def register(app: typer.Typer) -> None:
         ctx: typer.Context,
         student: Annotated[Path, typer.Argument(help="The student directory that training wrote.")],
         data: Annotated[
-            Path | None, typer.Option(help="Rows to judge on; none: the student's own validation rows.")
+            Path | None, typer.Option(help="Rows to evaluate on. Default: the student's own validation rows.")
         ] = None,
         column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         rationales: Annotated[
-            int | None, typer.Option(min=0, help="Decode at most this many rationales; none: all, 0: none.")
+            int | None,
+            typer.Option(min=0, help="Decode at most this many rationales; 0 decodes none. Default: all."),
         ] = None,
         predictions: Annotated[
             Path | None, typer.Option(help="Write every answer to this JSON Lines file.")
         ] = None,
-        batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
+        batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64,
         config: ConfigOption = None,
         json: JsonOption = False,
     ) -> None:
-        """Report label accuracy, rationale token accuracy and exact rationales.
+        """Evaluate a student with PyTorch: label accuracy, rationale token accuracy, exact rationales.
 
         Example: sbs-edge evaluate runs/student --data test.jsonl --json
         """

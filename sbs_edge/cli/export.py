@@ -23,13 +23,30 @@ from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read
 from sbs_edge.errors import UsageError
 from sbs_edge.progress import heartbeat
 
-__all__ = ["EXPORTING", "register"]
+__all__ = ["EXPORTING", "MaxDropOption", "MinRationaleAgreementOption", "register"]
 
 EXPORTING = ("onnx", "onnxruntime", "torch", "transformers", "safetensors")
 
+MaxDropOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=100,
+        help="Points of accuracy that a lossy target may lose; more is exit 3 and keeps the old bundle.",
+    ),
+]
+MinRationaleAgreementOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
+    ),
+]
+
 
 class Layout(StrEnum):
-    """What the output directory is for."""
+    """The layouts of the output directory."""
 
     bundle = "bundle"
     optimum = "optimum"
@@ -70,105 +87,98 @@ def register(app: typer.Typer) -> None:
         target: Annotated[
             list[str] | None,
             typer.Option(
-                help="cpu-fp32, cpu-int8, cpu-int4, cuda-fp16, cuda-bf16, tensorrt-fp16, tensorrt-int8; several "
-                "may be given, the first is the default."
+                help="cpu-fp32, cpu-int8, cpu-int4, cuda-fp16, cuda-bf16, tensorrt-fp16 or tensorrt-int8; the first "
+                "is the bundle's default. Default: cpu-int8."
             ),
         ] = None,
         guard_data: Annotated[
             Path | None,
             typer.Option(
-                help="Labelled rows to check lossy targets on; none: the student's validation rows."
+                help="Labelled rows for the accuracy check. Default: the student's validation rows."
             ),
         ] = None,
         column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
-        max_drop: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=100,
-                help="Points of accuracy a lossy target may lose; over it exit 3, old bundle kept.",
-            ),
-        ] = 1.0,
-        min_rationale_agreement: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
-            ),
-        ] = 0.9,
+        max_drop: MaxDropOption = 1.0,
+        min_rationale_agreement: MinRationaleAgreementOption = 0.9,
         calibration_rows: Annotated[
             int, typer.Option(min=1, help="Training rows that set the ranges of int8 activations.")
         ] = 256,
         abstain_below: Annotated[
             float,
-            typer.Option(min=0, max=1, help="Probability under which predict marks an answer as doubtful."),
+            typer.Option(min=0, max=1, help="Probability below which predict marks an answer as uncertain."),
         ] = 0.0,
         beam: Annotated[
             list[int] | None,
             typer.Option(
                 min=2,
-                help="Width of a beam search to add on CPU targets; several may be given, each a graph.",
+                help="Add a graph with a beam search of this width, on CPU targets.",
             ),
         ] = None,
-        name: Annotated[str | None, typer.Option(help="The bundle's name; none: the task's.")] = None,
+        name: Annotated[str | None, typer.Option(help="The bundle's name. Default: the task's.")] = None,
         label: Annotated[
             list[str] | None,
-            typer.Option(help="A label of a checkpoint that was not trained here; give all, one a flag."),
+            typer.Option(
+                help="A label of a checkpoint that was not trained here; give the option once for each label."
+            ),
         ] = None,
         label_prefix: Annotated[
-            str | None, typer.Option(help="Prefix of such a checkpoint's label task; none: no prefix.")
+            str | None, typer.Option(help="Prefix of such a checkpoint's label task. Default: none.")
         ] = None,
         rationale_prefix: Annotated[
-            str | None, typer.Option(help="Prefix of such a checkpoint's rationale task; none: no prefix.")
+            str | None, typer.Option(help="Prefix of such a checkpoint's rationale task. Default: none.")
         ] = None,
         max_source_tokens: Annotated[
             int | None,
-            typer.Option(min=2, help="Most tokens of an input (ByT5: bytes); none: the student's own limit."),
+            typer.Option(
+                min=2, help="Longest input in tokens (ByT5: bytes). Default: the student's own limit."
+            ),
         ] = None,
         keep_float: Annotated[
             list[str] | None,
-            typer.Option(help="A layer to keep in float32, larger but more exact; the guard names them."),
+            typer.Option(
+                help="A layer to keep in float32: larger, but more exact. A failed accuracy check names some."
+            ),
         ] = None,
         prune_vocabulary: Annotated[
             bool,
             typer.Option(
                 "--prune-vocabulary",
-                help="Let the student write only tokens of its rows and a margin: faster rationales, gated.",
+                help="Write rationales only with tokens of the student's rows and a margin: faster, accuracy is checked.",
             ),
         ] = False,
         prune_input_vocabulary: Annotated[
             bool,
             typer.Option(
                 "--prune-input-vocabulary",
-                help="Keep the tokens of the student's rows, what spells other texts, and a margin: smaller, gated.",
+                help="Read only tokens of the student's rows, pieces that spell other texts, and a margin: smaller, "
+                "accuracy is checked.",
             ),
         ] = False,
         label_only: Annotated[
             bool,
             typer.Option(
-                "--label-only", help="Write no graph for rationales: predict works, explain does not."
+                "--label-only", help="Write no graph for rationales: labels work, explanations do not."
             ),
         ] = False,
         layout: Annotated[
             Layout,
             typer.Option(
-                help="'optimum' and 'triton' write for other tools; predict and serve need 'bundle'."
+                help="'optimum' and 'triton' are for other runtimes; predict and serve need 'bundle'."
             ),
         ] = Layout.bundle,
         single_file: Annotated[
             bool,
             typer.Option(
                 "--single-file",
-                help="Add a graph that takes text, tokenizer inside; needs onnxruntime-extensions, rules out TensorRT.",
+                help="Add a graph with the tokenizer inside, text in; for CPU targets, needs the extra 'single-file'.",
             ),
         ] = False,
         unguarded: Annotated[
             bool,
             typer.Option(
                 "--unguarded",
-                help="Write targets that cannot run on this machine too; what they cost stays unmeasured.",
+                help="Also write targets that cannot run on this machine; their accuracy is not measured.",
             ),
         ] = False,
         long: Annotated[
@@ -198,12 +208,12 @@ def register(app: typer.Typer) -> None:
         chunk_marker: Annotated[
             bool, typer.Option("--chunk-marker", help="Tell each chunk its place: 'part 3 of 9'.")
         ] = False,
-        version: Annotated[str, typer.Option(help="The bundle's version, as serving shows it.")] = "1",
+        version: Annotated[str, typer.Option(help="The bundle's version, shown by the server.")] = "1",
         config: ConfigOption = None,
         json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
-        """Write graphs for every target, compare them with the float32 student, and seal the bundle.
+        """Export a student as a bundle: ONNX graphs for each target, checked against the float32 student.
 
         Example: sbs-edge export runs/latest/students/step-by-step --out bundle --target cpu-int8
         """
@@ -220,7 +230,7 @@ def register(app: typer.Typer) -> None:
         if guard_data is not None:
             rows = read_rows(guard_data, column, skip_bad_rows)
             if not any(row.label or row.teacher_label for row in rows):
-                raise UsageError(f"{guard_data} has no labelled row, so it cannot guard anything.")
+                raise UsageError(f"{guard_data} has no labelled row, so no accuracy can be measured on it.")
         if dry_run:
             opened = open_student(student, label, label_prefix, rationale_prefix, max_source_tokens)
             plan = {**resolved(ctx), "task": opened.task.name, "mode": opened.mode, "targets": list(targets)}

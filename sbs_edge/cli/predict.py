@@ -31,7 +31,7 @@ ROWS_A_CALL = 256
 
 
 class Engine(StrEnum):
-    """What runs the students."""
+    """The ways to run the students."""
 
     local = "local"
     ray = "ray"
@@ -47,17 +47,17 @@ def register(app: typer.Typer) -> None:
         source: Annotated[
             str,
             typer.Argument(
-                help="JSON Lines, JSON, CSV, TSV or Parquet by suffix; else texts, one a line; '-' is stdin. "
+                help="JSON Lines, JSON, CSV, TSV or Parquet, by suffix; otherwise one text per line; '-' is stdin. "
                 "--input SOURCE is the same."
             ),
         ] = "-",
         out: Annotated[
             str | None,
-            typer.Option(help="Write here instead of stdout; complete or not at all. --output is the same."),
+            typer.Option(
+                help="Write to this file instead of stdout, whole or not at all. --output is the same."
+            ),
         ] = None,
-        target: Annotated[
-            str | None, typer.Option(help="Which target of the bundle; none: its default.")
-        ] = None,
+        target: Annotated[str | None, typer.Option(help="Target of the bundle. Default: its first.")] = None,
         field: Annotated[
             str, typer.Option(help="Column that holds the text; short for --column input=FIELD.")
         ] = "input",
@@ -67,7 +67,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         label: Annotated[
             list[str] | None,
-            typer.Option(help="Choose among these labels; may be given several times."),
+            typer.Option(help="A label to choose from; give the option once for each."),
         ] = None,
         explain: Annotated[
             bool, typer.Option("--explain", help="Add the student's rationale; slower.")
@@ -75,43 +75,50 @@ def register(app: typer.Typer) -> None:
         abstain_below: Annotated[
             float | None,
             typer.Option(
-                min=0, max=1, help="Mark answers under this probability; none: the bundle's threshold."
+                min=0, max=1, help="Mark answers below this probability. Default: the bundle's threshold."
             ),
         ] = None,
         truncate: Annotated[
             bool,
-            typer.Option("--truncate", help="Cut inputs over the limit and say so, instead of stopping."),
+            typer.Option(
+                "--truncate", help="Cut inputs that are over the limit and say so, instead of stopping."
+            ),
         ] = False,
         threads: Annotated[
             int | None,
             typer.Option(
-                min=1, help="Threads a call may use; none: as many as the CPU quota and affinity allow."
+                min=1, help="Threads per call. Default: as many as the CPU quota and affinity allow."
             ),
         ] = None,
         engine: Annotated[
             Engine,
-            typer.Option(help="ray: Ray Data workers; SOURCE a pattern or URI, --out a folder of shards."),
+            typer.Option(
+                help="local: this process. ray: Ray Data workers; SOURCE may be a pattern or URI, --out is a folder."
+            ),
         ] = Engine.local,
-        workers: Annotated[int, typer.Option(min=1, help="Ray: students at work, one an actor.")] = 2,
+        workers: Annotated[int, typer.Option(min=1, help="Ray: actors, each with a student.")] = 2,
         worker_cpus: Annotated[
             float | None,
-            typer.Option(min=0, help="Ray: CPUs an actor takes, fractions too; none: its --threads."),
+            typer.Option(min=0, help="Ray: CPUs per actor, fractions allowed. Default: --threads."),
         ] = None,
         worker_gpus: Annotated[
-            float, typer.Option(min=0, help="Ray: GPUs an actor takes, fractions too.")
+            float, typer.Option(min=0, help="Ray: GPUs per actor, fractions allowed.")
         ] = 0.0,
         shard_mb: Annotated[
-            float, typer.Option(min=0.001, help="Ray: megabytes of input a shard; what a lost actor repeats.")
+            float,
+            typer.Option(min=0.001, help="Ray: megabytes of input per shard; a lost actor repeats one."),
         ] = 4.0,
-        shard_format: Annotated[str, typer.Option(help="Ray: jsonl or parquet.")] = "jsonl",
+        shard_format: Annotated[
+            str, typer.Option(help="Ray: format of the shards, jsonl or parquet.")
+        ] = "jsonl",
         ray_address: Annotated[
-            str | None, typer.Option(help="Ray cluster; none: one is started in this machine.")
+            str | None, typer.Option(help="Ray: address of a cluster. Default: start one on this machine.")
         ] = None,
         input: Annotated[str | None, typer.Option("--input", hidden=True, help="SOURCE.")] = None,
         output: Annotated[str | None, typer.Option("--output", hidden=True, help="--out.")] = None,
         config: ConfigOption = None,
     ) -> None:
-        """Answer every row with one JSON object, in the order of the input.
+        """Answer each row with a JSON object, in the order of the input.
 
         Examples: sbs-edge predict bundle rows.csv --column input=text; echo "no cold air" | sbs-edge predict bundle;
         sbs-edge predict bundle --engine ray --input 'rows/*.jsonl' --output scored

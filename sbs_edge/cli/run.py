@@ -24,6 +24,8 @@ from sbs_edge.cli._data_options import (
     CompareOption,
     DataArgument,
     DatasetOption,
+    DecoderLayersOption,
+    EncoderLayersOption,
     LabelKindOption,
     Mode,
     ModeOption,
@@ -31,9 +33,10 @@ from sbs_edge.cli._data_options import (
     TestOption,
     ValidationOption,
     judge,
+    load_rows,
 )
 from sbs_edge.cli._fields import parse_fields
-from sbs_edge.cli.export import EXPORTING
+from sbs_edge.cli.export import EXPORTING, MaxDropOption, MinRationaleAgreementOption
 from sbs_edge.cli.train import TRAINING
 from sbs_edge.errors import GuardError
 from sbs_edge.lock import held
@@ -41,7 +44,7 @@ from sbs_edge.lock import held
 if TYPE_CHECKING:
     from sbs_edge.data.example import Splits
 
-__all__ = ["register"]
+__all__ = ["load_data", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -53,76 +56,77 @@ def register(app: typer.Typer) -> None:
         data: DataArgument = "builtin",
         out: Annotated[
             Path,
-            typer.Option(help="Where students, bundle and report go; an old bundle is replaced at the end."),
+            typer.Option(
+                help="Directory of the students, bundle and report; an old bundle is replaced at the end."
+            ),
         ] = Path("runs/latest"),
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
         test: TestOption = None,
         task: Annotated[
             Path | None,
-            typer.Option(help="The task file that annotated the data: its labels and how they compare."),
+            typer.Option(
+                help="The task file that the data was annotated with; gives the labels and how they compare."
+            ),
         ] = None,
         label_kind: LabelKindOption = None,
         compare: CompareOption = Compare.text,
         column: ColumnOption = None,
         mode: ModeOption = Mode.stepwise,
-        steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every compared student.")] = 600,
+        steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each student.")] = 600,
         rationale_weight: Annotated[
             float | None,
             typer.Option(
                 min=0,
-                help="lambda in L_label + lambda * L_rationale; none: 3 from scratch, 1 from a checkpoint.",
+                help="lambda in L_label + lambda * L_rationale. Default: 3 from scratch, 1 from a checkpoint.",
             ),
         ] = None,
         model: Annotated[
             str | None,
             typer.Option(
-                help="T5-family checkpoint, by hub name or directory; none: a tiny one from scratch."
+                help="T5-family checkpoint, by hub name or directory. Default: a tiny one from scratch."
             ),
         ] = None,
+        encoder_layers: EncoderLayersOption = None,
+        decoder_layers: DecoderLayersOption = None,
         controls: Annotated[
             bool,
             typer.Option(
-                "--controls", help="Also train on shuffled rationales, and label-only for twice the steps."
+                "--controls",
+                help="Also train on shuffled rationales, and on labels alone for twice the steps.",
             ),
         ] = False,
         teacher_error: Annotated[
             float,
             typer.Option(
-                min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
+                min=0,
+                max=1,
+                help="Share of the built-in teacher's answers that are wrong; PaLM's was about 0.25.",
             ),
         ] = 0.0,
+        teacher_samples: Annotated[
+            int,
+            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
+        ] = 1,
         train_rows: Annotated[
             int | None, typer.Option(min=1, help="Use at most this many training rows.")
         ] = None,
         training: Annotated[
             list[str] | None,
-            typer.Option(help="FIELD=VALUE for any option of train, for example d_model=128."),
+            typer.Option(help="Set any option of train, for example d_model=128."),
         ] = None,
-        target: Annotated[list[str] | None, typer.Option(help="Export target; several may be given.")] = None,
-        max_drop: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=100,
-                help="Points of accuracy a lossy target may cost before the accuracy check fails (exit 3).",
-            ),
-        ] = 1.0,
-        min_rationale_agreement: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of steps in which a lossy target must write the float32 student's next token; below it exit 3.",
-            ),
-        ] = 0.9,
+        target: Annotated[
+            list[str] | None, typer.Option(help="Target to export. Default: cpu-int8 and cpu-fp32.")
+        ] = None,
+        max_drop: MaxDropOption = 1.0,
+        min_rationale_agreement: MinRationaleAgreementOption = 0.9,
         skip_bad_rows: SkipBadRowsOption = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
         json: JsonOption = False,
         dry_run: DryRunOption = False,
     ) -> None:
-        """Train with rationales, compare with label-only, export, predict, and write a report.
+        """Train with and without rationales, compare, export, and write a report.
 
         Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run shift-log;
         sbs-edge run DIR --dataset svamp --steps 2000
@@ -141,8 +145,12 @@ def register(app: typer.Typer) -> None:
 
         console = Console(stderr=True)
         flags = {"mode": "--mode", "max_steps": "--steps", "epochs": "--steps", "seed": "--seed"}
-        flags |= {"rationale_weight": "--rationale-weight"} if rationale_weight is not None else {}
-        flags |= {"model": "--model"} if model else {}
+        own = {
+            "rationale_weight": rationale_weight, "model": model or None, "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+        }  # fmt: skip
+        own = {name: value for name, value in own.items() if value is not None}
+        flags |= {name: f"--{name.replace('_', '-')}" for name in own}
         settings = RunConfig(
             mode=mode.value,
             steps=steps,
@@ -151,16 +159,12 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             max_drop=max_drop,
             min_rationale_agreement=min_rationale_agreement,
-            training={
-                **({"rationale_weight": rationale_weight} if rationale_weight is not None else {}),
-                **({"model": model} if model else {}),
-                **parse_fields(training or (), TrainConfig, flags),
-            },
+            training={**own, **parse_fields(training or (), TrainConfig, flags)},
         )
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
-        splits = _load(ctx.params, out, dry_run)
+        splits = load_data(ctx.params, out, dry_run)
         judge(splits, mode.value)
         if dry_run:
             plan = {
@@ -189,7 +193,7 @@ def register(app: typer.Typer) -> None:
             print_json(report)
         else:
             Console().print(run_table(report))
-            if sentence := headline(report):
+            for sentence in filter(None, (headline(report), report["linear"]["sentence"])):
                 Console().print(sentence, markup=False, highlight=False)
         console.print(
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
@@ -197,32 +201,34 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def _load(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+def load_data(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
+    """Return the rows that the data options of a command ask for.
+
+    Args:
+        values: the command's parameters.
+        out: directory for the list of malformed rows that were left out.
+        dry_run: write nothing.
+
+    """
     import dataclasses
 
     from sbs_edge.data.builtin import builtin_splits
     from sbs_edge.data.labels import fit_labels
-    from sbs_edge.data.load import load_splits
-    from sbs_edge.data.readers import ColumnMap
     from sbs_edge.teacher.presets import load_task
 
     train_rows = values["train_rows"]
     if values["data"] == "builtin":
         size = {"n_train": train_rows} if train_rows else {}
-        return builtin_splits(seed=values["seed"], teacher_error=values["teacher_error"], **size)
+        return builtin_splits(
+            seed=values["seed"],
+            teacher_error=values["teacher_error"],
+            teacher_samples=values["teacher_samples"],
+            **size,
+        )
     spec = load_task(values["task"]).spec if values["task"] else None
-    splits = load_splits(
-        values["data"],
-        dataset=values["dataset"],
-        validation=values["validation"],
-        test=values["test"],
-        label_kind=spec.label_kind if spec else values["label_kind"],
-        compare=spec.compare if spec else values["compare"],
-        columns=ColumnMap.parse(values["column"] or ()),
-        skip_bad_rows=values["skip_bad_rows"],
-        seed=values["seed"],
-        skipped_file=None if dry_run else out / "skipped.jsonl",
-    )
+    of_task = {"label_kind": spec.label_kind, "compare": spec.compare} if spec else {}
+    skipped = None if dry_run else out / "skipped.jsonl"
+    splits = load_rows(values, seed=values["seed"], skipped_file=skipped, **of_task)
     if spec:
         names = ("train", "validation", "test")
         parts: dict[str, Any] = {name: fit_labels(getattr(splits, name), spec)[0] for name in names}

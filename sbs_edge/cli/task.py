@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from sbs_edge.cli._common import JsonOption, print_json
-from sbs_edge.cli._data_options import LeaveOutBadRowsOption, read_rows
+from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption, read_rows
+from sbs_edge.cli._serve_teacher import register_serve
 from sbs_edge.cli._try import register_try
 
 __all__ = ["register"]
@@ -18,37 +19,34 @@ __all__ = ["register"]
 def register(app: typer.Typer) -> None:
     """Add the command group to ``app``."""
     group = typer.Typer(
-        no_args_is_help=True, help="Write and check the file that tells a teacher what to do."
+        no_args_is_help=True, help="Write, check and try the file that describes a task to a teacher."
     )
     app.add_typer(group, name="task")
-    register_try(group)
 
     @group.command()
     def new(
         source: Annotated[
             str,
             typer.Argument(
-                help="A data file to learn the task's shape from, or a preset: cqa, svamp, anli1, esnli, hvac."
+                help="A data file that shows the task, or a preset: cqa, svamp, anli1, esnli, hvac."
             ),
         ],
-        out: Annotated[Path, typer.Option(help="Where the task file goes.")] = Path("task.yaml"),
+        out: Annotated[Path, typer.Option(help="The task file to write.")] = Path("task.yaml"),
         name: Annotated[
-            str | None, typer.Option(help="Short name of the task; the file's name if left out.")
+            str | None, typer.Option(help="Short name of the task. Default: the file's name.")
         ] = None,
         shots: Annotated[
             int,
             typer.Option(
-                min=0, help="Worked examples to take from the data; more cost tokens in every call."
+                min=0, help="Worked examples to take from the data; each costs tokens in every call."
             ),
         ] = 3,
-        column: Annotated[
-            list[str] | None, typer.Option(help="FIELD=COLUMN where the data's columns have other names.")
-        ] = None,
+        column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
         json: JsonOption = False,
     ) -> None:
-        """Write a task file from a data file or a preset, to be edited by hand.
+        """Write a task file from a data file or a preset; then edit it by hand.
 
         Examples: sbs-edge task new tickets.csv --column input=text; sbs-edge task new svamp
         """
@@ -89,10 +87,10 @@ def register(app: typer.Typer) -> None:
 
     @group.command()
     def check(
-        path: Annotated[str, typer.Argument(help="A task file or a preset's name.")],
+        path: Annotated[str, typer.Argument(help="A task file, or the name of a preset.")],
         json: JsonOption = False,
     ) -> None:
-        """Check a task file; every problem, unfinished texts too, is named with its field, exit code 2."""
+        """Check a task file. Problems and unfinished texts are named with their field (exit code 2)."""
         from sbs_edge.teacher.presets import load_task
         from sbs_edge.teacher.task import refuse_placeholders
 
@@ -106,3 +104,6 @@ def register(app: typer.Typer) -> None:
             markup=False,
             soft_wrap=True,
         )
+
+    register_try(group)
+    register_serve(group)

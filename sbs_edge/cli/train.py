@@ -33,6 +33,7 @@ from sbs_edge.cli._data_options import (
     TestOption,
     ValidationOption,
     judge,
+    load_rows,
 )
 from sbs_edge.cli._fields import field_options
 from sbs_edge.training.config import TrainConfig, make_config
@@ -58,6 +59,8 @@ def _show(metrics: dict[str, Any], seconds: float, out: Path) -> None:
     )
     table.add_row("lambda", f"{metrics['rationale_weight']:g}")
     table.add_row("parameters", f"{metrics['parameters']:,}")
+    layers = metrics["layers"]
+    table.add_row("layers", f"{layers['encoder']} encoder, {layers['decoder']} decoder")
     table.add_row("steps (best on validation)", f"{metrics['steps']} ({metrics['best_step']})")
     for name in ("label", "rationale"):
         if f"{name}_loss" in metrics:
@@ -81,36 +84,20 @@ def _plain(value: Any) -> Any:
 
 
 def _load(values: dict[str, Any], out: Path, seed: int) -> tuple[Splits, Any]:
-    from sbs_edge.data.load import load_splits
-    from sbs_edge.data.readers import ColumnMap
-
-    columns = ColumnMap.parse(values["column"] or ())
     if values["stream"]:
+        from sbs_edge.data.readers import ColumnMap
         from sbs_edge.training.stream import open_stream
 
         return open_stream(
             values["data"],
             validation=values["validation"],
-            columns=columns,
+            columns=ColumnMap.parse(values["column"] or ()),
             label_kind=values["label_kind"],
             compare=values["compare"],
             skip_bad_rows=values["skip_bad_rows"],
         )
-    return (
-        load_splits(
-            values["data"],
-            dataset=values["dataset"],
-            validation=values["validation"],
-            test=values["test"],
-            label_kind=values["label_kind"],
-            compare=values["compare"],
-            columns=columns,
-            skip_bad_rows=values["skip_bad_rows"],
-            seed=seed,
-            skipped_file=None if values["dry_run"] else out.with_name(out.name + ".skipped.jsonl"),
-        ),
-        None,
-    )
+    skipped = None if values["dry_run"] else out.with_name(out.name + ".skipped.jsonl")
+    return load_rows(values, seed=seed, skipped_file=skipped), None
 
 
 def register(app: typer.Typer) -> None:
@@ -122,7 +109,8 @@ def register(app: typer.Typer) -> None:
         ctx: typer.Context,
         data: DataArgument = "builtin",
         out: Annotated[
-            Path, typer.Option(help="The student's directory; checkpoints go to OUT.training beside it.")
+            Path,
+            typer.Option(help="The student directory to write; checkpoints are in OUT.training beside it."),
         ] = Path("runs/student"),
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
@@ -134,7 +122,7 @@ def register(app: typer.Typer) -> None:
         stream: Annotated[
             bool,
             typer.Option(
-                "--stream", help="Never hold the training rows; needs --validation and --max-steps."
+                "--stream", help="Read training rows as they are used; needs --validation and --max-steps."
             ),
         ] = False,
         config: ConfigOption = None,
@@ -142,9 +130,9 @@ def register(app: typer.Typer) -> None:
         dry_run: DryRunOption = False,
         **fields: Any,
     ) -> None:
-        """Train a student on labels and rationales; validation rows choose its weights.
+        """Train a student on labels and rationales; validation rows choose the weights.
 
-        Examples: sbs-edge train; sbs-edge train rows.jsonl --model google/flan-t5-small --max-steps 2000
+        Examples: sbs-edge train; sbs-edge train rows.jsonl --model google/flan-t5-small --decoder-layers 2
         """
         need(TRAINING, "train", "Training")
 

@@ -45,7 +45,7 @@ def match_label(label: str, known: Iterable[str]) -> str | None:
 
 
 def same_answer(first: str, second: str, compare: Literal["text", "value"] = "text") -> bool:
-    """Tell whether two labels agree: as stripped strings, or by arithmetic value."""
+    """Return whether two labels agree: as stripped strings, or by arithmetic value."""
     if compare == "value":
         return same_value(first, second)
     return first.strip() == second.strip()

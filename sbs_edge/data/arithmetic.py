@@ -1,4 +1,4 @@
-"""The value of an arithmetic expression, without running it as code.
+"""Compute the value of an arithmetic expression without running it as code.
 
 Only numbers, ``+ - * / ** ( )`` and unary signs are understood; anything else has no value. Integers
 and decimals are exact (:class:`fractions.Fraction`), so ``( 84.0 / 2.0 )`` equals ``42``.
@@ -18,7 +18,7 @@ MAX_CHARACTERS = 500
 MAX_EXPONENT = 64
 MAX_BITS = 4096
 
-# Only these reach the parser, so that no text makes it warn, and none of its names or strings exist.
+# Only these characters reach the parser: no names, no strings, and no text that makes it warn.
 _ALPHABET = re.compile(r"[0-9.eE+*/() -]+")
 
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -76,7 +76,7 @@ def _bounded(number: Fraction) -> Fraction:
 
 
 def evaluate_expression(text: str) -> Fraction | None:
-    """Return the exact value of ``text``, or None when it is not an arithmetic expression.
+    """Return the exact value of ``text``, or None if it is not an arithmetic expression.
 
     Bounded in length, exponent and size of numbers, so that hostile text costs nothing.
     """
@@ -90,6 +90,6 @@ def evaluate_expression(text: str) -> Fraction | None:
 
 
 def same_value(first: str, second: str) -> bool:
-    """Tell whether two expressions have one value; an expression without a value equals nothing."""
+    """Return whether two expressions have the same value; an expression without a value equals nothing."""
     left, right = evaluate_expression(first), evaluate_expression(second)
     return left is not None and left == right

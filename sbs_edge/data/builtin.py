@@ -11,29 +11,17 @@ method; it does not estimate what rationales are worth on real data.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.errors import UsageError
 
-__all__ = [
-    "LABELS",
-    "NAME",
-    "NOISE",
-    "PHRASES",
-    "SIZES",
-    "BuiltinSize",
-    "Facts",
-    "builtin_splits",
-    "facts_to_label",
-    "rationale_of",
-]
+__all__ = ["LABELS", "NAME", "SIZES", "BuiltinSize", "builtin_splits", "facts_to_label"]
 
 NAME = "hvac-desk"
 LABELS = ("wait", "dispatch", "adjust", "close")
-Facts = tuple[str, str, str]
-"""Mode, room and supply."""
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
     "mode": {
         "heating": (
@@ -107,7 +95,7 @@ _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED, _TEACHER_SEED = 10_001, 20_002, 30_00
 
 @dataclass(frozen=True, slots=True)
 class BuiltinSize:
-    """How large and how hard a draw of the task is."""
+    """The size and difficulty of the generated task."""
 
     n_train: int
     n_validation: int
@@ -132,12 +120,55 @@ def facts_to_label(mode: str, room: str, supply: str) -> str:
     return "adjust" if delivered else "close"
 
 
-def rationale_of(facts: Facts, style: Literal["sentence", "terse"] = "sentence") -> str:
-    """Return the teacher's explanation: the three facts, and no conclusion."""
+def _rationale(facts: tuple[str, str, str], style: str) -> str:
     mode, room, supply = facts
     if style == "terse":
         return f"{mode} mode , room {room} target , supply air {supply} ."
     return f"the plant is in {mode} mode , the room is {room} target and the supply air is {supply} ."
+
+
+# How a teacher that is asked several times words its reasons; the last is of little use to a student.
+WORDINGS = (
+    "the plant is in {mode} mode , the room is {room} target and the supply air is {supply} .",
+    "the supply air is {supply} , the room is {room} target and the plant is in {mode} mode .",
+    "the room is {room} target , the plant is in {mode} mode and the supply air is {supply} .",
+    "the ticket says that the plant is in {mode} mode .",
+)
+
+
+def _sampled(rng: random.Random, facts: tuple[str, str, str], error: float, samples: int) -> dict[str, Any]:
+    """Answer one ticket several times, and vote.
+
+    Tickets differ: the share of samples that misread one is drawn from a beta distribution with the mean
+    ``error``, most near 0 or 1, and all of them misread the same fact, as a model's samples repeat its mistakes.
+    """
+    hard = rng.betavariate(error, 1.0 - error) if 0.0 < error < 1.0 else error
+    wrong = _misread(facts, rng.randrange(3))
+    rationales: dict[str, dict[str, None]] = {}
+    votes: Counter[str] = Counter()
+    for _ in range(samples):
+        seen = wrong if rng.random() < hard else facts
+        label = facts_to_label(*seen)
+        votes[label] += 1
+        wording = rng.choice(WORDINGS)
+        rationales.setdefault(label, {})[wording.format(**dict(zip(PHRASES, seen, strict=True)))] = None
+    (label, count), *_ = votes.most_common()
+    kept = tuple(rationales[label])
+    return {
+        "teacher_label": label,
+        "rationale": kept[0],
+        "rationales": kept if len(kept) > 1 else (),
+        "teacher_probs": tuple((name, n / samples) for name, n in votes.most_common()),
+        "confidence": count / samples,
+    }
+
+
+def _misread(facts: tuple[str, str, str], place: int) -> tuple[str, str, str]:
+    seen = [
+        _other(name, value) if i == place else value
+        for i, (name, value) in enumerate(zip(PHRASES, facts, strict=True))
+    ]
+    return (seen[0], seen[1], seen[2])
 
 
 def _other(fact: str, value: str) -> str:
@@ -156,7 +187,13 @@ def _draw(rng: random.Random, size: BuiltinSize) -> tuple[str, tuple[str, str, s
 
 
 def _split(
-    name: str, count: int, seed: int, size: BuiltinSize, taken: set[tuple[str, ...]], error: float
+    name: str,
+    count: int,
+    seed: int,
+    size: BuiltinSize,
+    taken: set[tuple[str, ...]],
+    error: float,
+    samples: int,
 ) -> list[Example]:
     """Draw rows; none shares its phrase triple with a split drawn before."""
     rng = random.Random(seed)
@@ -170,29 +207,24 @@ def _split(
             continue
         inputs.add(text)
         keys.add(phrases)
-        seen = facts
-        if teacher.random() < error:
+        if samples > 1:
+            answer = _sampled(teacher, facts, error, samples)
+        else:
             # A wrong teacher misreads one fact: any misread fact changes the label, and the
             # rationale argues for the wrong answer, as a large model's does.
-            wrong = teacher.randrange(3)
-            names = tuple(PHRASES)
-            misread = [_other(names[i], value) if i == wrong else value for i, value in enumerate(facts)]
-            seen = (misread[0], misread[1], misread[2])
-        rows.append(
-            Example(
-                id=f"{name}-{len(rows)}",
-                input=text,
-                label=facts_to_label(*facts),
-                teacher_label=facts_to_label(*seen),
-                rationale=rationale_of(seen, size.rationale),
-            )
-        )
+            seen = _misread(facts, teacher.randrange(3)) if teacher.random() < error else facts
+            answer = {"teacher_label": facts_to_label(*seen), "rationale": _rationale(seen, size.rationale)}
+        rows.append(Example(id=f"{name}-{len(rows)}", input=text, label=facts_to_label(*facts), **answer))
     taken |= keys
     return rows
 
 
 def builtin_splits(
-    size: str = "default", seed: int = 0, teacher_error: float = 0.0, n_train: int | None = None
+    size: str = "default",
+    seed: int = 0,
+    teacher_error: float = 0.0,
+    n_train: int | None = None,
+    teacher_samples: int = 1,
 ) -> Splits:
     """Generate the built-in task.
 
@@ -202,6 +234,9 @@ def builtin_splits(
         teacher_error: share of rows where the teacher misreads one fact, and so gives a wrong label
             and a rationale for it; 0.25 is about PaLM's share on the paper's sets.
         n_train: training rows instead of the size's own number.
+        teacher_samples: answers of the teacher to each input. With several, tickets differ in how often they
+            are misread, ``teacher_error`` is the mean, the label with most votes is the row's, and the votes
+            and all rationales that agree are kept.
 
     Returns:
         Disjoint splits: no phrase triple of validation or test occurs in training.
@@ -214,14 +249,26 @@ def builtin_splits(
         raise UsageError(f"The built-in task has no size {size!r}; it has {', '.join(SIZES)}.")
     if not 0.0 <= teacher_error <= 1.0:
         raise UsageError(f"teacher_error is a share of rows between 0 and 1, not {teacher_error}.")
+    if teacher_samples < 1:
+        raise UsageError(f"teacher_samples must be at least 1, not {teacher_samples}.")
     if n_train is not None and not 1 <= n_train <= MAX_TRAIN:
         raise UsageError(
             f"The built-in task draws 1 to {MAX_TRAIN:,} different training rows, not {n_train}."
         )
     chosen = SIZES[size]
     taken: set[tuple[str, ...]] = set()
-    test = _split("test", chosen.n_test, _TEST_SEED, chosen, taken, teacher_error)
-    validation = _split("validation", chosen.n_validation, _VALIDATION_SEED, chosen, taken, teacher_error)
+    test = _split("test", chosen.n_test, _TEST_SEED, chosen, taken, teacher_error, teacher_samples)
+    validation = _split(
+        "validation", chosen.n_validation, _VALIDATION_SEED, chosen, taken, teacher_error, teacher_samples
+    )
     # The training rows may share triples with each other, not with the held-out splits.
-    train = _split("train", n_train or chosen.n_train, _TRAIN_SEED + seed, chosen, set(taken), teacher_error)
+    train = _split(
+        "train",
+        n_train or chosen.n_train,
+        _TRAIN_SEED + seed,
+        chosen,
+        set(taken),
+        teacher_error,
+        teacher_samples,
+    )
     return Splits(TaskSpec(NAME, "closed", LABELS), train, validation, test)

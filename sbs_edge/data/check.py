@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from sbs_edge.data.answers import normalise
-from sbs_edge.data.example import Example, LabelKind, Splits
+from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.findings import Finding, examine, verdict
-from sbs_edge.data.load import Source, drawn_splits, hold_out_missing, open_source
-from sbs_edge.data.readers import ColumnMap, ReadResult
+from sbs_edge.data.load import Source, SourceOptions, hold_out_missing, open_splits
+from sbs_edge.data.readers import ReadResult
 from sbs_edge.data.splits import find_overlaps
 from sbs_edge.data.targets import Mode, teacher_agreement
 from sbs_edge.data.tokenizer import EOS_ID, load_tokenizer
@@ -30,9 +30,9 @@ _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
 
 
 def _counter(folder: str | Path | None) -> tuple[str, Callable[[Sequence[str]], list[int]]]:
-    """Return what counts the tokens, in words, and the function; the end mark counts as one."""
+    """Return the name of the tokenizer and a function that counts tokens, end-of-sequence included."""
     if folder is None:
-        return "words, numbers and signs (--tokenizer DIR takes a checkpoint's own)", lambda texts: [
+        return "words, numbers and signs (tokenizer=DIR counts with a checkpoint's)", lambda texts: [
             len(_WORD.findall(text)) + 1 for text in texts
         ]
     tokenizer = TextTokenizer(load_tokenizer(folder))
@@ -93,7 +93,7 @@ def _split_report(
 
 
 def _drawn(splits: Splits, source: Source, where: str, seed: int) -> dict[str, Any] | None:
-    """Return the rows per split and label that training would draw, or None where the source brings every split."""
+    """Return the rows per split and label that training would draw, or None if the source has every split."""
     if {"train", "validation", "test"} <= set(source.found):
         return None
     drawn = dataclasses.replace(splits)
@@ -113,30 +113,20 @@ def _drawn(splits: Splits, source: Source, where: str, seed: int) -> dict[str, A
 def check_dataset(
     source: str | Path | None = None,
     *,
-    dataset: str | None = None,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
-    label_kind: LabelKind | None = None,
-    compare: Literal["text", "value"] = "text",
-    columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
     tokenizer: str | Path | None = None,
     mode: Mode | None = None,
     seed: int = 0,
+    **options: Unpack[SourceOptions],
 ) -> dict[str, Any]:
-    """Describe a source split by split, as its files are: nothing is held out, dropped or written.
+    """Describe a source split by split, as it is in its files; nothing is held out, dropped or written.
 
     Args:
         source: as for :func:`sbs_edge.data.load.load_splits`.
-        dataset: name of the paper's data set, when ``source`` holds its layout.
-        validation: file of validation rows.
-        test: file of test rows.
-        label_kind: instead of the inferred one.
-        compare: how labels are compared.
-        columns: which column is which field.
         tokenizer: directory with a ``tokenizer.json`` that counts the tokens; by default words,
             numbers and signs are counted, as the tokenizer of the built-in task sees them.
-        mode: how a student would learn; None leaves it open.
+        mode: the training mode to check for; None: any.
         seed: decides which rows training would hold out.
+        options: how the source is read, as for ``load_splits``.
 
     Returns:
         ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``,
@@ -149,52 +139,19 @@ def check_dataset(
         DataError: the source as a whole cannot be read.
 
     """
-    drawn = drawn_splits(source) if dataset is None else None
-    if drawn is not None:
-        names = ("train", "validation", "test")
-        opened = Source(drawn.task, {name: ReadResult(getattr(drawn, name)) for name in names})
-    else:
-        opened = open_source(
-            source or ".",
-            dataset=dataset,
-            validation=validation,
-            test=test,
-            label_kind=label_kind,
-            compare=compare,
-            columns=columns,
-        )
+    opened, splits = open_splits(source, **options)
     counted_in, count = _counter(tokenizer)
     reports = [_split_report(name, part, opened, count) for name, part in opened.found.items()]
-    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
-    splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     overlaps = find_overlaps(splits)
-    findings = examine(splits, mode)
+    problems = _problems(reports, len(overlaps))
+    spelling, of_tokens = _token_findings(opened, tokenizer)
+    findings = [Finding("stop", "unusable", f"{problem}.") for problem in problems] + examine(splits, mode)
     for name, respelled in opened.respelled.items():
         findings += [
             Finding("warn", "label-spelling", f"{name}: {item}.", (item.first,)) for item in respelled
         ]
-    problems = []
-    for report in reports:
-        rejected = sum(report["rejected"].values())
-        if rejected:
-            problems.append(f"{report['name']}: {rejected} row(s) cannot be used")
-        if not report["rows"]:
-            problems.append(f"{report['name']}: no usable row")
-    if overlaps:
-        problems.append(f"{len(overlaps)} input(s) occur in two splits")
-    findings = [Finding("stop", "unusable", f"{problem}.") for problem in problems] + findings
+    findings += of_tokens
     task = opened.task
-    spelling = None
-    if tokenizer is not None:
-        texts = TextTokenizer(load_tokenizer(tokenizer))
-        rows = [row for part in opened.found.values() for row in part.examples]
-        spelling = spelling_of_rows(rows, texts)
-        findings += [Finding("warn", "spelling", sentence) for sentence in spelling_sentences(spelling)]
-        try:
-            label_ids(task.labels, texts, EOS_ID)
-            check_choices(rows, texts, EOS_ID)
-        except UsageError as error:
-            findings.append(Finding("stop", "label-tokens", str(error)))
     return {
         "source": str(source or "builtin"),
         "task": {
@@ -219,3 +176,35 @@ def check_dataset(
         "verdict": verdict(findings),
         "ok": verdict(findings) != "stop",
     }
+
+
+def _problems(reports: Sequence[dict[str, Any]], n_overlaps: int) -> list[str]:
+    """Return why training could not use the source, in words."""
+    found = []
+    for report in reports:
+        rejected = sum(report["rejected"].values())
+        if rejected:
+            found.append(f"{report['name']}: {rejected} row(s) cannot be used")
+        if not report["rows"]:
+            found.append(f"{report['name']}: no usable row")
+    if n_overlaps:
+        found.append(f"{n_overlaps} input(s) occur in two splits")
+    return found
+
+
+def _token_findings(
+    opened: Source, tokenizer: str | Path | None
+) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """Return how the tokenizer spells the rows, and what is wrong with that; nothing without a tokenizer."""
+    if tokenizer is None:
+        return None, []
+    texts = TextTokenizer(load_tokenizer(tokenizer))
+    rows = [row for part in opened.found.values() for row in part.examples]
+    spelling = spelling_of_rows(rows, texts)
+    found = [Finding("warn", "spelling", sentence) for sentence in spelling_sentences(spelling)]
+    try:
+        label_ids(opened.task.labels, texts, EOS_ID)
+        check_choices(rows, texts, EOS_ID)
+    except UsageError as error:
+        found.append(Finding("stop", "label-tokens", str(error)))
+    return spelling, found

@@ -1,9 +1,9 @@
-"""CSV and TSV: one row at a time, where a stray quote costs its own line and no other.
+"""Read CSV and TSV one row at a time; a stray quote affects only its own line.
 
-``.tsv`` has no quoting: a quote is a character like any other and a line is a row. ``.csv`` is
-RFC 4180: a quoted cell may hold commas, doubled quotes and line ends. A quote that is never closed, or
+``.tsv`` has no quoting: a quote is an ordinary character, and each line is a row. ``.csv`` is
+RFC 4180: a quoted cell may contain commas, doubled quotes and line ends. A quote that is never closed, or is
 closed lines later by another stray quote, would swallow the rows between. Such a row is reported with
-its lines, and reading goes on at the line after the one that opened the quote.
+its lines, and reading continues at the line after the one that opened the quote.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["csv_rows", "tsv_rows"]
 
 
 class _Lines:
-    """The physical lines of a file, which can be put back; ``number`` is that of the last one given."""
+    """The physical lines of a file, which can be put back; ``number`` is that of the last line read."""
 
     def __init__(self, handle: IO[str]) -> None:
         self._handle = handle
@@ -44,12 +44,12 @@ class _Lines:
 def _open(path: Path) -> IO[str]:
     with path.open("rb") as handle:
         refuse_foreign_bytes(handle.read(8), path)
-    # A byte that does not decode is kept as a lone surrogate, so that it costs its row alone.
+    # A byte that does not decode becomes a lone surrogate, so that only its row is rejected.
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def tsv_rows(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of a ``.tsv`` file: cells between tabs, a line a row, quotes as they stand."""
+    """Yield the rows of a ``.tsv`` file: one per line, cells between tabs, quotes as ordinary characters."""
     with _open(path) as handle:
         header: list[str] | None = None
         for number, text in enumerate(handle, start=1):
@@ -95,7 +95,7 @@ def csv_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _record(lines: _Lines, taken: list[str]) -> tuple[list[str] | None, str]:
-    """Read one record; return its cells, or None and what is wrong (nothing at the end of the file)."""
+    """Read a record; return its cells, or None and the problem (no problem at the end of the file)."""
 
     def feed() -> Iterator[str]:
         for line in lines:
@@ -111,10 +111,10 @@ def _record(lines: _Lines, taken: list[str]) -> tuple[list[str] | None, str]:
 
 
 def _swallows_rows(taken: list[str], cells: list[str], width: int) -> bool:
-    """Tell whether a record of several lines is rather several rows that a stray quote joined.
+    """Return whether a record of several lines is really several rows that a stray quote joined.
 
-    Its lines look like rows when each, cut at every comma, has as many cells as the header, none empty
-    and none beginning or ending with a space, as the commas of prose do. When the record itself has
+    Its lines look like rows if each, split at every comma, has as many cells as the header, none of them empty
+    and none with a space at its ends, as after the commas of prose. If the record itself has
     the wrong number of cells, one such line is enough.
     """
     if len(taken) < 2 or width < 2:

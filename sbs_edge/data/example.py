@@ -1,4 +1,4 @@
-"""The one record that travels from data to report, and what kind of label it carries."""
+"""The record of an example, the description of its task, and splits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from typing import Literal
 __all__ = ["Example", "LabelKind", "Splits", "TaskSpec"]
 
 LabelKind = Literal["closed", "choices", "open"]
-"""``closed``: one fixed label set. ``choices``: each row brings its own. ``open``: free text."""
+"""``closed``: a fixed label set. ``choices``: each row has its own. ``open``: free text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One input x with what is known about it.
+    """An input x with its labels and rationale.
 
     Attributes:
         id: unique inside its split.
         input: the text x, without a task prefix.
-        label: the gold label y, or None when unknown.
-        teacher_label: the teacher's label, or None when the teacher gave none.
+        label: the gold label y, or None if unknown.
+        teacher_label: the teacher's label, or None if the teacher gave none.
         rationale: the teacher's rationale r, or None.
         choices: the labels this row may take (``choices`` tasks), else None.
-        confidence: weight of the row in training, in (0, 1]; the vote share when the teacher
+        confidence: weight of the row in training, in (0, 1]; the share of votes if the teacher
             was sampled several times, else 1.
-        source: ``file:line`` the row came from, for messages.
+        source: ``file:line`` of the row, for messages.
+        rationales: every rationale that argues for ``teacher_label``, ``rationale`` first; empty if the
+            teacher gave at most one.
+        teacher_probs: ``(label, probability)`` as the teacher distributes them, summing to 1; empty if
+            only its label is known.
 
     """
 
@@ -36,16 +40,18 @@ class Example:
     choices: tuple[str, ...] | None = None
     confidence: float = 1.0
     source: str = ""
+    rationales: tuple[str, ...] = ()
+    teacher_probs: tuple[tuple[str, float], ...] = ()
 
     @property
     def distinct_choices(self) -> tuple[str, ...]:
-        """The labels to choose from, each once: 146 rows of the paper's cqa name one of theirs twice."""
+        """Return the labels to choose from, each once: 146 rows of the paper's cqa name a choice twice."""
         return tuple(dict.fromkeys(self.choices or ()))
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """What the student must know about the task besides its examples.
+    """The description of a task, besides its examples.
 
     Attributes:
         name: short name, used in reports and manifests.
@@ -63,7 +69,7 @@ class TaskSpec:
 
 @dataclass(slots=True)
 class Splits:
-    """Disjoint rows: training, model selection, and a test read once at the end.
+    """Disjoint rows: training, model selection, and a test split that is read once, at the end.
 
     ``unparsed`` counts, by split, teacher outputs in which no label could be read.
     """

@@ -1,8 +1,8 @@
 """Checks on splits before training: each is a function in :data:`CHECKS` that yields findings.
 
-A finding of level ``stop`` means that training would fail or give a student that means nothing;
-``warn`` means that it works and somebody should look. ``data check`` lists all of them, ``train`` and
-``run`` say the warnings and refuse at the stops before the first step.
+A finding of level ``stop`` means that training would fail, or that the student would be meaningless.
+``warn`` means that training works, but somebody should look. ``data check`` lists all findings; ``train`` and
+``run`` print the warnings and refuse to train if there is a stop.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ UNPARSED_WARN, UNPARSED_STOP = 0.2, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a check found.
+    """A problem that a check found.
 
     Attributes:
         level: ``warn`` or ``stop``.
         code: stable name, for programs.
-        message: what, with the numbers, and what to do.
-        rows: the first rows concerned, as ``file:line``.
+        message: the problem, with its numbers, and what to do.
+        rows: the first affected rows, as ``file:line``.
 
     """
 
@@ -55,16 +55,15 @@ def examine(splits: Splits, mode: Mode | None = None) -> list[Finding]:
     """Run all checks.
 
     Args:
-        splits: the rows; an empty validation or test split is passed over.
-        mode: how the student will learn, or None when that is not known. ``finetune`` leaves out what
-            concerns the teacher only.
+        splits: the rows; an empty validation or test split is skipped.
+        mode: the training mode, or None if it is not known. ``finetune`` skips the checks of the teacher.
 
     """
     return [finding for check in CHECKS for finding in check(splits, mode)]
 
 
 def seen_by(splits: Splits, mode: Mode) -> Splits:
-    """Return training and validation rows as ``mode`` sees them: no test rows, and no gold labels in a teacher's mode."""
+    """Return the rows as ``mode`` sees them: no test rows, and no gold labels if it learns the teacher's."""
     if mode in ("finetune", "stepwise"):
         return dataclasses.replace(splits, test=[])
     train, validation = (
@@ -80,7 +79,7 @@ def verdict(findings: Iterable[Finding]) -> Literal["ok", "warn", "stop"]:
 
 
 def refuse_stops(findings: Iterable[Finding]) -> None:
-    """Raise :class:`DataError` with every finding of level ``stop``, when there is one."""
+    """Raise :class:`DataError` with all findings of level ``stop``, if there are any."""
     stops = [finding for finding in findings if finding.level == "stop"]
     if stops:
         raise DataError(" ".join(finding.message for finding in stops) + " Nothing was trained.")
@@ -101,7 +100,7 @@ def _learnt(row: Example, mode: Mode | None) -> str | None:
 
 
 def one_label(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
-    """Stop when all training rows have the same label."""
+    """Stop if all training rows have the same label."""
     labels = Counter(label_key(label) for row in splits.train if (label := _learnt(row, mode)) is not None)
     if splits.task.label_kind != "choices" and len(labels) == 1:
         (label, count), *_ = labels.items()
@@ -115,7 +114,7 @@ def one_label(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
 
 
 def rare_labels(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
-    """Warn of labels of a closed set with few training rows, and of one that nearly all rows have."""
+    """Warn of labels of a closed set with few training rows, and of a label that nearly all rows have."""
     if splits.task.label_kind != "closed" or not splits.train:
         return
     labels = Counter(label.strip() for row in splits.train if (label := _learnt(row, mode)) is not None)
@@ -193,7 +192,7 @@ def foreign_labels(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
 
 
 def unparsed_outputs(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
-    """Find splits where many rows lack a label of the teacher's that others, or other outputs, have."""
+    """Find splits in which many rows lack a teacher label, although other rows or outputs have one."""
     if mode == "finetune":
         return
     for name, rows in _parts(splits):
@@ -213,7 +212,7 @@ def unparsed_outputs(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
 
 
 def agreement(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
-    """Stop where teacher and gold agree no better than shuffled rows, and say which shift of rows fits."""
+    """Stop if teacher and gold agree no better than shuffled rows, and name a shift of rows that fits."""
     if mode == "finetune":
         return
     for name, rows in _parts(splits):
@@ -234,7 +233,7 @@ def agreement(splits: Splits, mode: Mode | None) -> Iterator[Finding]:
         )
         if fits:
             message += f"; moved by {shift:+d} row(s) the teacher's labels agree in {best[0]} of {best[1]}"
-            message += ". The outputs stand beside the wrong rows: match them by position again."
+            message += ". The outputs belong to other rows: match them by position again."
         else:
             message += ". Check that outputs and rows belong together, and which column is which."
         stop = fits or (name == "train" and chance <= 0.6)
@@ -251,7 +250,7 @@ def _answer_key(label: str | None, splits: Splits) -> Any:
 
 
 def _agreeing(gold: Sequence[Any], teacher: Sequence[Any], shift: int) -> tuple[int, int, float]:
-    """Return equal rows, rows that have both, and the share expected of shuffled rows; row i meets output i + shift."""
+    """Return the equal rows, the rows with both labels, and the share expected by chance; row i gets output i + shift."""
     pairs = [
         (own, teacher[i + shift])
         for i, own in enumerate(gold)
@@ -308,4 +307,4 @@ CHECKS: tuple[Check, ...] = (
     conflicting_labels,
     quoted_cells,
 )
-"""Every check; a new one is a function in this list."""
+"""All checks; to add one, add its function here."""

@@ -21,13 +21,13 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def is_saved_dataset(path: str | Path) -> bool:
-    """Tell whether ``path`` is a directory that ``datasets`` saved."""
+    """Return whether ``path`` is a directory that ``datasets`` saved."""
     folder = Path(path)
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def is_dataset(path: str | Path) -> bool:
-    """Tell whether ``path`` is a saved data set, or can only be a data set's name on the hub."""
+    """Return whether ``path`` is a saved data set, or can only be the name of one on the hub."""
     if is_saved_dataset(path):
         return True
     text = str(path)
@@ -35,7 +35,7 @@ def is_dataset(path: str | Path) -> bool:
 
 
 def _open(source: str | Path, *, streaming: bool = False) -> dict[str, Any]:
-    """Return split name to data set."""
+    """Return a mapping from split name to data set."""
     try:
         import datasets
     except ImportError as error:
@@ -45,7 +45,7 @@ def _open(source: str | Path, *, streaming: bool = False) -> dict[str, Any]:
             content = datasets.load_from_disk(str(source))
         else:
             content = datasets.load_dataset(str(source), streaming=streaming)
-    except Exception as error:  # the library raises a dozen kinds, from requests' to its own
+    except Exception as error:  # the library raises a dozen kinds of error
         if is_saved_dataset(source):
             raise DataError(
                 f"The data set in {source} cannot be read: {error}. Save it again with save_to_disk."

@@ -1,4 +1,4 @@
-"""Examples as JSON Lines: the format the stages hand to each other."""
+"""Examples as JSON Lines, the format that the stages exchange."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ __all__ = ["example_to_json", "write_examples"]
 
 
 def example_to_json(example: Example) -> dict[str, Any]:
-    """Return the row's fields, leaving out what is unknown or at its default."""
-    row = {name: value for name, value in asdict(example).items() if value not in (None, "")}
+    """Return the row's fields, without unknown and default values."""
+    row = {name: value for name, value in asdict(example).items() if value not in (None, "", ())}
+    if example.teacher_probs:
+        row["teacher_probs"] = {label: round(share, 6) for label, share in example.teacher_probs}
     if example.confidence == 1.0:
         del row["confidence"]
     row.setdefault("input", example.input)
@@ -24,6 +26,6 @@ def example_to_json(example: Example) -> dict[str, Any]:
 
 
 def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
-    """Write one JSON object a line, in one step; :func:`sbs_edge.data.readers.read_examples` reads it back."""
+    """Write one JSON object per line, in one step; :func:`sbs_edge.data.readers.read_examples` reads it back."""
     lines = (json.dumps(example_to_json(example), ensure_ascii=False) for example in examples)
     files.write_text(path, "".join(line + "\n" for line in lines))

@@ -1,8 +1,8 @@
-"""Label sets: which kind of labels rows carry, and one spelling for each label.
+"""Label sets: the kind of the labels, and one spelling for each label.
 
-Files spell one label in several ways (``Refund``, ``refund ``; ``1`` in JSON, ``1.0`` in CSV). Every
-command that learns from labels or judges by them goes through :func:`infer_task` and
-:func:`fit_labels`, so that one file means the same everywhere.
+Files spell a label in several ways (``Refund``, ``refund ``; ``1`` in JSON, ``1.0`` in CSV). Every
+command that learns or evaluates labels uses :func:`infer_task` and
+:func:`fit_labels`, so that a file means the same everywhere.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = [
 ]
 
 MAX_CLOSED_LABELS = 64
-"""A closed set is not inferred for more labels than this."""
+"""With more labels than this, a closed set is not inferred."""
 
 ROWS_PER_LABEL = 2
-"""A closed set is inferred when labels have at least this many rows on average: labels that repeat are classes."""
+"""A closed set is inferred if labels have at least this many rows on average, because labels that repeat are classes."""
 
 _OPERATION = re.compile(r"[\d)]\s*[-+*/]")
 
@@ -42,9 +42,9 @@ class Respelling:
     """A label that was written differently from its set.
 
     Attributes:
-        field: ``label`` or ``teacher_label``.
+        field: ``label``, ``teacher_label`` or ``teacher_probs``.
         written: how the rows spell it, stripped.
-        label: the member of the set that it stands for.
+        label: the member of the set that it means.
         rows: number of rows.
         first: ``file:line`` of the first one.
 
@@ -61,7 +61,7 @@ class Respelling:
 
 
 def spellings(labels: Sequence[str]) -> tuple[str, ...]:
-    """Return each label once, sorted, in its most frequent spelling; of equally frequent ones the first."""
+    """Return each label once, sorted, in its most frequent spelling, or the first of equally frequent ones."""
     counts: dict[str, Counter[str]] = {}
     for label in labels:
         counts.setdefault(label_key(label), Counter())[label.strip()] += 1
@@ -69,7 +69,7 @@ def spellings(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def are_expressions(labels: Sequence[str]) -> bool:
-    """Tell whether all labels are arithmetic, such as ``( 84 / 2 )``; plain and signed numbers are not."""
+    """Return whether all labels are arithmetic, such as ``( 84 / 2 )``; plain and signed numbers are not."""
     return bool(labels) and all(
         _OPERATION.search(label) is not None and evaluate_expression(label) is not None for label in labels
     )
@@ -81,12 +81,12 @@ def infer_task(
     kind: LabelKind | None = None,
     compare: Literal["text", "value"] = "text",
 ) -> TaskSpec:
-    """Say what kind of label the rows carry.
+    """Return the task of the rows, with the kind of its labels.
 
-    ``choices`` when every row brings its own; ``open`` when labels are compared by value or are
-    arithmetic; ``closed`` when there are at most :data:`MAX_CLOSED_LABELS` different labels and on
-    average at least :data:`ROWS_PER_LABEL` labelled rows for each; else ``open``. A closed set holds
-    the gold labels, or the teacher's where no row has a gold one, in alphabetical order.
+    The kind is ``choices`` if every row has choices, ``open`` if labels are compared by value or are
+    arithmetic, and ``closed`` if there are at most :data:`MAX_CLOSED_LABELS` different labels with at least
+    :data:`ROWS_PER_LABEL` labelled rows each on average. Otherwise it is ``open``. A closed set has
+    the gold labels, or the teacher's if no row has a gold label, in alphabetical order.
 
     Args:
         name: of the task.
@@ -95,7 +95,7 @@ def infer_task(
         compare: how labels are compared.
 
     Raises:
-        DataError: some rows bring choices and others do not.
+        DataError: some rows have choices and others do not.
 
     """
     gold = [example.label for example in examples if example.label is not None]
@@ -106,13 +106,13 @@ def infer_task(
     if with_choices and without and kind in (None, "choices"):
         raise DataError(
             f"{without.source or without.id} has no choices, but {with_choices.source or with_choices.id} has. Give "
-            "every row a value in the column 'choices', or take the column out"
-            + (", or name another --label-kind." if kind else ".")
+            "every row a value in the column 'choices', or remove the column"
+            + (", or choose another label_kind." if kind else ".")
         )
     if kind == "choices" and without:
         raise DataError(
             f"{without.source or without.id} has no choices, which a task of kind 'choices' needs in every row. "
-            "Add a column 'choices', or name another --label-kind."
+            "Add a column 'choices', or choose another label_kind."
         )
     if kind is None:
         if with_choices:
@@ -127,9 +127,9 @@ def infer_task(
 
 
 def fit_labels(rows: Sequence[Example], task: TaskSpec) -> tuple[list[Example], list[Respelling]]:
-    """Return the rows with their labels spelled as the task's set or the row's choices spell them.
+    """Return the rows with their labels in the spelling of the task's set or the row's choices.
 
-    A label outside the set is left as it is: what to do about it is the caller's decision. Labels of
+    A label outside the set is not changed; the caller decides what to do about it. Labels of
     open tasks are only stripped.
     """
     members: dict[str, str | None] = {}
@@ -156,8 +156,13 @@ def fit_labels(rows: Sequence[Example], task: TaskSpec) -> tuple[list[Example], 
     for row in rows:
         label = spelled(row.label, "label", row)
         teacher_label = spelled(row.teacher_label, "teacher_label", row)
-        if (label, teacher_label) != (row.label, row.teacher_label):
-            row = dataclasses.replace(row, label=label, teacher_label=teacher_label)
+        shares: dict[str, float] = {}
+        for written, share in row.teacher_probs:
+            name = spelled(written, "teacher_probs", row) or written
+            shares[name] = shares.get(name, 0.0) + share
+        probs = tuple(shares.items())
+        if (label, teacher_label, probs) != (row.label, row.teacher_label, row.teacher_probs):
+            row = dataclasses.replace(row, label=label, teacher_label=teacher_label, teacher_probs=probs)
         fitted.append(row)
     return fitted, [
         Respelling(field, written, label, len(places), places[0])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from rich.console import Console
 
@@ -21,9 +21,17 @@ from sbs_edge.data.rows import FORMATS, iterate_rows
 from sbs_edge.data.splits import VALIDATION_SHARE, check_disjoint, drop_overlaps, hold_out
 from sbs_edge.errors import DataError
 
-__all__ = ["Source", "drawn_splits", "hold_out_missing", "infer_task", "load_splits", "open_source"]
+__all__ = [
+    "Source",
+    "SourceOptions",
+    "hold_out_missing",
+    "infer_task",
+    "load_splits",
+    "open_source",
+    "open_splits",
+]
 
-# What people call the three splits, in files and in Hugging Face data sets.
+# Names of the three splits in files and in Hugging Face data sets.
 _ALIASES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -33,20 +41,21 @@ _ALIASES = {
 
 @dataclass(slots=True)
 class Source:
-    """A source as it is: rows of each split it brings itself, before any is held out or dropped.
+    """A source as it is: the rows of its own splits, before any are held out or dropped.
 
     Attributes:
         task: given or inferred.
         found: split name to usable and rejected rows.
         unparsed: split name to the number of raw teacher outputs without a readable label.
         respelled: split name to the labels that were spelled differently from the task's set.
-
+        is_builtin: it is a built-in task, whose splits are whole and disjoint.
     """
 
     task: TaskSpec
     found: dict[str, ReadResult] = field(default_factory=dict)
     unparsed: dict[str, int] = field(default_factory=dict)
     respelled: dict[str, list[Respelling]] = field(default_factory=dict)
+    is_builtin: bool = False
 
 
 def _read_file(path: Path, columns: ColumnMap) -> ReadResult:
@@ -77,31 +86,58 @@ def _from_folder(folder: Path, columns: ColumnMap) -> dict[str, ReadResult]:
             if (folder / f"{name}{suffix}").is_file()
         ]
         if len(here) > 1:
-            raise DataError(f"{folder} holds {here[0].name} and {here[1].name}, both {ours} rows. Keep one.")
+            raise DataError(
+                f"{folder} has {here[0].name} and {here[1].name}, both for {ours} rows. Keep one."
+            )
         if here:
             found[ours] = _read_file(here[0], columns)
     if "train" in found:
         return found
     for name in PAPER_DATASETS:
         if (folder / name).is_dir() or (folder / f"{name}_train.json").is_file():
-            raise DataError(f"{folder} holds {name} in the paper's layout. Say so with --dataset {name}.")
+            raise DataError(f"{folder} has {name} in the paper's layout: pass dataset={name!r}.")
     raise DataError(
-        f"{folder} holds no training rows. Name the file train, with one of {', '.join(FORMATS)} "
+        f"{folder} has no training rows. Name their file train, with one of the endings {', '.join(FORMATS)} "
         "(and validation and test likewise), or give the file itself."
     )
 
 
-def open_source(
-    source: str | Path,
-    *,
-    dataset: str | None = None,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
-    label_kind: LabelKind | None = None,
-    compare: Literal["text", "value"] = "text",
-    columns: ColumnMap = ColumnMap(),  # noqa: B008 (frozen)
-) -> Source:
-    """Read a source as it is; arguments as for :func:`load_splits`. Bad rows are kept, not raised."""
+class SourceOptions(TypedDict, total=False):
+    """Keyword arguments that say how a source is read; :func:`load_splits` explains them."""
+
+    dataset: str | None
+    validation: str | Path | None
+    test: str | Path | None
+    label_kind: LabelKind | None
+    compare: Literal["text", "value"]
+    columns: ColumnMap
+
+
+def _drawn_splits(source: str | Path | None, seed: int) -> Splits | None:
+    """Return the splits of a built-in task, or None if ``source`` does not name one."""
+    if source is None or str(source) == "builtin":
+        return builtin_splits(seed=seed)
+    if str(source) in (shift_log.NAME, shift_log.LATEST_NAME):
+        return shift_log.shift_log_splits(seed, latest=str(source) == shift_log.LATEST_NAME)
+    return None
+
+
+def open_splits(
+    source: str | Path | None, seed: int = 0, **options: Unpack[SourceOptions]
+) -> tuple[Source, Splits]:
+    """Open a source, or a built-in task as ``seed`` draws it; nothing is held out, dropped or refused."""
+    drawn = _drawn_splits(source, seed) if options.get("dataset") is None else None
+    if drawn is not None:
+        rows = {name: ReadResult(getattr(drawn, name)) for name in ("train", "validation", "test")}
+        return Source(drawn.task, rows, is_builtin=True), drawn
+    opened = open_source(source or ".", **options)
+    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
+    return opened, Splits(opened.task, **parts, unparsed=opened.unparsed)
+
+
+def open_source(source: str | Path, **options: Unpack[SourceOptions]) -> Source:
+    """Read a source as it is; arguments as for :func:`load_splits`. Bad rows are returned, not raised."""
+    dataset, columns = options.get("dataset"), options.get("columns", ColumnMap())
     if dataset is not None:
         paper = read_paper_files(source, dataset)
         found = {name: ReadResult(rows, paper.rejected[name]) for name, rows in paper.splits.items()}
@@ -115,20 +151,21 @@ def open_source(
         found = {"train": _read_file(path, columns)}
     else:
         raise DataError(f"There is no file or directory {source}. Check the path.")
-    for name, extra in (("validation", validation), ("test", test)):
+    for name, extra in (("validation", options.get("validation")), ("test", options.get("test"))):
         if extra is not None:
             found[name] = _read_file(Path(extra), columns)
     rows = [example for part in found.values() for example in part.examples]
     for part in found.values():
         _reject_unlabelled(part)
-    opened = Source(infer_task(path.stem or str(source), rows, label_kind, compare), found)
+    kind, compare = options.get("label_kind"), options.get("compare", "text")
+    opened = Source(infer_task(path.stem or str(source), rows, kind, compare), found)
     for name, part in found.items():
         part.examples[:], opened.respelled[name] = fit_labels(part.examples, opened.task)
     return opened
 
 
 def _reject_unlabelled(part: ReadResult) -> None:
-    """Move rows without any label from the usable to the rejected ones: nothing can be learnt there."""
+    """Move rows without any label to the rejected ones, because nothing can be learnt from them."""
     kept = []
     for example in part.examples:
         if example.label is not None or example.teacher_label is not None:
@@ -142,7 +179,7 @@ def _reject_unlabelled(part: ReadResult) -> None:
 
 
 def write_skipped(path: str | Path, rejected: Sequence[RejectedRow]) -> None:
-    """Write one JSON object a skipped row: file, line, reason, detail and the row as it stood."""
+    """Write a JSON object for each skipped row: file, line, reason, detail and the original row."""
     lines = (
         json.dumps(
             {"file": r.file, "line": r.line, "reason": r.reason, "detail": r.detail, "raw": r.raw},
@@ -151,15 +188,6 @@ def write_skipped(path: str | Path, rejected: Sequence[RejectedRow]) -> None:
         for r in rejected
     )
     files.write_text(path, "".join(line + "\n" for line in lines))
-
-
-def drawn_splits(source: str | Path | None, seed: int = 0) -> Splits | None:
-    """Return the splits of a built-in task, or None where ``source`` does not name one."""
-    if source is None or str(source) == "builtin":
-        return builtin_splits(seed=seed)
-    if str(source) in (shift_log.NAME, shift_log.LATEST_NAME):
-        return shift_log.shift_log_splits(seed, latest=str(source) == shift_log.LATEST_NAME)
-    return None
 
 
 def load_splits(
@@ -177,11 +205,11 @@ def load_splits(
 ) -> Splits:
     """Load disjoint splits from any source.
 
-    A source without a test split gives a tenth of its inputs to one, a source without a validation
-    split a tenth of what is left: by ``seed``, stratified by label in closed tasks, and equal inputs stay together.
+    Without a test split, a tenth of the inputs is held out as one; without a validation split, a tenth of the rest.
+    Rows are chosen by ``seed``, stratified by label in closed tasks, and equal inputs stay together.
 
     Args:
-        source: None or ``"builtin"``, ``"shift-log"``, ``"shift-log-latest"``; a file; a folder with ``train``,
+        source: None or ``"builtin"``; ``"shift-log"`` or ``"shift-log-latest"``; a file; a folder with ``train``,
             ``validation`` and ``test`` files; a saved Hugging Face data set or the name of one; with ``dataset``, a
             folder in the paper's layout.
         dataset: ``cqa``, ``svamp``, ``anli1`` or ``esnli``.
@@ -190,33 +218,26 @@ def load_splits(
         label_kind: instead of the inferred one (:func:`infer_task`).
         compare: how labels are compared: as text, or by arithmetic value.
         columns: which column is which field.
-        skip_bad_rows: go on without unusable rows, and without training and validation rows whose
-            input a later split holds too; their number is said on stderr.
-        seed: decides what is held out, and draws the built-in task.
-        skipped_file: JSON Lines of what was skipped, written only when something was.
+        skip_bad_rows: leave out unusable rows, and training and validation rows whose
+            input a later split has too; stderr gives their number.
+        seed: decides which rows are held out, and draws a built-in task.
+        skipped_file: JSON Lines file of the skipped rows, written only if there are any.
 
     Raises:
         DataError: an unusable row or an input in two splits (unless ``skip_bad_rows``), or no rows.
 
     """
-    if dataset is None and (drawn := drawn_splits(source, seed)) is not None:
-        return drawn
-    opened = open_source(
-        source or ".",
-        dataset=dataset,
-        validation=validation,
-        test=test,
-        label_kind=label_kind,
-        compare=compare,
+    opened, splits = open_splits(
+        source, seed, dataset=dataset, validation=validation, test=test, label_kind=label_kind, compare=compare,
         columns=columns,
-    )
+    )  # fmt: skip
+    if opened.is_builtin:
+        return splits
     rejected = [row for part in opened.found.values() for row in part.rejected]
     if not skip_bad_rows:
         refuse(rejected)
-    parts: dict[str, Any] = {name: part.examples for name, part in opened.found.items()}
-    splits = Splits(opened.task, **parts, unparsed=opened.unparsed)
     if not splits.train:
-        raise DataError(f"{source} holds no usable training row ({len(rejected)} were rejected).")
+        raise DataError(f"{source} has no usable training row ({len(rejected)} were rejected).")
     if skip_bad_rows:
         rejected += drop_overlaps(splits)
     check_disjoint(splits)
@@ -228,7 +249,7 @@ def load_splits(
 
 
 def hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> None:
-    """Hold out of the training rows, by ``seed``, the splits that the source lacks; ``splits`` is changed."""
+    """Hold out the missing splits from the training rows by ``seed``, in place."""
     for name in ("test", "validation"):
         if name not in opened.found:
             splits.train, held = hold_out(
@@ -238,7 +259,7 @@ def hold_out_missing(splits: Splits, opened: Source, source: str, seed: int) -> 
     for name in ("train", "validation", "test"):
         if not getattr(splits, name):
             raise DataError(
-                f"{source} leaves no row for the split {name!r}. Give at least three different inputs, and more "
+                f"{source} has too few rows for the split {name!r}. Give at least three different inputs, and more "
                 "than one for some label of a closed set; or give the split's own file."
             )
 

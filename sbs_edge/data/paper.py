@@ -1,8 +1,8 @@
 """The data sets of *Distilling Step-by-Step* in their authors' layout (Hsieh et al. 2023, arXiv 2305.02301).
 
-``<name>/<name>_<split>.json`` holds one JSON object a line, ``<name>/llm/<split>_CoT_<k>.json`` the
-teacher's raw outputs, one string a row in row order. A raw output runs on into invented further
-questions: it is cut where the next one begins, and then split into rationale and label.
+``<name>/<name>_<split>.json`` has one JSON object per line, ``<name>/llm/<split>_CoT_<k>.json`` the
+teacher's raw outputs, one string per row in row order. A raw output continues with invented
+questions: it is cut where the first of them begins, and then split into rationale and label.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How one data set is read."""
+    """The layout of a data set."""
 
     task: TaskSpec
     splits: tuple[str, ...]
@@ -55,7 +55,7 @@ def _question(values: dict[str, Any]) -> tuple[str, str, tuple[str, ...] | None]
     if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise _BadRow("wrong type of 'choices'")
     if answer not in choices:
-        raise _BadRow("'answer' is none of 'choices'")
+        raise _BadRow("'answer' is not among 'choices'")
     lettered = "\n".join(f"({chr(ord('a') + i)}) {choice}" for i, choice in enumerate(choices))
     return (
         f"{question}\nAnswer Choices:\n{lettered}",
@@ -72,8 +72,8 @@ def _pair(values: dict[str, Any]) -> tuple[str, str, tuple[str, ...] | None]:
     premise, hypothesis = _string(values, "premise"), _string(values, "hypothesis")
     label = values.get("label")
     if isinstance(label, bool) or label not in (0, 1, 2):
-        raise _BadRow("'label' is none of 0, 1, 2")
-    # The authors join the two by their tokenizer's end mark; words say the same to every tokenizer.
+        raise _BadRow("'label' is not 0, 1 or 2")
+    # The authors join the two with their tokenizer's end mark; words are the same for every tokenizer.
     return f"premise: {premise}\nhypothesis: {hypothesis}", NLI_LABELS[int(label)], None
 
 
@@ -123,10 +123,10 @@ PAPER_DATASETS = tuple(_LAYOUTS)
 
 @dataclass(slots=True)
 class PaperFiles:
-    """The files of one data set as they are, before any row is moved.
+    """The files of a data set as they are, before any row is moved.
 
     Attributes:
-        task: what kind of label it has.
+        task: its description.
         splits: ``train``, ``validation`` (the NLI sets) and ``test`` to rows in file order.
         rejected: the same names to rows that cannot be used.
         unparsed: the same names to the number of teacher outputs without a readable label.
@@ -140,7 +140,7 @@ class PaperFiles:
 
 
 def parse_teacher(text: str, name: str) -> tuple[str | None, str | None]:
-    """Return (rationale, label) of one raw output of the teacher; None for what is not there.
+    """Return (rationale, label) of a raw output of the teacher; None for a missing part.
 
     The mark before the answer must occur exactly once in the first answer, as in the authors' rules.
     """
@@ -152,7 +152,7 @@ def parse_teacher(text: str, name: str) -> tuple[str | None, str | None]:
 
 
 def _teacher_outputs(folder: Path, split: str, n_rows: int) -> list[str] | None:
-    """Return one output a row, or None when the split has no teacher; alignment is by position."""
+    """Return an output for each row, matched by position, or None if the split has no teacher."""
     numbered = sorted(
         (int(found.group(1)), path)
         for path in folder.glob(f"{split}_CoT_*.json")
@@ -165,22 +165,22 @@ def _teacher_outputs(folder: Path, split: str, n_rows: int) -> list[str] | None:
     for expected, (number, path) in enumerate(numbered):
         if number != expected:
             raise DataError(
-                f"{folder}/{split}_CoT_{expected}.json is missing, so later outputs would stand beside "
+                f"{folder}/{split}_CoT_{expected}.json is missing, so later outputs would belong to "
                 "the wrong rows. Fetch the file."
             )
         content = read_json(path)
         if not isinstance(content, list) or not all(isinstance(item, str) for item in content):
-            raise DataError(f"{path} must hold one JSON array of strings, the teacher's raw outputs.")
+            raise DataError(f"{path} must be a JSON array of strings, the teacher's raw outputs.")
         batch = batch or len(content)
         if len(content) != batch and number != len(numbered) - 1:
             raise DataError(
-                f"{path} holds {len(content)} outputs where {batch} belong, so later ones would stand "
-                "beside the wrong rows. Fetch the file again."
+                f"{path} has {len(content)} outputs instead of {batch}, so later ones would belong to the wrong "
+                "rows. Fetch the file again."
             )
         outputs += content
     if len(outputs) != n_rows:
         raise DataError(
-            f"{folder} holds {len(outputs)} teacher outputs for {n_rows} rows of the split {split!r}. They "
+            f"{folder} has {len(outputs)} teacher outputs for {n_rows} rows of the split {split!r}. They "
             "are matched by position, so the numbers must be equal; fetch the files again."
         )
     return outputs
@@ -191,7 +191,7 @@ def _find(root: Path, name: str) -> Path:
         if (folder / f"{name}_train.json").is_file():
             return folder
     raise DataError(
-        f"{root} holds no {name}/{name}_train.json. Give the folder with the authors' layout "
+        f"{root} has no {name}/{name}_train.json. Give the folder with the authors' layout "
         f"({name}/{name}_<split>.json and {name}/llm/<split>_CoT_<k>.json), or the folder {name} itself."
     )
 
@@ -213,10 +213,10 @@ def _read_row(rules: _Layout, row: RawRow, identity: str, source: str, output: s
 
 
 def read_paper_files(root: str | Path, name: str) -> PaperFiles:
-    """Read a data set's files as they are; rows keep their place beside the teacher's outputs.
+    """Read a data set's files as they are; rows stay aligned with the teacher's outputs.
 
     Raises:
-        DataError: a file is absent or broken, or the outputs cannot be matched to the rows.
+        DataError: a file is missing or broken, or the outputs cannot be matched to the rows.
 
     """
     if name not in _LAYOUTS:

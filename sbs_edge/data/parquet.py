@@ -21,7 +21,7 @@ def shown(values: Any) -> str:
     try:
         return printable(json.dumps(values, ensure_ascii=False, default=str))
     except RecursionError:
-        return ""  # read near the limit; nothing that was asked for lies so deep
+        return ""  # nested too deeply; no field that is read is so deep
 
 
 def parquet_file_rows(path: Path) -> Iterator[RawRow]:
@@ -47,12 +47,12 @@ def parquet_file_rows(path: Path) -> Iterator[RawRow]:
 
 
 def parquet_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yield the rows of a batch of pyarrow's; one that Python cannot hold is yielded as a message.
+    """Yield the rows of a pyarrow batch; a row that Python cannot represent is yielded as a message.
 
-    Parquet does not check that text is UTF-8, and its times reach further and finer than Python's.
+    Parquet does not check that text is UTF-8, and its times have more range and precision than Python's.
 
     Raises:
-        DataError: two columns have one name.
+        DataError: two columns have the same name.
 
     """
     names = batch.schema.names
@@ -61,7 +61,7 @@ def parquet_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
         raise DataError(f"The Parquet file has two columns {twice!r}. Rename one of them.")
     try:
         rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # of pyarrow's errors it is ArrowInvalid that is a ValueError
+    except (ValueError, OverflowError):  # pyarrow's ArrowInvalid is a ValueError
         rows = [_parquet_row(batch, number) for number in range(batch.num_rows)]
     classes = class_names((batch.schema.metadata or {}).get(b"huggingface"))
     for row in rows:
@@ -81,7 +81,7 @@ def _parquet_row(batch: Any, number: int) -> dict[str, Any] | str:
 
 
 def class_names(metadata: bytes | None) -> dict[str, list[str]]:
-    """Return column to class names from the metadata that ``datasets`` writes; other metadata gives none."""
+    """Return the class names of each column from the metadata that ``datasets`` writes; empty without it."""
     try:
         features = json.loads(metadata or b"{}")["info"]["features"].items()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

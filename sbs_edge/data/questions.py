@@ -1,6 +1,7 @@
-"""What a row to answer holds (its id, its text, its choices) and how rows are asked: alike in every engine of ``predict``.
+"""Read a row to answer (id, text, choices) and ask the student, in the same way in every engine of ``predict``.
 
-Knows nothing of files or workers; a student is whatever has :meth:`sbs_edge.runtime.student.Student.predict`.
+This module knows nothing of files or workers. A student is any object with the methods of
+:class:`sbs_edge.runtime.student.Student`.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from sbs_edge.tokens import text_fault, unicode_fault
 
 __all__ = ["Unanswerable", "answers_of", "choices_of", "id_of", "text_of"]
 
-_MEND = "Every row gets an answer: mend it or take it out."
+_REMEDY = "predict needs a valid input in every row: correct it or remove it."
 
 
 class Unanswerable(DataError):
-    """A row that no student can be asked; whoever catches it knows the file and the line.
+    """A row that cannot be answered; the caller adds the file and the line.
 
     Attributes:
-        remedy: what to do about it, for whoever stops here.
+        remedy: what to do about it, for a command that stops here.
 
     """
 
-    def __init__(self, reason: str, remedy: str = _MEND) -> None:
+    def __init__(self, reason: str, remedy: str = _REMEDY) -> None:
         super().__init__(reason)
         self.remedy = remedy
 
 
 def id_of(value: Any) -> str | int | float | None:
-    """Return what an answer repeats of a row's id: it must fit JSON and UTF-8.
+    """Return a row's id in a form that JSON and UTF-8 can represent.
 
     Raises:
         Unanswerable: it is nested too deeply to be written.
@@ -52,14 +53,14 @@ def text_of(values: dict[str, Any], column: str) -> str:
     """Return a row's text.
 
     Raises:
-        Unanswerable: there is none, or half a character in it, which no tokenizer takes.
+        Unanswerable: there is no text, or it has half a surrogate pair, which no tokenizer accepts.
     """
     value = values.get(column)
     if not isinstance(value, str):
         found = "not text" if column in values else f"it has {', '.join(map(str, values)) or 'none'}"
         raise Unanswerable(
             printable(f"no text in the column {column!r} ({found})"),
-            "Name the column with --column input=NAME, or mend the row.",
+            "Map its column with column=['input=NAME'], or correct the row.",
         )
     if fault := text_fault(value):
         raise Unanswerable(f"the text in the column {column!r} {fault}")
@@ -67,10 +68,10 @@ def text_of(values: dict[str, Any], column: str) -> str:
 
 
 def choices_of(value: Any) -> list[str] | None:
-    """Return a row's own choices, each once, from a list or a CSV cell; None where it has none.
+    """Return a row's own choices, each once, from a list or a CSV cell; None if it has none.
 
     Raises:
-        Unanswerable: they are no list of strings.
+        Unanswerable: they are not a list of strings.
     """
     choices = choices_cell(value)
     if choices is None:
@@ -92,20 +93,20 @@ def answers_of(
     tokens: Sequence[Sequence[int]] | None = None,
     **options: Any,
 ) -> list[Any]:
-    """Return a prediction a text, or in its place the :class:`UsageError` of choices that cannot be used.
+    """Return a prediction for each text, or the :class:`UsageError` of choices that cannot be used.
 
-    Rows with choices of their own are asked apart from the others, so that no answer depends on what else is asked.
+    Rows with their own choices are predicted separately, so that no answer depends on the other rows.
 
     Args:
-        student: who is asked.
+        student: the student.
         texts: inputs, none over the limit.
-        choices: each row's own labels, or None; of no account with ``labels``.
-        labels: what all rows choose among, or None.
-        tokens: what the student's ``tokenize`` gave for these texts.
+        choices: each row's own labels, or None; ignored if ``labels`` is given.
+        labels: the labels that all rows choose among, or None.
+        tokens: the result of the student's ``tokenize`` for these texts.
         options: further keyword arguments of the student's ``predict``.
 
     Raises:
-        UsageError: the request itself is wrong, whatever the rows hold.
+        UsageError: the request itself is wrong, whatever the rows contain.
     """
     answers: list[Any] = [None] * len(texts)
 
@@ -122,7 +123,7 @@ def answers_of(
             if len(part) == 1:
                 answers[part[0]] = error
                 return
-            ask_own(part[: len(part) // 2])  # some row's choices: find out whose
+            ask_own(part[: len(part) // 2])  # the choices of some row: find out which
             ask_own(part[len(part) // 2 :])
 
     own = [i for i, names in enumerate(choices) if names is not None and labels is None]
@@ -130,7 +131,9 @@ def answers_of(
     if own:
         ask_own(own)
     if others and labels is None and student.manifest["labels"]["method"] == "choices":
-        lacking = Unanswerable("no 'choices', and rows of this bundle bring their own (or all take --label)")
+        lacking = Unanswerable(
+            "no 'choices', which the rows of this bundle need (or give labels for all rows)"
+        )
         answers = [lacking if answer is None else answer for answer in answers]
     elif others:
         ask(others, labels)

@@ -1,4 +1,4 @@
-"""A raw row, and the checks on bytes that every format shares."""
+"""A raw row, and the checks on bytes that all formats share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sbs_edge.errors import DataError
 __all__ = ["BOM", "RawRow", "is_text", "printable", "refuse_foreign_bytes"]
 
 BOM = b"\xef\xbb\xbf"
-"""The byte order mark of UTF-8. It says nothing; files joined with ``cat`` have it in the middle too."""
+"""The byte order mark of UTF-8, which is ignored; files joined with ``cat`` also have it in the middle."""
 
 _FOREIGN = {
     b"\x1f\x8b": "is compressed with gzip. Unpack it first, for example with gunzip.",
@@ -31,9 +31,9 @@ class RawRow:
 
     Attributes:
         line: line of the file the row starts at, from 1; the row number where a format has no lines.
-        values: column to value, or None when the row could not be decoded.
+        values: column to value, or None if the row could not be decoded.
         raw: the row as text, as far as it is text.
-        problem: why it could not be decoded; rows of one problem are counted together.
+        problem: why it could not be decoded; rows with the same problem are counted together.
         detail: where in the row, for messages.
 
     """
@@ -46,7 +46,7 @@ class RawRow:
 
 
 def is_text(value: str) -> bool:
-    r"""Tell whether ``value`` is valid Unicode: JSON can spell half a character, ``"\ud800"``, a lone surrogate."""
+    r"""Return whether ``value`` is valid Unicode: JSON can spell a lone surrogate, such as ``"\ud800"``."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -55,16 +55,16 @@ def is_text(value: str) -> bool:
 
 
 def printable(value: str) -> str:
-    r"""Return ``value`` with lone surrogates spelt out (``\ud800``), as no file in UTF-8 can hold them."""
+    r"""Return ``value`` with lone surrogates as escapes (``\ud800``), because UTF-8 cannot encode them."""
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def refuse_foreign_bytes(start: bytes, where: object) -> None:
-    """Raise :class:`DataError` when the first bytes of ``where`` show that it is not text in UTF-8."""
+    """Raise :class:`DataError` if the first bytes of ``where`` show that it is not text in UTF-8."""
     for mark, what in _FOREIGN.items():
         if start.startswith(mark):
             raise DataError(f"{where} {what}")
     if start[1:2] == b"\x00" or start[:1] == b"\x00":  # UTF-16 without a byte order mark
         raise DataError(
-            f"{where} holds NUL bytes at its beginning, as UTF-16 does. Convert it to UTF-8 and try again."
+            f"{where} has NUL bytes at its beginning, as UTF-16 does. Convert it to UTF-8 and try again."
         )

@@ -1,8 +1,8 @@
 """Turn rows into examples: map columns to fields, and reject unusable rows.
 
-Formats are :mod:`sbs_edge.data.rows`'s, Hugging Face data sets :mod:`sbs_edge.data.hub`'s. Every
-unusable row is kept as a :class:`RejectedRow` with file, line and reason; whether the work goes on
-without it is the caller's decision.
+:mod:`sbs_edge.data.rows` reads the file formats, and :mod:`sbs_edge.data.hub` Hugging Face data sets. Every
+unusable row becomes a :class:`RejectedRow` with file, line and reason; the caller decides whether to continue
+without it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["ColumnMap", "ReadResult", "RejectedRow", "choices_cell", "read_examp
 
 @dataclass(frozen=True, slots=True)
 class ColumnMap:
-    """Which column holds which field of an :class:`Example`.
+    """The column of each field of an :class:`Example`.
 
-    A field left at None is read from the column of its own name where there is one; a column that
-    was named must be there in every row. Only ``input`` is needed.
+    A field that is None is read from the column of its own name, if there is one. A column that
+    is given must be present in every row. Only ``input`` is required.
     """
 
     id: str | None = None
@@ -37,19 +37,21 @@ class ColumnMap:
     label: str | None = None
     teacher_label: str | None = None
     rationale: str | None = None
+    rationales: str | None = None
+    teacher_probs: str | None = None
     choices: str | None = None
     confidence: str | None = None
 
     @classmethod
     def parse(cls, items: Iterable[str]) -> ColumnMap:
-        """Build a map from ``field=column`` texts, as the command line gives them."""
+        """Build a map from texts of the form ``field=column``."""
         known = [part.name for part in dataclasses.fields(cls)]
         chosen: dict[str, str] = {}
         for item in items:
             name, equals, column = item.partition("=")
             if not equals or name not in known or not column or name in chosen:
                 raise UsageError(
-                    f"{item!r} maps no column. Write FIELD=COLUMN once a field, for example "
+                    f"{item!r} is not a column mapping. Write FIELD=COLUMN, once for each field, for example "
                     f"input=question; the fields are {', '.join(known)}."
                 )
             chosen[name] = column
@@ -63,7 +65,7 @@ class RejectedRow:
     Attributes:
         file: where it was read.
         line: line in the file, from 1; row number where the format has no lines.
-        reason: why; rows of one reason are counted together.
+        reason: why; rows with the same reason are counted together.
         raw: the row as text.
         detail: more on the reason, for messages.
 
@@ -81,7 +83,7 @@ class RejectedRow:
 
 @dataclass(slots=True)
 class ReadResult:
-    """What a source held: usable rows and the others, both in file order."""
+    """The usable and the rejected rows of a source, both in file order."""
 
     examples: list[Example] = field(default_factory=list)
     rejected: list[RejectedRow] = field(default_factory=list)
@@ -90,7 +92,7 @@ class ReadResult:
 class _Unusable(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.detail = printable(reason), printable(detail)  # names of columns may be no text
+        self.reason, self.detail = printable(reason), printable(detail)  # names of columns may not be text
 
 
 def _fetch(values: dict[str, Any], columns: ColumnMap, name: str) -> Any:
@@ -100,14 +102,14 @@ def _fetch(values: dict[str, Any], columns: ColumnMap, name: str) -> Any:
             raise _Unusable("missing column 'input'", f"columns are {', '.join(map(str, values)) or 'none'}")
         return values.get(name)
     if column not in values:
-        raise _Unusable(f"missing column {column!r}", f"it was named as the column of {name!r}")
+        raise _Unusable(f"missing column {column!r}", f"it was mapped to {name!r}")
     return values[column]
 
 
 def _text(value: Any, name: str, *, numbers: bool = False) -> str | None:
-    """Return ``value`` as text; labels and ids may be numbers, nothing else may.
+    """Return ``value`` as text; only labels and ids may be numbers.
 
-    A whole float is spelled as an integer, since one file writes ``1`` and another ``1.0``.
+    A whole float is spelled as an integer, because some files write ``1`` and others ``1.0``.
     """
     if value is None:
         return None
@@ -130,7 +132,7 @@ def _text(value: Any, name: str, *, numbers: bool = False) -> str | None:
 
 
 def choices_cell(value: Any) -> Any:
-    """Return what a CSV cell of choices holds, a JSON list or ``a|b|c``; a broken list and other values as they are."""
+    """Return the choices in a CSV cell, a JSON list or ``a|b|c``; a broken list and other values are returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -166,8 +168,53 @@ def _confidence(value: Any) -> float:
     return number
 
 
+def _rationales(value: Any, first: str | None) -> tuple[str, ...]:
+    """Read a list of texts, or a cell that holds one as JSON; ``first`` leads, and every text stands once."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        listed = choices_cell(value) if value.lstrip().startswith("[") else value
+        value = [value] if isinstance(listed, str) else listed  # text may begin with a bracket
+    if not isinstance(value, list | tuple):
+        raise _Unusable("wrong type of 'rationales'", f"{type(value).__name__} instead of a list of texts")
+    texts = [_text(item, "rationales") or "" for item in value]
+    if not all(texts):
+        raise _Unusable("empty 'rationales'", "leave out what is unknown")
+    found = tuple(dict.fromkeys([*([first] if first else []), *texts]))
+    return found if len(found) > 1 else ()
+
+
+def _probs(value: Any) -> tuple[tuple[str, float], ...]:
+    """Read ``{"refund": 0.7, "reply": 0.3}``, or a cell that holds it as JSON, and scale it to the sum 1."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise _Unusable("wrong type of 'teacher_probs'", "the text is not a JSON object") from None
+    if not isinstance(value, dict):
+        raise _Unusable("wrong type of 'teacher_probs'", f"{type(value).__name__} instead of an object")
+    shares: dict[str, float] = {}
+    for label, share in value.items():
+        name = (_text(label, "teacher_probs", numbers=True) or "").strip()
+        if share is None:  # a Parquet struct has every name in every row
+            continue
+        if isinstance(share, bool) or not isinstance(share, int | float | Decimal):
+            raise _Unusable(
+                "wrong type of 'teacher_probs'", f"{name!r} has {type(share).__name__}, not a number"
+            )
+        if not 0.0 <= share < math.inf:
+            raise _Unusable("'teacher_probs' below 0 or not finite", f"{name!r} has {share}")
+        shares[name] = shares.get(name, 0.0) + float(share)
+    total = sum(shares.values())
+    if value and not 0.0 < total < math.inf:
+        raise _Unusable("'teacher_probs' without a probability above 0")
+    return tuple((label, share / total) for label, share in shares.items() if share > 0.0)
+
+
 def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, source: str) -> Example:
-    """Turn one row into an example; raises the module's private error with the reason."""
+    """Turn a row into an example, or raise the module's private error with the reason."""
     text = _text(_fetch(values, columns, "input"), "input")
     if text is None:
         raise _Unusable("empty 'input'")
@@ -176,14 +223,18 @@ def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, sour
     if choices and label is not None:
         found = match_label(label, choices)
         if found is None:
-            raise _Unusable("'label' is none of 'choices'", f"{label!r} is not in {list(choices)}"[:200])
+            raise _Unusable("'label' is not among 'choices'", f"{label!r} is not in {list(choices)}"[:200])
         label = found
+    rationale = _text(_fetch(values, columns, "rationale"), "rationale")
+    rationales = _rationales(_fetch(values, columns, "rationales"), rationale)
     return Example(
         id=_text(_fetch(values, columns, "id"), "id", numbers=True) or default_id,
         input=text,
         label=label,
         teacher_label=_text(_fetch(values, columns, "teacher_label"), "teacher_label", numbers=True),
-        rationale=_text(_fetch(values, columns, "rationale"), "rationale"),
+        rationale=rationale or (rationales[0] if rationales else None),
+        rationales=rationales,
+        teacher_probs=_probs(_fetch(values, columns, "teacher_probs")),
         choices=choices,
         confidence=_confidence(_fetch(values, columns, "confidence")),
         source=source,
@@ -193,7 +244,7 @@ def to_example(values: dict[str, Any], columns: ColumnMap, default_id: str, sour
 def examples_of(
     rows: Iterable[RawRow], file: str, columns: ColumnMap, stem: str
 ) -> Iterator[Example | RejectedRow]:
-    """Yield one example or one rejected row for every row, in order."""
+    """Yield an example or a rejected row for each row, in order."""
     for row in rows:
         if row.values is None:
             yield RejectedRow(file, row.line, row.problem, row.raw, row.detail)
@@ -205,7 +256,7 @@ def examples_of(
 
 
 def _files(path: str | Path) -> list[Path]:
-    """Return the files behind a path: itself, a directory's data files, or a pattern's matches, by name."""
+    """Return the files of a path: the file itself, a directory's data files, or a pattern's matches, by name."""
     given = Path(path)
     if given.is_file():
         return [given]
@@ -247,24 +298,24 @@ def stream_examples(
             Hugging Face data set, or a data set's name.
         columns: which column is which field.
         split: split of a Hugging Face data set; unused for files.
-        on_reject: receives every unusable row; without it the first one raises.
+        on_reject: receives every unusable row; without it the first one raises an error.
 
     Raises:
-        DataError: the source is absent or broken, or a row is unusable and ``on_reject`` is None.
-            Ids are not checked to be unique: that would need them all in memory.
+        DataError: the source is missing or broken, or a row is unusable and ``on_reject`` is None.
+            Ids are not checked to be unique, because that would need all of them in memory.
 
     """
     for item in _stream(path, columns, split):
         if isinstance(item, Example):
             yield item
         elif on_reject is None:
-            raise DataError(f"{item}. Correct the row, or go on without such rows with --skip-bad-rows.")
+            raise DataError(f"{item}. Correct the row, or leave such rows out with skip_bad_rows=True.")
         else:
             on_reject(item)
 
 
 def collect(items: Iterable[Example | RejectedRow], limit: int | None = None) -> ReadResult:
-    """Gather a stream; an id that occurred before makes its row unusable."""
+    """Collect a stream; a row whose id occurred before is rejected."""
     result = ReadResult()
     first: dict[str, str] = {}
     for item in items:
@@ -306,13 +357,13 @@ def read_examples(
 
 
 def refuse(rejected: Sequence[RejectedRow]) -> None:
-    """Raise :class:`DataError` that names the first of ``rejected``, when there is one."""
+    """Raise a :class:`DataError` that names the first of ``rejected``, if there are any."""
     if not rejected:
         return
     shown = "; ".join(map(str, rejected[:5])) + (
         f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     )
     raise DataError(
-        f"{len(rejected)} row(s) cannot be used: {shown}. Correct them, or go on without them "
-        "with --skip-bad-rows, which says what was left out."
+        f"{len(rejected)} row(s) cannot be used: {shown}. Correct them, or leave them out with "
+        "skip_bad_rows=True, which reports them."
     )

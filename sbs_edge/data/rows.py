@@ -1,7 +1,7 @@
-"""Raw rows out of files, one at a time: what a format holds, before the values are interpreted.
+"""Read raw rows from files, one at a time, before their values are interpreted.
 
-Knows files and encodings, nothing of examples. A row that cannot be decoded is yielded with its
-problem instead of being raised, so that one broken line costs one line.
+This module knows files and encodings, and nothing of examples. A row that cannot be decoded is yielded with its
+problem instead of raising an error, so that a broken line affects only itself.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ __all__ = [
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 _ROW_FIELDS = ("data", "rows", "examples", "instances", "records", "items", "train")
-"""The fields under which one JSON object may hold its rows."""
+"""The fields in which a JSON object may have its rows."""
 
 
 def iterate_rows(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of one file, format by its suffix (:data:`FORMATS`).
+    """Yield the rows of a file, whose suffix gives the format (:data:`FORMATS`).
 
     Memory does not grow with the number of rows, except for JSON that is one document: an array, or an
     object with its rows in a field such as ``data``.
 
     Raises:
-        DataError: the file is absent, of an unknown format, or broken as a whole.
-        MissingExtra: a Parquet file without pyarrow.
+        DataError: the file is missing, of an unknown format, or broken as a whole.
+        MissingExtra: the file is Parquet and pyarrow is not installed.
 
     """
     if not path.is_file():
@@ -61,8 +61,8 @@ def iterate_rows(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as handle:
         refuse_foreign_bytes(handle.read(8), path)
     raise DataError(
-        f"{path} ends in {suffix or 'nothing'!r}, which says no format. Known are {', '.join(FORMATS)}; "
-        "rename the file after what it holds."
+        f"The format of {path} is unknown, because it ends in {suffix or 'nothing'!r}. Rename it after its format: "
+        f"{', '.join(FORMATS)}."
     )
 
 
@@ -75,7 +75,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(
-            f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object"
+            f"the name {next(n for n in names if names.count(n) > 1)!r} occurs twice in one object"
         )
     return found
 
@@ -91,7 +91,7 @@ def _json_lines(path: Path) -> Iterator[RawRow]:
 
 
 def json_line_rows(lines: Iterable[bytes], where: object = "stdin") -> Iterator[RawRow]:
-    """Yield the rows of JSON Lines from an open file or stdin, one object a line; blank lines are passed over."""
+    """Yield the rows of JSON Lines from an open file or stdin, one object per line; blank lines are skipped."""
     for number, line in enumerate(lines, start=1):
         if number == 1:
             refuse_foreign_bytes(line[:8], where)
@@ -101,7 +101,7 @@ def json_line_rows(lines: Iterable[bytes], where: object = "stdin") -> Iterator[
 
 
 def json_row(number: int, line: bytes) -> RawRow:
-    """Return the row that one line of JSON Lines holds, or the reason why it cannot be read."""
+    """Return the row in a line of JSON Lines, or the reason why it cannot be read."""
     try:
         text = line.removeprefix(BOM).decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -124,13 +124,13 @@ def json_row(number: int, line: bytes) -> RawRow:
 
 
 def starts_as_array(start: bytes) -> bool:
-    """Tell whether a JSON file that begins with ``start`` is one array of objects rather than lines."""
+    """Return whether a JSON file that begins with ``start`` is an array of objects, not JSON Lines."""
     text = start.removeprefix(BOM).lstrip()
     return text.startswith(b"[") and text[1:].lstrip()[:1] in (b"{", b"]", b"")
 
 
 def _document_rows(path: Path) -> list[Any] | None:
-    """Return the rows of a file that is one JSON document, or None when it is JSON Lines."""
+    """Return the rows of a file that is one JSON document, or None if it is JSON Lines."""
     with path.open("rb") as handle:
         start = handle.read(4096)
         refuse_foreign_bytes(start[:8], path)
@@ -162,7 +162,7 @@ def _document_rows(path: Path) -> list[Any] | None:
         raise DataError(
             f"{path} is one JSON object over several lines, with "
             + (f"rows in {' and '.join(map(repr, fields))}" if fields else "no list of rows in it")
-            + ". Write an array of rows, or one object a line."
+            + ". Write an array of rows, or one object per line."
         )
     rows = content[fields[0]]
     assert isinstance(rows, list)  # checked by _are_rows
@@ -189,7 +189,7 @@ def read_json(path: Path) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(
-            f"{path} is broken JSON: nested too deeply. Write the file again; in JSON Lines one such row costs one line."
+            f"{path} is broken JSON: nested too deeply. Write the file again; in JSON Lines only this row is affected."
         ) from error
     except ValueError as error:
         raise DataError(f"{path} is broken JSON: {printable(str(error))}. Write the file again.") from error

@@ -3,7 +3,8 @@
     log of oak | 06:00 elm the coil is frosted . 06:02 oak the burner is enabled . 06:03 oak the key is with reception . ...
 
 The named unit's three facts, in the phrases of the built-in task, stand in the first, second and last third of the log,
-in random order; its label follows from them by the same policy, and the rationale names them. All other lines are of
+in random order; its label follows from them by the same policy, and the rationale names the unit with each of them: to
+write a fact, the student looks its unit up. All other lines are of
 other units, or noise. With ``latest``, each fact stands there several times, and the last one holds: the answer
 then depends on the order of lines that may be thousands of tokens apart.
 """
@@ -14,7 +15,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from sbs_edge.data.builtin import LABELS, NOISE, PHRASES, Facts, facts_to_label, rationale_of
+from sbs_edge.data.builtin import LABELS, NOISE, PHRASES, facts_to_label
 from sbs_edge.data.example import Example, Splits, TaskSpec
 
 __all__ = [
@@ -33,7 +34,10 @@ NAME, LATEST_NAME = "shift-log", "shift-log-latest"
 HEADER = "|"
 """End of the line that names the unit; see the option --chunk-header."""
 
-UNITS = ("oak", "elm", "ash", "fir", "pine", "birch", "larch", "beech")
+UNITS = ("oak", "elm", "ash", "fir")
+Facts = tuple[str, str, str]
+"""Mode, room and supply."""
+
 _TOKEN = re.compile(r"\d+|[^\W\d]+|[^\w\s]")
 _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED = 11_001, 22_002, 33_003
 
@@ -48,15 +52,15 @@ class ShiftLogSize:
         n_phrases: phrases for each value of a fact.
     """
 
-    n_train: int = 4000
+    n_train: int = 8000
     n_validation: int = 200
     n_test: int = 200
-    tokens: tuple[int, ...] = (48, 96, 192, 384)
-    n_phrases: int = 6
+    tokens: tuple[int, ...] = (40, 56, 80, 128)
+    n_phrases: int = 3
 
 
-def _lines(rng: random.Random, tokens: int, latest: bool, n_phrases: int) -> tuple[str, Facts]:
-    """Draw a log of about ``tokens`` tokens; return it and the facts that hold."""
+def _lines(rng: random.Random, tokens: int, latest: bool, n_phrases: int) -> tuple[str, Facts, str]:
+    """Draw a log of about ``tokens`` tokens; return it, the facts that hold, and why, as the teacher says it."""
     asked = rng.choice(UNITS)
     others = [unit for unit in UNITS if unit != asked]
 
@@ -91,11 +95,15 @@ def _lines(rng: random.Random, tokens: int, latest: bool, n_phrases: int) -> tup
         stamped.append(f"{minute // 60 % 24:02d}:{minute % 60:02d} {line} .")
         minute += 1 + int(rng.random() * min(3.0, 1000 / len(lines)))
     facts = (held["mode"], held["room"], held["supply"])
-    return f"log of {asked} {HEADER} " + " ".join(stamped), facts
+    why = (
+        f"{asked} is in {held['mode']} mode , {asked} room is {held['room']} target and {asked} supply air is "
+        f"{held['supply']} ."
+    )
+    return f"log of {asked} {HEADER} " + " ".join(stamped), facts, why
 
 
 def shift_log_rows(
-    name: str, count: int, tokens: tuple[int, ...], seed: int, *, latest: bool = False, n_phrases: int = 6
+    name: str, count: int, tokens: tuple[int, ...], seed: int, *, latest: bool = False, n_phrases: int = 3
 ) -> list[Example]:
     """Draw logs.
 
@@ -115,11 +123,9 @@ def shift_log_rows(
     rng = random.Random(seed)
     rows = []
     for number in range(count):
-        text, facts = _lines(rng, tokens[number % len(tokens)], latest, n_phrases)
+        text, facts, why = _lines(rng, tokens[number % len(tokens)], latest, n_phrases)
         label = facts_to_label(*facts)
-        rows.append(
-            Example(f"{name}-{number}", text, label=label, teacher_label=label, rationale=rationale_of(facts))
-        )
+        rows.append(Example(f"{name}-{number}", text, label=label, teacher_label=label, rationale=why))
     return rows
 
 

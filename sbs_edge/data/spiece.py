@@ -1,6 +1,6 @@
-"""SentencePiece's model file as a fast tokenizer, read without sentencepiece and without protobuf.
+"""Read SentencePiece's model file as a fast tokenizer, without sentencepiece and protobuf.
 
-T5 v1.1, mT5 and UMT5 are published with ``spiece.model`` alone. Its format is a protocol buffer of a few fields
+T5 v1.1, mT5 and UMT5 are published with only ``spiece.model``. Its format is a protocol buffer of a few fields
 (sentencepiece_model.proto of google/sentencepiece); the tokenizers library has every part that it describes.
 """
 
@@ -26,7 +26,7 @@ SPACE = "▁"
 
 @dataclass(frozen=True, slots=True)
 class SpieceModel:
-    """What of a SentencePiece model decides how a text is cut.
+    """The parts of a SentencePiece model that decide how a text is tokenised.
 
     Attributes:
         pieces: each piece's text, score (log probability) and type, in the order of ids.
@@ -35,7 +35,7 @@ class SpieceModel:
         byte_fallback: whether unknown characters are spelled in byte pieces.
         charsmap: the compiled normalisation rules; empty: none.
         prefix: whether a space is put before the text.
-        squeeze: whether spaces at both ends are removed and runs of them become one.
+        squeeze: whether spaces at both ends are removed and runs of them are merged.
     """
 
     pieces: tuple[tuple[str, float, int], ...]
@@ -61,7 +61,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of a message's fields: int, or bytes as they stand in the file."""
+    """Yield (number, value) of a message's fields; a value is an int, or bytes of the file."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -116,7 +116,7 @@ def read_spiece(path: str | Path) -> SpieceModel:
 
 
 def spiece_tokenizer(path: str | Path, extra: Sequence[str] = ()) -> Tokenizer:
-    """Make the fast tokenizer of a Unigram SentencePiece model; ``</s>`` ends every text, as T5 wants it.
+    """Return the fast tokenizer of a Unigram SentencePiece model; ``</s>`` ends every text, as in T5.
 
     Args:
         path: the model file.

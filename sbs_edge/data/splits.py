@@ -1,4 +1,4 @@
-"""Disjoint splits, and the control that breaks the tie between inputs and rationales."""
+"""Disjoint splits, and the control with shuffled rationales."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = [
 ]
 
 VALIDATION_SHARE = 0.1
-"""Share of the training inputs held out where a source brings no validation split."""
+"""Share of the training inputs that is held out if a source has no validation split."""
 
 _NAMES = ("train", "validation", "test")
 
 
 def find_overlaps(splits: Splits) -> list[tuple[str, Example, str, Example]]:
-    """Return pairs of rows with one normalised input in two splits: (split, row, split, row)."""
+    """Return pairs of rows with the same normalised input in two splits: (split, row, split, row)."""
     seen: dict[str, tuple[str, Example]] = {}
     found = []
     for name in _NAMES:
@@ -43,7 +43,7 @@ def find_overlaps(splits: Splits) -> list[tuple[str, Example, str, Example]]:
 
 
 def check_disjoint(splits: Splits) -> None:
-    """Raise :class:`DataError` naming the rows when two splits share an input."""
+    """Raise a :class:`DataError` that names the rows if two splits share an input."""
     overlaps = find_overlaps(splits)
     if not overlaps:
         return
@@ -54,15 +54,15 @@ def check_disjoint(splits: Splits) -> None:
     more = f" and {len(overlaps) - 5} more" if len(overlaps) > 5 else ""
     raise DataError(
         f"Two splits share {len(overlaps)} input(s), so accuracy on them would mean nothing: {shown}{more}. "
-        "Remove these rows from one of the splits, or let --skip-bad-rows drop them from training and "
-        "validation; inputs are compared in NFKC, lower case, single spaces."
+        "Remove these rows from one of the splits, or let skip_bad_rows=True drop them from training and "
+        "validation. Inputs are compared in NFKC, lower case, with single spaces."
     )
 
 
 def drop_overlaps(splits: Splits) -> list[RejectedRow]:
-    """Remove from training and validation what a later split holds too; return what was removed.
+    """Remove rows from training and validation whose input a later split has too; return the removed rows.
 
-    The test split is never touched: it would no longer be the one others report on.
+    The test split is never changed, so that results stay comparable with others'.
     """
     dropped: list[RejectedRow] = []
     taken = {normalise(example.input): "test" for example in splits.test}
@@ -85,12 +85,12 @@ def drop_overlaps(splits: Splits) -> list[RejectedRow]:
 def hold_out(
     examples: Sequence[Example], share: float, seed: int, least: int = 1, *, stratify: bool = False
 ) -> tuple[list[Example], list[Example]]:
-    """Split rows into (kept, held out) by input, so that equal inputs never end on both sides.
+    """Split rows into (kept, held out) by input, so that equal inputs are never on both sides.
 
     Args:
         examples: rows in file order.
         share: share of the distinct inputs to hold out, in (0, 1).
-        seed: decides which.
+        seed: decides which inputs.
         least: hold out at least this many distinct inputs, as far as ``stratify`` allows.
         stratify: hold out the same share of every label, and never all inputs of a label. A row
             without a gold label counts under the teacher's.
@@ -107,7 +107,7 @@ def hold_out(
 
 
 def _stratified(examples: Sequence[Example], keys: Sequence[str], share: float, wanted: int) -> set[str]:
-    """Choose ``wanted`` of the shuffled ``keys``, each label its share (largest remainders), none all of its keys."""
+    """Choose ``wanted`` of the shuffled ``keys`` in proportion to labels (largest remainders), never all keys of a label."""
     label_of: dict[str, str] = {}
     for example in examples:
         label = example.label if example.label is not None else example.teacher_label or ""
@@ -117,7 +117,7 @@ def _stratified(examples: Sequence[Example], keys: Sequence[str], share: float, 
         of_label.setdefault(label_of[key], []).append(key)
     exact = {label: share * len(own) for label, own in of_label.items()}
     quota = {label: min(int(exact[label]), len(own) - 1) for label, own in of_label.items()}
-    # Equal remainders keep the order of the shuffle, so that the seed decides.
+    # Equal remainders keep the shuffled order, so that the seed decides.
     for label in sorted(of_label, key=lambda label: quota[label] - exact[label]):
         if sum(quota.values()) < wanted and quota[label] < len(of_label[label]) - 1:
             quota[label] += 1
@@ -125,10 +125,10 @@ def _stratified(examples: Sequence[Example], keys: Sequence[str], share: float, 
 
 
 def shuffle_rationales(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Give every row another row's rationale: a control that keeps the work and removes the content."""
-    rationales = [example.rationale for example in examples]
+    """Give every row the rationale of another row: a control with the same work but without the content."""
+    rationales = [(example.rationale, example.rationales) for example in examples]
     random.Random(seed + 555).shuffle(rationales)
     return [
-        dataclasses.replace(example, rationale=rationale)
-        for example, rationale in zip(examples, rationales, strict=True)
+        dataclasses.replace(example, rationale=first, rationales=all_of_row)
+        for example, (first, all_of_row) in zip(examples, rationales, strict=True)
     ]

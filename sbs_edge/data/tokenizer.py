@@ -34,13 +34,13 @@ def build_tokenizer(
     kind: Literal["word", "unigram"] = "word",
     vocab_size: int = 4000,
 ) -> Tokenizer:
-    """Build a tokenizer in T5's manner: pad 0, end-of-sequence 1 appended to every text, unknown 2.
+    """Build a tokenizer like T5's: pad 0, end-of-sequence 1 appended to every text, unknown 2.
 
     Args:
         texts: inputs, labels and rationales of the training rows.
         prefixes: task prefixes; each becomes one token.
-        kind: ``word`` keeps whole lower-cased words, digits and signs (small closed worlds);
-            ``unigram`` learns sub-words and can spell anything it has the characters for.
+        kind: ``word`` keeps whole lower-cased words, digits and signs (for small closed vocabularies);
+            ``unigram`` learns sub-words and can spell any text whose characters it has.
         vocab_size: upper bound for ``unigram``.
     """
     from tokenizers import (
@@ -89,9 +89,9 @@ def build_tokenizer(
 
 
 def byte_tokenizer(n_extra: int = 125) -> Tokenizer:
-    """Make ByT5's tokenizer as a fast one: byte ``b`` is token ``b + 3``, then ``</s>``.
+    """Return ByT5's tokenizer as a fast one: byte ``b`` is token ``b + 3``, then ``</s>``.
 
-    transformers has ByT5's only in Python, which a bundle cannot carry.
+    transformers has ByT5's tokenizer only in Python, which a bundle cannot contain.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -113,11 +113,11 @@ def byte_tokenizer(n_extra: int = 125) -> Tokenizer:
 
 
 def _in_fixed_order(tokenizer: Tokenizer, n_special: int) -> Any:
-    """Return the learnt Unigram model with its pieces in an order that does not change from run to run.
+    """Return the learnt Unigram model with its pieces in an order that is the same in every run.
 
     The trainer appends the characters that no learnt piece covers in the order of a hash table, each
-    0.0001 below the last, and its sums differ in the last bits. Those characters get one score, the
-    others are rounded to six decimals, and pieces of equal score stand in order of their text.
+    0.0001 below the last, and its sums differ in the last bits. Here those characters get the same score, the
+    other scores are rounded to six decimals, and pieces of equal score are sorted by their text.
     """
     from tokenizers import models
 
@@ -133,7 +133,7 @@ def _in_fixed_order(tokenizer: Tokenizer, n_special: int) -> Any:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load ``tokenizer.json`` from ``folder``, without the truncation and padding that it may ask for.
+    """Load ``tokenizer.json`` from ``folder``, with its truncation and padding switched off.
 
     Raises:
         DataError: there is none, or it is damaged.
@@ -146,18 +146,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     try:
         return read_tokenizer(path)
-    except Exception as error:  # what the library raises has no narrower class
+    except Exception as error:  # the library raises no narrower class
         raise DataError(
             f"{path} is not a tokenizer ({error}). Copy it again from where the checkpoint was saved, or train again."
         ) from error
 
 
 def check_covered(tokenizer: Tokenizer, n_embeddings: int, where: object) -> None:
-    """Raise :class:`UsageError` when the tokenizer gives ids that the model's embedding has no row for."""
+    """Raise :class:`UsageError` if the tokenizer gives ids for which the model's embedding has no row."""
     token, largest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if largest >= n_embeddings:
         raise UsageError(
-            f"The tokenizer of {where} gives the token {token!r} the number {largest}, but the model's embedding has "
+            f"The tokenizer of {where} gives the token {token!r} the number {largest}, but the model's embedding has only "
             f"{n_embeddings} rows: they do not belong together. Put the checkpoint's own tokenizer.json beside it, or "
             "enlarge the model with resize_token_embeddings and train it."
         )

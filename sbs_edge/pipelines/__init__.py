@@ -1,1 +1,1 @@
-"""Commands that join several steps: data to bundle, and teacher beside student."""
+"""Commands that join several steps: data to bundle, and teacher compared with students."""

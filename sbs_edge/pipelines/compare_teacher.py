@@ -1,8 +1,8 @@
-"""What the teacher's answers bought: teacher, student on its labels, student on gold, side by side.
+"""Compare the teacher with a student trained on its labels and a student trained on gold labels.
 
-Both students are trained, exported and asked through their bundles, on the same inputs for the same
-number of steps. The student on the teacher's labels never sees a gold label: they are taken off
-before training, from the validation rows too. Gold labels of the test rows judge all three.
+Both students are trained on the same inputs for the same number of steps, exported, and evaluated through their
+bundles. The student on the teacher's labels never sees a gold label: they are removed before training, from the
+validation rows too. All three are evaluated on the gold labels of the test rows.
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ def compare_with_teacher(
     training: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Train, export and ask both students; return the comparison as plain values.
+    """Train, export and evaluate both students; return the comparison as plain values.
 
     Args:
-        task: what kind of label the rows have.
-        train_rows: annotated rows; the gold arm needs their gold labels and is left out without them.
-        validation_rows: annotated rows for model selection, judged by each arm's own kind of label.
-        test_rows: rows with gold labels; with teacher's labels too, the teacher is judged on them.
+        task: the description of the task.
+        train_rows: annotated rows; without gold labels in them, the student on gold is left out.
+        validation_rows: annotated rows for model selection, with each student's own kind of label.
+        test_rows: rows with gold labels; if they also have teacher labels, the teacher is evaluated on them.
         out: directory for students and bundles.
         annotation: the report of ``annotate``: the teacher's latency and cost.
-        teacher_parameters: the teacher's size, where known.
+        teacher_parameters: the teacher's size, if known.
         steps: optimiser steps of each student.
-        target: what both are exported for.
-        core_hour_price: money for one CPU core and hour, in the unit of the teacher's prices; a
-            student's cost is that of the time one core takes for 1000 single answers.
+        target: the export target of both.
+        core_hour_price: price of a CPU core for an hour, in the unit of the teacher's prices; a
+            student's cost is that of the time that one core takes for 1000 single answers.
         training: further fields of the training configuration.
-        say: receives one line a stage.
+        say: receives a line for each stage.
 
     """
     judged = [row for row in test_rows if row.label is not None]
     if not judged:
         raise DataError(
-            "The comparison needs test rows with gold labels; they are used to judge, not to train."
+            "The comparison needs test rows with gold labels. They are used to evaluate, not to train."
         )
     arms = [_teacher_arm(task, judged, annotation or {}, teacher_parameters)]
     plain = Splits(task, without_gold(train_rows), without_gold(validation_rows))
@@ -113,7 +113,7 @@ def _teacher_arm(
     seconds = (calls.get("seconds") or {}).get("p50")
     return {
         "arm": f"teacher {annotation.get('teacher', '')}".strip(),
-        # A row that the teacher left without a usable answer counts as wrong.
+        # A row without a usable answer of the teacher counts as wrong.
         "label_accuracy": right / len(judged) if answered else None,
         "parameters": parameters,
         "bytes": None,
@@ -166,7 +166,7 @@ def _student_arm(
 
 
 def without_teacher(row: Example) -> Example:
-    """Return the row as a student meets it: the input and its choices."""
+    """Return the row without the teacher's parts: the input and its choices."""
     return Example(row.id, row.input, choices=row.choices)
 
 

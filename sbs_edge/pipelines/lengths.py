@@ -56,7 +56,7 @@ class Reader:
         settings = LongSettings.of(bundle.manifest.get("long"))
         if settings is None or not bundle.manifest["labels"]["labels"]:
             raise UsageError(
-                f"{root} must read long inputs and have a closed label set; export such a student with --long."
+                f"{root} must read long inputs and have a closed label set; export such a student with long=True."
             )
         options: dict[str, Any] = {
             "threads": threads,

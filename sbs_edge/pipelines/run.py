@@ -1,14 +1,12 @@
-"""``run``: strings the stages together and compares the students they give.
+"""``run``: calls the stages one after another and compares the students.
 
-Data, training, export and prediction are called through their public functions; how any of them
-works is not known here. Every compared student sees the same label examples for the same number
-of optimiser steps; the test split is read once, after the last of them is trained.
+Data, training, export and prediction are called through their public functions. Every compared student sees the same
+label examples for the same number of optimiser steps. The test split is read once, after the last of them is trained.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,6 @@ from sbs_edge.data.targets import Mode
 __all__ = ["Arm", "RunConfig", "arms_for", "gain_of", "run"]
 
 LABEL_ONLY: dict[str, Mode] = {"stepwise": "finetune", "stepwise-teacher": "distill"}
-LATENCY_CALLS = 200
 RESAMPLES = 10_000
 
 
@@ -33,7 +30,7 @@ class RunConfig(BaseModel):
         mode: how the main student learns; with rationales, a label-only student is trained beside it.
         steps: optimiser steps of every student (the "twice the steps" control takes twice as many).
         controls: also train on shuffled rationales, and label-only for twice the steps.
-        targets: what to export the main student for.
+        targets: export targets of the main student.
         training: further fields of the training configuration.
 
     """
@@ -52,7 +49,7 @@ class RunConfig(BaseModel):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arm:
-    """One student of the comparison."""
+    """A student of the comparison."""
 
     name: str
     mode: Mode
@@ -61,7 +58,7 @@ class Arm:
 
 
 def arms_for(config: RunConfig) -> list[Arm]:
-    """Return the students to train: the main one first, then what it is compared with."""
+    """Return the students to train: the main one first, then those it is compared with."""
     if config.mode not in LABEL_ONLY:
         return [Arm("label-only", config.mode, config.steps)]
     label_only = LABEL_ONLY[config.mode]
@@ -94,15 +91,15 @@ def _train_arm(arm: Arm, splits: Splits, out: Path, config: RunConfig) -> dict[s
 
 
 def gain_of(right: Sequence[bool], baseline_right: Sequence[bool]) -> dict[str, Any]:
-    """Return by how many points of accuracy one student is ahead of another on the same rows.
+    """Return by how many points of accuracy a student is better than another on the same rows.
 
     Args:
         right: (n,) whether the student's answer to each row is right.
-        baseline_right: (n,) the same of the student it is compared with.
+        baseline_right: (n,) the same for the other student.
 
     Returns:
         ``points``, the ends ``low`` and ``high`` of its 95 % interval, and ``n``. The interval is the
-        percentile interval of a paired bootstrap: whole rows are drawn again, with both answers.
+        percentile interval of a paired bootstrap, which resamples rows with both answers.
 
     """
     import numpy as np
@@ -120,33 +117,13 @@ def gain_of(right: Sequence[bool], baseline_right: Sequence[bool]) -> dict[str, 
 
 
 def _shares(difference: Any) -> Any:
-    """Return the shares of -1, 0 and 1: drawing rows again is drawing from these three values."""
+    """Return the shares of -1, 0 and 1, because resampling rows is drawing from these three values."""
     return [float((difference == value).mean()) for value in (-1, 0, 1)]
-
-
-def _latency_ms(student: Any, texts: Sequence[str]) -> dict[str, float]:
-    """Time single label predictions after a warm-up; milliseconds a call, one text a call."""
-    for text in texts[:10]:
-        student.predict([text], truncate=True)
-    taken = []
-    for text in texts[:LATENCY_CALLS]:
-        start = time.perf_counter()
-        student.predict([text], truncate=True)
-        taken.append((time.perf_counter() - start) * 1e3)
-    cuts = statistics.quantiles(taken, n=100) if len(taken) > 1 else taken * 99
-    return {"p50": round(statistics.median(taken), 3), "p90": round(cuts[89], 3), "calls": len(taken)}
-
-
-def _answers(student: Any, rows: Sequence[Example]) -> list[str]:
-    choices = [list(row.distinct_choices) for row in rows]
-    labels = choices if any(choices) else None
-    # As training and the accuracy check do: one long row must not cost the run its report.
-    found = student.predict([row.input for row in rows], labels=labels, truncate=True)
-    return [answer.label for answer in found]
 
 
 def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> list[dict[str, Any]]:
     from sbs_edge.data.answers import same_answer
+    from sbs_edge.pipelines.measure import answers, label_latency
     from sbs_edge.runtime.student import Student
 
     rows: list[dict[str, Any]] = []
@@ -156,7 +133,7 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
         if "CPUExecutionProvider" not in entry.get("providers", ["CPUExecutionProvider"]):
             continue
         with Student.load(bundle, target=target, threads=1) as student:
-            got = _answers(student, test)
+            got = answers(student, test)
             reference = reference or got
             judged = [(a, row.label) for a, row in zip(got, test, strict=True) if row.label is not None]
             right = sum(same_answer(answer, label, splits.task.compare) for answer, label in judged)
@@ -171,9 +148,7 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
                     "agreement_with_first": sum(a == b for a, b in zip(got, reference, strict=True))
                     / max(len(test), 1),
                     "bytes": size,
-                    "label_ms": _latency_ms(student, [row.input for row in test])
-                    if splits.task.label_kind != "choices"
-                    else None,
+                    "label_ms": label_latency(student, test) if test else None,
                     "example_rationale": student.explain([first], truncate=True)[0].rationale
                     if first and "explainer" in entry
                     else "",
@@ -202,6 +177,7 @@ def run(
     from sbs_edge.data.targets import teacher_agreement
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import check_runnable, targets_named
+    from sbs_edge.pipelines.linear import linear_baseline, linear_sentence
     from sbs_edge.training.evaluate import evaluate
 
     check_runnable(targets_named(config.targets))  # now, not after an hour of training
@@ -228,6 +204,8 @@ def run(
     ]
     gain = gain_of(rights[0], rights[1]) if len(students) > 1 and rights[0] else None
     bundle = _measure_bundle(Path(exported.path), splits.test, splits)
+    linear = linear_baseline(splits, gold=config.mode in ("finetune", "stepwise"))
+    best = max((s["test"]["label_accuracy"] for s in students if rights[0]), default=None)
     return {
         "task": dataclasses.asdict(splits.task),
         "mode": config.mode,
@@ -235,6 +213,7 @@ def run(
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "students": students,
         "gain": gain,
+        "linear": {**linear, "sentence": linear_sentence(linear, "test", best)},
         "bundle": {
             "path": str(exported.path),
             "targets": bundle,

@@ -1,6 +1,6 @@
-"""One HTML page without a network: sections of prose, tables and inline SVG pictures.
+"""A self-contained HTML page: sections of prose, tables and inline SVG pictures.
 
-Knows nothing of students or bundles; :mod:`sbs_edge.report.run` and the benches fill it.
+The module knows nothing of students or bundles; :mod:`sbs_edge.report.run` and the benchmarks fill the page.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def _shown(value: Any) -> str:
 
 
 def table_html(columns: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None) -> str:
-    """Return a table; numeric columns are set right-aligned, row ``best`` in bold."""
+    """Return a table, with numeric columns right-aligned and row ``best`` in bold."""
     numeric = [
         bool(rows) and all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))
     ]
     mark = [' class="number"' if number else "" for number in numeric]
-    # Narrow pages show a row as a list, where each cell but the first needs its column's name.
+    # Narrow pages show a row as a list, in which each cell but the first needs its column's name.
     label = ["", *(f' data-label="{escape(name)}"' for name in columns[1:])]
     head = "".join(f"<th{mark[i]}>{escape(name)}</th>" for i, name in enumerate(columns))
     body = "".join(
@@ -95,7 +95,7 @@ def table_html(columns: Sequence[str], rows: Sequence[Sequence[Any]], best: int 
 
 @dataclass(slots=True)
 class Page:
-    """A page under construction; every text is escaped, only :func:`figure_svg` output is not."""
+    """A page that is being built. Every text is escaped; only the output of :func:`figure_svg` is not."""
 
     title: str
     parts: list[str] = field(default_factory=list)
@@ -133,7 +133,7 @@ class Page:
         self.parts.append(f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>")
 
     def preformatted(self, text: str) -> None:
-        """Add text in a fixed-width face, as it stands."""
+        """Add text in a fixed-width font, unchanged."""
         self.parts.append(f"<pre>{escape(text)}</pre>")
 
     def html(self) -> str:

@@ -23,9 +23,9 @@ def _percent(value: float | None) -> str:
 
 
 def headline(report: dict[str, Any]) -> str | None:
-    """Return the main result in one sentence: what rationales gained, and how sure that is.
+    """Return the main result in a sentence: the gain from rationales, with its interval.
 
-    None where a single student was trained, or no test row has a gold label.
+    None if only one student was trained, or no test row has a gold label.
     """
     gain = report.get("gain")
     if not gain:
@@ -46,7 +46,7 @@ def headline(report: dict[str, Any]) -> str | None:
 
 
 def run_table(report: dict[str, Any]) -> Table:
-    """Return the comparison as a rich table: one student a row, then one exported target a row."""
+    """Return the comparison as a rich table, with a row for each student and each exported target."""
     table = Table(title=f"{report['task']['name']}: test split, {report['rows']['test']} rows")
     for column in ("student", "steps", "label", "rationale", "size", "p50", "trained"):
         table.add_column(column, justify="left" if column == "student" else "right")
@@ -111,11 +111,13 @@ def _coverage(calibration: dict[str, Any]) -> Any:
 
 
 def run_page(report: dict[str, Any]) -> str:
-    """Return ``report.html``: opens without a network, holds every figure of the JSON report."""
+    """Return ``report.html``, which needs no network and has every figure of the JSON report."""
     page = Page(f"sbs-edge run: {report['task']['name']}")
     rows = report["rows"]
     if sentence := headline(report):
         page.headline(sentence)
+    if sentence := (report.get("linear") or {}).get("sentence"):
+        page.text(sentence)
     if report["task"]["name"] == BUILTIN:
         page.text(BUILTIN_CAVEAT, note=True)
     page.text(

@@ -1,1 +1,1 @@
-"""The production runtime: bundles, sessions, label scoring and rationales. It never imports torch."""
+"""The runtime: bundles, sessions, label scoring and rationales. It never imports torch."""

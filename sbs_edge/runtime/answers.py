@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Explanation", "Prediction", "answer_document"]
+import numpy as np
+
+__all__ = ["Explanation", "Prediction", "answer_document", "prediction_of", "probabilities_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,7 @@ class Prediction:
 
     Attributes:
         label: the answer.
-        probability: calibrated probability of ``label`` among the labels asked about; for an open
+        probability: calibrated probability of ``label`` among the possible labels; for an open
             label, the probability of its tokens.
         probabilities: the same for every label; for an open label, only the answer.
         abstained: the probability is below the bundle's (or the call's) ``abstain_below``.
@@ -82,3 +85,35 @@ def answer_document(prediction: Any, explanation: Any = None) -> dict[str, Any]:
     if n_chunks > 1:
         document["n_chunks"] = n_chunks
     return document
+
+
+def probabilities_of(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the softmax of ``scores`` (K,), divided by ``temperature``, in float64."""
+    scaled = scores.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    normalised: np.ndarray = weights / weights.sum()
+    return normalised
+
+
+def prediction_of(
+    labels: Sequence[str],
+    scores: np.ndarray,  # (K,), one for each label
+    temperature: float,
+    abstain_below: float,
+    truncated: bool,
+    n_tokens: int,
+    n_chunks: int = 1,
+) -> Prediction:
+    """Return the answer behind the scores of one text."""
+    weights = probabilities_of(scores, temperature)
+    best = int(weights.argmax())
+    probability = float(weights[best])
+    return Prediction(
+        labels[best],
+        probability,
+        {label: float(weight) for label, weight in zip(labels, weights, strict=True)},
+        probability < abstain_below,
+        truncated,
+        n_tokens,
+        n_chunks,
+    )

@@ -1,8 +1,8 @@
 """Group rows into calls, and pad them.
 
-A row's padded length depends on its own length alone, so that a row is computed the same way alone and in
-company. Rows of one padded length share a call up to a budget of tokens: about 256 to 512 tokens a call
-keep the activations in the second-level cache (more is slower, not faster).
+A row's padded length depends only on its own length, so a row is computed in the same way alone and in a batch.
+Rows of equal padded length share a call up to a budget of tokens. With about 256 to 512 tokens per call the
+activations stay in the L2 cache; more is slower, not faster.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def token_budget_batches(
 
     Args:
         lengths: tokens of every row.
-        budget: most padded tokens a call.
-        most_rows: most rows a call, for graphs that were built for so many; None: any number.
-        shapes: of whatever else a row brings and is padded; rows of different ones never share a call.
+        budget: most padded tokens per call.
+        most_rows: most rows per call, for graphs that are built for so many; None: any number.
+        shapes: padded shapes of a row's other inputs; rows of different shapes never share a call.
     """
     alike: dict[tuple[int, Hashable], list[int]] = {}
     for row, length in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""A bundle on disk: opened for reading after every digest was checked, written as one step."""
+"""A bundle on disk: its digests are checked before it is read, and it is written in one step."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Bundle:
     Attributes:
         root: its directory.
         manifest: the checked manifest.
-        known: state of the files whose digest need not be taken again while they keep it (empty: take every
-            digest whenever a file is read; None: the bundle was opened without checking digests).
+        known: state of the files whose digest need not be computed again while it stays the same (empty: compute
+            every digest whenever a file is read; None: the bundle was opened without checking digests).
     """
 
     root: Path
@@ -67,7 +67,7 @@ class Bundle:
         return cls(root, manifest, {} if verify else None)
 
     def read(self, name: str) -> bytes:
-        """Return the content of a listed file: the bytes that have the digest, in this process's own memory.
+        """Return the content of a listed file, checked against its digest, in this process's own memory.
 
         Raises:
             IntegrityError: the file is absent, or not what the manifest says: it was changed after the bundle
@@ -91,7 +91,7 @@ class Bundle:
         return content
 
     def read_graph(self, name: str) -> tuple[bytes, dict[str, bytes]]:
-        """Return the content of a graph, and of the files it takes its constants from by the names it uses."""
+        """Return the content of a graph, and of the files of its constants under the names that it uses."""
         content = self.read(name)
         places = external_locations(content, str(self.root / name))
         beside = {place: str(PurePosixPath(name).parent / place) for place in sorted(places)}
@@ -99,7 +99,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def private_copy(self, graph: str) -> Iterator[Path]:
-        """Yield the path of a private copy of ``graph`` with what lies beside it, removed after the block."""
+        """Yield the path of a private copy of ``graph`` and its files, removed after the block."""
         folder = graph.rpartition("/")[0]
         every = self.manifest["files"]
         listed = {name: entry for name, entry in every.items() if name.rpartition("/")[0] == folder}
@@ -115,7 +115,7 @@ class Bundle:
         return safe_member(self.root, name)
 
     def weight_digests(self, graph: str, *, small: bool = False) -> list[str] | None:
-        """Return the digests of ``graph`` and of what lies beside it; None: too few to pre-pack, unless ``small``."""
+        """Return the digests of ``graph`` and its files; None if they are too small to pre-pack and not ``small``."""
         listed = self.manifest["files"]
         folder = graph.rpartition("/")[0] + "/"
         beside = (
@@ -136,7 +136,7 @@ class Bundle:
         if chosen not in targets:
             raise UsageError(
                 f"The bundle {self.root} has no target {chosen!r}; it has {', '.join(targets)}. "
-                f"Export it with --target {chosen}."
+                f"Export it with target={chosen!r}."
             )
         return chosen, targets[chosen]
 

@@ -1,4 +1,4 @@
-"""This user's cache directory: what only saves time, belongs to one machine and may be deleted at any time."""
+"""The user's cache directory, for files that only save time on this machine and can be deleted at any time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def cache_directory(name: str) -> Path:
 
 
 def private_directory(folder: Path) -> bool:
-    """Create ``folder`` for this user alone (mode 0700); tell whether nobody else can write there.
+    """Create ``folder`` for this user only (mode 0700); return whether nobody else can write there.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()

@@ -19,8 +19,8 @@ def label_lists(labels: Iterable[Any], n_texts: int) -> list[tuple[str, ...]]:
         n_texts: how many texts there are.
 
     Raises:
-        UsageError: the number of lists differs from that of the texts, or a list is empty, repeats a label or holds
-            something else than strings.
+        UsageError: the numbers of lists and texts differ, or a list is empty, repeats a label or has
+            anything but strings.
     """
     if isinstance(labels, str):
         raise UsageError(
@@ -41,7 +41,7 @@ def label_lists(labels: Iterable[Any], n_texts: int) -> list[tuple[str, ...]]:
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise UsageError(f"The labels of text {row} must be a non-empty list of strings, not {names!r}.")
         if len(set(names)) != len(names):
-            raise UsageError(f"The labels of text {row} hold a label twice: {list(names)!r}.")
+            raise UsageError(f"The labels of text {row} contain a label twice: {list(names)!r}.")
         found.append(tuple(names))
     return found
 
@@ -76,7 +76,7 @@ def places_of(choices: Sequence[tuple[str, ...]], known: Sequence[str]) -> list[
     unknown = sorted({name for names in choices for name in names} - set(place))
     if unknown:
         raise UsageError(
-            f"This bundle knows the labels {', '.join(known)}, not {unknown[0]!r}. Ask about some of "
-            "these, or export a student whose rows bring their own choices."
+            f"This bundle has the labels {', '.join(known)}, not {unknown[0]!r}. Choose among "
+            "these, or export a student whose rows have their own choices."
         )
     return [[place[name] for name in names] for names in choices]

@@ -1,7 +1,7 @@
-"""The files that a graph takes its constants from, read from the ONNX file's own bytes.
+"""Find the files that a graph takes its constants from, in the bytes of the ONNX file.
 
-A graph may name any path as the place of its constants, and a runtime would read it. The names are
-checked before a runtime sees the graph. Only the fields on the way to such names are decoded (field
+A graph may name any path as the place of its constants, and a runtime would read it. So the names are
+checked before a runtime sees the graph. Only the fields that lead to such names are decoded (field
 numbers from onnx.proto); everything else is skipped by its length.
 """
 
@@ -118,7 +118,7 @@ def inlined(content: bytes, constants: Mapping[str, bytes]) -> bytes:
         return b"".join(_rebuilt(memoryview(content), "model", 0, constants))
     except (_Malformed, ValueError, KeyError) as error:
         raise IntegrityError(
-            "A graph names constants that its files do not hold; export the bundle again from the student."
+            "A graph needs constants that its files do not contain; export the bundle again from the student."
         ) from error
 
 

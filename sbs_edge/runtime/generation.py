@@ -1,9 +1,9 @@
-"""Greedy decoding over an encoder graph and a step graph, for devices where one graph cannot hold the loop.
+"""Greedy decoding over an encoder graph and a step graph, for devices where a graph cannot contain the loop.
 
-The encoder's cross-attention keys and values are made once and bound once. What a step hands to the next (token,
-position, who is finished, log-probability, caches) lies in two sets of buffers on the device: even steps read the
-first and write the second, odd steps the other way round, so both bindings are made before the loop and none in it.
-The host reads one token of each row after each step, and the log-probabilities once, at the end.
+The encoder's cross-attention keys and values are computed once and bound once. The state between steps (token,
+position, finished rows, log-probability, caches) is in two sets of buffers on the device: even steps read the
+first and write the second, odd steps the other way round. So both bindings are made before the loop.
+The host reads one token per row after each step, and the log-probabilities once, at the end.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _TYPES: Mapping[str, Any] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": _BFLOAT16,
     "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
 }  # fmt: skip
-_CONSTANT = ("attention_mask", "cross_")  # inputs of a step that no step changes
+_CONSTANT = ("attention_mask", "cross_")  # inputs that stay the same in all steps
 
 
 def _output_of(name: str) -> str:
-    """Return the output that holds the next value of the input ``name``."""
+    """Return the output that has the next value of the input ``name``."""
     return name.replace("past_", "present_") if name.startswith("past_") else f"next_{name}"
 
 
 class StepLoop:
-    """The loop around two graphs; safe to share between threads, because a call's buffers are its own."""
+    """The loop around two graphs. It is safe to share between threads, because each call has its own buffers."""
 
     def __init__(self, encoder: Session, step: Session, start_id: int, eos_id: int) -> None:
         """Bind the graphs.
@@ -42,7 +42,7 @@ class StepLoop:
         Args:
             encoder: ``input_ids, attention_mask (B, S) int64 -> cross_i``.
             step: what ``sbs_edge.export.graphs.step.build_decoder_step`` describes.
-            start_id: the token that decoding begins with.
+            start_id: the token that decoding starts with.
             eos_id: the token that ends a row.
         """
         self._encoder, self._step = encoder.inference, step.inference
@@ -59,7 +59,7 @@ class StepLoop:
         Args:
             ids: (B, S) int64 tokens.
             mask: (B, S) int64, 0 where padded.
-            limit: at most this many tokens a row, end-of-sequence included.
+            limit: at most this many tokens per row, end-of-sequence included.
 
         Returns:
             (B, N) int64 tokens with padding after a row's end-of-sequence, N at most ``limit``, and the (B,)
@@ -70,7 +70,7 @@ class StepLoop:
         """
         if limit > self._room:
             raise UsageError(
-                f"{limit} tokens were asked for, and this target's cache holds {self._room}; ask for fewer, or "
+                f"max_new_tokens is {limit}, but this target's cache holds {self._room} tokens; ask for fewer, or "
                 "export the bundle again from a student with a higher max_target_tokens."
             )
         batch = len(ids)
@@ -90,7 +90,7 @@ class StepLoop:
         return written[:, :length], state["score"].numpy()[:, 0]
 
     def _encode(self, ids: np.ndarray, attention: Any) -> dict[str, Any]:
-        """Return cross-attention keys and values by the step graph's names, left where they were made."""
+        """Return cross-attention keys and values by the step graph's names, on the device."""
         binding = self._encoder.io_binding()
         binding.bind_ortvalue_input("input_ids", self._upload(ids))
         binding.bind_ortvalue_input("attention_mask", attention)
@@ -101,9 +101,9 @@ class StepLoop:
         return dict(zip(names, binding.get_outputs(), strict=True))
 
     def _state(self, batch: int, *, fresh: bool = False) -> dict[str, Any]:
-        """Return buffers for everything a step hands on; ``fresh`` ones hold the state before the first step.
+        """Return buffers for the state between steps; ``fresh`` ones have the state before the first step.
 
-        Caches are left as allocated: a step reads only places that an earlier one wrote.
+        Caches stay uninitialised: a step reads only positions that an earlier step wrote.
         """
         onnxruntime = onnxruntime_module()
 

@@ -1,12 +1,11 @@
 """Bundles on a model hub: fetch one by name, and publish one.
 
-``huggingface_hub`` comes with the tokenizers package. It is imported only when a bundle is fetched or published, so
-opening a local bundle does not pay for it.
+``huggingface_hub`` is a dependency of the tokenizers package. It is imported only to fetch or publish a bundle, so
+opening a local bundle does not wait for it.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -31,7 +30,7 @@ def copy_bundle(root: Path, out: Path, *, within: Path | None = None) -> None:
     Args:
         root: the bundle.
         out: the new directory; an earlier bundle there is replaced.
-        within: links are followed as long as they end in this directory; None: links are refused.
+        within: follow links that end in this directory; None: refuse links.
 
     Raises:
         UsageError: ``out`` exists and is not a bundle, or lies inside ``root`` or around it.
@@ -40,7 +39,7 @@ def copy_bundle(root: Path, out: Path, *, within: Path | None = None) -> None:
     source, target = root.resolve(), out.resolve()
     if source != target and (source in target.parents or target in source.parents):
         raise UsageError(
-            f"{out} and the bundle {root} lie inside each other; give a directory beside the bundle."
+            f"{out} and the bundle {root} are inside each other; choose a directory beside the bundle."
         )
     files.check_replaceable(out, [MANIFEST], "bundle")
 
@@ -73,7 +72,7 @@ def _source(root: Path, name: str, within: Path | None) -> Path:
 
 
 def fetch(name: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Download a bundle once; return a directory that holds its files and nothing else.
+    """Download a bundle once; return a directory with its files and nothing else.
 
     Args:
         name: ``owner/repository`` on the hub.
@@ -108,7 +107,7 @@ def fetch(name: str, revision: str | None = None, token: str | None = None) -> P
         ) from error
     if not (snapshot / MANIFEST).is_file():
         raise DataError(f"{name} on the hub is not a bundle: it has no {MANIFEST}.")
-    # The hub's cache holds links, which a bundle must not; the commit names the copy.
+    # The hub's cache contains links, which a bundle must not have. The copy is named by the commit.
     place = cache_directory("hub") / name.replace("/", "--") / snapshot.name
     if not place.is_dir():
         copy_bundle(snapshot, place, within=snapshot.parents[1])
@@ -116,32 +115,16 @@ def fetch(name: str, revision: str | None = None, token: str | None = None) -> P
 
 
 def upload(
-    root: str | os.PathLike[str],
-    name: str,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    message: str = "Add a bundle",
+    root: Path, name: str, *, private: bool = False, token: str | None = None, message: str = "Add a bundle"
 ) -> str:
-    """Publish a bundle as one commit; create the repository where it does not exist.
-
-    Only files that the manifest lists are sent, after their digests were checked.
-
-    Returns:
-        The commit's URL.
-
-    Raises:
-        UsageError: ``name`` is not of the form ``owner/repository``.
-        IntegrityError: the bundle is damaged.
-        SbsEdgeError: the hub refused it, or cannot be reached.
-    """
+    """Publish a bundle as one commit and return its URL; see :meth:`Student.push_to_hub`."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is not a hub name of the form 'owner/repository'.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    listed = read_manifest(Path(root))["files"]
-    verify_files(Path(root), listed)
+    listed = read_manifest(root)["files"]
+    verify_files(root, listed)
     wanted = [*listed, MANIFEST, DIGEST]
     api = HfApi(token=token)
     try:
@@ -160,6 +143,6 @@ def upload(
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """Return the errors of a failed connection: huggingface_hub uses requests before 1.0 and httpx since."""
+    """Return the errors of a failed connection: huggingface_hub uses requests before 1.0 and httpx from 1.0 on."""
     httpx = sys.modules.get("httpx")
     return (OSError,) if httpx is None else (OSError, httpx.TransportError)

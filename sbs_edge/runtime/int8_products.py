@@ -1,4 +1,4 @@
-"""Find out by multiplying whether this machine multiplies uint8 by int8 exactly.
+"""Test whether this machine multiplies uint8 by int8 exactly.
 
 On x86 without VNNI (Intel before Cascade Lake, AMD before Zen 4) onnxruntime adds pairs of such products in 16 bits,
 which saturate: 255 * 127 * 2 becomes 32767. ``session.x64quantprecision`` makes the products exact there, and costs
@@ -41,7 +41,7 @@ _GRAPH = base64.b64decode(
 
 @cache
 def products_saturate() -> bool:
-    """Return whether a product of 255 and 127 over four inputs is wrong here; asked once a process.
+    """Return whether a product of 255 and 127 over four inputs is wrong here; computed once per process.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -66,7 +66,7 @@ def needs_exact_option() -> bool:
 
 
 def int8_products() -> str | None:
-    """Return ``exact``, ``corrected`` (they saturate here, and sessions set the option) or None without onnxruntime."""
+    """Return ``exact``, ``corrected`` (products saturate, so sessions set the option), or None without onnxruntime."""
     try:
         return "corrected" if needs_exact_option() else "exact"
     except MissingExtra:
@@ -75,8 +75,8 @@ def int8_products() -> str | None:
 
 @cache
 def warn_of_old_loops(graph: Path) -> None:
-    """Say once that the option does not reach the loop of a ``graph`` whose weights lie outside it."""
-    import logging  # here: most starts have nothing to say
+    """Warn once that the option does not reach the loop of a ``graph`` whose weights are outside the loop."""
+    import logging  # imported here, because most starts warn of nothing
 
     logging.getLogger("sbs_edge.runtime").warning(
         "%s was exported by an earlier version: on this CPU, which has no VNNI, rationales and open labels may differ "

@@ -1,4 +1,4 @@
-"""Check that a directory is exactly what its manifest says, before anything else of the bundle is used."""
+"""Check that a directory is exactly what its manifest says, before the bundle is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sbs_edge.runtime.manifest import DIGEST, MANIFEST, file_digest, safe_member
 
 __all__ = ["check_external_data", "verify_files"]
 
-_HASH_THREADS = 4  # hashing releases the interpreter lock; files of all targets are read side by side
+_HASH_THREADS = 4  # hashing releases the GIL, so files are read in parallel
 
 
 def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: Collection[str] = ()) -> None:
@@ -22,7 +22,7 @@ def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: 
     Args:
         root: the bundle's directory.
         files: name -> ``bytes`` and ``sha256``.
-        unchanged: names whose content passed this check before and is the same: not read again.
+        unchanged: names that passed this check before and have not changed; they are not read again.
 
     Raises:
         IntegrityError: a file is missing, extra, changed, a link or special, or a graph takes its
@@ -33,13 +33,13 @@ def verify_files(root: Path, files: Mapping[str, Mapping[str, Any]], unchanged: 
         size = path.stat().st_size
         if size != files[name]["bytes"]:
             raise IntegrityError(
-                f"{path} has {size} bytes where the manifest says {files[name]['bytes']}. Copy the bundle again."
+                f"{path} has {size} bytes; the manifest says {files[name]['bytes']}. Copy the bundle again."
             )
     _reject_unlisted_files(root, files)
     reading = {name: path for name, path in paths.items() if name not in unchanged}
     if not reading:
         return
-    from concurrent.futures import ThreadPoolExecutor  # after the return: importing it takes milliseconds
+    from concurrent.futures import ThreadPoolExecutor  # imported late, because it takes milliseconds
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         digests = list(pool.map(_digest, reading.values()))
@@ -69,10 +69,12 @@ def _reject_unlisted_files(root: Path, files: Mapping[str, Any]) -> None:
             path = Path(folder) / name
             relative = path.relative_to(root).as_posix()
             if path.is_symlink():
-                raise IntegrityError(f"The bundle {root} holds the link {relative!r}; links are not allowed.")
+                raise IntegrityError(
+                    f"The bundle {root} contains the link {relative!r}; links are not allowed."
+                )
             if name in names and relative not in files and relative not in (MANIFEST, DIGEST):
                 raise IntegrityError(
-                    f"The bundle {root} holds {relative!r}, which its manifest does not list. Remove it."
+                    f"The bundle {root} contains {relative!r}, which its manifest does not list. Remove it."
                 )
 
 
@@ -86,6 +88,6 @@ def check_external_data(root: Path, name: str, files: Mapping[str, Any]) -> None
         beside = str(PurePosixPath(name).parent / location) if safe_name(location) else ""
         if beside not in files:
             raise IntegrityError(
-                f"The graph {root / name} wants its constants from {location!r}, which is not a file of this "
+                f"The graph {root / name} takes constants from {location!r}, which is not a file of this "
                 "bundle. Do not use this bundle; export it again from the student."
             )

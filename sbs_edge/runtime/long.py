@@ -11,7 +11,7 @@ import numpy as np
 
 from sbs_edge.runtime.batches import pad_rows, padded_length
 from sbs_edge.runtime.sessions import Session
-from sbs_edge.windows import Chunk, LongSettings
+from sbs_edge.windows import Chunk
 
 __all__ = ["Documents", "LongReader"]
 
@@ -49,7 +49,6 @@ class LongReader:
     def __init__(
         self,
         session: Callable[[str, str], Session],
-        settings: LongSettings,
         *,
         top_k: int | None,
         d_model: int,
@@ -60,13 +59,11 @@ class LongReader:
 
         Args:
             session: role and purpose -> an open graph.
-            settings: the manifest's section ``long``.
             top_k: states each attention head reads; None: all.
             d_model: width of a state.
             pad_id: the padding token.
             max_batch_tokens: most padded tokens a run of the encoder; at least one chunk.
         """
-        self.settings = settings
         self._session = session
         self._top_k = np.array(2**31 if top_k is None else top_k, np.int64)
         self._width, self._pad, self._budget = d_model, pad_id, max_batch_tokens

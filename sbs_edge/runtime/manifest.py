@@ -47,7 +47,7 @@ def file_digest(path: Path) -> str:
 
 
 def safe_name(name: object) -> bool:
-    """Tell whether ``name`` is a plain relative path: no ``..``, drive, backslash or control character."""
+    """Return whether ``name`` is a plain relative path, without ``..``, drive, backslash or control character."""
     if not isinstance(name, str) or not name or name != str(PurePosixPath(name)):
         return False
     pure = PurePosixPath(name)
@@ -76,7 +76,8 @@ def safe_member(root: Path, name: str) -> Path:
         path, status = root, os.stat(root)
     except OSError as error:
         raise IntegrityError(
-            f"The bundle directory {root} cannot be read: {error.strerror}. Load the bundle from where it is now."
+            f"The bundle directory {root} cannot be read: {error.strerror}. If it was moved, load the bundle "
+            "from its new place."
         ) from error
     for depth, part in enumerate(parts, start=1):
         path = path / part
@@ -90,26 +91,26 @@ def safe_member(root: Path, name: str) -> Path:
             raise IntegrityError(f"The bundle member {name!r} of {root} cannot be read: {error}.") from error
         if not (stat.S_ISREG(status.st_mode) if depth == len(parts) else stat.S_ISDIR(status.st_mode)):
             raise IntegrityError(
-                f"The bundle {root} holds {name!r} as a link or special file; only plain files are allowed. "
+                f"The bundle {root} contains {name!r} as a link or special file; only plain files are allowed. "
                 "Copy the bundle with its links resolved (cp -rL)."
             )
     if status.st_nlink > 1:
         # The file could be changed through its other name after its digest was checked.
         raise IntegrityError(
-            f"The bundle {root} holds {name!r} as a hard link: the file has {status.st_nlink} names, and a change "
-            "through another one would go unseen. Copy the bundle (cp -r) and use the copy."
+            f"The bundle {root} contains {name!r} as a hard link: the file has {status.st_nlink} names, and a change "
+            "through another one would not be noticed. Copy the bundle (cp -r) and use the copy."
         )
     return path
 
 
 def no_bundle(root: Path) -> SbsEdgeError:
-    """Return the error for a directory without a manifest: a student in a bundle's place, or something else."""
+    """Return the error for a directory without a manifest, with a hint if it is a student."""
     if (root / "config.json").is_file():
         return UsageError(
-            f"{root} is a student or another checkpoint, not a bundle. Export it first, and give what that writes: "
+            f"{root} is a student or another checkpoint, not a bundle. Export it first, and use the result: "
             f"sbs-edge export {root} --out {root.with_name(root.name + '.bundle')}"
         )
-    return IntegrityError(f"{root} is not a bundle: it has no {MANIFEST}. Make one with sbs-edge export.")
+    return IntegrityError(f"{root} is not a bundle: it has no {MANIFEST}. Create one with sbs-edge export.")
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -117,16 +118,18 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: there is no such directory.
-        IntegrityError: the manifest is absent, damaged, of a later format or not shaped like one.
+        IntegrityError: the manifest is missing, damaged, of a later format, or lacks fields.
     """
     if not root.is_dir():
         what = "it is a file" if root.is_file() else "there is no such directory"
-        raise UsageError(f"{root} is not a bundle: {what}. Check the path, or make one with sbs-edge export.")
+        raise UsageError(
+            f"{root} is not a bundle: {what}. Check the path, or create one with sbs-edge export."
+        )
     if not os.path.lexists(root / MANIFEST):
         raise no_bundle(root)
     path, digest = safe_member(root, MANIFEST), safe_member(root, DIGEST)
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest.")
+        raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so it is not a manifest.")
     content = path.read_bytes()
     wanted = hashlib.sha256(content).hexdigest().encode() + b"\n"
     if digest.stat().st_size != len(wanted) or digest.read_bytes() != wanted:
@@ -230,7 +233,7 @@ def _shape_problem(manifest: dict[str, Any]) -> str | None:
 
 
 def _clash(files: Mapping[str, Any]) -> str | None:
-    """Return the complaint about two names that are one on systems which fold case or accents."""
+    """Return the complaint about two names that are the same on systems that ignore case or accents, or None."""
     seen: dict[str, str] = {}
     for name in files:
         for path in (PurePosixPath(name), *PurePosixPath(name).parents):
@@ -243,6 +246,6 @@ def _clash(files: Mapping[str, Any]) -> str | None:
 def _folded(path: str) -> str:
     if path.isascii():
         return path.lower()
-    import unicodedata  # here: its tables are a third of a megabyte, and names of our own are plain ASCII
+    import unicodedata  # imported here: its tables take a third of a megabyte, and our own names are plain ASCII
 
     return unicodedata.normalize("NFC", path).casefold()

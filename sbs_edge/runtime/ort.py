@@ -1,9 +1,9 @@
-"""The installed onnxruntime, imported in one place and kept from reporting its use.
+"""Import onnxruntime in one place, with its usage reports switched off.
 
-Some builds of onnxruntime (1.32 for Linux among them) keep a device id and a data base in the user's cache
-directory, start a thread for them and report to their maker. A runtime that others embed must not: the variable
-that turns this off is set before the first import. Who wants it sets ``ORT_DISABLE_TELEMETRY=0``; a
-process that has imported onnxruntime itself before has chosen for itself.
+Some builds of onnxruntime (1.32 for Linux among them) keep a device id and a database in the user's cache
+directory, start a thread for them and report to their maker. A runtime that is embedded in other programs must not
+do this, so the variable that turns it off is set before the first import. ``ORT_DISABLE_TELEMETRY=0`` keeps the
+reports; a process that imported onnxruntime earlier has its own setting.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def onnxruntime_module() -> Any:
                 f"There is not enough memory to load onnxruntime: {error}. {memory_advice()}"
             ) from error
         raise SbsEdgeError(
-            f"onnxruntime is installed and cannot be loaded: {error}. Remove it and "
+            f"onnxruntime is installed but cannot be loaded: {error}. Remove it and "
             "install it again: pip uninstall onnxruntime, then pip install 'sbs-edge[cpu]'."
         ) from error
     return onnxruntime

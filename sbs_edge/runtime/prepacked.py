@@ -1,16 +1,16 @@
-"""Weights in the order this machine's kernels read them, kept once a machine and mapped into memory.
+"""A cache of pre-packed weights: the order in which this machine's kernels read them, mapped into memory.
 
-onnxruntime rearranges ("pre-packs") constant weights when it loads a graph, into memory of each process.
-Saved once, a private copy of the rearranged file is mapped instead: loading is quicker.
-The file depends on the processor and on onnxruntime's version, so it lives in the user's cache directory,
-never in a bundle, and may be deleted at any time.
+onnxruntime rearranges ("pre-packs") constant weights when it loads a graph, in the memory of each process.
+Here the rearranged weights are saved once, and a private copy of the file is mapped instead, which loads faster.
+The file depends on the processor and on onnxruntime's version. So it is in the user's cache directory,
+never in a bundle, and can be deleted at any time.
 
-An entry is about as large as the graph's weights, and up to twice that for int8 weights that the kernels want
-in another form. All entries together take at most ``SBS_EDGE_PREPACKED_CACHE_MB`` megabytes (2048 unless set;
-0 switches the cache off): those that were not used for longest are removed.
+An entry takes up to four times the space of the graph's weights. All entries together take at most
+``SBS_EDGE_PREPACKED_CACHE_MB`` megabytes (2048 unless set; 0 switches the cache off); the least recently used are
+removed.
 
-The directory belongs to the user alone (mode 0700), as a compiler's cache does; an entry that is
-incomplete or that the runtime refuses is made again.
+The directory belongs to the user only (mode 0700), like a compiler's cache. An entry that is
+incomplete, or that the runtime rejects, is written again.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ __all__ = [
     "usage",
 ]
 
-MIN_BYTES = 4 << 20  # below, packing takes a few milliseconds and no page is worth sharing
+MIN_BYTES = 4 << 20  # for less, packing takes only a few milliseconds
 KEEP = 32  # entries; the least recently used are removed
-MAX_MB = 2048  # what all entries may take together; the environment variable below overrides it
+MAX_MB = 2048  # limit of all entries together; the environment variable below overrides it
 MAX_MB_VARIABLE = "SBS_EDGE_PREPACKED_CACHE_MB"
 
 _GRAPH, _WEIGHTS, _LIST = "model.onnx", "weights.bin", "files.json"
-_TOO_LARGE = "too_large"  # stands for an entry that is over the limit by itself, and holds its bytes
+_TOO_LARGE = "too_large"  # marks an entry that is over the limit by itself; contains its size in bytes
 
 
 def cache_directory() -> Path:
-    """Return where the entries lie: ``$XDG_CACHE_HOME/sbs-edge/prepacked``."""
+    """Return the directory of the entries: ``$XDG_CACHE_HOME/sbs-edge/prepacked``."""
     return user_cache.cache_directory("prepacked")
 
 
 def _say(level: str, message: str, *values: object) -> None:
-    import logging  # here, as shutil below: a start that uses an entry needs neither
+    import logging  # imported here, like shutil below, because a start that uses an entry needs neither
 
     getattr(logging.getLogger("sbs_edge.runtime"), level)(message, *values)
 
@@ -77,8 +77,8 @@ def prepacked_key(digests: Sequence[str], *, corrected: bool = False) -> str:
 
     Args:
         digests: of the graph and of the files of its constants.
-        corrected: whether int8 products are made exact (:mod:`sbs_edge.runtime.int8_products`). An entry holds the
-            weights in the form that the option gives them, and would be used with the other setting too.
+        corrected: whether int8 products are made exact (:mod:`sbs_edge.runtime.int8_products`). The option changes
+            the form of the weights, so each setting needs its own entry.
     """
     onnxruntime = onnxruntime_module()
 
@@ -87,7 +87,7 @@ def prepacked_key(digests: Sequence[str], *, corrected: bool = False) -> str:
 
 
 def _listed(entry: Path) -> dict[str, dict[str, Any]] | None:
-    """Return what an entry holds, file name -> ``bytes`` and ``sha256``; None: it is not complete."""
+    """Return the files of an entry, name -> ``bytes`` and ``sha256``; None if it is incomplete."""
     try:
         found = json.loads((entry / _LIST).read_text(encoding="utf-8"))
         complete = set(found) == {_GRAPH, _WEIGHTS} and all(
@@ -108,7 +108,7 @@ def load_prepacked(
     *,
     corrected: bool = False,
 ) -> Any | None:
-    """Return a session over the pre-packed form of ``graph``, or None where there can be none.
+    """Return a session over the pre-packed form of ``graph``, or None if it is not possible.
 
     Args:
         graph: the bundle's graph.
@@ -118,8 +118,8 @@ def load_prepacked(
         make: makes a session of ``graph`` itself from options; may raise.
         corrected: see :func:`prepacked_key`.
 
-    The first call on a machine makes the entry while loading; a full disk or a directory that cannot be
-    written costs the saving only.
+    The first call on a machine writes the entry while loading. If the disk is full or the directory cannot be
+    written, loading works without the cache.
     """
     onnxruntime = onnxruntime_module()
 
@@ -205,7 +205,7 @@ def max_bytes() -> int:
     text = os.environ.get(MAX_MB_VARIABLE, "").strip() or str(MAX_MB)
     if not (text.isascii() and text.isdigit()):
         raise UsageError(
-            f"{MAX_MB_VARIABLE} is {text!r}, and must be a whole number of megabytes; 0 switches the cache off."
+            f"{MAX_MB_VARIABLE} is {text!r}; it must be a whole number of megabytes, where 0 switches the cache off."
         )
     return int(text) << 20
 

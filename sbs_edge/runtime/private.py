@@ -1,12 +1,12 @@
-"""Files that a runtime maps into memory, as copies that nobody else can change.
+"""Private copies of the files that a runtime maps into memory, so that nobody else can change them.
 
-A mapped file is not a copy: bytes that are written to it later show up in the process, and a file that is cut
-short ends the process (SIGBUS). So nothing is mapped but a private copy. The copy is made in a directory of
-this user (mode 0700), its digest is taken there, and its name is removed as soon as the runtime has mapped it:
+A mapped file is not a copy: bytes that are written to it later appear in the process, and truncating it
+ends the process (SIGBUS). So only private copies are mapped. A copy is made in a directory of
+this user (mode 0700), and its digest is computed there. Its name is removed as soon as the runtime has mapped it:
 the pages stay, but no program can open them.
 
-Server processes that answer together (``--workers``) share one copy: the one that comes first makes it in the
-directory that :func:`share_copies` names, and the process that started them removes it.
+The processes of a server with several workers share a copy: the first one makes it in the directory
+that :func:`share_copies` names, and the process that started them removes it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ from sbs_edge.runtime.verified_files import VerifiedFiles
 __all__ = ["forget_shared", "private_copy", "share_copies"]
 
 _PREFIX = "copy-"
-_ABANDONED_S = (
-    3600.0  # a copy lives for the second in which it is mapped; an older one is of a process that died
-)
+_ABANDONED_S = 3600.0  # a copy exists while it is mapped, for a second; older ones are of processes that died
 
 _shared: Path | None = None
 
 
 def share_copies(folder: Path | None) -> None:
-    """Share copies with the other processes of this user that name the same ``folder``; None: do not."""
+    """Share copies with other processes of this user that use the same ``folder``; None: do not share."""
     global _shared
     _shared = folder
 
@@ -50,8 +48,8 @@ def private_copy(root: Path, listed: Mapping[str, Mapping[str, Any]], *, recheck
     Args:
         root: the directory of the originals.
         listed: path below ``root`` -> ``bytes`` and ``sha256``.
-        recheck: hash every copy, and use nothing of the user's cache directory; without it, copies of files
-            that are unchanged since this user's last check are not hashed again (see
+        recheck: hash every copy and do not use the user's cache directory. Otherwise copies of files that are
+            unchanged since this user's last check are not hashed again (see
             :mod:`sbs_edge.runtime.verified_files`).
 
     Raises:
@@ -101,7 +99,7 @@ def _copy(root: Path, listed: Mapping[str, Mapping[str, Any]], work: Path, *, re
 
 @contextlib.contextmanager
 def _shared_copy(folder: Path, root: Path, listed: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
-    """Yield the one copy of these files in ``folder``, made by whichever process asks first.
+    """Yield the shared copy of these files in ``folder``; the first process makes it.
 
     The lock is held while the copy is used, so that :func:`forget_shared` leaves it alone.
     """

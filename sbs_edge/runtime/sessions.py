@@ -1,4 +1,4 @@
-"""onnxruntime sessions: options in one place, opened when they are first used, and refusals that say what to do."""
+"""onnxruntime sessions: their options, opening at first use, and errors with advice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def usable_providers(providers: Sequence[str]) -> list[str]:
 
 
 def _return_freed_pages() -> None:
-    """Give the system what loading has freed: glibc would keep it, some megabytes a graph, for this process alone."""
+    """Return memory that loading has freed to the system; glibc would keep some megabytes per graph."""
     try:
         import ctypes  # numpy has it loaded
 
@@ -49,11 +49,11 @@ def _return_freed_pages() -> None:
 
 
 class GraphSource(NamedTuple):
-    """Verified bytes of a graph, in memory or as files that are removed again.
+    """Verified bytes of a graph, in memory or as temporary files.
 
-    ``read()`` returns the graph's content and what it takes constants from, by the names in the graph;
-    ``copy()`` is a context with the path of a private copy, the files beside it included. ``mapped`` says
-    that a copy is to be mapped also on the CPU: bytes in memory are there twice while a graph is loaded.
+    ``read()`` returns the content of the graph and of the files of its constants, by the names in the graph.
+    ``copy()`` is a context with the path of a private copy of all of them. ``mapped`` says
+    that a copy is mapped on the CPU too, because bytes in memory exist twice while a graph is loaded.
     """
 
     read: Callable[[], tuple[bytes, Mapping[str, bytes]]]
@@ -77,14 +77,13 @@ class Session:
         """Load ``path``.
 
         Args:
-            path: the graph; mapped as it is where there is no ``source``.
-            providers: wanted, the first that is installed is used.
-            threads: threads a call may use.
-            digests: SHA-256 of the graph's files, to keep what this machine makes of them (pre-packed weights,
-                TensorRT's engines) in the user's cache directory; None: do not.
-            source: where the graph's bytes come from, so that nothing is used that can still change; the
-                file is not mapped then.
-            int8: whether the graph may hold int8 products; without any, the CPU need not be probed.
+            path: the graph; without ``source``, the file itself is mapped.
+            providers: the wanted providers; the first that is installed is used.
+            threads: threads per call.
+            digests: SHA-256 of the graph's files, to cache this machine's form of them (pre-packed weights,
+                TensorRT engines) in the user's cache directory; None: no cache.
+            source: where the graph's bytes come from, if they must not change any more.
+            int8: whether the graph may have int8 products; without any, the CPU is not probed.
 
         Raises:
             MissingExtra: onnxruntime is not installed.
@@ -98,7 +97,7 @@ class Session:
 
         on_cpu = provider == "CPUExecutionProvider"
         self.corrected = int8 and on_cpu and needs_exact_option()
-        """Whether the session avoids this CPU's saturating int8 products."""
+        """Set if the session avoids this CPU's saturating int8 products."""
 
         def options() -> Any:
             found = onnxruntime.SessionOptions()
@@ -122,7 +121,7 @@ class Session:
                         return create(copied, chosen)
                 except IntegrityError:
                     raise
-                except OSError:  # no place for a copy: loading from memory does the same with more memory
+                except OSError:  # no place for a copy: load from memory, which takes more of it
                     if not on_cpu:
                         raise
             return in_memory(chosen, *source.read())
@@ -147,12 +146,12 @@ class Session:
                     raise OutOfMemory(
                         f"There is not enough memory to load the graph {path}: {error}. {memory_advice()}"
                     ) from error
-                raise IntegrityError(f"onnxruntime refuses the graph {path}: {error}") from error
+                raise IntegrityError(f"onnxruntime rejects the graph {path}: {error}") from error
         started = session.get_providers()[0]
         if started != provider:  # it falls back to the CPU where the provider's libraries cannot be loaded
             raise UsageError(
-                f"onnxruntime has {provider} but could not start it and fell back to {started}: its libraries or "
-                "the GPU's driver are missing or of another version (sbs-edge doctor lists what is installed). "
+                f"onnxruntime could not start {provider} and fell back to {started}: its libraries or "
+                "the GPU's driver are missing or have another version (sbs-edge doctor lists what is installed). "
                 "Install what is missing, or use a CPU target."
             )
         _return_freed_pages()
@@ -160,7 +159,7 @@ class Session:
 
     @property
     def inference(self) -> Any:
-        """The runtime's own session, for callers that bind buffers themselves."""
+        """Return onnxruntime's own session, for callers that bind buffers themselves."""
         return self._session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
@@ -177,25 +176,25 @@ class Session:
             shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in inputs.items())
             raise OutOfMemory(
                 f"There is not enough memory for a call with {shapes}. Lower max_batch_tokens, so that a call "
-                f"carries fewer rows, or send shorter inputs. {memory_advice()}"
+                f"has fewer rows, or send shorter inputs. {memory_advice()}"
             ) from error
 
 
 class Sessions(MutableMapping[str, Session]):
-    """Sessions by role, each opened the first time it is asked for; safe to share between threads.
+    """Sessions by role, each opened at its first use. It is safe to share between threads.
 
-    Threads that ask for one role at once wait for one of them to open it; other roles are not held up. A role
-    that could not be opened raises again, and tries again, at the next call.
+    Threads that use the same role at once wait until one of them has opened it; other roles are not delayed. If a
+    role cannot be opened, the next call tries again.
     """
 
     def __init__(self, openers: Mapping[str, Callable[[], Session]]) -> None:
-        """Take, for every role, what opens its graph."""
+        """Take, for every role, the function that opens its graph."""
         self._openers = dict(openers)
         self._locks = {role: threading.Lock() for role in openers}
         self._opened: dict[str, Session] = {}
 
     def __getitem__(self, role: str) -> Session:
-        """Return the session of ``role``, opening it first if need be; KeyError: there is none."""
+        """Return the session of ``role``, opened if necessary; raise KeyError if there is none."""
         found = self._opened.get(role)
         if found is None:
             opener = self._openers[role]
@@ -208,7 +207,7 @@ class Sessions(MutableMapping[str, Session]):
         return found
 
     def __setitem__(self, role: str, session: Session) -> None:
-        """Put an open session in the place of ``role``."""
+        """Set the open session of ``role``."""
         self._locks.setdefault(role, threading.Lock())
         self._openers[role] = lambda: session
         self._opened[role] = session
@@ -219,7 +218,7 @@ class Sessions(MutableMapping[str, Session]):
         self._opened.pop(role, None)
 
     def __contains__(self, role: object) -> bool:
-        """Tell whether there is a graph for ``role``, open or not."""
+        """Return whether there is a graph for ``role``, open or not."""
         return role in self._openers
 
     def __iter__(self) -> Iterator[str]:
@@ -231,16 +230,16 @@ class Sessions(MutableMapping[str, Session]):
         return len(self._openers)
 
     def open_all(self) -> None:
-        """Open what is not open yet."""
+        """Open all roles that are not open yet."""
         for role in self:
             self[role]
 
     def clear(self) -> None:
-        """Forget every role, opening none."""
+        """Forget every role without opening it."""
         self._openers.clear()
         self._opened.clear()
 
     @property
     def opened(self) -> tuple[str, ...]:
-        """Roles whose graph is open."""
+        """Return the roles whose graph is open."""
         return tuple(self._opened)

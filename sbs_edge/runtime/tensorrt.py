@@ -1,7 +1,7 @@
 """Options of onnxruntime's TensorRT providers for a graph: shapes, number formats, and where engines are kept.
 
-Without profiles the provider builds another engine for every new shape, which takes seconds to
-minutes; with them one engine answers every shape within the limits. Option names: onnxruntime's
+Without profiles the provider builds an engine for every new shape, which takes seconds to
+minutes. With them an engine answers every shape within the limits. Option names: onnxruntime's
 documentation of the TensorRT and the TensorRT RTX execution provider.
 """
 
@@ -56,7 +56,7 @@ def tensorrt_options(graph: Path, provider: str, digests: Sequence[str] | None) 
 
 
 def _profiles(graph: Path) -> dict[str, str]:
-    """Return "min", "opt", "max" -> ``name:1x64,...`` of every input that has a free dimension."""
+    """Return "min", "opt" and "max" -> ``name:1x64,...``, for every input that has a free dimension."""
     path = graph.with_name(graph.name + ".profile.json")
     if not path.exists():
         return {}
@@ -72,13 +72,13 @@ def _profiles(graph: Path) -> dict[str, str]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
-            f"{path} does not hold the shapes of a graph's inputs ({type(error).__name__}: {error}). Export the "
+            f"{path} does not have the shapes of a graph's inputs ({type(error).__name__}: {error}). Export the "
             "bundle again."
         ) from error
 
 
 def _engines(digests: Sequence[str]) -> Path | None:
-    """Return where this user's engines of a graph lie, or None where nothing can be kept."""
+    """Return the directory of this user's engines for a graph, or None if nothing can be stored."""
     try:
         root = user_cache.cache_directory("tensorrt")
         if not user_cache.private_directory(root):

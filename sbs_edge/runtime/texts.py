@@ -12,15 +12,15 @@ __all__ = ["Texts", "check_texts", "over_limit"]
 
 
 def check_texts(texts: Iterable[str]) -> list[str]:
-    """Return ``texts`` as a list, read once, or refuse the first that cannot be answered.
+    """Return ``texts`` as a list, read once, or raise an error for the first that cannot be answered.
 
     Raises:
-        UsageError: this is not an iterable of strings in an order, or a text is not a string, is empty or blank,
+        UsageError: ``texts`` is not an ordered iterable of strings, or a text is not a string, is empty or blank,
             or is not valid Unicode; the message names its row.
     """
     if isinstance(texts, str | bytes | Mapping | Set) or getattr(texts, "ndim", 1) != 1:
         raise UsageError(
-            f"The texts must be a list of strings, not a {type(texts).__name__}; put a single text into a list: [text]."
+            f"The texts must be a list of strings, not a {type(texts).__name__}; pass a single text as a list: [text]."
         )
     try:
         found = list(texts)
@@ -29,7 +29,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
     for row, text in enumerate(found):
         fault = text_fault(text)
         if fault is not None:
-            raise UsageError(f"Text {row} {fault}. Every text gets an answer: correct it or leave it out.")
+            raise UsageError(f"Text {row} {fault}. Every text needs an answer: correct it or leave it out.")
     return found
 
 
@@ -41,8 +41,8 @@ def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, ta
         text: the text without its prefix.
         n_tokens: how many tokens were found, at least ``limit`` + 1 unless the text is over the limit of characters.
         limit: most tokens of an input.
-        remedy: how cutting is allowed.
-        task: the task whose prefix counts; None: not said.
+        remedy: the option that allows cutting.
+        task: the task whose prefix counts; None: not named.
     """
     prefix = "its prefix" if task is None else f"the {task} prefix"
     if n_tokens <= limit:
@@ -75,7 +75,7 @@ class Texts:
 
         Args:
             tokenizer: content of ``tokenizer.json``.
-            prefixes: task -> what stands before every input of it.
+            prefixes: task -> the prefix of its inputs.
             limits: ``max_source_tokens`` and ``max_label_tokens``.
             eos_token_id: the id that ends a sequence.
             long: how inputs over ``max_source_tokens`` are read; None: not at all.
@@ -90,7 +90,7 @@ class Texts:
     def tokenize(self, texts: Sequence[str], task: str) -> list[list[int]]:
         """Return every text's ids for ``task``, uncut: prefix and end-of-sequence included.
 
-        Of a text far over the token limit only the beginning is read: more ids than the limit come back, and up
+        Of a text far over the token limit only the beginning is read. It still has more ids than the limit, and up
         to the limit they are those of the whole text.
         """
         return self._tokenizer.encode_beginnings(check_texts(texts), self.max_tokens, self._prefixes[task])
@@ -107,8 +107,8 @@ class Texts:
         Args:
             texts: inputs without prefix.
             task: "label" or "rationale".
-            truncate: cut what is over the limit, instead of refusing it.
-            tokens: what :meth:`tokenize` gave for these texts.
+            truncate: cut texts over the limit, instead of raising an error.
+            tokens: the result of :meth:`tokenize` for these texts.
 
         Raises:
             UsageError: a text cannot be answered (see :func:`check_texts`), or is over the limit.
@@ -124,9 +124,7 @@ class Texts:
         for row, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
             too_long = len(ids) > limit or len(text) > most
             if too_long and not truncate:
-                raise UsageError(
-                    over_limit(f"Text {row}", text, len(ids), limit, "truncate=True (--truncate)")
-                )
+                raise UsageError(over_limit(f"Text {row}", text, len(ids), limit, "truncate=True"))
             rows.append(within_limit(ids, limit, self._eos))
             cut.append(too_long)
         return rows, cut
@@ -155,11 +153,11 @@ class Texts:
         """Return the ids of a label, end-of-sequence included.
 
         Raises:
-            UsageError: the vocabulary has no token of it, or it is over the limit.
+            UsageError: the vocabulary has no token for it, or it is over the limit.
         """
         tokens = self._tokenizer.encode_target(label, self._eos)
         if len(tokens) < 2:
-            raise UsageError(f"The label {label!r} has no token of this student's vocabulary.")
+            raise UsageError(f"The label {label!r} has no token in this student's vocabulary.")
         limit = self._limits["max_label_tokens"]
         if len(tokens) > 1 + limit:
             raise UsageError(f"The label {label!r} has {len(tokens) - 1} tokens; the limit is {limit}.")

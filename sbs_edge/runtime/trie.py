@@ -1,4 +1,4 @@
-"""Prefix tries of label tokens, as the arrays the scoring graphs take."""
+"""Prefix tries of label tokens, as the arrays that the scoring graphs take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAD_MULTIPLE = 4
 
 @dataclass(frozen=True, slots=True)
 class Trie:
-    """T nodes, E edges, K labels.
+    """A prefix trie with T nodes, E edges and K labels.
 
     Attributes:
         node_ids: (T,) int64 token of every node; node 0 is the decoder's start token.
@@ -34,7 +34,7 @@ class Trie:
 
     @property
     def padded_shape(self) -> tuple[int, int, int]:
-        """(nodes, edges, labels) it is padded to, by its own size alone: rows of one shape share a call."""
+        """Return the padded (nodes, edges, labels), which depend only on its own size: equal shapes share a call."""
         sizes = len(self.node_ids), len(self.edge_node), len(self.label_edges)
         nodes, edges, labels = (-(-size // PAD_MULTIPLE) * PAD_MULTIPLE for size in sizes)
         return nodes, edges, labels
@@ -71,10 +71,10 @@ def build_trie(label_tokens: Sequence[Sequence[int]], start_id: int) -> Trie:
 
 
 def batch_tries(tries: Sequence[Trie]) -> dict[str, np.ndarray]:
-    """Pad tries to one shape and stack them: the scoring graph's inputs by name.
+    """Pad tries to one shape and stack them; return the scoring graph's inputs by name.
 
-    A padding node attends to itself only; a padding edge is on no label's path. How far a trie is padded
-    still shows in the last bits of its scores, so the runtime stacks tries of one padded shape only.
+    A padding node attends only to itself, and a padding edge is on no label's path. The amount of padding still
+    affects the last bits of the scores, so the runtime stacks only tries of equal padded shape.
     """
     nodes, edges, labels = (max(sizes) for sizes in zip(*(trie.padded_shape for trie in tries), strict=True))
     batch = len(tries)

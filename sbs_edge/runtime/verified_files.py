@@ -1,9 +1,9 @@
-"""Remember which files of a bundle had their digests, so that unchanged files are not read again.
+"""Remember which files of a bundle passed the digest check, so that unchanged files are not read again.
 
 Reading and hashing a bundle takes longer than opening it. After a complete check the device, inode, size,
-modification time and change time of every file are kept in the user's cache directory; a file with the same
-five is taken to be the same, as version control does. A program that writes to a file cannot keep its change
-time. What this does not see is a disk that forgets: ask for a complete check there.
+modification time and change time of every file are stored in the user's cache directory. A file with the same
+five values counts as unchanged, as in version control. A program that writes to a file cannot keep its change
+time, but a failing disk can: use a complete check there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sbs_edge.runtime.cache import cache_directory, private_directory
 
 __all__ = ["VerifiedFiles", "state_of"]
 
-KEEP = 256  # bundles; the least recently checked are forgotten
+KEEP = 256  # number of bundles; the least recently checked are removed
 # A file changed again within one tick of the clock would look the same; younger files are not remembered.
 SETTLED_NS = 2_000_000_000
 
@@ -33,7 +33,7 @@ class VerifiedFiles:
 
         Args:
             root: the bundle's directory.
-            listed: the manifest's ``files``: other digests are another bundle.
+            listed: the manifest's ``files``; other digests mean another bundle.
         """
         key = json.dumps([os.path.realpath(root), listed], sort_keys=True)
         self._name = hashlib.sha256(key.encode()).hexdigest()[:40] + ".json"
@@ -45,7 +45,7 @@ class VerifiedFiles:
         """Names of the files that need no reading."""
 
     def still(self, name: str) -> bool:
-        """Tell whether a file has the state that it had when this object was made."""
+        """Return whether a file has the state that it had when this object was created."""
         return _signature(self._root / name) == self._before[name]
 
     def _find(self) -> Path | None:
@@ -63,12 +63,12 @@ class VerifiedFiles:
         return found if isinstance(found, dict) else {}
 
     def settled(self) -> dict[str, list[int]]:
-        """Return the state before the check of the files that no later change can leave looking the same."""
+        """Return the state, before the check, of files old enough that any later change shows."""
         now = time.time_ns()
         return {n: found for n, found in self._before.items() if found and found[-1] + SETTLED_NS < now}
 
     def remember(self) -> None:
-        """Keep the state that the files had before the check which has just succeeded."""
+        """Store the state that the files had before the check that just succeeded."""
         settled = self.settled()
         if self._entry is None or not settled or settled.keys() == self.unchanged:
             return
@@ -79,14 +79,14 @@ class VerifiedFiles:
             entries = sorted(self._entry.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
             for old in entries[:-KEEP]:
                 old.unlink(missing_ok=True)
-        except OSError:  # a full disk costs the saving only
+        except OSError:  # without space, the next start just checks again
             return
 
 
 def _signature(path: Path) -> list[int]:
     try:
         return state_of(os.lstat(path))
-    except (OSError, ValueError):  # absent, or not a usable name: the check that follows says so
+    except (OSError, ValueError):  # missing, or not a usable name: the check that follows reports it
         return []
 
 

@@ -1,1 +1,1 @@
-"""Past one process: the same student and the same teacher on Ray Data workers."""
+"""The same student and teacher on Ray Data workers, for more than one process."""

@@ -1,7 +1,7 @@
-"""``annotate --engine ray``: one teacher client an actor, one journal a unit.
+"""Annotate with Ray: each actor has a teacher client, each unit a journal.
 
-A unit's journal lies beside its shard, so that a unit whose actor died asks only what it had not
-asked before. Limits on cost and tokens hold over all units: see :mod:`sbs_edge.scale.ledger`.
+A unit's journal is beside its shard, so that the unit of a dead actor asks only for what is missing.
+Limits on cost and tokens apply to all units together: see :mod:`sbs_edge.scale.ledger`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbs_edge.data.example import Example
-from sbs_edge.data.jsonl import example_to_json
 from sbs_edge.data.questions import Unanswerable, id_of
 from sbs_edge.data.readers import ColumnMap, examples_of
 from sbs_edge.data.rows import RawRow, printable
@@ -50,12 +49,12 @@ def _example(place: str, row: Any, columns: ColumnMap) -> Example | dict[str, An
 
 
 def _wait_until_free(journal: Path, seconds: float = 60.0) -> None:
-    """Wait for the lock of an actor that is on its way out: one whose driver was killed lives on a little."""
+    """Wait for the lock of an actor that is ending: after its driver was killed, an actor lives on for a while."""
     if not journal.exists():
         return
     deadline = time.monotonic() + seconds
     with journal.open("rb") as handle:
-        while time.monotonic() < deadline:  # afterwards the journal itself says that it is in use
+        while time.monotonic() < deadline:  # after that, the journal itself reports that it is in use
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -69,13 +68,13 @@ def _say_wait(unit: int, seconds: float, reason: str) -> None:
 
 
 def _has_failures(shard: bytes) -> bool:
-    """Whether a row was asked for and could not be used; a row that could not be read has no input."""
+    """Return whether the answer to a row could not be used; a row that could not be read has no input."""
     rows = (json.loads(line) for line in shard.splitlines())
     return any("error" in row and row["input"] is not None for row in rows)
 
 
 class AnnotateWorker:
-    """An actor: asks for one unit's rows, then writes its shard."""
+    """An actor that asks for the rows of a unit, then writes its shard."""
 
     def __init__(
         self,
@@ -98,6 +97,7 @@ class AnnotateWorker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Work on one unit (a batch of one row) and return its figures as JSON."""
         from sbs_edge.teacher.annotate import annotate
+        from sbs_edge.teacher.collect import output_row
         from sbs_edge.teacher.connect import connect
 
         unit = unit_of(batch)
@@ -125,13 +125,11 @@ class AnnotateWorker:
                 lines.append(item)
                 continue
             result = next(results)
-            lines.append(
-                {**example_to_json(result.example), **({"error": result.reason} if result.reason else {})}
-            )
+            lines.append({**output_row(result), **({"error": result.reason} if result.reason else {})})
         unanswered = sum(annotation.stats.unanswered.values())
         all_refused = bool(annotation.records) and all(record.is_refusal for record in annotation.records)
         if unanswered == 0 and annotation.stats.stopped is None and not all_refused:
-            write_shard(self._out, name, lines)  # otherwise the next run goes on with this unit
+            write_shard(self._out, name, lines)  # otherwise the next run continues with this unit
         figures = {
             "unit": unit.index,
             "rows": len(lines),
@@ -144,7 +142,7 @@ class AnnotateWorker:
         return {"figures": [json.dumps(figures)]}
 
     def _budget_of(self, unit: int) -> Callable[[Journal], Budget] | None:
-        """Return what opens this unit's account with the ledger, or None where nothing is limited."""
+        """Return a function that opens the unit's account with the ledger, or None if nothing is limited."""
         if self._ledger is None:
             return None
 
@@ -160,7 +158,7 @@ class AnnotateWorker:
 
 
 def _spent(journals: Path, units: list[Unit], form: str) -> dict[int, tuple[float, int]]:
-    """Return unit -> (cost, tokens) of every journal that earlier runs left."""
+    """Return unit -> (cost, tokens) of the journals of earlier runs."""
     from sbs_edge.teacher.journal import Journal
 
     found: dict[int, tuple[float, int]] = {}
@@ -171,6 +169,25 @@ def _spent(journals: Path, units: list[Unit], form: str) -> dict[int, tuple[floa
             with Journal(path) as journal:
                 found[unit.index] = journal.total_cost, journal.total_tokens
     return found
+
+
+# Settings that may change between a run and its continuation.
+_MAY_CHANGE = {
+    "concurrency", "max_attempts", "retry_failed", "max_cost", "max_total_tokens", "prices", "server",
+}  # fmt: skip
+# The request's fields are compared as they are sent; headers may contain a secret.
+_OF_REQUEST = {"headers", "request", "omit", "extra_body", "max_tokens", "structured"}
+
+
+def _output_settings(task: TaskFile, settings: Settings) -> dict[str, Any]:
+    """Return what must be the same for a folder to be continued."""
+    plain = task.model_dump(mode="json", exclude_none=True)
+    asked = {name: value for name, value in plain.items() if name not in _OF_REQUEST}
+    for name in ("rationale_from", "thinking_marks"):  # at their defaults, folders of older versions go on
+        if getattr(task, name) == type(task).model_fields[name].default:
+            del asked[name]
+    shown = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _MAY_CHANGE}
+    return {"task": asked, **shown, "sampling": settings.sampling.answer_parameters()}
 
 
 def annotate_with_ray(
@@ -186,36 +203,20 @@ def annotate_with_ray(
     ray_address: str | None = None,
     journal: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Annotate the files that fit ``pattern`` into shards under ``out``, one output row an input row.
+    """Annotate the files that match ``pattern`` into shards under ``out``, with one output row per input row.
 
-    Rows without annotation carry ``error``; :func:`sbs_edge.data.readers.read_examples` reads the
+    Rows without annotation have an ``error``; :func:`sbs_edge.data.readers.read_examples` reads the
     shards back. ``journal`` is the folder of the journals, a path that all nodes share: object stores
     cannot append (None: ``journal`` in ``out``). Arguments as for :func:`sbs_edge.scale.run.run_units` and
     :func:`sbs_edge.teacher.connect.connect`.
     """
     if journal is None and "://" in str(out):
         raise UsageError(
-            f"The journals cannot lie in {out}: an object store cannot append a line. Name a folder that all "
-            "nodes share with --journal."
+            f"The journals cannot be in {out}, because an object store cannot append a line. Pass a folder that all "
+            "nodes share (journal=FOLDER)."
         )
     ColumnMap.parse(columns or ())  # refused here, not by every worker
     journals = str(Path(journal or Path(str(out)) / "journal").absolute())
-    shown = dataclasses.asdict(settings)
-    for name in (
-        "concurrency",
-        "max_attempts",
-        "retry_failed",
-        "max_cost",
-        "max_total_tokens",
-        "prices",
-        "server",
-    ):
-        shown.pop(name)  # may change between a run and its continuation
-    plain = task.model_dump(mode="json", exclude_none=True)
-    # The request's fields are judged as they are sent; headers may hold a secret.
-    of_request = ("headers", "request", "omit", "extra_body", "max_tokens")
-    asked = {name: value for name, value in plain.items() if name not in of_request}
-    shown["sampling"] = settings.sampling.answer_parameters()
 
     def ledger(ray: Any, units: list[Unit]) -> dict[str, Any]:
         if settings.max_cost is None and settings.max_total_tokens is None:
@@ -229,7 +230,7 @@ def annotate_with_ray(
     return run_units(
         AnnotateWorker,
         {
-            "task": plain,
+            "task": task.model_dump(mode="json", exclude_none=True),
             "settings": settings,
             "connection": connection,
             "columns": columns or [],
@@ -237,7 +238,7 @@ def annotate_with_ray(
         },
         pattern if "://" in pattern else str(Path(pattern).absolute()),
         str(out),
-        settings={"task": asked, **shown, "columns": columns or []},
+        settings={**_output_settings(task, settings), "columns": columns or []},
         workers=workers,
         cpus_each=0.25,  # a client waits for the network
         shard_bytes=shard_bytes,

@@ -1,7 +1,7 @@
-"""One budget for all actors of an annotation: an actor keeps the account, workers ask it before every call.
+"""A budget for all actors of an annotation: one actor keeps the account, and workers ask it before every call.
 
-An actor may die with calls on its way. What it had reserved is taken back when its unit begins anew, and what
-the unit spent is then read from its journal, where every answer that was paid for and came back stands.
+An actor may die with calls in flight. Its reservations are released when its unit starts again, and the spending of
+the unit is then read from its journal, which has every answer that was paid for and received.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Ledger", "SharedBudget"]
 
 @dataclass(slots=True)
 class _Account:
-    """What one unit has spent, and what its calls on their way hold."""
+    """The spending of a unit, and the reservations of its calls in flight."""
 
     cost: float = 0.0
     tokens: int = 0
@@ -25,16 +25,16 @@ class _Account:
 
 
 class Ledger:
-    """The account of a whole run; methods are coroutines, so that a call that waits holds up no other.
+    """The account of a whole run. Its methods are coroutines, so that a waiting call does not block others.
 
     Args:
         prices: money per million tokens.
-        max_cost: money in all, or None.
-        max_tokens: tokens in all, or None.
+        max_cost: limit of the total cost, or None.
+        max_tokens: limit of all tokens, or None.
         spent: unit -> (cost, tokens) of its journal, from earlier runs.
 
     Raises:
-        UsageError: a limit on cost without prices.
+        UsageError: there is a limit on cost but no prices.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Ledger:
         )
 
     async def begin(self, unit: int, cost: float, tokens: int) -> None:
-        """Start ``unit``, or start it again: its journal says what it has spent, and nothing of it is on its way."""
+        """Start ``unit``, possibly again: its spending is that of its journal, and it has no calls in flight."""
         account = self._accounts.setdefault(unit, _Account())
         self._budget.spent_cost += cost - account.cost
         self._budget.spent_tokens += tokens - account.tokens
@@ -63,17 +63,17 @@ class Ledger:
             await self._budget.settle(reserved, (0, 0))
 
     async def reserve(self, unit: int, prompt_tokens: int, completion_tokens: int) -> bool:
-        """Reserve the most a call may take; False when the limits leave no room, now or later."""
+        """Reserve the most that a call may take; return False if the limits do not allow it, now or later."""
         if not await self._budget.reserve(prompt_tokens, completion_tokens):
             return False
         self._accounts.setdefault(unit, _Account()).reserved.append((prompt_tokens, completion_tokens))
         return True
 
     async def settle(self, unit: int, reserved: tuple[int, int], used: tuple[int, int]) -> float:
-        """Turn a reservation into what was used; return its cost."""
+        """Replace a reservation by the actual usage; return its cost."""
         account, held = self._accounts[unit], (reserved[0], reserved[1])
         if held not in account.reserved:
-            return 0.0  # of an actor that was taken for dead; its unit has begun anew
+            return 0.0  # from an actor that was declared dead; its unit has started again
         account.reserved.remove(held)
         cost = await self._budget.settle(held, used)
         account.cost += cost
@@ -86,12 +86,12 @@ class Ledger:
 
 
 class SharedBudget(Budget):
-    """A worker's side of the ledger: the budget that :func:`sbs_edge.teacher.ask.ask` asks.
+    """A worker's side of the ledger, which :func:`sbs_edge.teacher.ask.ask` uses as its budget.
 
     Args:
         prices: money per million tokens.
         ledger: handle of the actor.
-        unit: whose calls these are.
+        unit: the unit of these calls.
     """
 
     def __init__(self, prices: Prices, ledger: Any, unit: int) -> None:

@@ -1,4 +1,4 @@
-"""``predict --engine ray``: one :class:`~sbs_edge.runtime.student.Student` an actor."""
+"""Predict with Ray: each actor has a :class:`~sbs_edge.runtime.student.Student`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ COLUMNS = {
     "id": "string", "label": "string", "probability": "double", "probabilities": "string", "abstained": "bool",
     "truncated": "bool", "rationale": "string", "rationale_complete": "bool", "error": "string",
 }  # fmt: skip
-"""Columns of a Parquet shard, the same in every shard: what reads a folder takes the first one's for all."""
+"""Columns of a Parquet shard, the same in every shard, because readers of a folder use the first file's for all."""
 
 
 class _Question(NamedTuple):
-    """A row that can be asked; ``place`` counts the rows of its unit."""
+    """A row that can be answered; ``place`` counts the rows of its unit."""
 
     place: int
     text: str
@@ -45,7 +45,7 @@ def answer_rows(
     truncate: bool = False,
     abstain_below: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return one answer a row, in order; a row that cannot be answered carries ``error`` instead.
+    """Return an answer for each row, in order; a row that cannot be answered has an ``error`` instead.
 
     The student forms token-budget batches itself, over all rows it is given.
     """
@@ -84,7 +84,7 @@ def answer_rows(
 def _short_enough(
     student: Any, good: list[_Question], answers: list[dict[str, Any]], explain: bool, cut: bool
 ) -> tuple[list[_Question], dict[str, list[list[int]]]]:
-    """Tokenise once; mark rows over the limit as errors and leave them out, unless they may be cut."""
+    """Tokenise once; leave out rows over the limit with an error, unless they may be cut."""
     texts = [question.text for question in good]
     tasks = ("label", "rationale") if explain else ("label",)
     tokens = {task: student.tokenize(texts, task) if texts else [] for task in tasks}
@@ -95,17 +95,17 @@ def _short_enough(
         if cut or (count <= limit and len(question.text) <= most_characters(limit)):
             kept.append(i)
         else:
-            answers[question.place]["error"] = over_limit("It", question.text, count, limit, "--truncate")
+            answers[question.place]["error"] = over_limit("It", question.text, count, limit, "truncate")
     return [good[i] for i in kept], {task: [rows[i] for i in kept] for task, rows in tokens.items()}
 
 
 def digests_of(manifest: Mapping[str, Any]) -> list[str]:
-    """Return the digests of a bundle's files, sorted: equal only for the same bundle."""
+    """Return the sorted digests of a bundle's files, which are equal only for the same bundle."""
     return sorted(entry["sha256"] for entry in manifest["files"].values())
 
 
 class PredictWorker:
-    """An actor: loads the bundle once, then turns units into shards."""
+    """An actor that loads the bundle once, then turns units into shards."""
 
     def __init__(
         self,
@@ -120,12 +120,12 @@ class PredictWorker:
         from sbs_edge.runtime.student import Student
 
         self._student = Student.load(bundle, target=target, threads=threads)
-        if digests_of(self._student.manifest) != bundle_files:  # an actor that died is started again later
+        if digests_of(self._student.manifest) != bundle_files:  # a dead actor is restarted later
             raise IntegrityError(
-                f"The bundle {bundle} is not the one that this run began with: it was replaced meanwhile, or another "
-                "lies at this path on this node. Put the first one back and start the command again."
+                f"The bundle {bundle} is not the one that this run started with: it was replaced, or another "
+                "is at this path on this node. Restore the first one and start the command again."
             )
-        # Ray's modules and the student are no garbage: left to the collector, each of its rounds reads them all.
+        # Ray's modules and the student stay in use, so the garbage collector need not scan them again and again.
         gc.collect()
         gc.freeze()
         self._out, self._form, self._options = out, form, options
@@ -167,30 +167,29 @@ def predict_with_ray(
     ray_address: str | None = None,
     on_unit: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Answer every row of the files that fit ``pattern`` into shards under ``out``.
+    """Answer every row of the files that match ``pattern`` into shards under ``out``.
 
     Args:
         bundle: a bundle's directory, at the same path on every node.
         pattern: JSON Lines or Parquet: path, directory, pattern or URI.
-        out: folder for the shards; started again, only missing ones are made.
+        out: folder for the shards; another run writes only the missing ones.
         target: target of the bundle; None: its default.
-        field: field of a row that holds the text.
-        labels: choose among these; None: the bundle's labels, or each row's ``choices``.
+        field: field of a row that has the text.
+        labels: the labels to choose from; None: the bundle's labels, or each row's ``choices``.
         explain: add rationales.
         truncate: cut inputs over the limit instead of answering them with an error.
         abstain_below: overrides the bundle's threshold.
-        threads: threads of one student, and the CPUs its actor takes unless ``cpus_each`` says otherwise.
-        workers: actors.
-        cpus_each: CPUs an actor takes of a node; fractions let actors share.
-        gpus_each: GPUs an actor takes.
-        shard_bytes: bytes of input a shard.
+        threads: threads of each student, and the CPUs of its actor unless ``cpus_each`` is given.
+        workers: number of actors.
+        cpus_each: CPUs per actor; with fractions, actors share one.
+        gpus_each: GPUs per actor.
+        shard_bytes: bytes of input per shard.
         form: ``jsonl`` or ``parquet``.
         ray_address: a cluster, or None for one in this machine.
         on_unit: receives each finished unit's figures.
 
     Returns:
         Totals: units, rows, errors, seconds.
-
     """
     folder = Path(bundle).resolve()
     if not (folder / "manifest.json").is_file():

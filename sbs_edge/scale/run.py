@@ -1,8 +1,8 @@
-"""Runs a worker class over units with Ray Data: one actor holds one student or one teacher client.
+"""Run a worker class over units with Ray Data; each actor has a student or a teacher client.
 
-Every unit writes one shard, complete or not at all, under a name fixed by the plan. Ray runs a unit
-again when its actor dies, and it replaces the same shard: exactly one output row an input row. A run
-that is started again skips the shards that exist.
+Every unit writes a shard, whole or not at all, under a name fixed by the plan. Ray runs a unit
+again when its actor dies, and the unit replaces the same shard, so there is exactly one output row per input row. A
+run that is started again skips the shards that exist.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sbs_edge.scale.units import SHARD_FORMATS, Folder, Unit, plan_units, shard_
 __all__ = ["run_units", "session"]
 
 UNIT_RETRIES = 8
-"""How often a unit whose actor died runs again before the run ends with an error."""
+"""Number of times that a unit whose actor died runs again, before the run ends with an error."""
 
 FAILURES_IN_A_ROW = 8
-"""How many units may fail one after another, none finished between them, before the run ends without the others."""
+"""Number of units that may fail in a row, with none finished between them, before the run ends without the others."""
 
 _ERRORS = {kind.exit_code: kind for kind in (SbsEdgeError, UsageError, GuardError, IntegrityError)}
 
@@ -37,17 +37,17 @@ _ERRORS = {kind.exit_code: kind for kind in (SbsEdgeError, UsageError, GuardErro
 @contextlib.contextmanager
 def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any]:
     """Connect to a Ray cluster, or start one in this machine for the length of the block."""
-    # Ray would otherwise ship a new environment to every worker when started under `uv run`.
+    # Under `uv run`, Ray would otherwise send a new environment to every worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
-        raise MissingExtra("ray", "scale", "--engine ray") from error
+        raise MissingExtra("ray", "scale", "The engine 'ray'") from error
     with contextlib.suppress(ImportError, AttributeError):  # its own place, which may move
         from ray.data._internal import logging as ray_data_logging
 
-        ray_data_logging.configure_logging()  # happens once; later it would undo the next line
+        ray_data_logging.configure_logging()  # happens only once; a later call would undo the next line
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield ray
@@ -61,8 +61,9 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             raise UsageError(
-                f"No Ray cluster answers at {address}. Check the address, that both sides have the same versions of Ray "
-                "and Python, and, where it asks for a token, that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH says it here."
+                f"No Ray cluster answers at {address}. Check the address, and that both sides have the same "
+                "versions of Ray "
+                "and Python. If it needs a token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here."
             ) from error
     try:
         yield ray
@@ -71,7 +72,7 @@ def session(address: str | None, workers: int, cpus_each: float) -> Iterator[Any
 
 
 def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]) -> None:
-    """Keep the plan beside the shards; refuse to mix the shards of two plans."""
+    """Store the plan beside the shards; refuse to mix the shards of two plans."""
     plan = {"format": 1, "input": pattern, "settings": settings, "units": [u.as_dict() for u in units]}
     content = files.to_json(plan, indent=2) + "\n"
     if "_plan.json" not in out.names():
@@ -81,25 +82,26 @@ def _plan(out: Folder, pattern: str, settings: dict[str, Any], units: list[Unit]
     changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         raise UsageError(
-            f"{out.where} holds shards of another run: {', '.join(changed)} changed since. Give another output "
+            f"{out.where} has shards of another run, whose settings differ in: {', '.join(changed)}. Choose "
+            "another output "
             "folder, or remove this one to start again."
         )
 
 
 def _span(done: list[dict[str, Any]]) -> float:
-    """Seconds from the first unit's start to the last one's end, without starting Ray and the actors."""
+    """Return the seconds from the first unit's start to the last one's end, without the start of Ray and the actors."""
     ends = [figures["ended"] for figures in done]
     return max(ends) - min(f["ended"] - f["seconds"] for f in done) if done else 0.0
 
 
 def _said(error: BaseException) -> str:
-    """Return an exception's text as one line; Ray's own are pages, with the cause at their end."""
+    """Return an exception's text as one line; Ray's are pages long, with the cause at their end."""
     text = " ".join(str(error).split())
     return text if len(text) <= 1000 else f"{text[:300]} ... {text[-700:]}"
 
 
 def _failure(error: BaseException, *, starting: bool = False) -> dict[str, Any]:
-    """Return an exception as figures: what happened, the exit code, and whether other units would fare the same."""
+    """Return an exception as plain values: its text, the exit code, and whether it would affect every unit."""
     trace = "".join(traceback.format_exception(error))
     while isinstance(error, BaseExceptionGroup):  # asyncio's, around the one that ended the others
         error = error.exceptions[0]
@@ -114,7 +116,7 @@ def _failure(error: BaseException, *, starting: bool = False) -> dict[str, Any]:
 
 
 def _guarded(worker: type) -> type:
-    """Return the class with its exceptions made figures: Ray would end the run at the first and bury its cause."""
+    """Return the class with its exceptions as results, because Ray would end the run at the first and hide its cause."""
 
     class Guarded(worker):  # type: ignore[misc]
         def __init__(self, **arguments: Any) -> None:
@@ -132,7 +134,7 @@ def _guarded(worker: type) -> type:
                     return done
                 except (KeyboardInterrupt, SystemExit, GeneratorExit):
                     raise
-                except BaseException as error:  # a panic in Rust is no Exception
+                except BaseException as error:  # a panic in Rust is not an Exception
                     failed = _failure(error)
             return {"figures": [json.dumps({"unit": unit_of(batch).index, **failed})]}
 
@@ -141,7 +143,7 @@ def _guarded(worker: type) -> type:
 
 
 def _failed(failures: list[dict[str, Any]], units: list[Unit], form: str, out: str) -> SbsEdgeError:
-    """Return the error of units that failed: the first of them by name, its cause, and what is left."""
+    """Return the error of failed units, with the name and cause of the first, and what is left to do."""
     first = next((f for f in failures if f["ends_run"]), min(failures, key=lambda f: f["unit"]))
     unit = units[first["unit"]]
     where = f"{shard_name(unit, form)} (from {unit.place})"
@@ -158,6 +160,68 @@ def _failed(failures: list[dict[str, Any]], units: list[Unit], form: str, out: s
     )
     error.__cause__ = RuntimeError(f"in a worker:\n{first['trace']}")  # what --debug shows
     return error
+
+
+def _mapped(
+    ray: Any,
+    worker: type,
+    arguments: dict[str, Any],
+    units: list[Unit],
+    workers: int,
+    cpus_each: float,
+    gpus_each: float,
+) -> Any:
+    """Return a data set whose rows are the figures of the units, each made by an actor."""
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    # An actor may die (spot machines, memory) and is restarted without limit. But a unit that
+    # ends every actor must end the run, and not occupy the cluster forever.
+    data = ray.data.from_items([unit.as_dict() for unit in units], override_num_blocks=len(units))
+    with warnings.catch_warnings():
+        # Ray 2.60 warns about retries set in this way, but has no other way to limit them.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        return data.map_batches(
+            _guarded(worker),
+            fn_constructor_kwargs=arguments,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=cpus_each,
+            num_gpus=gpus_each or None,
+            max_restarts=-1,
+            max_task_retries=UNIT_RETRIES,
+        )
+
+
+def _collect(
+    data: Any,
+    done: list[dict[str, Any]],
+    failures: list[dict[str, Any]],
+    on_unit: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Add each unit's figures to ``done`` or ``failures``; end early when going on is of no use."""
+    in_a_row = 0
+    for row in data.iter_rows():
+        figures = json.loads(row["figures"])
+        if "failed" in figures:
+            failures.append(figures)
+            in_a_row += 1
+            if figures["ends_run"] or in_a_row == FAILURES_IN_A_ROW:
+                return
+            continue
+        in_a_row = 0
+        done.append(figures)
+        if on_unit is not None:
+            on_unit(figures)
+
+
+def _sums(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sums of the units' figures."""
+    return {
+        "rows_run": sum(int(figures["rows"]) for figures in done),
+        "errors": sum(int(figures["errors"]) for figures in done),
+        "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
+        "steady_seconds": round(_span(done), 3),
+        **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
+    }
 
 
 def run_units(
@@ -177,7 +241,7 @@ def run_units(
     again: Callable[[bytes], bool] | None = None,
     with_ray: Callable[[Any, list[Unit]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Give every unit to a worker; return the totals.
+    """Run a worker over every unit; return the totals.
 
     Args:
         worker: a class whose instances take ``(unit, shard path parts)``, write the shard and return a
@@ -185,17 +249,16 @@ def run_units(
         worker_arguments: constructor arguments, the same on every actor.
         pattern: input files; local path, directory, pattern, or URI.
         out: folder for shards, ``_plan.json`` and ``_done.json``: a path that all nodes share, or a URI.
-        settings: whatever shapes the output; a folder is never continued with other settings.
-        workers: actors.
-        cpus_each: CPUs each actor takes of a node; fractions let actors share.
-        gpus_each: GPUs each actor takes; fractions let actors share.
-        shard_bytes: bytes of input a unit.
+        settings: everything that affects the output; a folder is never continued with other settings.
+        workers: number of actors.
+        cpus_each: CPUs per actor; with fractions, actors share one.
+        gpus_each: GPUs per actor; with fractions, actors share one.
+        shard_bytes: bytes of input per unit.
         form: ``jsonl`` or ``parquet``.
         ray_address: a cluster, or None for one in this machine.
         on_unit: receives each finished unit's figures.
-        again: whether a finished shard, given its content, is to be made once more.
+        again: tells from the content of a finished shard whether to make it again.
         with_ray: given Ray and all units of the plan, returns further constructor arguments (handles of actors).
-
     """
     if form not in SHARD_FORMATS:
         raise UsageError(f"Shards are written as {' or '.join(SHARD_FORMATS)}, not {form!r}.")
@@ -215,47 +278,23 @@ def run_units(
     failures: list[dict[str, Any]] = []
     if left:
         with session(ray_address, workers, cpus_each) as ray:
-            arguments = {**worker_arguments, **(with_ray(ray, units) if with_ray else {})}
-            pool = {"compute": ray.data.ActorPoolStrategy(size=min(workers, len(left)))}
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = sys.stderr.isatty()
-            # An actor may die (spot machines, memory): it is started again without limit. A unit that
-            # takes every actor down with it must end the run, not occupy the cluster for ever.
-            data = ray.data.from_items([unit.as_dict() for unit in left], override_num_blocks=len(left))
-            with warnings.catch_warnings():
-                # Ray 2.60 warns of retries given like this and names nothing else that bounds them.
-                warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-                data = data.map_batches(
-                    _guarded(worker),
-                    fn_constructor_kwargs={**arguments, "out": out, "form": form},
-                    batch_size=1,
-                    num_cpus=cpus_each,
-                    num_gpus=gpus_each or None,
-                    max_restarts=-1,
-                    max_task_retries=UNIT_RETRIES,
-                    **pool,
-                )
-            in_a_row = 0
+            arguments = {
+                **worker_arguments,
+                **(with_ray(ray, units) if with_ray else {}),
+                "out": out,
+                "form": form,
+            }
+            data = _mapped(ray, worker, arguments, left, min(workers, len(left)), cpus_each, gpus_each)
             try:
-                for row in data.iter_rows():
-                    figures = json.loads(row["figures"])
-                    if "failed" in figures:
-                        failures.append(figures)
-                        in_a_row += 1
-                        if figures["ends_run"] or in_a_row == FAILURES_IN_A_ROW:
-                            break
-                        continue
-                    in_a_row = 0
-                    done.append(figures)
-                    if on_unit is not None:
-                        on_unit(figures)
+                _collect(data, done, failures, on_unit)
             except ray.exceptions.RayError as error:
                 there = folder.names()
                 unit = next((unit for unit in left if shards[unit.index] not in there), left[0])
                 raise SbsEdgeError(
-                    f"Ray ended the run ({type(error).__name__}: {_said(error)}). One unit may take down every worker, by "
-                    f"its memory or a crash; the first without a shard is {shards[unit.index]} (from {unit.place}). "
-                    f"Finished shards are in {out}; run the same command again to go on."
+                    f"Ray ended the run ({type(error).__name__}: {_said(error)}). A unit may end every worker, "
+                    "by its memory or a "
+                    f"crash; the first without a shard is {shards[unit.index]} (from {unit.place}). "
+                    f"Finished shards are in {out}; run the same command again to continue."
                 ) from error
     if failures:
         raise _failed(failures, units, form, out)
@@ -263,20 +302,17 @@ def run_units(
     missing = [index for index, name in shards.items() if name not in there]
     if missing:
         raise SbsEdgeError(
-            f"{len(missing)} of {len(units)} units are unfinished, the first is unit {missing[0]}: a budget ended, "
-            "calls stayed unanswered, or the server refused every call of the unit. "
-            "Run the same command again; it goes on with these."
+            f"{len(missing)} of {len(units)} units are unfinished; the first is unit {missing[0]}. The budget "
+            "was used up, "
+            "calls were left unanswered, or the server refused every call of a unit. "
+            "Run the same command again; it continues with these."
         )
     totals = {
         "units": len(units),
         "units_run": len(left),
-        "rows_run": sum(int(figures["rows"]) for figures in done),
-        "errors": sum(int(figures["errors"]) for figures in done),
         "seconds": round(time.perf_counter() - started, 3),
         "workers": workers,
-        "busy_seconds": round(sum(figures["seconds"] for figures in done), 3),  # over all actors
-        "steady_seconds": round(_span(done), 3),
-        **{k: sum(f[k] for f in done) for k in ("annotated", "cost") if any(k in f for f in done)},
+        **_sums(done),
     }
     folder.write("_done.json", files.to_json(totals, indent=2).encode("utf-8"))
     return totals

@@ -1,9 +1,9 @@
-"""Cuts input files into units of work, each of which gives one output shard.
+"""Divide input files into units of work, each of which gives an output shard.
 
-A unit of JSON Lines is a byte range and owns the lines that *start* in it, so that a file is cut
-without being read; a unit of Parquet is a run of row groups. The plan is a pure function of the
+A unit of JSON Lines is a byte range with the lines that *start* in it, so that a file is divided
+without being read. A unit of Parquet is a run of row groups. The plan is a pure function of the
 files, so that a run that is started again has the same units and skips those whose shard exists.
-Knows nothing of Ray, students or teachers.
+This module knows nothing of Ray, students or teachers.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ SHARD_FORMATS = ("jsonl", "parquet")
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One piece of one file.
+    """A part of a file.
 
     Attributes:
         index: place in the plan, from 0.
         uri: the file, as a path or a URI that pyarrow understands.
         start, stop: bytes (JSON Lines) or row groups (Parquet), half-open.
         name: the file under the folder that the pattern starts from, unique in the input.
-
     """
 
     index: int
@@ -58,11 +57,11 @@ class Unit:
 
     @property
     def place(self) -> str:
-        """Where it lies, for messages."""
+        """Return its place, for messages."""
         return f"{self.uri}, {'row groups' if _is_parquet(self.uri) else 'bytes'} {self.start} to {self.stop}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as Ray Data carries them."""
+        """Return plain values, for Ray Data."""
         return asdict(self)
 
 
@@ -84,7 +83,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _named(uri: str) -> Iterator[None]:
-    """Say which file it was that could not be read as Parquet."""
+    """Add the name of the file to the error that it cannot be read as Parquet."""
     import pyarrow
 
     try:
@@ -101,7 +100,7 @@ def _is_parquet(uri: str) -> bool:
 
 
 def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether path components fit a pattern's, one by one; ``**`` stands for any number of them."""
+    """Return whether path components match those of a pattern; ``**`` matches any number of them."""
     if not pattern:
         return not path
     if pattern[0] == "**":
@@ -116,7 +115,7 @@ def _listed(pattern: str) -> list[tuple[str, int, str]]:
     scheme, mark, rest = pattern.rpartition("://")
     parts = rest.split("/")
     first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
-    # Only what stands before the first mark is a path: in a URI a "?" would begin a query.
+    # Only the part before the first wildcard is parsed as a path: in a URI, "?" would start a query.
     base = scheme + mark + ("/".join(parts[:first]) or ("." if first == 0 else "/"))
     wanted = parts[first:]
     filesystem, root = _filesystem(base)
@@ -134,7 +133,7 @@ def _listed(pattern: str) -> list[tuple[str, int, str]]:
         files = [(info.path, info.size) for info in infos if info.type == fs.FileType.File]
     except UnicodeError as error:
         raise UsageError(
-            f"A file's name under {printable(base)} is not UTF-8, and pyarrow opens no such file. Rename it."
+            f"The name of a file under {printable(base)} is not UTF-8, so pyarrow cannot open it. Rename it."
         ) from error
     found = []
     for path, size in files:
@@ -143,14 +142,14 @@ def _listed(pattern: str) -> list[tuple[str, int, str]]:
         if is_data and (not wanted or _fits(name.split("/"), wanted)):
             found.append((prefix + path, size, name))
     if not found:
-        raise UsageError(f"No .jsonl or .parquet file fits {pattern}.")
+        raise UsageError(f"No .jsonl or .parquet file matches {pattern}.")
     return sorted(found)
 
 
 def plan_units(pattern: str, shard_bytes: int) -> list[Unit]:
-    """Cut the files that fit ``pattern`` into units of about ``shard_bytes`` of input each.
+    """Divide the files that match ``pattern`` into units of about ``shard_bytes`` of input each.
 
-    A pattern may have marks in several components (``2026-*/part-*.jsonl``), and ``**``.
+    A pattern may have wildcards in several components (``2026-*/part-*.jsonl``), and ``**``.
     """
     if shard_bytes < 1:
         raise UsageError("A shard must have at least one byte of input.")
@@ -166,14 +165,14 @@ def plan_units(pattern: str, shard_bytes: int) -> list[Unit]:
 
 
 def _refuse_document(uri: str) -> None:
-    """Refuse a file that is not JSON Lines in UTF-8: none of its lines would be a row."""
+    """Refuse a file that is not JSON Lines in UTF-8, because none of its lines would be a row."""
     filesystem, path = _filesystem(uri)
     with filesystem.open_input_file(path) as handle:
         start = handle.read(4096)
     refuse_foreign_bytes(start[:8], uri)
     if starts_as_array(start):
         raise DataError(
-            f"{uri} holds one JSON array, which cannot be cut. Write one object a line, or leave out --engine ray."
+            f"{uri} is one JSON array, which cannot be divided. Write one object per line, or use the local engine."
         )
 
 
@@ -208,9 +207,9 @@ def read_unit(unit: Unit) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
     filesystem, path = _filesystem(unit.uri)
-    # pyarrow's own files read no lines; Python's buffer around them does.
+    # pyarrow's files cannot read lines; Python's buffer around them can.
     with io.BufferedReader(filesystem.open_input_file(path), 1 << 20) as handle:
-        if unit.start > 0:  # a line belongs to the unit in which its first byte lies
+        if unit.start > 0:  # a line belongs to the unit of its first byte
             handle.seek(unit.start - 1)
             position = unit.start - 1 + len(handle.readline())
         else:
@@ -246,7 +245,7 @@ def _parquet_rows(unit: Unit) -> Iterator[tuple[str, Any]]:
 
 
 def shard_name(unit: Unit, form: str) -> str:
-    """Return the file name of a unit's output: its place, and what it was made of."""
+    """Return the file name of a unit's output, from its index and its input."""
     identity = json.dumps([unit.name, unit.start, unit.stop])
     return f"part-{unit.index:06d}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.{form}"
 
@@ -254,7 +253,7 @@ def shard_name(unit: Unit, form: str) -> str:
 def write_shard(
     folder: str, name: str, rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | None = None
 ) -> None:
-    """Write a shard so that it exists complete or not at all.
+    """Write a shard so that it exists whole or not at all.
 
     ``columns`` gives the columns of a Parquet shard with their types, by Arrow's names; None: as the rows have them.
     """
@@ -264,7 +263,7 @@ def write_shard(
 
 
 class Folder:
-    """Where a run writes: a path, or a URI of an object store that pyarrow understands."""
+    """The output folder of a run: a path, or a URI of an object store that pyarrow understands."""
 
     def __init__(self, where: str) -> None:
         self.where = where.rstrip("/")
@@ -272,7 +271,7 @@ class Folder:
         self._filesystem, self._path = _filesystem(self.where)
 
     def names(self) -> set[str]:
-        """Return the names of the files that lie here now; none where there is no such folder."""
+        """Return the names of the files in the folder; empty if there is no such folder."""
         from pyarrow import fs
 
         found = self._filesystem.get_file_info(fs.FileSelector(self._path, allow_not_found=True))
@@ -285,7 +284,7 @@ class Folder:
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file in one step."""
-        if self.is_remote:  # object stores show an object when it is whole
+        if self.is_remote:  # in object stores an object appears when it is complete
             with self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
                 stream.write(content)
             return
@@ -293,7 +292,7 @@ class Folder:
 
 
 def _json_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
-    # What UTF-8 cannot hold, half a character, becomes the escape by which JSON spells it.
+    # A lone surrogate, which UTF-8 cannot encode, becomes its JSON escape.
     text = "".join(files.to_json(row) + "\n" for row in rows)
     return text.encode("utf-8", "backslashreplace")
 
@@ -310,7 +309,7 @@ def _parquet_bytes(rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | 
 
 
 def _column(values: list[Any], kind: str | None) -> Any:
-    """Return an Arrow array; one type a column: what shares none travels as text, nested values as JSON."""
+    """Return an Arrow array with one type; values without a common type become text, and nested values JSON."""
     import pyarrow
 
     if kind != "string" and not any(isinstance(value, dict | list) for value in values):

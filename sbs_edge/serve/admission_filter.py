@@ -92,7 +92,7 @@ class AdmissionFilter:
         self._prepared: dict[tuple[int, str], Rejection] = {}
 
     def authorizes(self, path: str, headers: RawHeaders) -> bool:
-        """Whether a request carries the token or needs none."""
+        """Return whether a request has the token or needs none."""
         if self._credential is None or path in _OPEN_PATHS:
             return True
         scheme, _, given = header(headers, b"authorization").partition(b" ")

@@ -4,9 +4,14 @@ A :class:`Batcher` runs one task (labels or rationales) of a model version on it
 rationale never delays a label. A batch costs ``len(batch) * longest text`` tokens; about 256 to 512 tokens per call
 measured best on CPUs (larger batches add latency, not throughput).
 
+Every text has a deadline, counted in served tokens: those served when it came, plus a multiple of its own. The text
+with the nearest deadline starts the next batch. So a short text overtakes long ones that wait, and a long one is
+overtaken only until that multiple of its tokens has been served.
+
 A free worker starts at once. Only while admitted requests are still being tokenised does it wait for them, at most
-``max_wait_s``; a lone request at low load never waits. With a backlog the next full batch is handed over while the
-previous one runs, so that a worker is not idle until a busy event loop can serve it.
+``max_wait_s``; a lone request at low load never waits. With a backlog of quick batches the next full one is handed
+over while the previous one runs, so that a worker is not idle until a busy event loop can serve it. Behind a slow
+batch nothing is handed over: a short text that comes meanwhile would have to wait for both.
 
 A lone short text runs on the event loop's own thread if it takes less time than two thread switches; texts that
 wait, are long or were slow run on a worker.
@@ -32,6 +37,12 @@ __all__ = ["Batcher", "QueuedRequest"]
 _INLINE_S = 0.0015
 _INLINE_TOKENS = 64
 
+# A text is overtaken by shorter ones until so many times its own tokens have been served.
+_PATIENCE = 8
+
+# The longest batch that the next one is handed over behind. Below it an idle worker costs more than the longer wait.
+_AHEAD_S = 0.003
+
 _FULL = 0.5  # part of the token budget from which a text costs about as much as in a full batch
 
 Payload = TypeVar("Payload")
@@ -49,12 +60,16 @@ class QueuedRequest(Generic[Payload, Result]):
         "future",
         "payloads",
         "results",
+        "served_before",
         "started_s",
         "waiting",
     )
 
-    def __init__(self, payloads: Sequence[Payload], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, payloads: Sequence[Payload], loop: asyncio.AbstractEventLoop, served_before: int = 0
+    ) -> None:
         self.payloads = payloads
+        self.served_before = served_before  # tokens that the queue had served when the request came
         self.results: list[Any] = [None] * len(payloads)
         self.waiting = len(payloads)  # texts not yet given to a worker
         self._left = len(payloads)  # texts without a result
@@ -130,10 +145,12 @@ class Batcher(Generic[Payload, Result]):
         self._timer: asyncio.TimerHandle | None = None
         self._dispatch_due = False
         self._closed = False
+        self._served = 0  # tokens of all batches, padding included
         self.queued = 0  # texts waiting for a worker
         self.expected = 0  # requests admitted for this batcher that are still being tokenised
         self.seconds_per_text = 0.0  # worker time of a text in a full batch, 0 until the first batch
         self._lone_s = 0.0  # time of recent texts that ran alone; see _learn
+        self._full_s = 0.0  # mean time of recent full batches
         self._n_full = 0
 
     def wait_estimate_s(self, n_texts: int) -> float:
@@ -151,7 +168,7 @@ class Batcher(Generic[Payload, Result]):
         if self._closed:
             raise RuntimeError("The queue is closed.")
         loop = asyncio.get_running_loop()
-        request: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop)
+        request: QueuedRequest[Payload, Result] = QueuedRequest(payloads, loop, self._served)
         lengths = self._waiting.setdefault(group, {})
         for index, length in enumerate(n_tokens):
             row = lengths.get(length)
@@ -193,28 +210,32 @@ class Batcher(Generic[Payload, Result]):
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        while self._idle > -self._ahead and self.queued and not self._closed:
-            group, oldest = self._oldest()
-            if oldest is None:
+        ahead = self._ahead if self._full_s <= _AHEAD_S else 0
+        while self._idle > -ahead and self.queued and not self._closed:
+            group, first = self._first()
+            if first is None:
                 return
-            full = self.queued * self._shortest(group) >= self._max_batch_tokens
+            n_tokens = max(first[1], self.queued * self._shortest(group))
+            full = n_tokens >= self._max_batch_tokens
             if not full and self._idle <= 0:
                 return
             if not full and self.expected:
-                remaining = oldest[0].enqueued_s + self._max_wait_s - time.perf_counter()
+                remaining = first[0].enqueued_s + self._max_wait_s - time.perf_counter()
                 if remaining > 0:
                     self._timer = asyncio.get_running_loop().call_later(remaining, self._dispatch)
                     return
-            batch, n_tokens = self._take(group, len_of_oldest=oldest[1])
-            if batch and self._is_quick(batch, oldest[1]):
+            batch, n_tokens = self._take(group, len_of_first=first[1])
+            self._served += n_tokens
+            if batch and self._is_quick(batch, first[1]):
                 self._run_here(batch, n_tokens)
             elif batch:
                 self._start(batch, n_tokens)
 
-    def _oldest(self) -> tuple[Hashable, tuple[QueuedRequest[Payload, Result], int] | None]:
-        """Return the group and (request, token count) that has waited longest; drop abandoned texts."""
+    def _first(self) -> tuple[Hashable, tuple[QueuedRequest[Payload, Result], int] | None]:
+        """Return the group and (request, token count) of the text with the nearest deadline; drop abandoned texts."""
         best: tuple[QueuedRequest[Payload, Result], int] | None = None
         best_group: Hashable = None
+        nearest = 0
         for group in list(self._waiting):
             lengths = self._waiting[group]
             for length in list(lengths):
@@ -223,8 +244,10 @@ class Batcher(Generic[Payload, Result]):
                     row.popleft()
                 if not row:
                     del lengths[length]
-                elif best is None or row[0][0].enqueued_s < best[0].enqueued_s:
-                    best, best_group = (row[0][0], length), group
+                    continue
+                deadline = row[0][0].served_before + _PATIENCE * length
+                if best is None or deadline < nearest:
+                    best, best_group, nearest = (row[0][0], length), group, deadline
             if not lengths:
                 del self._waiting[group]
         return best_group, best
@@ -232,15 +255,15 @@ class Batcher(Generic[Payload, Result]):
     def _shortest(self, group: Hashable) -> int:
         return min(self._waiting[group])
 
-    def _take(self, group: Hashable, len_of_oldest: int) -> tuple[list[QueuedText], int]:
-        """Remove a batch from the queue: the oldest text, then those nearest to it in length, within the budget.
+    def _take(self, group: Hashable, len_of_first: int) -> tuple[list[QueuedText], int]:
+        """Remove a batch from the queue: the first text, then those nearest to it in length, within the budget.
 
         Returns the batch and its number of tokens, padding included.
         """
         lengths = self._waiting[group]
         batch: list[QueuedText] = []
         longest = 0
-        for length in sorted(lengths, key=lambda n: abs(n - len_of_oldest)):
+        for length in sorted(lengths, key=lambda n: abs(n - len_of_first)):
             row = lengths[length]
             widest = max(longest, length)
             while row and (not batch or (len(batch) + 1) * widest <= self._max_batch_tokens):
@@ -260,7 +283,7 @@ class Batcher(Generic[Payload, Result]):
         return batch, len(batch) * longest
 
     def _is_quick(self, batch: list[QueuedText], length: int) -> bool:
-        """Whether ``batch`` is a lone short text, and such texts have been quick."""
+        """Return whether ``batch`` is a lone short text, and such texts have been quick."""
         alone = len(batch) == 1 and not self.queued and not self.expected
         free = self._workers == 1 and self._idle == 1  # several workers are meant to run in parallel
         return alone and free and length <= _INLINE_TOKENS and 0 < self._lone_s <= _INLINE_S
@@ -318,6 +341,8 @@ class Batcher(Generic[Payload, Result]):
             self._lone_s = each if slowed or not self._lone_s else min(each, 1.05 * self._lone_s)
         if fill >= _FULL:
             self._n_full += 1  # the mean of the first ten, so that a slow start weighs a tenth
-            self.seconds_per_text += max(0.1, 1 / self._n_full) * (each - self.seconds_per_text)
+            weight = max(0.1, 1 / self._n_full)
+            self.seconds_per_text += weight * (each - self.seconds_per_text)
+            self._full_s += weight * (elapsed_s / fill - self._full_s)
         elif not self._n_full:
             self.seconds_per_text = each * fill  # a lower bound: a full batch takes at least as long

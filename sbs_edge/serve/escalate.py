@@ -105,9 +105,8 @@ def label_of(answer: Answer, labels: Sequence[str]) -> str | None:
     Args:
         answer: the answer of the larger model.
         labels: the labels to choose from; empty for an open task, whose answer may be any text.
-
     """
-    body, reason, ended = unmark(answer.text, labels)
+    body, reason, ended, _ = unmark(answer.text, labels)
     cut_off = answer.finish_reason == "length" and not ended
     if reason is not None or answer.refusal or answer.finish_reason == "content_filter" or cut_off:
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -13,6 +15,7 @@ __all__ = ["Metrics"]
 
 # From half a millisecond (one label) to half a minute (the default deadline).
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 30)
+Mode = Literal["livesum", "livemax", "livemin"]
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -27,109 +30,57 @@ class Metrics:
         self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         if not self._shared:
             ProcessCollector(registry=registry)
-        self.requests = Counter(
-            "sbs_edge_requests",
-            "Requests answered, by model and status code.",
-            ["model", "code"],
-            registry=registry,
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(f"sbs_edge_{name}", help, labels, registry=registry)
+
+        def gauge(name: str, help: str, mode: Mode, *labels: str) -> Gauge:
+            return Gauge(f"sbs_edge_{name}", help, labels, multiprocess_mode=mode, registry=registry)
+
+        def histogram(name: str, help: str, *labels: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+            return Histogram(f"sbs_edge_{name}", help, labels, buckets=buckets, registry=registry)
+
+        self.requests = counter("requests", "Requests answered, by model and status code.", "model", "code")
+        self.request_seconds = histogram(
+            "request_duration_seconds", "Time from the first byte of a request to its response.", "model"
         )
-        self.request_seconds = Histogram(
-            "sbs_edge_request_duration_seconds",
-            "Time from the first byte of a request to its response.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.queue_seconds = histogram(
+            "queue_duration_seconds", "Time a text waited for a worker.", "model", "task"
         )
-        self.queue_seconds = Histogram(
-            "sbs_edge_queue_duration_seconds",
-            "Time a text waited for a worker.",
-            ["model", "task"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.tokenize_seconds = histogram(
+            "tokenize_duration_seconds", "Time to tokenise the texts of a request.", "model"
         )
-        self.tokenize_seconds = Histogram(
-            "sbs_edge_tokenize_duration_seconds",
-            "Time to tokenise the texts of a request.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.inference_seconds = histogram(
+            "inference_duration_seconds", "Time a worker took for a batch.", "model", "task"
         )
-        self.inference_seconds = Histogram(
-            "sbs_edge_inference_duration_seconds",
-            "Time a worker took for a batch.",
-            ["model", "task"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.batch_size = histogram(
+            "batch_size", "Number of texts in a batch.", "model", "task", buckets=_TEXTS
         )
-        self.batch_size = Histogram(
-            "sbs_edge_batch_size",
-            "Number of texts in a batch.",
-            ["model", "task"],
-            buckets=_TEXTS,
-            registry=registry,
+        self.queue_size = gauge(
+            "queue_size", "Number of texts waiting for a worker.", "livesum", "model", "task"
         )
-        self.queue_size = Gauge(
-            "sbs_edge_queue_size",
-            "Number of texts waiting for a worker.",
-            ["model", "task"],
-            multiprocess_mode="livesum",
-            registry=registry,
+        self.in_flight = gauge(
+            "requests_in_flight", "Number of admitted requests that are not answered yet.", "livesum"
         )
-        self.in_flight = Gauge(
-            "sbs_edge_requests_in_flight",
-            "Number of admitted requests that are not answered yet.",
-            multiprocess_mode="livesum",
-            registry=registry,
+        self.rejected = counter("rejected", "Requests rejected by a limit, by reason.", "reason")
+        self.input_tokens = counter("input_tokens", "Input tokens, without padding.", "model")
+        self.output_tokens = counter("output_tokens", "Generated rationale tokens.", "model")
+        self.abstained = counter(
+            "abstained", "Answers with a probability below the abstain threshold.", "model"
         )
-        self.rejected = Counter(
-            "sbs_edge_rejected",
-            "Requests rejected by a limit, by reason.",
-            ["reason"],
-            registry=registry,
+        self.escalations = counter(
+            "escalations", "Texts escalated to the larger model, by result.", "model", "result"
         )
-        self.input_tokens = Counter(
-            "sbs_edge_input_tokens", "Input tokens, without padding.", ["model"], registry=registry
-        )
-        self.output_tokens = Counter(
-            "sbs_edge_output_tokens", "Generated rationale tokens.", ["model"], registry=registry
-        )
-        self.abstained = Counter(
-            "sbs_edge_abstained",
-            "Answers with a probability below the abstain threshold.",
-            ["model"],
-            registry=registry,
-        )
-        self.escalations = Counter(
-            "sbs_edge_escalations",
-            "Texts escalated to the larger model, by result.",
-            ["model", "result"],
-            registry=registry,
-        )
-        self.reloads = Counter(
-            "sbs_edge_reloads",
-            "Model versions loaded, refused and retired.",
-            ["model", "result"],
-            registry=registry,
-        )
-        self.stale_versions = Gauge(
-            "sbs_edge_stale_versions",
+        self.reloads = counter("reloads", "Model versions loaded, refused and retired.", "model", "result")
+        self.stale_versions = gauge(
+            "stale_versions",
             "Number of versions that still answer although the files now in their directory were refused.",
-            ["model"],
-            multiprocess_mode="livemax",
-            registry=registry,
+            "livemax",
+            "model",
         )
-        self.ready = Gauge(
-            "sbs_edge_ready",
-            "1 if the server is ready to answer requests, else 0.",
-            multiprocess_mode="livemin",
-            registry=registry,
-        )
-        self.model_info = Gauge(
-            "sbs_edge_model_info",
-            "1 for each model version in service.",
-            ["model", "version", "target"],
-            multiprocess_mode="livemax",
-            registry=registry,
+        self.ready = gauge("ready", "1 if the server is ready to answer requests, else 0.", "livemin")
+        self.model_info = gauge(
+            "model_info", "1 for each model version in service.", "livemax", "model", "version", "target"
         )
 
         self._answered: dict[tuple[str, int], Counter] = {}

@@ -88,7 +88,7 @@ class Model:
 
     @property
     def newest(self) -> ModelVersion | None:
-        """The version that answers requests that name none."""
+        """Return the version that answers requests without a version."""
         if len(self.versions) == 1:
             return next(iter(self.versions.values()))
         return self.versions[max(self.versions, key=_natural)] if self.versions else None

@@ -125,6 +125,29 @@ def _get(operation: str, summary: str, responses: dict[str, Any]) -> dict[str, A
     return {"get": {"operationId": operation, "summary": summary, "responses": responses}}
 
 
+_FLAG = {"type": "object", "additionalProperties": True}
+_HEALTH = {"200": _answer("Yes.", _FLAG)}
+_NOT_READY = {"503": _answer(_REFUSALS["503"], _FLAG)}
+_TIMEOUT = {
+    "name": "X-Request-Timeout-Ms",
+    "in": "header",
+    "description": "Give up (504) after this many milliseconds.",
+    "schema": {"type": "integer", "minimum": 10},
+}
+
+
+def _post(operation: str, summary: str, body: str, answer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "post": {
+            "operationId": operation,
+            "summary": summary,
+            "parameters": [_TIMEOUT],
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}},
+            "responses": {"200": answer, **_refusals(*_REFUSALS)},
+        }
+    }
+
+
 def openapi_document(settings: ServeSettings) -> dict[str, Any]:
     """Return the document for a server with these settings (the token decides about security)."""
     _, generated = models_json_schema(
@@ -134,77 +157,6 @@ def openapi_document(settings: ServeSettings) -> dict[str, Any]:
     schemas = dict(generated["$defs"])
     schemas["PredictRequest"]["properties"]["texts"]["maxItems"] = settings.max_texts
     schemas |= {"InferRequest": _INFER_REQUEST, "InferResponse": _INFER_RESPONSE, "ModelMetadata": _METADATA}
-    flag = {"type": "object", "additionalProperties": True}
-    health = {"200": _answer("Yes.", flag)}
-    not_ready = {"503": _answer(_REFUSALS["503"], flag)}
-    timeout = {
-        "name": "X-Request-Timeout-Ms",
-        "in": "header",
-        "description": "Give up (504) after this many milliseconds.",
-        "schema": {"type": "integer", "minimum": 10},
-    }
-    all_refusals = _refusals(*_REFUSALS)
-    paths: dict[str, Any] = {
-        "/v1/predict": {
-            "post": {
-                "operationId": "predict",
-                "summary": "Answer texts, with rationales on request.",
-                "parameters": [timeout],
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": _ref("PredictRequest")}},
-                },
-                "responses": {"200": _answer("The answers.", _ref("PredictResponse")), **all_refusals},
-            }
-        },
-        "/v2": _get(
-            "serverMetadata", "Server metadata.", {"200": _answer("Name, version, extensions.", flag)}
-        ),
-        "/v2/health/live": _get("serverLive", "Is the process alive?", health),
-        "/v2/health/ready": _get("serverReady", "Would a request be answered now?", {**health, **not_ready}),
-        "/metrics": _get(
-            "metrics", "Prometheus metrics.", {"200": _answer("Text.", {"type": "string"}, "text/plain")}
-        ),
-    }
-    for prefix, names, kind in (
-        ("/v2/models/{model}", ["model"], "model"),
-        ("/v2/models/{model}/versions/{version}", ["model", "version"], "modelVersion"),
-    ):
-        shared = {"parameters": [_path(name) for name in names]}
-        paths[prefix] = {
-            **shared,
-            **_get(
-                f"{kind}Metadata",
-                "Model metadata.",
-                {"200": _answer("Inputs and outputs.", _ref("ModelMetadata")), **_refusals("404", "503")},
-            ),
-        }
-        paths[f"{prefix}/ready"] = {
-            **shared,
-            **_get(f"{kind}Ready", "Is this model ready?", {**health, **not_ready, **_refusals("404")}),
-        }
-        paths[f"{prefix}/infer"] = {
-            **shared,
-            "post": {
-                "operationId": f"{kind}Infer",
-                "summary": "Infer (Open Inference Protocol v2, with the binary tensor extension).",
-                "parameters": [timeout],
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": _ref("InferRequest")}},
-                },
-                "responses": {
-                    "200": {
-                        "description": "The outputs; octet-stream when binary outputs were asked for.",
-                        "content": {
-                            "application/json": {"schema": _ref("InferResponse")},
-                            "application/octet-stream": {},
-                        },
-                    },
-                    **all_refusals,
-                },
-            },
-        }
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -214,16 +166,65 @@ def openapi_document(settings: ServeSettings) -> dict[str, Any]:
         },
         # Relative to the address of this document, so that it also holds behind a proxy with a path prefix.
         "servers": [{"url": "."}],
-        "paths": paths,
+        "paths": {**_server_paths(), **_model_paths()},
         "components": {"schemas": schemas},
     }
     if settings.token is not None:
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"token": []}]
-        for path in ("/v2/health/live", "/v2/health/ready"):
-            paths[path]["get"]["security"] = []
-        for path, item in paths.items():
-            for method in ("get", "post"):
-                if method in item and not path.startswith("/v2/health"):
-                    item[method]["responses"]["401"] = _answer("No valid token.", _ref("ErrorBody"))
+        _require_token(document)
     return document
+
+
+def _server_paths() -> dict[str, Any]:
+    answers = _answer("The answers.", _ref("PredictResponse"))
+    return {
+        "/v1/predict": _post(
+            "predict", "Answer texts, with rationales on request.", "PredictRequest", answers
+        ),
+        "/v2": _get(
+            "serverMetadata", "Server metadata.", {"200": _answer("Name, version, extensions.", _FLAG)}
+        ),
+        "/v2/health/live": _get("serverLive", "Is the process alive?", _HEALTH),
+        "/v2/health/ready": _get(
+            "serverReady", "Would a request be answered now?", {**_HEALTH, **_NOT_READY}
+        ),
+        "/metrics": _get(
+            "metrics", "Prometheus metrics.", {"200": _answer("Text.", {"type": "string"}, "text/plain")}
+        ),
+    }
+
+
+def _model_paths() -> dict[str, Any]:
+    """Return the routes of a model and of one of its versions."""
+    summary = "Infer (Open Inference Protocol v2, with the binary tensor extension)."
+    outputs = {
+        "description": "The outputs; octet-stream when binary outputs were asked for.",
+        "content": {
+            "application/json": {"schema": _ref("InferResponse")},
+            "application/octet-stream": {},
+        },
+    }
+    metadata = {"200": _answer("Inputs and outputs.", _ref("ModelMetadata")), **_refusals("404", "503")}
+    ready = {**_HEALTH, **_NOT_READY, **_refusals("404")}
+    paths = {}
+    for prefix, names, kind in (
+        ("/v2/models/{model}", ["model"], "model"),
+        ("/v2/models/{model}/versions/{version}", ["model", "version"], "modelVersion"),
+    ):
+        shared = {"parameters": [_path(name) for name in names]}
+        paths[prefix] = {**shared, **_get(f"{kind}Metadata", "Model metadata.", metadata)}
+        paths[f"{prefix}/ready"] = {**shared, **_get(f"{kind}Ready", "Is this model ready?", ready)}
+        paths[f"{prefix}/infer"] = {**shared, **_post(f"{kind}Infer", summary, "InferRequest", outputs)}
+    return paths
+
+
+def _require_token(document: dict[str, Any]) -> None:
+    """Say that every route but the health probes needs the bearer token."""
+    document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"token": []}]
+    for path, item in document["paths"].items():
+        for operation in (item[method] for method in ("get", "post") if method in item):
+            if path.startswith("/v2/health"):
+                operation["security"] = []
+            else:
+                refused = {"401": _answer("No valid token.", _ref("ErrorBody"))}
+                operation["responses"] = {**operation["responses"], **refused}

@@ -156,7 +156,7 @@ class Connection(ClosingConnection):
         return used
 
     def _may_read(self) -> bool:
-        """Whether the next byte may be parsed: it belongs to the current body, or no request is unanswered."""
+        """Return whether the next byte may be parsed: it belongs to the current body, or no request is unanswered."""
         if self._ended() or self._last is not None:
             return False
         if self.pipeline:

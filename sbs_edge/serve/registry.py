@@ -64,7 +64,7 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """Whether every model has a version that passed its warm-up, and none has given an invalid answer since."""
+        """Return whether every model has a version that passed its warm-up, without an invalid answer since."""
         return all(
             model.versions and not any(version.unsound for version in model.versions.values())
             for model in self._models
@@ -72,7 +72,7 @@ class Registry:
 
     @property
     def problems(self) -> list[str]:
-        """The problems of versions in service and of files that were refused, for operators."""
+        """Return the problems of versions in service and of refused files, for operators."""
         found = []
         for model in self._models:
             found += [v.unsound for v in model.versions.values() if v.unsound]
@@ -81,7 +81,7 @@ class Registry:
 
     @property
     def only(self) -> ModelVersion | None:
-        """The version that answers every request without a name and version, if only one model is served."""
+        """Return the version that answers every request without a name and version, if only one model is served."""
         return self._models[0].newest if len(self._models) == 1 else None
 
     def find(self, name: str | None, version: str | None = None) -> ModelVersion:
@@ -150,7 +150,7 @@ class Registry:
                     known = await self._load(model, version, path, fingerprint)
                 wanted.append(known)
                 model.refused.pop(str(path), None)
-            except Exception as error:  # whatever a bad bundle raises, the others are served
+            except Exception as error:  # whatever error a bad bundle raises, the others are served
                 failure = error
                 kept = self._keep(model, version, path, wanted, problems)
                 if fingerprint and model.refused.get(str(path)) == fingerprint:

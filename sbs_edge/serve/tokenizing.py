@@ -1,8 +1,8 @@
 """Tokenise on a thread beside the event loop, shared fairly between requests by characters.
 
-The texts of a request are divided into slices. The tag of a slice is the number of characters its request would have
-had tokenised by then if all requests had taken turns character by character (start-time fair queueing). The lowest
-tag goes first, so a short request overtakes the rest of a long one, and no request waits forever.
+The texts of a request are divided into slices. A slice has a deadline, counted in characters read: those that had been
+read when it came, plus a multiple of its own. The nearest deadline goes first, so a short request overtakes long ones
+and the rest of a long one, and none waits forever.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ __all__ = ["FairTokenizer"]
 Tokenize = Callable[[Sequence[str], str], list[list[int]]]
 
 _SLICE_CHARACTERS = 4096  # a few milliseconds
+# Only long requests are tokenised here. The event loop and the inference of short ones come first on a busy core.
+_NICE = 5
+_PATIENCE = 8  # a slice is overtaken by shorter ones until so many times its own characters have been read
 
 
 @dataclass(slots=True)
@@ -54,10 +57,12 @@ class FairTokenizer:
     """Tokenises on a thread of its own; everything else here runs on the event loop."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize", initializer=lower_thread_priority)
-        self._waiting: list[tuple[int, int, _Job]] = []  # (tag, order of arrival, job)
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix="tokenize", initializer=lower_thread_priority, initargs=(_NICE,)
+        )
+        self._waiting: list[tuple[int, int, _Job]] = []  # (deadline, order of arrival, job)
         self._order = itertools.count()
-        self._now = 0  # the tag of the current slice
+        self._read = 0  # characters of all slices
         self._current: _Job | None = None
         self.seconds_per_character = 0.0  # moving average; 0 until the first slice
 
@@ -79,7 +84,7 @@ class FairTokenizer:
         done: asyncio.Future[list[list[int]]] = asyncio.get_running_loop().create_future()
         job = _Job(tokenize, task, texts, most_characters, done, 0)
         job.left = sum(map(job.cost, texts))
-        self._queue(job, self._now)
+        self._queue(job)
         self._start()
         return await done
 
@@ -87,17 +92,19 @@ class FairTokenizer:
         """Stop the thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _queue(self, job: _Job, tag: int) -> None:
-        heapq.heappush(self._waiting, (tag + job.next_slice()[1], next(self._order), job))
+    def _queue(self, job: _Job) -> None:
+        deadline = self._read + _PATIENCE * job.next_slice()[1]
+        heapq.heappush(self._waiting, (deadline, next(self._order), job))
 
     def _start(self) -> None:
-        """Start the slice with the lowest tag, if the thread is free."""
+        """Start the slice with the nearest deadline, if the thread is free."""
         while self._current is None and self._waiting:
-            tag, _, job = heapq.heappop(self._waiting)
+            _, _, job = heapq.heappop(self._waiting)
             if job.done.done():  # its request was cancelled
                 continue
-            self._now, self._current = tag, job
+            self._current = job
             texts, cost = job.next_slice()
+            self._read += cost
             started_s = time.perf_counter()
             working = asyncio.get_running_loop().run_in_executor(self._pool, job.tokenize, texts, job.task)
             working.add_done_callback(partial(self._finish, job, cost, started_s))
@@ -115,7 +122,7 @@ class FairTokenizer:
             self.seconds_per_character = 0.7 * known + 0.3 * each if known else each
             job.rows += ran.result()
             if len(job.rows) < len(job.texts):
-                self._queue(job, self._now)
+                self._queue(job)
             elif not job.done.done():
                 job.done.set_result(job.rows)
         self._start()

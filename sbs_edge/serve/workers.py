@@ -57,7 +57,7 @@ class Peers:
 
     @property
     def ready(self) -> bool:
-        """Whether all workers have been ready once, and none has given an answer that is not finite."""
+        """Return whether all workers have been ready once, and none has given an answer that is not finite."""
         states = list(self._states)
         return states[-1] == READY and UNSOUND not in states[:-1]
 

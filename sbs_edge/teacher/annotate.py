@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,27 @@ from typing import Any
 from sbs_edge import files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example
-from sbs_edge.data.jsonl import write_examples
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.ask import AskStats, ask
 from sbs_edge.teacher.calls import Sampling, Teacher
-from sbs_edge.teacher.collect import RowResult, collect, read_record, row_keys, unfinished
+from sbs_edge.teacher.collect import (
+    RowResult,
+    calls_for,
+    collect,
+    output_row,
+    plain_row,
+    read_record,
+    row_keys,
+    unfinished,
+)
 from sbs_edge.teacher.cost import Budget, Estimate, Prices, TokenEstimator
 from sbs_edge.teacher.journal import Journal, Record
+from sbs_edge.teacher.probe import CANDIDATES, PROBED_ROWS, Settled, settle_form
+from sbs_edge.teacher.prompt import Call
 from sbs_edge.teacher.report import annotation_page, annotation_report
-from sbs_edge.teacher.task import TaskFile
+from sbs_edge.teacher.structured import Form
+from sbs_edge.teacher.summary import before_summary, summary_call, with_summary
+from sbs_edge.teacher.task import Structured, TaskFile
 
 __all__ = ["Annotation", "Settings", "annotate", "annotate_outputs", "estimate", "write_annotation"]
 
@@ -58,12 +70,24 @@ class Settings:
 
 @dataclass(slots=True)
 class Annotation:
-    """Results in row order, the calls behind them, what this run did, and journal lines it could not use."""
+    """What came of the rows.
+
+    Attributes:
+        results: one a row, in row order.
+        records: the finished calls behind them, and those that settled the form.
+        stats: what this run did.
+        skipped_lines: journal lines that could not be used.
+        sampling: the request parameters as they were sent.
+        refusal: the server's words about a form of structured outputs that it does not take, or None.
+
+    """
 
     results: list[RowResult]
     records: list[Record]
     stats: AskStats = field(default_factory=AskStats)
     skipped_lines: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    refusal: str | None = None
 
 
 @dataclass(slots=True)
@@ -78,10 +102,14 @@ class Progress:
     cost: float = 0.0
 
 
+def _keys(row: Example, task: TaskFile, settings: Settings) -> list[str]:
+    return row_keys(row, task, settings.model, settings.sampling, settings.samples)
+
+
 def _by_key(rows: Sequence[Example], task: TaskFile, settings: Settings) -> dict[str, Example]:
     owners: dict[str, Example] = {}
     for row in rows:
-        for key in row_keys(row, task, settings.model, settings.sampling, settings.samples):
+        for key in _keys(row, task, settings):
             owners.setdefault(key, row)
     return owners
 
@@ -103,52 +131,10 @@ def annotate(
     the budget in place of one from the settings' limits and what the journal has spent. ``on_wait`` is told the
     seconds and the reason of every wait that a person would notice.
     """
-    owners = _by_key(rows, task, settings)
     with Journal(journal_path) as journal:
-        progress = Progress(total=len(owners), cost=journal.total_cost)
-
-        def note(record: Record) -> None:
-            row = owners[record.key]
-            parsed = read_record(task, record, row.choices)
-            progress.done += 1
-            progress.cost += record.cost
-            progress.usable += parsed.reason is None
-            if parsed.reason is None and row.label is not None:
-                progress.known += 1
-                progress.agree += same_answer(row.label, parsed.label or "", task.compare)
-            if on_progress is not None:
-                on_progress(progress)
-
-        wanted = list(
-            unfinished(
-                rows,
-                task,
-                settings.model,
-                settings.sampling,
-                settings.samples,
-                journal.records,
-                retry_failed=settings.retry_failed,
-                server=settings.server,
-            )
-        )
-        asked_again = {call.key for call in wanted}
-        for key in owners:
-            if key in journal and key not in asked_again:
-                note(dataclasses.replace(journal.records[key], cost=0.0))
         budget = (budget_of or partial(_own_budget, settings))(journal)
-        stats = AskStats()
-        if wanted:
-            stats = asyncio.run(_ask(wanted, teacher, journal, settings, budget, note, on_wait))
-        records = journal.records
-
-        def lookup(_: int, row: Example) -> list[Record | None]:
-            return [
-                records.get(key)
-                for key in row_keys(row, task, settings.model, settings.sampling, settings.samples)
-            ]
-
-        used = [records[key] for key in owners if key in records]
-        return Annotation(collect(rows, task, lookup), used, stats, journal.skipped)
+        run = _Run(rows, before_summary(task), teacher, journal, settings, budget, on_progress, on_wait)
+        return asyncio.run(run.annotate(task))
 
 
 def _own_budget(settings: Settings, journal: Journal) -> Budget:
@@ -161,30 +147,168 @@ def _own_budget(settings: Settings, journal: Journal) -> Budget:
     )
 
 
-async def _ask(
-    wanted: Iterable[Any],
-    teacher: Teacher,
-    journal: Journal,
-    settings: Settings,
-    budget: Budget,
-    note: Callable[[Record], None],
-    on_wait: Callable[[float, str], None] | None,
-) -> AskStats:
-    try:
+@dataclass(slots=True)
+class _Run:
+    """One annotation on its way; ``stats`` counts its requests."""
+
+    rows: Sequence[Example]
+    task: TaskFile
+    teacher: Teacher
+    journal: Journal
+    settings: Settings
+    budget: Budget
+    on_progress: Callable[[Progress], None] | None
+    on_wait: Callable[[float, str], None] | None
+    stats: AskStats = field(default_factory=AskStats)
+    progress: Progress = field(default_factory=lambda: Progress(0))
+
+    async def annotate(self, task: TaskFile) -> Annotation:
+        records = self.journal.records
+        try:
+            settled = await self._settle()
+            sampling = dataclasses.replace(self.settings.sampling, structured=settled.form)
+            self.settings = settings = dataclasses.replace(self.settings, sampling=sampling)
+            owners = _by_key(self.rows, self.task, settings)
+            await self._ask_rows(owners)
+
+            def lookup(_: int, row: Example) -> list[Record | None]:
+                return [records.get(key) for key in _keys(row, self.task, settings)]
+
+            results = collect(self.rows, self.task, lookup)
+            keys = [*owners, *settled.probes]
+            if task.rationale_from == "summary":
+                results, summaries = await self._summarise(task, results)
+                keys += summaries
+        finally:
+            await self.teacher.close()
+        used = [records[key] for key in dict.fromkeys(keys) if key in records]
+        return Annotation(results, used, self.stats, self.journal.skipped, sampling, settled.refusal)
+
+    async def _settle(self) -> Settled:
+        settings = self.settings
+
+        def calls_of(form: Form) -> list[Call]:
+            sampling = dataclasses.replace(settings.sampling, structured=form)
+            return list(calls_for(self.rows[:PROBED_ROWS], self.task, settings.model, sampling))
+
+        async def ask_one(call: Call, form: Form) -> None:
+            self.stats.add_requests(await self._ask([call], form, None))
+
+        settled = await settle_form(
+            settings.sampling.structured, settings.model, self.journal, calls_of, ask_one,
+            has_plain=self._has_plain, marks=self.task.thinking_marks,
+        )  # fmt: skip
+        if settled.form == "off":
+            for form in CANDIDATES:
+                self._keep_probes(calls_of(form), calls_of("off"), settled.probes)
+        return settled
+
+    def _has_plain(self) -> bool:
+        sampling = dataclasses.replace(self.settings.sampling, structured="off")
+        calls = calls_for(self.rows, self.task, self.settings.model, sampling, self.settings.samples)
+        found = (self.journal.records.get(call.key) for call in calls)
+        return any(record is not None and not record.is_refusal for record in found)
+
+    def _keep_probes(self, probed: Sequence[Call], plain: Sequence[Call], probes: Sequence[str]) -> None:
+        """Keep what a server that ignores the form answered to its probe, where the row can be read from it."""
+        for row, asked, call in zip(self.rows, probed, plain, strict=False):
+            found = self.journal.records.get(asked.key) if asked.key in probes else None
+            if found is None or call.key in self.journal or read_record(self.task, found, row.choices).reason:
+                continue
+            # The probe's own line holds what it took.
+            unpaid = dataclasses.replace(found, key=call.key, prompt_tokens=0, completion_tokens=0, cost=0.0)
+            self.journal.append(unpaid)
+
+    async def _ask_rows(self, owners: dict[str, Example]) -> None:
+        settings, journal = self.settings, self.journal
+        self.progress = progress = Progress(total=len(owners), cost=journal.total_cost)
+
+        def note(record: Record) -> None:
+            row = owners[record.key]
+            parsed = read_record(self.task, record, row.choices)
+            progress.done += 1
+            progress.cost += record.cost
+            progress.usable += parsed.reason is None
+            if parsed.reason is None and row.label is not None:
+                progress.known += 1
+                progress.agree += same_answer(row.label, parsed.label or "", self.task.compare)
+            if self.on_progress is not None:
+                self.on_progress(progress)
+
+        wanted = list(
+            unfinished(
+                self.rows,
+                self.task,
+                settings.model,
+                settings.sampling,
+                settings.samples,
+                journal.records,
+                retry_failed=settings.retry_failed,
+                server=settings.server,
+            )
+        )
+        asked_again = {call.key for call in wanted}
+        for key in owners:
+            if key in journal and key not in asked_again:
+                note(dataclasses.replace(journal.records[key], cost=0.0))
+        if wanted:
+            probed = self.stats
+            self.stats = await self._ask(wanted, settings.sampling.structured, note)
+            self.stats.add_requests(probed)
+
+    async def _summarise(
+        self, task: TaskFile, results: Sequence[RowResult]
+    ) -> tuple[list[RowResult], list[str]]:
+        """Ask for a summary of each annotated row's reasoning; return the results with them, and their keys."""
+        sampling = dataclasses.replace(self.settings.sampling, structured="off")
+        calls = [
+            summary_call(result, self.settings.model, sampling) if result.reason is None else None
+            for result in results
+        ]
+
+        def finished(index: int, call: Call | None) -> RowResult:
+            if call is None:
+                return results[index]
+            record = self.journal.records.get(call.key)
+            return with_summary(task, plain_row(self.rows[index]), results[index], record)
+
+        wanted: dict[str, Call] = {}
+        for index, call in enumerate(calls):
+            if call is None:
+                continue
+            record = self.journal.records.get(call.key)
+            again = self.settings.retry_failed and finished(index, call).reason is not None
+            if record is None or record.is_refusal or again:
+                wanted[call.key] = call
+        self.progress.total += len(wanted)
+
+        def note(record: Record) -> None:
+            self.progress.done += 1
+            self.progress.cost += record.cost
+            if self.on_progress is not None:
+                self.on_progress(self.progress)
+
+        if wanted:
+            self.stats.add(await self._ask(list(wanted.values()), "off", note))
+        made = [finished(index, call) for index, call in enumerate(calls)]
+        return made, [call.key for call in calls if call is not None]
+
+    async def _ask(
+        self, calls: Sequence[Call], form: Structured, on_record: Callable[[Record], None] | None
+    ) -> AskStats:
+        settings = self.settings
         return await ask(
-            wanted,
-            teacher,
-            journal,
-            settings.sampling,
-            budget,
+            calls,
+            self.teacher,
+            self.journal,
+            dataclasses.replace(settings.sampling, structured=form),
+            self.budget,
             concurrency=settings.concurrency,
             max_attempts=settings.max_attempts,
             server=settings.server,
-            on_record=note,
-            on_wait=on_wait,
+            on_record=on_record,
+            on_wait=self.on_wait,
         )
-    finally:
-        await teacher.close()
 
 
 def annotate_outputs(
@@ -200,10 +324,7 @@ def annotate_outputs(
         by_key = outputs
 
         def lookup(_: int, row: Example) -> list[Record | None]:
-            return [
-                by_key.get(key)
-                for key in row_keys(row, task, settings.model, settings.sampling, settings.samples)
-            ]
+            return [by_key.get(key) for key in _keys(row, task, settings)]
 
         owners = _by_key(rows, task, settings)
         used = [by_key[key] for key in owners if key in by_key]
@@ -212,14 +333,15 @@ def annotate_outputs(
                 "No output belongs to any of the rows. Use the task file, model, samples and sampling options "
                 "with which --emit-batch was called: they are part of each request's custom_id."
             )
-        return Annotation(collect(rows, task, lookup), used)
+        return Annotation(collect(rows, task, lookup), used, sampling=settings.sampling)
     listed = list(outputs)
     if len(listed) != len(rows):
         raise DataError(
             f"There are {len(listed)} outputs for {len(rows)} rows; outputs without keys are matched by "
             "position, so the numbers must be equal."
         )
-    return Annotation(collect(rows, task, lambda index, _: [listed[index]]), listed)
+    results = collect(rows, task, lambda index, _: [listed[index]])
+    return Annotation(results, listed, sampling=settings.sampling)
 
 
 def estimate(
@@ -266,6 +388,10 @@ def estimate(
     )
 
 
+def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_annotation(
     annotation: Annotation, task: TaskFile, out: Path, *, model: str, keep_failed: bool = False
 ) -> dict[str, Any]:
@@ -275,8 +401,8 @@ def write_annotation(
         The report.
 
     """
-    good = [item.example for item in annotation.results if item.reason is None or keep_failed]
-    write_examples(out, good)
+    good = [output_row(item) for item in annotation.results if item.reason is None or keep_failed]
+    files.write_text(out, _json_lines(good))
     failed = [
         {
             "id": item.example.id,
@@ -284,15 +410,14 @@ def write_annotation(
             "reason": item.reason,
             "texts": list(item.texts),
             **({"detail": item.detail} if item.detail else {}),
+            **({"reasoning": item.reasoning} if item.reasoning else {}),
         }
         for item in annotation.results
         if item.reason is not None
     ]
-    files.write_text(
-        out.with_suffix(".failed.jsonl"),
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed),
-    )
+    files.write_text(out.with_suffix(".failed.jsonl"), _json_lines(failed))
     report = annotation_report(task, annotation.results, annotation.records, model=model)
+    report["structured"] = annotation.sampling.structured
     report["run"] = dataclasses.asdict(annotation.stats)
     report["refusal"] = next((item.detail for item in annotation.results if item.reason == "rejected"), None)
     files.write_json(out.with_suffix(".report.json"), report)

@@ -17,7 +17,7 @@ from sbs_edge.teacher.limits import RateGate, backoff_seconds, retry_after_secon
 from sbs_edge.teacher.prompt import Call
 from sbs_edge.teacher.stop import StopRule, TeacherUnavailableError
 
-__all__ = ["AskStats", "TeacherUnavailableError", "ask"]
+__all__ = ["AskStats", "TeacherUnavailableError", "ask", "no_answer"]
 
 
 @dataclass(slots=True)
@@ -40,6 +40,20 @@ class AskStats:
     last_failure: str | None = None
     stopped: str | None = None
     waited_seconds: float = 0.0
+
+    def add(self, other: AskStats) -> None:
+        """Add what a later round did, its unanswered calls included."""
+        self.add_requests(other)
+        for reason, number in other.unanswered.items():
+            self.unanswered[reason] = self.unanswered.get(reason, 0) + number
+        self.last_failure = other.last_failure or self.last_failure
+        self.stopped = other.stopped or self.stopped
+
+    def add_requests(self, other: AskStats) -> None:
+        """Count the requests of another round, whose unanswered calls are asked again or not needed."""
+        self.answered += other.answered
+        self.attempts += other.attempts
+        self.waited_seconds = round(self.waited_seconds + other.waited_seconds, 3)
 
 
 async def ask(
@@ -78,7 +92,7 @@ async def ask(
         TeacherUnavailableError: the key, the address or a parameter is wrong, or nothing answers any more.
 
     """
-    stop = StopRule(teacher.model, server, [*sampling.parameters(), "stop"], give_up_after)
+    stop = StopRule(teacher.model, server, sampling.field_names(), give_up_after)
     run = _Run(
         teacher, journal, sampling, budget, max_attempts, estimator or TokenEstimator(), stop, server, on_wait
     )
@@ -160,7 +174,7 @@ class _Run:
                 raise
             self.gate.leave(n_tokens, answer.headers)
             self.stop.success()
-            return self._record(call, answer, started, attempt, _no_answer(answer))
+            return self._record(call, answer, started, attempt, no_answer(answer))
         return None
 
     async def _pause(self, failure: CallFailed, attempt: int) -> None:
@@ -191,11 +205,12 @@ class _Run:
         asked = answer.prompt_tokens if answer.prompt_tokens is not None else 0
         if counted:
             self.estimator.learn(call.prompt.n_chars, asked)
-        elif answer.text:
+        elif answer.text or answer.reasoning:
             asked = self.estimator.tokens(call.prompt.n_chars)
         written = answer.completion_tokens
         if written is None:
-            written = self.estimator.tokens(len(answer.text)) if answer.text else 0
+            n_chars = len(answer.text) + len(answer.reasoning)
+            written = self.estimator.tokens(n_chars) if n_chars else 0
         return Record(
             key=call.key,
             text=answer.text,
@@ -210,12 +225,15 @@ class _Run:
             sample=call.sample,
             at=round(time.time(), 3),
             server=self.server,
+            reasoning=answer.reasoning,
+            top_logprobs=answer.top_logprobs,
         )
 
 
-def _no_answer(answer: Answer) -> str | None:
+def no_answer(answer: Answer) -> str | None:
+    """Return why an answer that came is of no use, or None."""
     if answer.refusal:
         return f"refused: {answer.refusal}"
-    if answer.has_thought and not answer.text.strip() and answer.finish_reason != "length":
+    if answer.reasoning and not answer.text.strip() and answer.finish_reason != "length":
         return "thought-only: the model thought and wrote no answer"
     return None

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 from sbs_edge.chat.answer import Answer, CallFailed
 from sbs_edge.chat.endpoint import HIDDEN, redacted_fields
 from sbs_edge.teacher.prompt import Prompt
+from sbs_edge.teacher.structured import form_fields
+from sbs_edge.teacher.task import Structured
 
-__all__ = ["Answer", "CallFailed", "Sampling", "Teacher", "request_body"]
+__all__ = ["Answer", "CallFailed", "Sampling", "Teacher", "request_body", "request_fields"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class Sampling:
         limit_name: the name under which the server takes the limit, such as ``max_completion_tokens``.
         omit: fields that are not sent; ``stop`` may be one of them.
         extra: further fields of the request body, as the server understands them; they win over the others.
+        structured: how a JSON object is asked for, see :data:`~sbs_edge.teacher.structured.Form`; ``auto`` takes the
+            first form that the server answers to, or ``off``; ``on`` fails where there is none.
 
     """
 
@@ -35,6 +39,7 @@ class Sampling:
     limit_name: str = "max_tokens"
     omit: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)  # it may hold a secret
+    structured: Structured = "off"
 
     def parameters(self, sample: int = 0) -> dict[str, Any]:
         """Return the request fields for sample number ``sample``."""
@@ -46,9 +51,15 @@ class Sampling:
         values |= self.extra
         return {name: value for name, value in values.items() if name not in self.omit}
 
+    def field_names(self) -> list[str]:
+        """Return the names that advice on a refused request may speak of; ``--structured`` where a form is asked."""
+        return [*self.parameters(), "stop", *([] if self.structured in ("auto", "off") else ["--structured"])]
+
     def answer_parameters(self) -> dict[str, Any]:
         """Return the fields that change answers, the limit under one name, without secrets."""
         sent = self.parameters()
+        if self.structured not in ("auto", "off"):
+            sent["structured"] = self.structured
         if self.limit_name in sent:
             sent["max_tokens"] = sent.pop(self.limit_name)
         kept = {name: value for name, value in sent.items() if name not in UNRELATED_TO_ANSWERS}
@@ -63,6 +74,12 @@ UNRELATED_TO_ANSWERS = frozenset({
 """Fields of a request that say how it is served or billed, not what is answered."""
 
 
+def request_fields(prompt: Prompt, sampling: Sampling, sample: int = 0) -> dict[str, Any]:
+    """Return the fields of a request besides model, prompt and stop texts: those that belong to its journal key."""
+    fields = form_fields(sampling.structured, prompt.schema) | sampling.parameters(sample)
+    return {name: value for name, value in fields.items() if name not in sampling.omit}
+
+
 def request_body(prompt: Prompt, model: str, sampling: Sampling, sample: int) -> tuple[str, dict[str, Any]]:
     """Return the route and the JSON body of one request."""
     body: dict[str, Any] = {"model": model}
@@ -72,7 +89,7 @@ def request_body(prompt: Prompt, model: str, sampling: Sampling, sample: int) ->
         route, body["messages"] = "/chat/completions", prompt.as_messages()
     if prompt.stop:
         body["stop"] = list(prompt.stop)
-    return route, {**body, **sampling.parameters(sample)}
+    return route, {**body, **request_fields(prompt, sampling, sample)}
 
 
 class Teacher(Protocol):

@@ -9,16 +9,28 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from sbs_edge.chat.logprobs import label_distribution
 from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.data.example import Example
-from sbs_edge.teacher.calls import Sampling
+from sbs_edge.data.jsonl import example_to_json
+from sbs_edge.teacher.calls import Sampling, request_fields
 from sbs_edge.teacher.journal import Record
 from sbs_edge.teacher.parse import Parsed, check_quality, parse_answer
 from sbs_edge.teacher.prompt import Call, call_key, render
 from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["RowResult", "calls_for", "collect", "read_record", "row_keys", "unfinished"]
+__all__ = [
+    "RowResult",
+    "calls_for",
+    "collect",
+    "output_row",
+    "plain_row",
+    "read_record",
+    "row_keys",
+    "unfinished",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +43,7 @@ class RowResult:
         votes: answers that were parsed, by label, most votes first.
         texts: what the teacher wrote, one a sample that was answered.
         detail: the server's words where it refused, or None.
+        reasoning: the model's reasoning behind the annotation, empty where none came.
 
     """
 
@@ -39,6 +52,7 @@ class RowResult:
     votes: tuple[tuple[str, int], ...] = ()
     texts: tuple[str, ...] = ()
     detail: str | None = None
+    reasoning: str = ""
 
 
 def calls_for(
@@ -46,11 +60,13 @@ def calls_for(
 ) -> Iterator[Call]:
     """Yield the calls for ``rows``, ``samples`` a row; equal prompts give equal keys."""
     for row in rows:
-        prompt = render(task, row)
+        prompt = render(task, row, sampling.structured)
         if "stop" in sampling.omit:
             prompt = dataclasses.replace(prompt, stop=())
         for sample in range(samples):
-            yield Call(call_key(prompt, model, sampling.parameters(sample), sample), prompt, sample)
+            yield Call(
+                call_key(prompt, model, request_fields(prompt, sampling, sample), sample), prompt, sample
+            )
 
 
 def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, samples: int = 1) -> list[str]:
@@ -61,10 +77,15 @@ def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, sampl
 def read_record(task: TaskFile, record: Record, choices: Sequence[str] | None) -> Parsed:
     """Parse one finished call and run the filters over it; ``reason`` says why it is of no use."""
     if record.error:
-        return Parsed(reason=record.error.split(":", 1)[0])
+        return Parsed(reason=record.error.split(":", 1)[0], reasoning=record.reasoning)
     parsed = parse_answer(task, record.text, choices, record.finish_reason)
-    if parsed.reason is None and (refused := check_quality(task, parsed, choices)) is not None:
-        return Parsed(parsed.label, parsed.rationale, refused)
+    parsed = parsed._replace(reasoning=record.reasoning or parsed.reasoning)
+    if parsed.reason is None and task.rationale_from != "answer":
+        parsed = parsed._replace(rationale=" ".join(parsed.reasoning.split()))
+        if not parsed.rationale:
+            return parsed._replace(reason="reasoning-missing")
+    if parsed.reason is None:
+        return parsed._replace(reason=check_quality(task, parsed, choices))
     return parsed
 
 
@@ -108,8 +129,10 @@ def collect(
     """Return one result a row, in order.
 
     With several samples the label with most votes wins (ties: the one sampled first), the rationale
-    is that of the first sample that agrees with it, and the confidence is the share of all samples
-    asked that agree: a sample that could not be read counts against.
+    is that of the first sample that agrees with it, ``rationales`` are those of all that agree, and the
+    confidence is the share of all samples asked that agree: a sample that could not be read counts against.
+    ``teacher_probs`` are the mean over the samples that could be read: of the log-probabilities at the label
+    where the server gave them, else of the votes.
 
     Args:
         rows: the rows, in input order.
@@ -123,42 +146,77 @@ def collect(
         if task.filters.duplicates and result.reason is None:
             identity = (normalise(row.input), row.choices)
             if identity in inputs:
-                result = dataclasses.replace(result, example=_plain(row), reason="duplicate-input")
+                result = dataclasses.replace(result, example=plain_row(row), reason="duplicate-input")
             inputs.add(identity)
         results.append(result)
     return results
 
 
-def _plain(row: Example) -> Example:
-    return dataclasses.replace(row, teacher_label=None, rationale=None, confidence=1.0)
+def output_row(result: RowResult) -> dict[str, Any]:
+    """Return a row's fields as they are written, with the model's reasoning if it gave any."""
+    return {
+        **example_to_json(result.example),
+        **({"reasoning": result.reasoning} if result.reasoning else {}),
+    }
+
+
+def plain_row(row: Example) -> Example:
+    """Return the row without any annotation."""
+    return dataclasses.replace(
+        row, teacher_label=None, rationale=None, rationales=(), teacher_probs=(), confidence=1.0
+    )
+
+
+def _probs(
+    task: TaskFile, row: Example, answers: Sequence[tuple[Record, str]]
+) -> tuple[tuple[str, float], ...]:
+    """Return the mean distribution over labels; empty for one answer without log-probabilities."""
+    known = task.labels if task.label_kind == "closed" else row.distinct_choices
+    sums: dict[str, float] = {}
+    soft = False
+    for record, label in answers:
+        found = label_distribution(record.top_logprobs, label, known, lettered=task.parser == "choice")
+        total = sum(found.values())
+        soft = soft or total > 0.0
+        for name, p in found.items() if total > 0.0 else [(label, 1.0)]:
+            sums[name] = sums.get(name, 0.0) + p / (total or 1.0)
+    if not soft and len(answers) < 2:
+        return ()
+    ordered = sorted(sums.items(), key=lambda item: -item[1])
+    return tuple((name, round(p / len(answers), 6)) for name, p in ordered if p > 0.0)
 
 
 def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowResult:
     answered = [record for record in records if record is not None]
     texts = tuple(record.text for record in answered)
     if not answered:
-        return RowResult(_plain(row), "unanswered")
-    parsed = [read_record(task, record, row.choices) for record in answered]
-    good = [item for item in parsed if item.reason is None and item.label]
+        return RowResult(plain_row(row), "unanswered")
+    read = [(record, read_record(task, record, row.choices)) for record in answered]
+    good = [(record, item) for record, item in read if item.reason is None and item.label]
     if not good:
-        reasons = Counter(item.reason or "label-unreadable" for item in parsed)
+        reasons = Counter(item.reason or "label-unreadable" for _, item in read)
         detail = next((record.error for record in answered if record.error), None)
-        return RowResult(_plain(row), reasons.most_common(1)[0][0], (), texts, detail)
-    groups: list[list[Parsed]] = []
-    for item in good:
+        reasoning = next((item.reasoning for _, item in read if item.reasoning), "")
+        return RowResult(plain_row(row), reasons.most_common(1)[0][0], (), texts, detail, reasoning)
+    groups: list[list[tuple[Record, Parsed]]] = []
+    for record, item in good:
         for group in groups:
-            if same_answer(group[0].label or "", item.label or "", task.compare):
-                group.append(item)
+            if same_answer(group[0][1].label or "", item.label or "", task.compare):
+                group.append((record, item))
                 break
         else:
-            groups.append([item])
+            groups.append([(record, item)])
     groups.sort(key=len, reverse=True)  # stable: among equals the one sampled first
-    best = groups[0][0]
+    best = groups[0][0][1]
+    rationales = tuple(dict.fromkeys(item.rationale for _, item in groups[0] if item.rationale))
+    answers = [(record, group[0][1].label or "") for group in groups for record, _ in group]
     example = dataclasses.replace(
         row,
         teacher_label=best.label,
         rationale=best.rationale,
+        rationales=rationales if len(rationales) > 1 else (),
+        teacher_probs=_probs(task, row, answers),
         confidence=len(groups[0]) / len(records),
     )
-    votes = tuple((group[0].label or "", len(group)) for group in groups)
-    return RowResult(example, None, votes, texts)
+    votes = tuple((group[0][1].label or "", len(group)) for group in groups)
+    return RowResult(example, None, votes, texts, reasoning=best.reasoning)

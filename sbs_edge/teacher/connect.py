@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from sbs_edge.chat.endpoint import HIDDEN, holds_hidden, redacted_fields
 from sbs_edge.errors import UsageError
 from sbs_edge.teacher.calls import Sampling, Teacher
-from sbs_edge.teacher.task import RESERVED_FIELDS, TaskFile
+from sbs_edge.teacher.task import RESERVED_FIELDS, Structured, TaskFile
 
 if TYPE_CHECKING:
     from sbs_edge.teacher.annotate import Settings
@@ -44,6 +44,7 @@ class Server(BaseModel):
     key_header: str = "Authorization"
     limit_name: str = "max_tokens"
     omit: tuple[str, ...] = ()
+    structured: Structured = "auto"
 
 
 @cache
@@ -89,6 +90,7 @@ def with_request(
     request: Sequence[str] = (),
     omit: Sequence[str] = (),
     extra_body: str | None = None,
+    structured: Structured | None = None,
 ) -> Sampling:
     """Return ``sampling`` with the fields that flags, task file and preset set, rename or leave out.
 
@@ -102,6 +104,7 @@ def with_request(
         request: ``NAME=VALUE``, the value as JSON or else text; a bare limit name renames the limit.
         omit: names of fields that are not sent.
         extra_body: a JSON object.
+        structured: how a JSON object is asked for; None: as the task file or the preset says.
 
     Raises:
         UsageError: a text is of another form, or names a field that has its own flag.
@@ -124,7 +127,8 @@ def with_request(
     for name, value in flags.items():
         if holds_hidden(value):
             raise UsageError(
-                f"The request's field {name!r} holds {HIDDEN}: a saved configuration leaves secrets out. Give the value "
+                f"The request's field {name!r} contains {HIDDEN}, because saved configurations leave secrets "
+                "out. Give the value "
                 "again."
             )
         if name in RESERVED_FIELDS or (name == "stream" and value):
@@ -146,7 +150,30 @@ def with_request(
         limit_name=limit_name,
         omit=tuple(name for name in left_out if name not in flags),
         extra=extra,
+        structured=_structured(structured, task, server, {*extra, *left_out}),
     )
+
+
+_OWN_FORM = {
+    "response_format", "tools", "tool_choice", "functions", "grammar", "json_schema", "format", "structured_outputs",
+    "guided_json", "guided_choice", "guided_regex", "guided_grammar",
+}  # fmt: skip
+"""Fields with which a user asks for a form of answer, or leaves out the one that would be asked for."""
+
+
+def _structured(flag: Structured | None, task: TaskFile, server: Server, fields: set[str]) -> Structured:
+    """Return how a JSON object is asked for; ``auto`` gives way to the user's own form of answer."""
+    wanted = flag or task.structured
+    policy = wanted or server.structured
+    own = sorted(_OWN_FORM & fields)
+    if own or task.form == "completion":
+        if wanted not in (None, "auto", "off"):
+            reason = f"the request's field {own[0]!r} is set or left out" if own else "form is completion"
+            raise UsageError(
+                f"Structured outputs ({wanted}) cannot be asked for: {reason} by flags or task file. Take out one."
+            )
+        return "off"
+    return "off" if policy == "auto" and task.format_note else policy
 
 
 def shown_request(request: Sequence[str]) -> list[str]:

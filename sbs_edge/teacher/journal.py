@@ -46,6 +46,8 @@ class Record:
         sample: number of the sample, from 0.
         at: when it was finished, seconds since 1970.
         server: the address that was asked, without secrets; a refusal holds for that server only.
+        reasoning: the model's reasoning, if the server sent it apart from ``text``.
+        top_logprobs: the answer's last tokens with the log-probabilities at their places, where asked for.
 
     """
 
@@ -62,9 +64,11 @@ class Record:
     sample: int = 0
     at: float = 0.0
     server: str = ""
+    reasoning: str = ""
+    top_logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("text", "finish_reason", "error", "model"):
+        for name in ("text", "finish_reason", "error", "model", "reasoning"):
             value = getattr(self, name)
             if isinstance(value, str) and not is_text(value):
                 object.__setattr__(self, name, printable(value))
@@ -77,18 +81,21 @@ class Record:
 
 _FIELDS = {field.name for field in fields(Record)}
 _RECORD = TypeAdapter(Record)
+_NOTE = "#"  # begins the key of a note; the keys of calls are hexadecimal
 
 
 class Journal:
     """An open journal; one process at a time holds it (advisory lock).
 
-    Use as a context manager. ``records`` maps each key to its latest record; ``skipped`` counts complete lines
-    whose fields are not of a record's types, as older versions wrote them: their calls are asked again.
+    Use as a context manager. ``records`` maps each key to its latest record; ``notes`` holds what a run decided and
+    the next one must keep to; ``skipped`` counts complete lines whose fields are not of a record's types, as older
+    versions wrote them: their calls are asked again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
+        self.notes: dict[str, str] = {}
         self.total_cost = 0.0
         self.total_tokens = 0
         self.skipped = 0
@@ -151,9 +158,16 @@ class Journal:
             os.fsync(self._fd)
 
     def _take(self, record: Record) -> None:
+        if record.key.startswith(_NOTE):
+            self.notes[record.key.removeprefix(_NOTE)] = record.text
+            return
         self.records[record.key] = record
         self.total_cost += record.cost
         self.total_tokens += record.prompt_tokens + record.completion_tokens
+
+    def note(self, name: str, text: str) -> None:
+        """Write a note that later runs read in ``notes``; a later note of the same name replaces it."""
+        self.append(Record(_NOTE + name, text))
 
     def append(self, *records: Record) -> None:
         """Write records and flush them to the disk; return only when they are safe."""
@@ -200,7 +214,11 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _encode(record: Record) -> bytes:
     content = asdict(record)
+    if not record.top_logprobs:
+        del content["top_logprobs"]
     content["at"] = content["at"] or round(time.time(), 3)
+    if not record.reasoning:
+        del content["reasoning"]
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 
 

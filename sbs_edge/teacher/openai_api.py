@@ -120,6 +120,10 @@ class OpenAITeacher:
             if response.status_code != 200:
                 raise failure(response.status_code, parse_body(response.content), headers, raw)
             answer = read_answer(parse_body(response.content), headers, raw)
-            return dataclasses.replace(answer, text=endpoint.hide(answer.text))
+            text = endpoint.hide(answer.text)
+            kept = answer.top_logprobs if text == answer.text else ()  # tokens spell out what was hidden
+            return dataclasses.replace(
+                answer, text=text, reasoning=endpoint.hide(answer.reasoning), top_logprobs=kept
+            )
         except CallFailed as failed:
             raise failed.reworded(clean(failed.detail, 500)) from None

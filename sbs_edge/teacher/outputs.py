@@ -16,6 +16,7 @@ from sbs_edge import files
 from sbs_edge.chat.endpoint import one_line
 from sbs_edge.chat.protocol import content_text, failure, read_answer, token_count
 from sbs_edge.errors import DataError, UsageError
+from sbs_edge.teacher.ask import no_answer
 from sbs_edge.teacher.calls import CallFailed, Sampling, request_body
 from sbs_edge.teacher.cost import Prices
 from sbs_edge.teacher.journal import Record
@@ -90,11 +91,13 @@ def _batch_line(content: Any, where: str, prices: Prices) -> Record:
         key,
         answer.text,
         answer.finish_reason,
-        error=f"refused: {one_line(answer.refusal)}" if answer.refusal else None,
+        error=no_answer(answer),
         prompt_tokens=asked,
         completion_tokens=written,
         cost=prices.cost(asked, written),
         model=answer.model or "",
+        reasoning=answer.reasoning,
+        top_logprobs=answer.top_logprobs,
     )
 
 

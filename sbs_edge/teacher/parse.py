@@ -10,6 +10,7 @@ from sbs_edge.chat.labels import fold, match_label, plain_label, read_choice
 from sbs_edge.chat.marks import unmark
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.arithmetic import evaluate_expression
+from sbs_edge.teacher.structured import ObjectAnswer, read_object
 from sbs_edge.teacher.task import TaskFile
 
 __all__ = ["Parsed", "check_quality", "parse_answer"]
@@ -35,13 +36,16 @@ _VARIANT = re.compile(
 class Parsed(NamedTuple):
     """Label and rationale, or the reason why the answer is of no use.
 
+    ``reasoning`` is the thought that stood between marks in the answer's text.
+
     Reasons: ``empty``, ``refused``, ``cut-off``, ``thought-only``, ``unknown-mark``, ``marker-missing``,
-    ``marker-repeated``, ``label-unreadable``, and those of :func:`check_quality`.
+    ``marker-repeated``, ``label-unreadable``, ``json-unreadable``, and those of :func:`check_quality`.
     """
 
     label: str | None = None
     rationale: str | None = None
     reason: str | None = None
+    reasoning: str = ""
 
 
 def parse_answer(
@@ -50,9 +54,9 @@ def parse_answer(
     """Read one answer.
 
     Thought and the marks of a chat template are taken out (:mod:`sbs_edge.chat.marks`), and the text is cut
-    where the model went on to invent the next question. What stands before the answer marker is the rationale,
-    what stands after it the label. A marker that occurs more than once is accepted only if every occurrence gives
-    the same label.
+    where the model went on to invent the next question. An answer that is a JSON object gives label and rationale
+    by its fields. Else, what stands before the answer marker is the rationale, what stands after it the label. A
+    marker that occurs more than once is accepted only if every occurrence gives the same label.
 
     Args:
         task: the task file.
@@ -63,12 +67,33 @@ def parse_answer(
     if finish_reason == "content_filter":
         return Parsed(reason="refused")
     cut_off = finish_reason == "length"
-    body, reason, ended = unmark(
-        text, (task.answer_marker, task.output_marker, *task.labels, *(choices or ()))
-    )
+    own = (task.answer_marker, task.output_marker, *task.labels, *(choices or ()))
+    body, reason, ended, thought = unmark(text, own, task.thinking_marks)
     if reason is not None:
         name = "cut-off" if reason == "thought-unfinished" or (cut_off and not body) else reason
-        return Parsed(reason=name.split(":", 1)[0])
+        return Parsed(reason=name.split(":", 1)[0], reasoning=thought)
+    found = read_object(body, cut_off=cut_off and not ended)
+    if found is not None:
+        return _of_object(task, found, choices)._replace(reasoning=thought)
+    return _of_text(task, body, choices, cut_off=cut_off, ended=ended)._replace(reasoning=thought)
+
+
+def _of_object(task: TaskFile, found: ObjectAnswer, choices: Sequence[str] | None) -> Parsed:
+    """Read the label out of the object; the rationale ends where it repeats the answer marker."""
+    marker = re.compile(re.escape(task.answer_marker) + r"\s*:?\s*", re.IGNORECASE)
+    rationale = (marker.split(found.rationale)[0] or found.rationale).strip(_ORNAMENT) or None
+    if found.reason is not None or found.label is None:
+        return Parsed(rationale=rationale, reason=found.reason or "label-unreadable")
+    text = marker.split(found.label)[-1]
+    label = read_choice(text, choices) if choices else None
+    label = label or _read_label(task, text, choices)
+    return Parsed(label, rationale, None if label else "label-unreadable")
+
+
+def _of_text(
+    task: TaskFile, body: str, choices: Sequence[str] | None, *, cut_off: bool, ended: bool
+) -> Parsed:
+    """Read an answer in the agreed form: rationale, answer marker, label."""
     body, was_cut = _own_turn(task, body)
     complete = not cut_off or was_cut or ended
     if not body:

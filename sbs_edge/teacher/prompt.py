@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sbs_edge.chat.labels import choice_letter
 from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example
+from sbs_edge.teacher.structured import answer_schema
 from sbs_edge.teacher.task import Shot, TaskFile
 
 __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
@@ -18,16 +19,21 @@ __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is sent: ``text`` for a completion, ``messages`` (role, content) for a chat."""
+    """What is sent: ``text`` for a completion, ``messages`` (role, content) for a chat.
+
+    ``schema`` is the JSON schema of the answer, None where it is plain text.
+    """
 
     text: str | None = None
     messages: tuple[tuple[str, str], ...] = ()
     stop: tuple[str, ...] = ()
+    schema: Mapping[str, Any] | None = None
 
     @property
     def n_chars(self) -> int:
         """Length in characters, from which tokens are estimated."""
-        return len(self.text or "") + sum(len(content) for _, content in self.messages)
+        schema = len(json.dumps(self.schema)) if self.schema is not None else 0
+        return len(self.text or "") + sum(len(content) for _, content in self.messages) + schema
 
     def as_messages(self) -> list[dict[str, str]]:
         """Return the chat messages in the form of the OpenAI protocol."""
@@ -80,6 +86,27 @@ def _format_note(task: TaskFile) -> str:
     return note
 
 
+def _object_note(task: TaskFile, form: str) -> str:
+    """Say how to answer with the object; a schema that a server ignores is then followed all the same."""
+    how = (
+        'Answer by calling the function "answer" with'
+        if form == "tool"
+        else "Answer with one JSON object and nothing else:"
+    )
+    what = {
+        "label": f"one of: {', '.join(task.labels)}" if task.labels else "the label",
+        "choice": "the text of the choice, word for word",
+        "expression": "the expression",
+    }["choice" if task.label_kind == "choices" else task.parser]
+    note = f'{how} first "rationale", your reasoning in one to three sentences; then "label", {what}.'
+    return f"{task.format_note} {note}".strip()
+
+
+def _object_answer(shot: Shot) -> str:
+    found = {"rationale": shot.rationale.strip(), "label": shot.label}
+    return json.dumps(found, ensure_ascii=False)
+
+
 def _opened(marker: str, question: str) -> str:
     """Put the marker before the input, unless the input opens with it already."""
     return question if question.casefold().startswith(marker.casefold()) else f"{marker} {question}"
@@ -90,8 +117,11 @@ def _shots_for(task: TaskFile, row: Example) -> tuple[Shot, ...]:
     return tuple(shot for shot in task.shots if normalise(shot.input) != own)
 
 
-def render(task: TaskFile, row: Example) -> Prompt:
+def render(task: TaskFile, row: Example, form: str = "off") -> Prompt:
     """Return the prompt for ``row``; the gold label is never part of it.
+
+    With a ``form`` of :data:`~sbs_edge.teacher.structured.FORMS` other than ``off``, a chat asks for a JSON object;
+    the task's stop texts, which could break it, are left out.
 
     A worked example with the row's own input is left out of this row's prompt: it would hand the
     teacher the answer, and its words back as if it had found them.
@@ -101,6 +131,13 @@ def render(task: TaskFile, row: Example) -> Prompt:
     opening = question[: len(task.input_marker)]
     own = opening if opening.casefold() == task.input_marker.casefold() else task.input_marker
     stop = tuple(dict.fromkeys((f"\n{own}", *task.stop)))
+    if task.form == "chat" and form != "off":
+        messages = [("system", f"{task.instruction.strip()}\n\n{_object_note(task, form)}")]
+        for shot in shots:
+            messages.append(("user", input_text(shot.input, shot.choices)))
+            messages.append(("assistant", _object_answer(shot)))
+        messages.append(("user", question))
+        return Prompt(messages=tuple(messages), schema=answer_schema(task))
     if task.form == "chat":
         messages = [("system", f"{task.instruction.strip()}\n\n{_format_note(task)}")]
         for shot in shots:
@@ -137,7 +174,10 @@ def call_key(prompt: Prompt, model: str, parameters: dict[str, Any], sample: int
 
 
 def show(prompt: Prompt) -> str:
-    """Return the prompt as a person reads it: the text, or one block a message."""
+    """Return the prompt as a person reads it: the text, or one block a message, and the answer's schema."""
     if prompt.text is not None:
         return prompt.text
-    return "\n\n".join(f"[{role}]\n{content}" for role, content in prompt.messages)
+    blocks = [f"[{role}]\n{content}" for role, content in prompt.messages]
+    if prompt.schema is not None:
+        blocks.append(f"[schema of the answer]\n{json.dumps(prompt.schema, ensure_ascii=False)}")
+    return "\n\n".join(blocks)

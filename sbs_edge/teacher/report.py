@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sbs_edge.data.answers import same_answer
+from sbs_edge.data.answers import normalise, same_answer
 from sbs_edge.report.page import Page
 from sbs_edge.teacher.collect import RowResult
 from sbs_edge.teacher.journal import Record
 from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["annotation_page", "annotation_report"]
+__all__ = ["annotation_page", "annotation_report", "repeated_rationales"]
 
 N_SAMPLES = 20
 
@@ -29,6 +29,17 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
         "p90": ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))],
         "max": ordered[-1],
     }
+
+
+def repeated_rationales(task: TaskFile, rationales: Iterable[str]) -> tuple[int, int]:
+    """Return how many rationales are a worked example's, and how often the most frequent other one occurs.
+
+    Weak models copy: such rationales say nothing about their rows.
+    """
+    own = {normalise(shot.rationale) for shot in task.shots}
+    counts = Counter(normalise(text) for text in rationales if text.strip())
+    others = (number for text, number in counts.items() if text not in own)
+    return sum(number for text, number in counts.items() if text in own), max(others, default=0)
 
 
 def annotation_report(
@@ -54,6 +65,7 @@ def annotation_report(
         for item in known
     )
     cost = sum(record.cost for record in used)
+    copied, repeated = repeated_rationales(task, (item.example.rationale or "" for item in annotated))
     chosen = random.Random(seed).sample(range(len(results)), min(N_SAMPLES, len(results)))
     return {
         "task": task.name,
@@ -65,6 +77,8 @@ def annotation_report(
         "agreement": {"equal": agree, "total": len(known), "rate": agree / len(known) if known else None},
         "labels": dict(Counter(str(item.example.teacher_label) for item in annotated).most_common(30)),
         "confidence": _spread([item.example.confidence for item in annotated]),
+        "copied_rationales": copied,
+        "most_repeated_rationale": repeated,
         "rationale_words": _spread([float(len((i.example.rationale or "").split())) for i in annotated]),
         "calls": {
             "finished": len(used),
@@ -134,6 +148,11 @@ def annotation_page(report: dict[str, Any]) -> str:
         ["", "mean", "p50", "p90", "max"],
         [[name, s["mean"], s["p50"], s["p90"], s["max"]] for name, s in spreads if s],
     )
+    if report["copied_rationales"] or report["most_repeated_rationale"] > 1:
+        page.text(
+            f"{report['copied_rationales']:,} rationales are a worked example's, word for word; the most frequent other "
+            f"one occurs {report['most_repeated_rationale']:,} times."
+        )
     page.section("Samples to read")
     for sample in report["samples"]:
         verdict = sample["reason"] or f"{sample['label']} (confidence {sample['confidence']:.2f})"

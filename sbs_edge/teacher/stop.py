@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from sbs_edge.errors import SbsEdgeError
 from sbs_edge.teacher.calls import CallFailed
+from sbs_edge.teacher.structured import names_form
 
 __all__ = ["StopRule", "TeacherUnavailableError", "advice", "advice_on_answer"]
 
@@ -18,7 +19,14 @@ _OPTIONAL = ("temperature", "max_tokens", "top_p", "seed", "stop")
 
 
 class TeacherUnavailableError(SbsEdgeError):
-    """The teacher cannot be used at all; what it has answered is in the journal."""
+    """The teacher cannot be used at all; what it has answered is in the journal.
+
+    ``failure`` is the call that ended the run, where one did.
+    """
+
+    def __init__(self, message: str, failure: CallFailed | None = None) -> None:
+        super().__init__(message)
+        self.failure = failure
 
 
 class StopRule:
@@ -77,7 +85,8 @@ class StopRule:
         remedy = advice(failure, self._server, self._fields)
         return TeacherUnavailableError(
             f"The teacher {self._model!r} {what} ({str(failure).rstrip('. ')}){at}. {remedy} "
-            "Finished calls are in the journal; the same command, corrected, goes on from there."
+            "Finished calls are in the journal; the same command, corrected, goes on from there.",
+            failure,
         )
 
 
@@ -103,6 +112,8 @@ def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) ->
         )
     if reason == "rejected":
         return _about_fields(words, set(fields))
+    if reason == "http-404" and "response_format" in words:
+        return _NOT_STRUCTURED
     if reason == "not-the-protocol" and words.partition("It begins: ")[2].startswith(
         ("data:", "event:", ": ")
     ):
@@ -117,7 +128,14 @@ def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) ->
     return ""
 
 
+_NOT_STRUCTURED = "Ask for plain text with --structured off, or for a function call with --structured tool."
+
+
 def _about_fields(words: str, fields: set[str]) -> str:
+    if "--structured" in fields and any(names_form(words, form) for form in ("json_schema", "tool")):
+        return _NOT_STRUCTURED
+    if "--structured" not in fields and re.search(r"\btools?\b|function.call", words, re.IGNORECASE):
+        return "Ask for a function call with --structured tool."
     if "max_completion_tokens" in words and "max_tokens" in fields:
         return "Add --request max_completion_tokens: the limit is then sent under that name."
     for name in _OPTIONAL:
@@ -131,9 +149,13 @@ _ANSWERS = {
     "refused": "the model or its filter declined; reword the instruction.",
     "cut-off": "raise max_tokens, ask for a shorter reasoning, or switch thinking off.",
     "thought-only": "the model thought and wrote no answer; raise max_tokens or switch thinking off.",
-    "unknown-mark": "the server leaves a template's mark in the text; set its reasoning parser, or stop.",
+    "unknown-mark": "the server leaves a template's mark in the text; set its reasoning parser, or name the mark in "
+    "thinking_marks or stop.",
     "marker-missing": "the answer lacks answer_marker; add a worked example, or say the marker in format_note.",
     "marker-repeated": "the answer marker stands before two different labels; ask for one answer, at the end.",
+    "json-unreadable": "the answer is not valid JSON; ask for plain text with --structured off.",
+    "reasoning-missing": "no reasoning came beside the answer; use --rationale-from answer.",
+    "summary-missing": "the second call brought no summary; raise max_tokens, and ask again with --retry-failed.",
     "label-unreadable": "no label follows the marker; show the form in a worked example or in format_note.",
     "label-not-in-set": "the model chose outside labels; add the missing label, or list the labels in the instruction.",
     "rationale-missing": "there is no reasoning before the marker; ask for it in format_note.",

@@ -21,7 +21,9 @@ __all__ = [
     "RESERVED_FIELDS",
     "TO_REPLACE",
     "Filters",
+    "RationaleFrom",
     "Shot",
+    "Structured",
     "TaskFile",
     "parse_task",
     "placeholders",
@@ -45,6 +47,13 @@ Parser = Literal["label", "choice", "expression"]
 ``choice``: a letter in parentheses and the choice's text (``(d) math problem.``), or either alone.
 ``expression``: an arithmetic expression (``(84 / 2)``), the longest that can be read.
 """
+
+
+Structured = Literal["auto", "on", "off", "json_schema", "json_object", "tool"]
+"""Whether and how a server is asked for a JSON object; see :class:`~sbs_edge.teacher.calls.Sampling`."""
+
+RationaleFrom = Literal["answer", "reasoning", "summary"]
+"""Where a row's rationale comes from."""
 
 
 class _Strict(BaseModel):
@@ -105,6 +114,11 @@ class TaskFile(_Strict):
         omit: fields of the request that are not sent, such as ``temperature``.
         extra_body: further fields of the request; ``request`` wins.
         headers: further headers; a secret is named as ``env:VARIABLE``.
+        structured: whether the server is asked for a JSON object; see :class:`~sbs_edge.teacher.calls.Sampling`.
+            None leaves it to the server's preset.
+        rationale_from: ``answer`` takes the rationale from the answer, ``reasoning`` the model's reasoning as it
+            is, ``summary`` a summary of it that a second call makes.
+        thinking_marks: names of further marks around thought, such as ``musing`` for ``<musing>...</musing>``.
         filters: see :class:`Filters`.
 
     """
@@ -127,6 +141,9 @@ class TaskFile(_Strict):
     omit: tuple[str, ...] = ()
     extra_body: dict[str, Any] = Field(default_factory=dict)
     headers: dict[str, str] = Field(default_factory=dict)
+    structured: Structured | None = None
+    rationale_from: RationaleFrom = "answer"
+    thinking_marks: tuple[str, ...] = ()
     filters: Filters = Filters()
 
     @field_validator("labels")

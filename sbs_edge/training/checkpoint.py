@@ -1,7 +1,7 @@
-"""Find a checkpoint and read its configuration without torch: one reading for train, run and export.
+"""Find a checkpoint and read its configuration, in the same way for train, run and export. Imports no torch.
 
-A checkpoint is named by a directory, by a directory that holds just one (a Trainer's output, a hub's cache), or by
-its name on a hub. What cannot be read as a model of the T5 family with a language-model head is refused here, from
+A checkpoint is given as a directory, as a directory that contains exactly one (a Trainer's output, a hub cache), or
+as a name on a hub. A checkpoint that is not a model of the T5 family with a language-model head is refused here, from
 its small files, before any tensor is opened.
 """
 
@@ -44,13 +44,13 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was found, and may be read.
+    """A checkpoint that was found and accepted.
 
     Attributes:
         name: as the user wrote it, for messages.
         folder: holds ``config.json`` and the weights.
         config: the content of ``config.json``.
-        adapter: directory of a LoRA adapter to be merged into the weights; None: there is none.
+        adapter: directory of a LoRA adapter to merge into the weights, or None.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The directory with the tokenizer: the adapter's where it brought one."""
+        """Return the directory with the tokenizer: the adapter's if it has one."""
         if self.adapter is not None and any(
             (self.adapter / name).is_file() for name in ("tokenizer.json", "spiece.model")
         ):
@@ -69,22 +69,22 @@ class Checkpoint:
 
     @property
     def start_id(self) -> int:
-        """First token of the decoder; a configuration without one means its padding, as T5 was trained."""
+        """Return the decoder's first token; without one in the configuration, the padding token, as in T5."""
         return start_token_id(self.config)
 
 
 def is_bundle(folder: Path) -> bool:
-    """Tell whether ``folder`` is what export writes."""
+    """Return whether ``folder`` is a bundle or another output of export."""
     return (folder / "manifest.json").is_file() and not (folder / CARD).is_file()
 
 
 def is_student(folder: Path) -> bool:
-    """Tell whether ``folder`` is what training writes, or another checkpoint."""
+    """Return whether ``folder`` is a student directory or another checkpoint."""
     return (folder / "config.json").is_file() and not (folder / "manifest.json").is_file()
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Find the checkpoint ``name`` and check that it is one of the T5 family with a language-model head.
+    """Find the checkpoint ``name`` and check that it is of the T5 family and has a language-model head.
 
     Args:
         name: a directory, or a name on a hub.
@@ -101,7 +101,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights in ``folder``, in transformers' order of preference.
+    """Return the weight files in ``folder``, chosen by transformers' order of preference.
 
     Raises:
         UsageError: there is none, one of several is missing, or the index names a file outside the directory.
@@ -121,7 +121,7 @@ def weight_files(folder: Path) -> list[Path]:
             ) from error
         if outside:
             raise UsageError(
-                f"{path} names the file {outside[0]!r}, which is not in its directory. Nothing outside is opened."
+                f"{path} names the file {outside[0]!r}, which is not in its directory. Files outside it are not opened."
             )
         missing = [part for part in parts if not (folder / part).is_file()]
         if missing:
@@ -133,14 +133,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise UsageError(_no_weights(folder))
 
 
-# ---------------------------------------------------------------------- where it lies
+# ---------------------------------------------------------------------- finding it
 
 
 def _local(name: str) -> Path | None:
     """Return the directory of the checkpoint ``name``; None: it is a name on a hub.
 
     Raises:
-        UsageError: ``name`` is a path where no checkpoint lies.
+        UsageError: ``name`` is a path without a checkpoint.
     """
     given = Path(name).expanduser()
     if given.is_dir():
@@ -177,10 +177,10 @@ def _not_there(given: Path, near: list[str]) -> Path:
 
 
 def _inside(folder: Path) -> Path:
-    """Return ``folder``, or the one checkpoint it leads to.
+    """Return ``folder``, or the only checkpoint inside it.
 
     Raises:
-        UsageError: it holds none, several, or something else.
+        UsageError: there is none, several, or something else.
     """
     if (folder / "config.json").is_file() or (folder / ADAPTER).is_file():
         if is_bundle(folder):
@@ -200,26 +200,26 @@ def _inside(folder: Path) -> Path:
         return whole[0]
     if whole:
         raise UsageError(
-            f"{folder} holds {len(whole)} checkpoints of a training: {_few([path.name for path in whole])}. Give one of "
-            f"them, such as {whole[-1]}."
+            f"{folder} has {len(whole)} checkpoints of a training run: {_few([path.name for path in whole])}. Choose "
+            f"one, such as {whole[-1]}."
         )
     if saved and (folder / "run.json").is_file():
         raise UsageError(
-            f"{folder} holds an unfinished training of sbs-edge, not a student. Finish it with the command that "
-            f"started it and --resume; the student is then {folder.with_suffix('')}."
+            f"{folder} has an unfinished training run, not a student. Finish it with the command that "
+            f"started it and resume=True; the student is then {folder.with_suffix('')}."
         )
     caches = sorted(path for path in folder.glob("models--*") if (path / "snapshots").is_dir())
     caches = caches or sorted(path for path in folder.glob("hub/models--*") if (path / "snapshots").is_dir())
     if caches:
         raise UsageError(
-            f"{folder} is a hub's cache with {len(caches)} model(s). Give one of them: "
+            f"{folder} is a hub cache with {len(caches)} model(s). Choose one: "
             f"{_few([str(path) for path in caches])}."
         )
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and is_student(path))
     if inner:
         raise UsageError(
-            f"{folder} has no config.json; the checkpoint(s) in it are {_few([str(path) for path in inner])}. Give one of "
-            "them."
+            f"{folder} has no config.json; the checkpoint(s) in it are {_few([str(path) for path in inner])}. Choose "
+            "one."
         )
     found = sorted(path.name for path in folder.iterdir())
     raise UsageError(
@@ -241,11 +241,9 @@ def _snapshot(folder: Path, snapshots: Path) -> Path:
         return kept[0]
     if not kept:
         raise UsageError(
-            f"{folder} is a hub's cache of a model that was never downloaded whole: no config.json in it."
+            f"{folder} is a hub cache of a model that was never downloaded completely: it has no config.json."
         )
-    raise UsageError(
-        f"{folder} holds {len(kept)} revisions. Give one of them: {_few([str(p) for p in kept])}."
-    )
+    raise UsageError(f"{folder} has {len(kept)} revisions. Choose one: {_few([str(p) for p in kept])}.")
 
 
 def _from_hub(name: str) -> Path:
@@ -261,7 +259,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the library's and its HTTP client's errors have no common class
         first = " ".join(str(error).split())[:200].rstrip(".")
         raise UsageError(
-            f"There is no directory {name}, and the hub does not give a checkpoint of that name "
+            f"There is no directory {name}, and the hub has no checkpoint of that name "
             f"({type(error).__name__}: {first}). Check the spelling, or download it where the hub can be reached and "
             "give the directory."
         ) from error
@@ -270,7 +268,7 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------- what it says of itself
+# ---------------------------------------------------------------------- its configuration
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -290,7 +288,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     family = config.get("model_type")
     if family not in FAMILY:
         raise UsageError(
-            f"{folder} holds a {family!r} model; students are of the T5 family (model types {', '.join(FAMILY)}; "
+            f"{folder} is a {family!r} model, but students are of the T5 family (model types {', '.join(FAMILY)}; "
             "T5 v1.1, FLAN-T5 and ByT5 are t5)."
         )
     named = config.get("architectures") or []
@@ -298,14 +296,14 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if other:
         raise UsageError(
             f"{folder / 'config.json'} says that the checkpoint is a {other[0]}, which does not write text. A student "
-            f"has a language-model head: give a checkpoint saved by {_HEADS[0]}, or by its mT5 or UMT5 form."
+            f"has a language-model head: use a checkpoint saved by {_HEADS[0]}, or by its mT5 or UMT5 form."
         )
     if config.get("quantization_config"):
         kind = config["quantization_config"]
         method = kind.get("quant_method") if isinstance(kind, dict) else None
         raise UsageError(
-            f"{folder} holds weights quantised by {method or 'another tool'}, which lost precision that training and export "
-            "need. Give the checkpoint it was made from; export quantises by itself (--target cpu-int8)."
+            f"{folder} has weights quantised by {method or 'another tool'}, without the precision that training and export "
+            "need. Use the checkpoint that it was made from; export quantises by itself (target cpu-int8)."
         )
     return config
 
@@ -314,20 +312,20 @@ def _with_adapter(name: str, folder: Path) -> Checkpoint:
     """Return the checkpoint that an adapter was trained on, and the adapter.
 
     Raises:
-        UsageError: the base is not to be found, or it is not plain which model is meant.
+        UsageError: the base cannot be found, or it is not clear which model is meant.
     """
     settings = _json(folder / ADAPTER)
     base = settings.get("base_model_name_or_path")
     if (folder / "config.json").is_file() and any((folder / file).is_file() for file in WEIGHTS):
         raise UsageError(
-            f"{folder} holds both a whole model and a LoRA adapter ({ADAPTER}, trained on {base}), so it is not plain "
+            f"{folder} has both a whole model and a LoRA adapter ({ADAPTER}, trained on {base}), so it is not clear "
             "whether the adapter is already merged into the weights. For the model alone, move the files adapter_* "
-            f"away: mkdir {folder}.adapter && mv {folder}/adapter_* {folder}.adapter/ . To have the adapter merged into "
+            f"away: mkdir {folder}.adapter && mv {folder}/adapter_* {folder}.adapter/ . To merge the adapter into "
             f"its base, give {folder}.adapter after that."
         )
     if settings.get("peft_type") != "LORA":
         raise UsageError(
-            f"{folder} holds a {settings.get('peft_type')} adapter; only LoRA's can be merged into the weights."
+            f"{folder} has a {settings.get('peft_type')} adapter; only LoRA adapters can be merged into the weights."
         )
     if not base:
         raise UsageError(
@@ -339,7 +337,7 @@ def _with_adapter(name: str, folder: Path) -> Checkpoint:
         inner = open_checkpoint(str(beside) if beside.is_dir() else str(base))
     except UsageError as error:
         raise UsageError(
-            f"{folder} is a LoRA adapter, and what it was trained on cannot be opened: {error} Its place stands as "
+            f"{folder} is a LoRA adapter, and its base cannot be opened: {error} Its path is "
             f"base_model_name_or_path in {folder / ADAPTER}."
         ) from error
     if inner.adapter is not None:
@@ -350,7 +348,7 @@ def _with_adapter(name: str, folder: Path) -> Checkpoint:
 
 
 def _no_weights(folder: Path) -> str:
-    """Say why ``folder`` has no weights that can be read, and the lines that make some."""
+    """Return why ``folder`` has no readable weights, and the commands that create them."""
     script = folder / "zero_to_fp32.py"
     steps = sorted(path.name for path in folder.glob("global_step*"))
     if script.is_file() or steps:

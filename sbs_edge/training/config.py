@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sbs_edge.data.targets import Mode
 from sbs_edge.errors import UsageError
+from sbs_edge.training.depth import Layers, parse_layers
 from sbs_edge.windows import LongSettings
 
 __all__ = ["PREFIXES", "Mode", "TrainConfig", "make_config"]
@@ -21,16 +22,16 @@ PREFIXES: dict[str, tuple[str, str]] = {
 
 
 class TrainConfig(BaseModel):
-    """One training run: ``L = L_label + rationale_weight * L_rationale``.
+    """Settings of a training run, which minimises ``L = L_label + rationale_weight * L_rationale``.
 
-    ``alpha`` is the other way to say the weight: the loss ``alpha * L_label + (1 - alpha) *
-    L_rationale`` equals ``alpha * (L_label + lambda * L_rationale)`` with ``lambda = (1 - alpha) /
-    alpha``. The leading factor ``alpha`` scales every gradient, so a plain-SGD learning rate tuned
-    for the alpha form is to be multiplied by ``alpha`` here; AdamW divides it out (up to its epsilon
-    and up to gradient clipping, which here acts on gradients ``1 / alpha`` times as large).
+    ``alpha`` is another way to give the weight. The loss ``alpha * L_label + (1 - alpha) * L_rationale``
+    equals ``alpha * (L_label + lambda * L_rationale)`` with ``lambda = (1 - alpha) / alpha``. The leading
+    factor ``alpha`` is dropped, so gradients are ``1 / alpha`` times as large. AdamW does not depend on such a
+    factor, except through its epsilon and gradient clipping. With plain SGD, multiply a learning rate that was
+    tuned for the alpha form by ``alpha``.
 
     A field that is None is decided from the others. Each field's description is also its help text in
-    ``sbs-edge train``, which has one option for each field.
+    ``sbs-edge train``, which has an option for each field.
 
     Example:
         >>> TrainConfig(mode="distill", max_steps=2000, batch_size=16).lambda_
@@ -40,7 +41,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    mode: Mode = Field("stepwise", description="Gold or teacher's labels, with or without rationales.")
+    mode: Mode = Field("stepwise", description="Learn gold or teacher labels, with or without rationales.")
     rationale_weight: float | None = Field(
         None,
         ge=0,
@@ -51,20 +52,54 @@ class TrainConfig(BaseModel):
         None,
         gt=0,
         le=1,
-        description="The same weight as alpha * L_label + (1 - alpha) * L_rationale: lambda = (1 - alpha) / alpha.",
+        description="Another way to give lambda, for alpha * L_label + (1 - alpha) * L_rationale: (1 - alpha) / alpha.",
+    )
+    head_start: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of the steps that learn rationales alone, before labels join. Default: 0.4 for a student "
+        "from scratch in mode stepwise-teacher, otherwise 0.",
+    )
+    drop_doubtful: bool | None = Field(
+        None,
+        description="After the head start, or 0.4 of the steps, leave out rows whose rationales stand apart by their "
+        "losses. Default: where head_start is left at a default above 0.",
     )
     prefixes: Literal["seed", "authors"] = Field(
         "seed", description="'[label] ' and '[rationale] ' (seed), or 'predict: ' and 'explain: ' (authors)."
     )
-    label_prefix: str | None = Field(None, description="Label prefix, in place of the preset's.")
-    rationale_prefix: str | None = Field(None, description="Rationale prefix, in place of the preset's.")
+    label_prefix: str | None = Field(None, description="Label prefix, instead of the preset's.")
+    rationale_prefix: str | None = Field(None, description="Rationale prefix, instead of the preset's.")
     row_weight: Literal["none", "confidence"] = Field(
         "none", description="Weight each row's tokens by its confidence, or all rows equally."
+    )
+    soft_labels: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the label's target that is the teacher's distribution (teacher_probs); the rest is its "
+        "label.",
+    )
+    soft_temperature: float = Field(
+        1.0, gt=0, description="Temperature of the teacher's distribution; above 1 flattens it."
+    )
+    rationales: Literal["sample", "all", "best"] = Field(
+        "sample",
+        description="Where rows have several rationales: draw one in each epoch, learn all with equal weights, or the best.",
     )
 
     model: str | None = Field(
         None,
         description="T5-family checkpoint: a hub name or a directory. Default: a small one from scratch.",
+    )
+    encoder_layers: str | int | tuple[int, ...] | None = Field(
+        None,
+        description="Encoder layers to keep of the checkpoint: a number, evenly spaced, or indices such as 0,3,5.",
+    )
+    decoder_layers: str | int | tuple[int, ...] | None = Field(
+        None,
+        description="Decoder layers to keep of the checkpoint: a number, evenly spaced, or indices such as 0,5.",
     )
     d_model: int = Field(64, ge=8, multiple_of=8, description="Model width from scratch, a multiple of 8.")
     d_ff: int = Field(512, ge=8, description="Feed-forward width from scratch.")
@@ -79,7 +114,9 @@ class TrainConfig(BaseModel):
     tokenizer: Literal["word", "unigram"] | None = Field(
         None, description="Tokenizer from scratch. Default: word for the built-in task, otherwise unigram."
     )
-    vocabulary: int = Field(4000, ge=64, description="Most pieces of a unigram tokenizer from scratch.")
+    vocabulary: int = Field(
+        4000, ge=64, description="Largest vocabulary of a unigram tokenizer from scratch."
+    )
     lora_rank: int = Field(
         0, ge=0, description="Train LoRA adapters of this rank, merged at the end; 0 trains all weights."
     )
@@ -98,41 +135,52 @@ class TrainConfig(BaseModel):
     gradient_accumulation: int = Field(
         1, ge=1, description="Forward passes per step; token means are taken over all of them."
     )
-    max_steps: int | None = Field(None, ge=1, description="Optimiser steps. Default: 600, or as epochs say.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Optimiser steps. Default: 600, or as many as epochs need."
+    )
     epochs: float | None = Field(
-        None, gt=0, description="Passes over the rows, in place of max_steps; the last batch may be smaller."
+        None, gt=0, description="Passes over the rows, instead of max_steps; the last batch may be smaller."
     )
     warmup: int | None = Field(
         None, ge=0, description="Steps of linear warm-up. Default: 50, or a tenth of a run under 500 steps."
     )
     schedule: Literal["hold", "linear", "constant"] = Field(
-        "hold", description="Keep the peak, then fall linearly (hold); fall from the start; or never fall."
+        "hold",
+        description="hold: keep the peak, then fall linearly; linear: fall from the start; constant: never fall.",
     )
     hold: float = Field(0.6, ge=0, lt=1, description="Share of the steps at the peak, for the hold schedule.")
     final: float = Field(0.05, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
-    max_source_tokens: int = Field(512, ge=2, description="Longer inputs are cut, and counted.")
+    max_source_tokens: int = Field(
+        512, ge=2, description="Longest input in tokens; longer inputs are cut and counted."
+    )
     long: Literal["off", "full", "random"] = Field(
         "off",
         description="Read inputs over max_source_tokens in chunks of that length: with all states of the encoder "
         "(full), or with as many as a chunk has, drawn at random in each step (random).",
     )
     max_long_tokens: int = Field(
-        4096, ge=8, description="Longest input with long; longer ones are cut, and counted."
+        4096, ge=8, description="Longest input with long; longer inputs are cut and counted."
     )
     chunk_overlap: float = Field(
         0.25, ge=0, lt=1, description="Share that neighbouring chunks have in common."
     )
     chunk_header: str = Field("", description="Repeat the text up to this string in every chunk.")
     chunk_marker: bool = Field(False, description="Tell each chunk its place: 'part 3 of 9'.")
-    max_target_tokens: int = Field(256, ge=2, description="Longer targets are cut, and counted.")
-    shuffle_buffer: int = Field(1000, ge=1, description="Rows held for shuffling when the rows are a stream.")
+    max_target_tokens: int = Field(
+        256, ge=2, description="Longest target in tokens; longer targets are cut and counted."
+    )
+    shuffle_buffer: int = Field(
+        1000, ge=1, description="Rows in the shuffle buffer when the rows are a stream."
+    )
     seed: int = Field(0, ge=0, description="Seed of splits, initial weights and row order.")
 
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between evaluations. Default: six evaluations per run."
     )
     eval_batch_size: int = Field(100, ge=1, description="Validation rows per forward pass.")
-    validation_rows: int = Field(1000, ge=0, description="Most validation rows used while training.")
+    validation_rows: int = Field(
+        1000, ge=0, description="Number of validation rows used while training, at most."
+    )
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after this many evaluations without a better validation score."
     )
@@ -140,27 +188,30 @@ class TrainConfig(BaseModel):
         "best", description="Keep the weights of the best validation score, or the last ones."
     )
     save_steps: int | None = Field(
-        None, ge=0, description="Steps between checkpoints; 0 saves none. Default: as eval_steps."
+        None, ge=0, description="Steps between checkpoints; 0 saves none. Default: the same as eval_steps."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept on disk.")
     resume: bool = Field(
-        False, description="Continue from the newest checkpoint, if there is one, in place of a new start."
+        False, description="Continue from the newest checkpoint, if there is one, instead of starting over."
     )
 
     bf16: bool = Field(False, description="Compute in bfloat16.")
-    gradient_checkpointing: bool = Field(False, description="Less memory, about a third slower.")
-    fsdp: bool = Field(False, description="Shard parameters over torchrun's processes.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations: less memory, about a third slower."
+    )
+    fsdp: bool = Field(False, description="Shard parameters over the processes of torchrun.")
     threads: int | None = Field(
         None, ge=1, description="CPU threads. Default: as many as the CPU quota and affinity allow."
     )
     workspace_mb: float | None = Field(
-        None, gt=0, description="Scratch memory of the fused loss in MB. Default: its own choice."
+        None, gt=0, description="Scratch memory of the fused loss in MB. Default: chosen by its engine."
     )
     loss_engine: Literal["auto", "triton", "cublas", "torch", "reference"] = Field(
         "auto", description="Engine of the fused loss."
     )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = Field(
-        None, description="Where figures are logged; none logs nowhere. Default: TensorBoard if installed."
+        None,
+        description="Trackers that log the figures; none disables them. Default: TensorBoard if installed.",
     )
     progress: bool | None = Field(
         None, description="Report progress on stderr. Default: a bar on a terminal, otherwise plain lines."
@@ -175,6 +226,11 @@ class TrainConfig(BaseModel):
             return names
         return tuple(name.strip() for name in names if name.strip() != "none")
 
+    @field_validator("encoder_layers", "decoder_layers")
+    @classmethod
+    def _layers(cls, value: Layers | None) -> int | tuple[int, ...] | None:
+        return None if value is None else parse_layers(value)
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.alpha is not None and self.rationale_weight is not None:
@@ -183,10 +239,20 @@ class TrainConfig(BaseModel):
             raise ValueError("give max_steps or epochs, not both")
         if not self.model and self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
+        if not self.model and (self.encoder_layers or self.decoder_layers) is not None:
+            raise ValueError(
+                "encoder_layers and decoder_layers keep some of a checkpoint's layers: give model too. From scratch, "
+                "n_layers and n_decoder_layers set the depth"
+            )
         label, rationale = self.prefix_pair
         if self.uses_rationales and label == rationale:
             raise ValueError(
                 f"label_prefix and rationale_prefix are both {label!r}: they tell the tasks apart"
+            )
+        if self.soft_labels and self.mode in ("finetune", "stepwise"):
+            raise ValueError(
+                f"soft_labels are the teacher's, and mode {self.mode} learns gold labels: use mode distill or "
+                "stepwise-teacher"
             )
         if self.long != "off" and self.max_long_tokens <= self.max_source_tokens:
             raise ValueError(
@@ -199,17 +265,17 @@ class TrainConfig(BaseModel):
 
     @property
     def uses_rationales(self) -> bool:
-        """Whether the mode has the rationale task."""
+        """Return whether the mode has the rationale task."""
         return self.mode in ("stepwise", "stepwise-teacher")
 
     @property
     def from_scratch(self) -> bool:
-        """Whether the student starts from random weights."""
+        """Return whether the student starts from random weights."""
         return self.model is None
 
     @property
     def prefix_pair(self) -> tuple[str, str]:
-        """The prefixes in force, ``(label, rationale)``."""
+        """Return the prefixes ``(label, rationale)`` that are used."""
         label, rationale = PREFIXES[self.prefixes]
         return (
             label if self.label_prefix is None else self.label_prefix,
@@ -228,7 +294,7 @@ class TrainConfig(BaseModel):
 
     @property
     def lambda_(self) -> float:
-        """Weight of the rationale loss; 0 in the modes without rationales."""
+        """Return the weight of the rationale loss; 0 in modes without rationales."""
         if not self.uses_rationales:
             return 0.0
         if self.alpha is not None:
@@ -238,8 +304,24 @@ class TrainConfig(BaseModel):
         return 3.0 if self.from_scratch else 1.0
 
     @property
+    def head_start_(self) -> float:
+        """Share of the steps that learn rationales alone."""
+        if not self.uses_rationales:
+            return 0.0
+        if self.head_start is not None:
+            return self.head_start
+        return 0.4 if self.mode == "stepwise-teacher" and self.from_scratch else 0.0
+
+    @property
+    def drop_doubtful_(self) -> bool:
+        """Whether rows are left out after the head start."""
+        if self.drop_doubtful is not None:
+            return self.drop_doubtful and self.uses_rationales
+        return self.head_start is None and self.head_start_ > 0
+
+    @property
     def peak_learning_rate(self) -> float:
-        """Learning rate after warm-up."""
+        """Return the learning rate after warm-up."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 3e-3 if self.from_scratch else 1e-4
@@ -249,7 +331,7 @@ class TrainConfig(BaseModel):
 
         Args:
             n_rows: training examples, or None for a stream of unknown length.
-            global_batch: examples an optimiser step sees over all processes and accumulated passes.
+            global_batch: examples per optimiser step, over all processes and accumulated passes.
 
         Raises:
             UsageError: when ``epochs`` is given for a stream.
@@ -259,7 +341,7 @@ class TrainConfig(BaseModel):
             return self.max_steps or 600
         if n_rows is None:
             raise UsageError(
-                "A stream has no known end, so epochs cannot be counted: give max_steps instead."
+                "The length of a stream is unknown, so epochs cannot be counted: give max_steps instead."
             )
         return max(1, -(-int(self.epochs * n_rows) // global_batch))
 

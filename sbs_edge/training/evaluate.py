@@ -1,9 +1,9 @@
-"""Evaluate a student with PyTorch: how often a student's labels are right, and how close its rationales come.
+"""Evaluate a student with PyTorch: the accuracy of its labels, and the agreement of its rationales.
 
-Labels are chosen as the runtime chooses them. A closed set whose labels differ in their first token
-is decided in one decoder step; any other set, and the choices a row brings, by the sum of log
-p(token | prefix) over the whole label with its end token, normalised over the vocabulary; open labels
-are decoded greedily. Answers are compared by :func:`sbs_edge.data.answers.same_answer`.
+Labels are chosen as the runtime chooses them. If the labels of a closed set differ in their first token, one
+decoder step decides. Other sets, and choices in the rows, are scored by the sum of log p(token | prefix) over the
+whole label with its end token, normalised over the vocabulary. Open labels are decoded greedily. Answers are
+compared by :func:`sbs_edge.data.answers.same_answer`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sbs_edge.progress import ProgressLine
 from sbs_edge.resources import limit_torch_threads
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
 from sbs_edge.training.long import chunk_tensors, encode_chunks
+from sbs_edge.training.model import cache_options
 from sbs_edge.training.student_dir import StudentDir
 from sbs_edge.windows import ChunkReader
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 OnProgress = Callable[[int, int], None]
-"""Called with the rows done and the rows in all."""
+"""Called with the number of rows done and the total."""
 
 __all__ = ["evaluate", "predict_labels", "predict_rationales"]
 
@@ -92,7 +93,7 @@ def _first_step(model: Any, read: BaseModelOutput, mask: Tensor, tokens: Tensor)
 def _sequence_scores(
     model: Any, read: BaseModelOutput, mask: Tensor, candidates: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
-    """Return for each row the log-probability of each of its candidates (token ids with end token)."""
+    """Return, for each row, the log-probability of each candidate (token ids with end token)."""
     config, states = model.config, read[0]
     owner = torch.tensor([row for row, own in enumerate(candidates) for _ in own], device=mask.device)
     flat = [list(candidate) for own in candidates for candidate in own]
@@ -138,7 +139,7 @@ def _generate(
         read, mask = _read(model, student, tokenizer, part, prefix)
         out = model.generate(
             encoder_outputs=read, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
-            do_sample=False, num_beams=1,
+            do_sample=False, num_beams=1, **cache_options(model),
         )  # fmt: skip
         for row in out[:, 1:].tolist():
             end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
@@ -178,7 +179,7 @@ def predict_labels(
         for example in examples[start : start + len(part)]:
             choices = labels if kind == "closed" else example.choices
             if not choices:
-                raise DataError(f"{example.source or example.id} brings no choices, which its task needs.")
+                raise DataError(f"{example.source or example.id} has no choices, which its task needs.")
             own.append(choices)
         candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
         for row, values in zip(own, _sequence_scores(model, read, mask, candidates), strict=True):
@@ -263,21 +264,21 @@ def evaluate(
     Args:
         student: a student directory.
         examples: rows; None: its own validation rows.
-        model: judge this transformers model in place of the directory's weights.
-        batch_size: rows a forward pass.
-        rationales: decode at most this many rationales; None: all, 0: none. Only modes with
-            rationales are asked for them.
-        predictions: add ``predictions``: for each example its answer, whether it is ``right`` (None
-            without a gold label) and its rationale.
+        model: evaluate this transformers model instead of the directory's weights.
+        batch_size: rows per forward pass.
+        rationales: decode at most this many rationales; None: all, 0: none. It only applies to modes with
+            rationales.
+        predictions: add ``predictions``: the answer to each example, whether it is ``right`` (None
+            without a gold label), and the rationale.
         device: where to run; None: a GPU if there is one.
         progress: write a line on stderr every few seconds.
 
     Returns:
         ``n``, ``method``, ``label_accuracy`` over the ``label_n`` rows with a gold label (None
-        without any), ``labels_respelled`` (gold labels of an open task that the tokenizer cannot
-        spell: they count as given when the student writes what the tokenizer makes of them),
-        ``teacher_agreement`` (share of rows with a teacher's label whose label the
-        student gives), and for rationales ``rationale_n``, ``rationale_token_accuracy`` and
+        without any), ``labels_respelled`` (gold labels of an open task whose spelling the tokenizer changes; the
+        student is right when it writes the changed form),
+        ``teacher_agreement`` (share of rows with a teacher label in which the student gives the same label), and for
+        rationales ``rationale_n``, ``rationale_token_accuracy`` and
         ``rationale_loss`` (next token, given the reference so far) and ``rationale_exact`` (share
         of decoded rationales equal to the reference up to case and white space).
 
@@ -306,7 +307,7 @@ def evaluate(
     compare = opened.task.compare
 
     def same(answer: str, wanted: str) -> bool:
-        # A decoded label is right when it is the wanted one as the tokenizer spells it: training counts its tokens.
+        # A decoded label is right if it is the gold label as the tokenizer spells it, as in training.
         return same_answer(answer, wanted, compare) or (method == "decode" and answer == spelled(wanted))
 
     spelled = functools.cache(tokenizer.respelled)
@@ -361,5 +362,5 @@ def evaluate(
 
 
 def _canonical(tokenizer: TextTokenizer, text: str) -> str:
-    """Return ``text`` as the tokenizer would spell it, so that spacing of signs is not an error."""
+    """Return ``text`` as the tokenizer spells it, so that the spacing of signs is not an error."""
     return normalise(tokenizer.respelled(text))

@@ -1,6 +1,6 @@
-"""One sequence-to-sequence student, two tasks: a single encoder pass, a decoder pass a task, one loss.
+"""A sequence-to-sequence student for two tasks: one encoder pass, a decoder pass per task, one loss.
 
-Works around any T5-family checkpoint (T5, T5 v1.1, FLAN-T5, mT5, UMT5, ByT5) without knowing which.
+It wraps any T5-family checkpoint (T5, T5 v1.1, FLAN-T5, mT5, UMT5, ByT5).
 The factor between decoder output and LM head (``d_model ** -0.5`` in some tied models) is measured on
 the model itself, because transformers 4 and 5 keep it in different places.
 """
@@ -20,6 +20,7 @@ __all__ = [
     "TwoTaskModel",
     "add_lora",
     "build_student",
+    "cache_options",
     "is_tied",
     "measure_logit_scale",
     "merge_lora",
@@ -29,7 +30,7 @@ LORA_LAYERS = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 
 
 def measure_logit_scale(student: Any) -> float:
-    """Return the factor the model puts between its decoder's output and its LM head."""
+    """Return the factor that the model applies between its decoder's output and its LM head."""
     seen: dict[str, Tensor] = {}
     hooks = [
         student.get_decoder().register_forward_hook(lambda _m, _i, out: seen.__setitem__("out", out[0])),
@@ -51,8 +52,20 @@ def measure_logit_scale(student: Any) -> float:
 
 
 def is_tied(student: Any) -> bool:
-    """Tell whether the LM head is the embedding itself."""
+    """Return whether the LM head is the embedding itself."""
     return bool(student.get_output_embeddings().weight is student.get_input_embeddings().weight)
+
+
+def cache_options(student: Any) -> dict[str, Any]:
+    """Return arguments of ``generate`` that a decoder deeper than its encoder needs.
+
+    transformers 4.57 sizes the cache by the encoder's layers; a cache that grows by itself fits any decoder.
+    """
+    if student.config.num_decoder_layers <= student.config.num_layers:
+        return {}
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
 class TwoTaskModel(nn.Module):
@@ -110,30 +123,40 @@ class TwoTaskModel(nn.Module):
         row_weights: Tensor,
         valid_indices: Tensor,
         denominators: Tensor | None = None,
+        decoder_rows: list[Tensor] | None = None,
         state_index: Tensor | None = None,
         label_tokens: Tensor | None = None,
         label_exact: bool = False,
+        row_losses: bool = False,
     ) -> dict[str, Tensor]:
         """Run both tasks and return their losses.
 
         Args:
             input_ids: (B, S), the rows of task 0 first, then those of task 1; with ``state_index`` their chunks.
             attention_mask: of the same shape.
-            decoder_ids: for each task (B_k, T_k) decoder inputs; the B_k add up to B.
-            targets: (N,) with N = sum B_k T_k, -100 where padded.
-            segment_ids: (N,) task of each position.
+            decoder_ids: for each task (R_k, T_k) decoder inputs.
+            targets: (N,) with N = sum R_k T_k, -100 where padded.
+            segment_ids: (N,) task of each position, plus 2 where the target is a further one of its row.
             row_weights: (N,) float weight of each position.
             valid_indices: (M,) positions whose target is real.
-            denominators: (K,) see :func:`fused_linear_cross_entropy`.
+            denominators: (2,) sums of weights a task; see :func:`fused_linear_cross_entropy`. Needed with
+                ``decoder_rows``.
+            decoder_rows: for each task (R_k,) the encoder row of each decoder row, where a row has several
+                targets; None: the encoder's rows in order.
             state_index: (B, N), for rows that are read in chunks: see :func:`sbs_edge.training.long.chunk_tensors`.
             label_tokens: (C,) token ids; adds ``scores`` (B_0, C), float32 logits of the first step.
-            label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max,
-                which is when greedy decoding gives exactly the target.
+            label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max, so that greedy
+                decoding gives exactly the target.
+            row_losses: adds ``row_losses`` (R,), the mean loss of each decoder row of the last task.
 
         Returns:
-            ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and what was asked for.
+            ``loss`` (), ``losses`` (2,), ``counts`` (2,), ``correct`` (2,), and the requested additions. Counts are
+            of first targets only.
 
         """
+        parts = 1 if decoder_rows is None else 2  # first targets; and further ones, which are not counted
+        if parts == 2 and denominators is None:
+            raise ValueError("Rows with several targets need denominators: a task's targets share one sum.")
         if state_index is None:
             states = self.encode(input_ids, attention_mask)
         else:
@@ -141,8 +164,8 @@ class TwoTaskModel(nn.Module):
                 state_index = draw_states(state_index, self.drawn_states)
             states, attention_mask = encode_chunks(self.encode, input_ids, attention_mask, state_index)
         hidden, start = [], 0
-        for ids in decoder_ids:
-            rows = slice(start, start + ids.shape[0])
+        for task, ids in enumerate(decoder_ids):
+            rows = slice(start, start + ids.shape[0]) if decoder_rows is None else decoder_rows[task]
             hidden.append(self.decode(ids, states[rows], attention_mask[rows]))
             start += ids.shape[0]
         flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in hidden])
@@ -156,29 +179,45 @@ class TwoTaskModel(nn.Module):
                 head,
                 targets,
                 segment_ids=segment_ids,
-                n_segments=2,
-                segment_weights=self.segment_weights,
+                n_segments=2 * parts,
+                segment_weights=self.segment_weights * parts,
                 row_weights=row_weights,
                 valid_indices=valid_indices,
-                denominators=denominators,
+                denominators=None if denominators is None else denominators.repeat(parts),
                 logit_scale=self.logit_scale,
                 **self.options,
             )
-        result = {"loss": loss.total, "losses": loss.losses, "counts": loss.counts, "correct": loss.correct}
+        result = {
+            "loss": loss.total,
+            "losses": loss.losses.view(parts, 2).sum(0),
+            "counts": loss.counts[:2],
+            "correct": loss.correct[:2],
+        }
         if label_tokens is not None:
             first = hidden[0][:, 0].float() * self.logit_scale
             result["scores"] = first @ head[label_tokens].float().t()
         if label_exact:
             label = hidden[0].float() * self.logit_scale
             wanted = targets[: label.shape[0] * label.shape[1]].view(label.shape[:2])
-            # A few label tokens a row: evaluation only, never in training.
+            # A few label tokens per row; only in evaluation, never in training.
             guess = (label @ head.float().t()).argmax(-1)
             result["exact"] = ((guess == wanted) | (wanted == -100)).all(1)
+        if row_losses:
+            n_rows, width = decoder_ids[-1].shape
+            result["row_losses"] = fused_linear_cross_entropy(
+                flat[-n_rows * width :],
+                head,
+                targets[-n_rows * width :],
+                segment_ids=torch.arange(n_rows, device=flat.device).repeat_interleave(width),
+                n_segments=n_rows,
+                logit_scale=self.logit_scale,
+                **self.options,
+            ).losses
         return result
 
 
 def build_student(config: TrainConfig, vocabulary: int) -> Any:
-    """Make a T5 with random weights of the configured size; the vocabulary is rounded up to 8."""
+    """Return a T5 of the configured size with random weights; the vocabulary is rounded up to a multiple of 8."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     student = T5ForConditionalGeneration(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from sbs_edge.data.example import LabelKind
-from sbs_edge.data.readers import ColumnMap
+from sbs_edge.data.load import SourceOptions
 from sbs_edge.training.config import Mode
 
 __all__ = ["DataOptions", "TrainOptions"]
@@ -18,11 +17,15 @@ class TrainOptions(TypedDict, total=False):
     mode: Mode
     rationale_weight: float | None
     alpha: float | None
+    head_start: float | None
+    drop_doubtful: bool | None
     prefixes: Literal["seed", "authors"]
     label_prefix: str | None
     rationale_prefix: str | None
 
     model: str | None
+    encoder_layers: str | int | tuple[int, ...] | None
+    decoder_layers: str | int | tuple[int, ...] | None
     d_model: int
     d_ff: int
     n_heads: int
@@ -59,6 +62,9 @@ class TrainOptions(TypedDict, total=False):
     chunk_marker: bool
     max_target_tokens: int
     row_weight: Literal["none", "confidence"]
+    soft_labels: float
+    soft_temperature: float
+    rationales: Literal["sample", "all", "best"]
 
     eval_steps: int | None
     eval_batch_size: int
@@ -80,15 +86,9 @@ class TrainOptions(TypedDict, total=False):
     threads: int | None
 
 
-class DataOptions(TypedDict, total=False):
+class DataOptions(SourceOptions, total=False):
     """Keyword arguments of :func:`~sbs_edge.data.load.load_splits`, which explains them."""
 
-    dataset: str | None
-    validation: str | Path | None
-    test: str | Path | None
-    label_kind: LabelKind | None
-    compare: Literal["text", "value"]
-    columns: ColumnMap
     skip_bad_rows: bool
     seed: int
     skipped_file: str | Path | None

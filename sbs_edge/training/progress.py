@@ -36,7 +36,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     @staticmethod
     def wanted(setting: bool | None) -> bool:
-        """Whether to show progress: yes, unless it is switched off."""
+        """Return whether to show progress, which is on unless it is switched off."""
         return setting is not False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

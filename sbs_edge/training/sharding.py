@@ -1,8 +1,8 @@
 """Parameters sharded over processes with torch's ``fully_shard``: the same code on GPUs and on CPUs.
 
-accelerate does not shard on CPUs, and what it writes for sharded runs only sharded runs can read. So
-the Trainer is handed a model that is sharded already, and checkpoints hold whole tensors in the one
-form that every run reads: sharded or not, whatever the number of processes.
+accelerate does not shard on CPUs, and only sharded runs can read its sharded checkpoints. So
+the Trainer gets a model that is sharded already, and checkpoints contain whole tensors, which every run can read,
+sharded or not, with any number of processes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["Sharded", "shard", "spread_optimizer_state", "whole", "whole_optimiz
 
 
 class Sharded(nn.Module):
-    """A shell around the sharded model, so that the Trainer does not wrap it a second time.
+    """A wrapper of the sharded model, so that the Trainer does not wrap it again.
 
     Args:
-        model: what :func:`shard` was given.
+        model: the model that :func:`shard` took.
 
     """
 
@@ -35,8 +35,8 @@ class Sharded(nn.Module):
 def shard(model: Any, device: torch.device, world: int) -> None:
     """Shard the parameters of ``model`` (a two-task model on ``device``) in place.
 
-    A block of the encoder or decoder is gathered when it runs; what lies outside the blocks (the
-    embeddings, which are tied to the LM head in some students) when the model runs. Every process
+    A block of the encoder or decoder is gathered when it runs. The parameters outside the blocks (the
+    embeddings, which are tied to the LM head in some students) are gathered when the model runs. Every process
     must make the same passes. Gradients are averaged over processes, as with DDP.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -50,7 +50,7 @@ def shard(model: Any, device: torch.device, world: int) -> None:
 
 
 def whole(value: Any) -> Any:
-    """Return a tensor on the CPU, gathered if it is sharded (then every process must call); else as is."""
+    """Return a tensor on the CPU, gathered if it is sharded; then every process must call this."""
     if not isinstance(value, Tensor):
         return value
     gathered = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -58,7 +58,7 @@ def whole(value: Any) -> Any:
 
 
 def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return ``optimizer.state_dict()`` with whole tensors; every process must call."""
+    """Return ``optimizer.state_dict()`` with whole tensors; every process must call this."""
     state: dict[str, Any] = optimizer.state_dict()
     moments = {
         index: {name: whole(value) for name, value in entry.items()}
@@ -68,7 +68,7 @@ def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 
 def spread_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Return whole ``state`` with each tensor placed as the parameter it belongs to."""
+    """Return whole ``state`` with each tensor sharded like its parameter."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parameters = [value for group in optimizer.param_groups for value in group["params"]]

@@ -1,4 +1,4 @@
-"""Training rows that stay on disk: a source opened anew for every pass, and a sample that describes it."""
+"""Training rows that stay on disk: a source that is opened again for every pass, and a sample of it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SAMPLE_ROWS = 5000
 
 
 class StreamSource:
-    """Opens the training rows for one pass more, and counts what a pass had to leave out.
+    """Opens the training rows for another pass, and counts the rows that a pass left out.
 
     Attributes:
-        left_out: malformed rows met in the pass that met most of them; a pass may have been cut short.
+        left_out: the largest number of malformed rows in a pass; a pass may have been cut short.
         first: the first of them.
-        task: once known, labels are spelled as it spells them.
+        task: if set, labels get the spelling of its label set.
 
     """
 
@@ -67,11 +67,11 @@ def open_stream(
     compare: Literal["text", "value"] = "text",
     skip_bad_rows: bool = False,
 ) -> tuple[Splits, StreamSource]:
-    """Return splits that hold a sample of the training rows, and what opens all of them.
+    """Return splits with a sample of the training rows, and the source that opens all of them.
 
     The sample (the first 5000 rows) gives the task, the tokenizer and the calibration rows. Rows
     whose input is a validation input are left out of every pass. A malformed row stops the run when
-    it is reached, unless ``skip_bad_rows``: then the source counts them.
+    it is reached; with ``skip_bad_rows`` the source counts it instead.
 
     Raises:
         UsageError: there is no validation file; rows of a stream cannot be held out of it.
@@ -79,9 +79,7 @@ def open_stream(
 
     """
     if validation is None:
-        raise UsageError(
-            "--stream cannot hold validation rows out of the source: name a file with --validation."
-        )
+        raise UsageError("A stream cannot hold out validation rows: pass a file of them as validation=FILE.")
     held = read_examples(validation, columns=columns)
     refuse(held.rejected)
     excluded = {normalise(row.input) for row in held.examples}
@@ -89,7 +87,7 @@ def open_stream(
     rows = StreamSource(source, columns, excluded, skip_bad_rows=skip_bad_rows)
     sample = list(itertools.islice(rows(), SAMPLE_ROWS))
     if not sample:
-        raise DataError(f"{source} holds no usable training row outside {validation}.")
+        raise DataError(f"{source} has no usable training row outside {validation}.")
     task = infer_task(Path(source).stem, [*sample, *held.examples], label_kind, compare)
     rows.task = task
     return Splits(task, fit_labels(sample, task)[0], fit_labels(held.examples, task)[0]), rows

@@ -1,8 +1,8 @@
-"""The student directory: what training writes, and what export and evaluation read. Light: no torch.
+"""The student directory, which training writes, and export and evaluation read. Imports no torch.
 
 ``config.json``, ``model.safetensors``, ``generation_config.json`` and ``tokenizer.json`` as transformers
 writes them, ``sbs_edge.json`` (task, prefixes, limits, how it was trained), ``validation.jsonl`` and
-``calibration.jsonl`` (examples for calibration and for the guard).
+``calibration.jsonl`` (training examples for calibration).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CALIBRATION = "calibration.jsonl"
 
 
 class MadeFiles:
-    """A temporary directory for small files of one student; it goes with the object."""
+    """A temporary directory for small files of a student, deleted with the object."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sbs-edge-"))
@@ -54,7 +54,7 @@ class StudentDir:
         limits: ``max_source_tokens``, ``max_target_tokens``, ``max_label_tokens``.
         mode: the training mode.
         card: everything in ``sbs_edge.json``.
-        checkpoint: where weights and configuration lie, for a checkpoint that was not trained here.
+        checkpoint: place of weights and configuration, for a checkpoint that was not trained here.
         made: directory of small files made for such a checkpoint, such as its fast tokenizer.
     """
 
@@ -85,7 +85,7 @@ class StudentDir:
         if not card_path.is_file():
             raise UsageError(
                 f"{root} has no {CARD}, so its task and prefixes are unknown. Train with sbs-edge train, or "
-                "say what the labels are when you export it (--label)."
+                "pass the labels when you export it."
             )
         try:
             card = json.loads(card_path.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ class StudentDir:
 
     @staticmethod
     def task_card(task: TaskSpec) -> dict[str, Any]:
-        """Return the task as the card keeps it."""
+        """Return the task in the form of the card."""
         return {**asdict(task), "labels": list(task.labels)}
 
     def tokenizer(self) -> Tokenizer:
@@ -122,12 +122,12 @@ class StudentDir:
         return load_tokenizer(self.companion("tokenizer.json").parent)
 
     def companion(self, name: str) -> Path:
-        """Return the path of a small file beside the weights: one made for this checkpoint, or its own."""
+        """Return the path of a small file beside the weights: made for this checkpoint, or its own."""
         made = self.made.folder / name if self.made is not None else None
         return made if made is not None and made.is_file() else self.path / name
 
     def text_tokenizer(self) -> TextTokenizer:
-        """Load the tokenizer as training and the runtime use it: no text yields control tokens."""
+        """Load the tokenizer as training and the runtime use it, without control tokens in texts."""
         return TextTokenizer(self.tokenizer())
 
     def _rows(self, name: str) -> list[Example]:
@@ -137,15 +137,15 @@ class StudentDir:
         bad: list[RejectedRow] = []
         rows = list(stream_examples(path, on_reject=bad.append))
         if bad:
-            # Training wrote them all, so the file is damaged; fewer rows would judge more mildly.
+            # Training wrote all of them, so the file is damaged, and the accuracy check needs every row.
             raise DataError(
-                f"{bad[0]}. {len(bad)} row(s) of {path} cannot be read, though training wrote them. Mend them, or "
+                f"{bad[0]}. {len(bad)} row(s) of {path} cannot be read, although training wrote them. Correct them, or "
                 "copy the student again."
             )
         return rows
 
     def validation(self) -> list[Example]:
-        """Return the validation rows the student was selected on; empty when there were none.
+        """Return the validation rows that chose the student's weights; empty if there were none.
 
         Raises:
             DataError: a row is damaged.
@@ -153,7 +153,7 @@ class StudentDir:
         return self._rows(VALIDATION)
 
     def calibration(self) -> list[Example]:
-        """Return training rows kept for calibrating quantisation; empty when there are none.
+        """Return the training rows stored for calibrating quantisation; empty if there are none.
 
         Raises:
             DataError: a row is damaged.

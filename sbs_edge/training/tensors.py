@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's files, as they stand there: safetensors or .bin, whole or in parts."""
+"""Read the tensors of a checkpoint's files unchanged: safetensors or .bin, whole or sharded."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sbs_edge.training.checkpoint import weight_files
 
 __all__ = ["read_tensors"]
 
-# What wrapping a model puts before every name: DistributedDataParallel, torch.compile, a Lightning module.
+# Prefixes that wrappers add to every name: DistributedDataParallel, torch.compile, a Lightning module.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the state dict that the weight files in ``folder`` hold, tensors in the files' own precision.
+    """Return the state dict in the weight files of ``folder``, with tensors in the files' own precision.
 
-    A .bin file is opened by PyTorch's reader of tensors alone (``weights_only``), which runs no code of the file.
+    A .bin file is read with ``weights_only=True``, which runs no code from the file.
 
     Raises:
-        UsageError: there are no weights, or a file is damaged or holds something else.
+        UsageError: there are no weights, or a file is damaged or has other content.
     """
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -37,8 +37,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATING:
             raise UsageError(
-                f"{folder} holds {name} as {str(tensor.dtype).removeprefix('torch.')}: its weights are quantised. Give the "
-                "checkpoint it was made from; export quantises by itself (--target cpu-int8)."
+                f"{folder} has {name} as {str(tensor.dtype).removeprefix('torch.')}: its weights are quantised. Give the "
+                "checkpoint it was made from; export quantises by itself (target cpu-int8)."
             )
     return tensors
 
@@ -77,7 +77,7 @@ def _bin(path: Path) -> dict[str, Tensor]:
         if begin not in (b"PK", b"\x80\x02"):
             raise _damaged(path, "not a file of PyTorch") from error
         raise UsageError(
-            f"{path} holds more than tensors, and opening that could run code of its author. If you trust the file, "
+            f"{path} contains more than tensors, and opening it could run its author's code. If you trust the file, "
             f"save its tensors alone where you trained: torch.save(model.state_dict(), {path.name!r})."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
@@ -87,6 +87,6 @@ def _bin(path: Path) -> dict[str, Tensor]:
             content = content[inner]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UsageError(
-            f"{path} is not a state dict: it holds something else than named tensors. Save the model with save_pretrained."
+            f"{path} is not a state dict: it has something other than named tensors. Save the model with save_pretrained."
         )
     return {str(name): value for name, value in content.items()}

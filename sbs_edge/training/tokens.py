@@ -13,7 +13,7 @@ from sbs_edge.data.example import Example, TaskSpec
 from sbs_edge.data.shift_log import LATEST_NAME
 from sbs_edge.data.shift_log import NAME as SHIFT_LOG
 from sbs_edge.data.spiece import spiece_tokenizer
-from sbs_edge.data.targets import label_for, rationale_for
+from sbs_edge.data.targets import label_for, rationales_for
 from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer, load_tokenizer
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.tokens import without_limits
@@ -30,11 +30,11 @@ MARKED_PARTS = 99
 
 
 def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: TrainConfig) -> Tokenizer:
-    """Build a tokenizer from what the mode sees of the training rows, and the closed labels."""
+    """Build a tokenizer from the texts of the training rows that the mode uses, and the closed labels."""
     kind = config.tokenizer or ("word" if task.name in (BUILTIN, SHIFT_LOG, LATEST_NAME) else "unigram")
     texts: list[str] = []
     for example in examples:
-        targets = (label_for(example, config.mode), rationale_for(example, config.mode))
+        targets = (label_for(example, config.mode), *rationales_for(example, config.mode))
         texts += [example.input, *(target for target in targets if target), *(example.choices or ())]
     if config.long != "off" and config.chunk_marker:
         texts += [MARKER.format(part, MARKED_PARTS) for part in range(1, MARKED_PARTS + 1)]
@@ -44,15 +44,15 @@ def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: Train
 def checkpoint_tokenizer(folder: Path, family: str = "t5") -> Tokenizer:
     """Load the fast tokenizer of the checkpoint in ``folder``, without padding or truncation.
 
-    It is read from the first of these that is there, the same under every version of transformers: ``tokenizer.json``,
-    ByT5's few rules, a SentencePiece model, whatever else transformers can convert.
+    It is read from the first of these that exists, in the same way under every version of transformers:
+    ``tokenizer.json``, ByT5's few rules, a SentencePiece model, any other form that transformers can convert.
 
     Args:
         folder: the checkpoint's directory.
         family: its model type, which says how many ``<extra_id_N>`` follow T5's pieces.
 
     Raises:
-        UsageError: there is none that can be carried as ``tokenizer.json``.
+        UsageError: there is none that can be written as ``tokenizer.json``.
         DataError: its file is damaged.
 
     """
@@ -77,7 +77,7 @@ def checkpoint_tokenizer(folder: Path, family: str = "t5") -> Tokenizer:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file; empty where there is none."""
+    """Return the mapping in a JSON file; empty if there is no file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,13 +128,13 @@ def _converted(folder: Path) -> Tokenizer:
     fast: Any = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
         raise UsageError(
-            f"The tokenizer in {folder} ({type(loaded).__name__}) has no fast form, so a bundle cannot carry it. Give a "
+            f"The tokenizer in {folder} ({type(loaded).__name__}) has no fast form, so a bundle cannot contain it. Use a "
             "checkpoint with a tokenizer.json."
         )
     return fast
 
 
-# Ordinary text, which every true conversion reads alike; they differ legitimately at edges and runs of spaces.
+# Ordinary text, which every correct conversion reads alike; they may differ at edges and in runs of spaces.
 SAMPLES = (
     "Where is my order?", "It costs 3.50, not $4!", "UPPER and lower", "don't; won't - (maybe) [yes]",
     "1234567890 and 10,000", "a/b_c@d.org", "Is this sentence read as the model was trained to read it?",
@@ -142,9 +142,9 @@ SAMPLES = (
 
 
 def _check_against_pieces(folder: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a ``tokenizer.json`` that reads texts otherwise than the ``spiece.model`` beside it.
+    """Refuse a ``tokenizer.json`` that reads texts differently from the ``spiece.model`` beside it.
 
-    The model was trained with the SentencePiece file; versions of transformers have written others from it.
+    The model was trained with the SentencePiece file, and some versions of transformers converted it differently.
 
     Raises:
         UsageError: they differ on a sample.
@@ -163,7 +163,7 @@ def _check_against_pieces(folder: Path, tokenizer: Tokenizer) -> None:
         if ours != theirs:
             raise UsageError(
                 f"The tokenizer.json in {folder} reads {text!r} as {ours}, and the spiece.model beside it as "
-                f"{theirs}. The model was trained with the latter: take tokenizer.json away, and spiece.model is read."
+                f"{theirs}. The model was trained with the latter: remove tokenizer.json, and spiece.model is read."
             )
 
 

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any, Unpack
 
-from sbs_edge import __version__, files
+from sbs_edge import files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.findings import examine, refuse_stops, seen_by
-from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
@@ -35,12 +31,14 @@ from sbs_edge.resources import limit_torch_threads
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id
 from sbs_edge.training.checkpoint import Checkpoint, open_checkpoint
 from sbs_edge.training.config import TrainConfig, make_config
+from sbs_edge.training.finish import TrainedRun, finish
 from sbs_edge.training.options import DataOptions, TrainOptions
-from sbs_edge.training.student_dir import CALIBRATION, CARD, FORMAT, VALIDATION, StudentDir
+from sbs_edge.training.resume import fingerprint, prepare_work
 
 __all__ = ["TrainResult", "train"]
 
-CALIBRATION_ROWS = 512
+DROP_AT = 0.4
+"""Share of the steps after which doubtful rows are dropped, where there is no head start to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,55 +60,6 @@ class TrainResult:
     metrics: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
-
-
-def _versions() -> dict[str, str]:
-    found = {"sbs-edge": __version__}
-    for name in ("torch", "transformers", "accelerate", "tokenizers", "peft"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[str, str]:
-    """What must be the same for a run to be continued; world size and batch size may differ."""
-    may_change = {
-        "resume", "batch_size", "gradient_accumulation", "progress", "trackers", "threads", "workspace_mb",
-        "loss_engine", "save_steps", "keep_checkpoints", "eval_batch_size", "gradient_checkpointing", "max_steps",
-        "epochs", "fsdp",
-    }  # fmt: skip
-    print_ = {k: json.dumps(v) for k, v in config.model_dump(mode="json").items() if k not in may_change}
-    if not streamed:
-        digest = hashlib.sha256()
-        for example in splits.train:
-            digest.update(
-                repr((example.input, example.label, example.teacher_label, example.rationale)).encode()
-            )
-        print_["training rows"] = digest.hexdigest()[:16]
-    return print_
-
-
-def _prepare_work(work: Path, config: TrainConfig, asked: dict[str, str], first: bool) -> Path | None:
-    """Return the checkpoint to continue from; clear what an earlier, other run left."""
-    from sbs_edge.training.trainer import find_checkpoint
-
-    record = work / "run.json"
-    checkpoint = find_checkpoint(work) if config.resume else None
-    if checkpoint is not None:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        for name in sorted(set(before) | set(asked)):
-            if before.get(name) != asked.get(name):
-                raise UsageError(
-                    f"The run in {work} cannot be continued: {name} was {before.get(name)} and is now "
-                    f"{asked.get(name)}. Give what it was started with, or train without resume to start again."
-                )
-        return checkpoint
-    if first:
-        shutil.rmtree(work, ignore_errors=True)
-        files.write_json(record, asked)
-    return None
 
 
 def _callbacks(config: TrainConfig, work: Path, evaluates: bool, first: bool) -> tuple[list[Any], Any]:
@@ -140,6 +89,39 @@ def _callbacks(config: TrainConfig, work: Path, evaluates: bool, first: bool) ->
     return callbacks, bar
 
 
+def _rows(
+    splits: Splits, config: TrainConfig, encoder: Any, stream: Callable[[], Iterable[Example]] | None
+) -> tuple[Any, int | None]:
+    """Return the training rows, in memory or as a stream, and how many there are (None: unknown).
+
+    Raises:
+        DataError: no row has what the mode learns from.
+        UsageError: doubtful rows of a stream are to be dropped.
+    """
+    from sbs_edge.training.batches import MemoryRows, StreamRows
+
+    if stream is not None:
+        if config.drop_doubtful:
+            raise UsageError(
+                "drop_doubtful compares all training rows with one another, and a stream never holds them. Train "
+                "without a stream, or leave drop_doubtful out."
+            )
+        return StreamRows(stream, encoder, config.seed, config.shuffle_buffer), None
+    encoded = [row for row in map(encoder, splits.train) if row is not None]
+    if not encoded:
+        raise DataError(
+            f"No training row has what mode {config.mode!r} learns from "
+            f"({'gold' if config.mode in ('finetune', 'stepwise') else 'teacher'} labels"
+            f"{' or rationales' if config.uses_rationales else ''}). Choose another mode or add the column."
+        )
+    if config.uses_rationales and not any(example.rationale for example in splits.train):
+        raise DataError(
+            f"No training row has a rationale, and mode {config.mode!r} learns from them. Ask a teacher for some "
+            "with 'sbs-edge annotate', name their column, or choose the mode 'finetune' or 'distill'."
+        )
+    return MemoryRows(encoded, config.seed, sample=config.rationales == "sample"), len(encoded)
+
+
 def _validation(
     rows: Sequence[Example], splits: Splits, config: TrainConfig, encoder: Any, collator: Any, firsts: Any
 ) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -149,11 +131,8 @@ def _validation(
     batches, answers = [], []
     for start in range(0, len(rows), config.eval_batch_size):
         part = rows[start : start + config.eval_batch_size]
-        encoded = [encoder(row) for row in part]
-        batch_rows = [item for item in encoded if item is not None]
-        for item in batch_rows:
-            item.weight = 1.0
-        batches.append(collator(batch_rows))
+        encoded = [encoder(row, plain=True) for row in part]
+        batches.append(collator([item for item in encoded if item is not None]))
         indices = []
         for row, item in zip(part, encoded, strict=True):
             if item is None or item.tasks[0] is None:
@@ -181,7 +160,7 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
     if checkpoint is None:
         student = models.build_student(config, vocabulary)
     else:
-        student = load_opened(checkpoint, config.dropout)
+        student = load_opened(checkpoint, config.dropout, config.encoder_layers, config.decoder_layers)
     if config.gradient_checkpointing:
         # transformers 5 renamed the method
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
@@ -201,6 +180,47 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
         workspace_mb=config.workspace_mb,
         engine=config.loss_engine,
     )
+
+
+def _student(splits: Splits, config: TrainConfig, checkpoint: Checkpoint | None) -> tuple[Any, Any]:
+    """Return the tokenizer and the two-task model that the run starts with."""
+    from sbs_edge.training.tokens import checkpoint_tokenizer, scratch_tokenizer
+
+    tokenizer = (
+        scratch_tokenizer(splits.train, splits.task, config)
+        if checkpoint is None
+        else checkpoint_tokenizer(checkpoint.tokenizer_folder, checkpoint.config["model_type"])
+    )
+    model = _make_model(config, tokenizer.get_vocab_size(), checkpoint)
+    check_covered(
+        tokenizer, model.student.get_input_embeddings().num_embeddings, config.model or "this student"
+    )
+    settings = model.student.config
+    # What the config leaves open is written down, so that everything that reads the student starts alike.
+    settings.decoder_start_token_id = start_token_id(settings)
+    model.student.generation_config.decoder_start_token_id = settings.decoder_start_token_id
+    return tokenizer, model
+
+
+def _train_and_evaluate(trainer: Any, bar: Any, newest: Path | None, steps: int) -> list[dict[str, Any]]:
+    """Run the trainer to its last step; return one row for each evaluation."""
+    if bar is not None:
+        bar.trainer = trainer
+    trainer.start_at(newest, steps)
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    finally:
+        if bar is not None:
+            bar.close()
+    evaluated = {row.get("step") for row in trainer.state.log_history if "tokens" in row}
+    if trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    # transformers counts epochs of the loader it was given, which is shorter after a resume: left out
+    return [
+        {name: value for name, value in row.items() if name != "epoch"}
+        for row in trainer.state.log_history
+        if "tokens" in row
+    ]
 
 
 def train(
@@ -246,7 +266,9 @@ def train(
         )
     if isinstance(data, Splits):
         if data_options:
-            raise UsageError("data_options say how a file or data set is read; leave them out with splits.")
+            raise UsageError(
+                "data_options describe how a file or data set is read; leave them out if you pass splits."
+            )
         splits = data
     else:
         from sbs_edge.data.load import load_splits
@@ -269,8 +291,7 @@ def _run(
     import transformers
     from transformers import set_seed
 
-    from sbs_edge.training.batches import Batches, ChunkCollator, Collator, Encoder, MemoryRows, StreamRows
-    from sbs_edge.training.tokens import checkpoint_tokenizer, scratch_tokenizer
+    from sbs_edge.training.batches import Batches, ChunkCollator, Collator, Encoder
     from sbs_edge.training.trainer import TwoTaskTrainer, make_arguments
 
     transformers.logging.set_verbosity_error()
@@ -280,27 +301,16 @@ def _run(
     first = rank == 0
     if config.fsdp and world < 2:
         raise UsageError(
-            "fsdp shards parameters over processes, and this is the only one. Start several: torchrun "
-            "--nproc-per-node 2 -m sbs_edge train ... --fsdp, or leave --fsdp out."
+            "fsdp shards parameters over processes, but this is the only one. Start several with torchrun, or leave out "
+            "fsdp."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
     refuse_stops(examine(seen_by(splits, config.mode), config.mode))
     work = out.with_name(out.name + ".training")
 
     checkpoint = None if config.model is None else open_checkpoint(config.model)
-    tokenizer = (
-        scratch_tokenizer(splits.train, splits.task, config)
-        if checkpoint is None
-        else checkpoint_tokenizer(checkpoint.tokenizer_folder, checkpoint.config["model_type"])
-    )
-    model = _make_model(config, tokenizer.get_vocab_size(), checkpoint)
-    check_covered(
-        tokenizer, model.student.get_input_embeddings().num_embeddings, config.model or "this student"
-    )
+    tokenizer, model = _student(splits, config, checkpoint)
     texts, settings = TextTokenizer(tokenizer), model.student.config
-    # What the config leaves open is written down, so that everything that reads the student starts alike.
-    settings.decoder_start_token_id = start_token_id(settings)
-    model.student.generation_config.decoder_start_token_id = settings.decoder_start_token_id
     label_tokens = label_ids(splits.task.labels, texts, settings.eos_token_id)
     check_choices(splits.train, texts, settings.eos_token_id)
     learned = [dataclasses.replace(row, rationale=rationale_for(row, config.mode)) for row in splits.train]
@@ -312,30 +322,13 @@ def _run(
     n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 
-    encoder = Encoder(tokenizer, config, ids["eos_id"])
+    encoder = Encoder(tokenizer, config, ids["eos_id"], splits.task.labels)
     kind = Collator if config.long == "off" else ChunkCollator
     collator = kind(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
-    source: MemoryRows | StreamRows
-    if stream is None:
-        encoded = [row for row in map(encoder, splits.train) if row is not None]
-        if not encoded:
-            raise DataError(
-                f"No training row has what mode {config.mode!r} learns from "
-                f"({'gold' if config.mode in ('finetune', 'stepwise') else 'teacher'} labels"
-                f"{' or rationales' if config.uses_rationales else ''}). Choose another --mode or add the column."
-            )
-        if config.uses_rationales and not any(example.rationale for example in splits.train):
-            raise DataError(
-                f"No training row has a rationale, and mode {config.mode!r} learns from them. Ask a teacher for some "
-                "with 'sbs-edge annotate', name their column, or choose --mode finetune or distill."
-            )
-        source = MemoryRows(encoded, config.seed)
-        used: int | None = len(encoded)
-    else:
-        source = StreamRows(stream, encoder, config.seed, config.shuffle_buffer)
-        used = None
+    source, used = _rows(splits, config, encoder, stream)
     global_batch = config.batch_size * config.gradient_accumulation * world
     steps = config.steps_for(used, global_batch)
+    head_start = int(config.head_start_ * steps)
     last_row = None if config.epochs is None or used is None else int(config.epochs * used)
 
     validation_rows = list(splits.validation)
@@ -347,7 +340,7 @@ def _run(
         firsts = None if heads is None else torch.tensor(heads)
     batches, answers = _validation(validation_rows, splits, config, encoder, collator, firsts)
 
-    newest = _prepare_work(work, config, _fingerprint(config, splits, stream is not None), first)
+    newest = prepare_work(work, config, fingerprint(config, splits, stream is not None), first)
     arguments = make_arguments(config, work, steps, evaluates=bool(batches))
     callbacks, bar = _callbacks(config, work, bool(batches), first)
     trainer = TwoTaskTrainer(
@@ -355,123 +348,43 @@ def _run(
         arguments,
         config=config,
         batches=Batches(
-            source, collator, last_row=last_row, steps=steps, batch_size=config.batch_size,
-            passes=config.gradient_accumulation, rank=rank, world=world,
+            source, collator, last_row=last_row, labels_from=head_start * global_batch, steps=steps,
+            batch_size=config.batch_size, passes=config.gradient_accumulation, rank=rank, world=world,
         ),
         validation=batches,
         label_tokens=firsts,
         label_answers=answers,
         callbacks=callbacks,
+        drop_at=(head_start or int(DROP_AT * steps)) if config.drop_doubtful_ else None,
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
-    if bar is not None:
-        bar.trainer = trainer
-    trainer.start_at(newest, steps)
-    try:
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    finally:
-        if bar is not None:
-            bar.close()
-    evaluated = {row.get("step") for row in trainer.state.log_history if "tokens" in row}
-    if trainer.state.global_step not in evaluated:
-        trainer.evaluate()
-
-    # transformers counts epochs of the loader it was given, which is shorter after a resume: left out
-    history = [
-        {name: value for name, value in row.items() if name != "epoch"}
-        for row in trainer.state.log_history
-        if "tokens" in row
-    ]
-    result = _finish(trainer, model, checkpoint, splits, tokenizer, config, out, work, history, ids, {
+    history = _train_and_evaluate(trainer, bar, newest, steps)
+    dropped = len(getattr(source, "dropped", ()))
+    if first and dropped:
+        sys.stderr.write(
+            f"{dropped} of {used} training rows were left out after {head_start or int(DROP_AT * steps)} steps: their "
+            "rationales stand apart from the others', as those of wrong labels do. drop_doubtful=False keeps them.\n"
+        )
+    report = {
         "mode": config.mode,
         "rationale_weight": config.lambda_,
         "parameters": n_parameters,
+        "layers": {"encoder": settings.num_layers, "decoder": settings.num_decoder_layers},
         "steps": trainer.state.global_step,
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
+        "head_start_steps": head_start,
+        "dropped_rows": dropped,
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
         "spelling": spelling,
         "cut_inputs": encoder.cut_sources,
         "cut_targets": encoder.cut_targets,
         "world": world,
         "resumed_from_step": trainer.first_step,
-    })  # fmt: skip
-    return dataclasses.replace(result, seconds=time.perf_counter() - started)
-
-
-def _finish(
-    trainer: Any,
-    model: Any,
-    checkpoint: Checkpoint | None,
-    splits: Splits,
-    tokenizer: Any,
-    config: TrainConfig,
-    out: Path,
-    work: Path,
-    history: list[dict[str, Any]],
-    ids: dict[str, int],
-    report: dict[str, Any],
-) -> TrainResult:
-    """Choose the weights, merge adapters, and write the directory (first process only)."""
-    from sbs_edge.training.model import merge_lora
-    from sbs_edge.training.pretrained import save_model
-    from sbs_edge.training.tokens import write_tokenizer
-    from sbs_edge.training.trainer import BEST
-
-    scored = [row for row in history if "eval_score" in row]
-    kept = history[-1] if history else {}
-    if scored and config.select == "best":
-        kept = max(scored, key=lambda row: row["eval_score"])  # the first of equals, as while training
-    names = ("label_loss", "rationale_loss", "label_token_accuracy", "rationale_token_accuracy")
-    report.update({name: kept[name] for name in names if name in kept})
-    report.update({name: value for name, value in kept.items() if name.startswith("eval_")})
-    report["best_step"] = kept.get("step")
-    state = trainer.whole_state() if config.fsdp else None
-    if trainer.args.should_save:
-        if state is not None:
-            model = _make_model(config, tokenizer.get_vocab_size(), checkpoint)
-            model.load_state_dict(state, strict=False)  # tied weights are there once
-            trainer.model = model
-        if scored and config.select == "best" and (work / BEST).is_file():
-            trainer.load_state(work / BEST)
-        student = merge_lora(model.student)
-        student.generation_config.max_new_tokens = config.max_target_tokens
-        student.generation_config.max_length = None
-        some = splits.train[:20000]
-        wanted = {*splits.task.labels, *(label_for(row, config.mode) or "" for row in some)}
-        wanted.update(choice for row in some for choice in row.choices or ())
-        texts = TextTokenizer(tokenizer)
-        longest = max(len(texts.encode_target(text, ids["eos_id"])) for text in wanted)
-        card = {
-            "format": FORMAT,
-            "task": StudentDir.task_card(splits.task),
-            "prefixes": dict(zip(("label", "rationale"), config.prefix_pair, strict=True)),
-            "mode": config.mode,
-            "rationale_weight": config.lambda_,
-            "max_source_tokens": config.max_source_tokens,
-            "max_target_tokens": config.max_target_tokens,
-            # Choices come with the row: one asked about later may be longer than any trained on.
-            "max_label_tokens": config.max_target_tokens
-            if splits.task.label_kind == "choices"
-            else min(max(longest, 2), config.max_target_tokens),
-            "seed": config.seed,
-            "versions": _versions(),
-            "config": config.model_dump(mode="json"),
-            "training": report,
-        }
-        if config.long_settings is not None:
-            card["long"] = config.long_settings.describe()
-        calibration = list(splits.train)
-        if len(calibration) > CALIBRATION_ROWS:
-            calibration = random.Random(config.seed).sample(calibration, CALIBRATION_ROWS)
-        with files.atomic_directory(out) as folder:
-            save_model(student, folder)
-            for weights in folder.glob("*.safetensors"):
-                weights.chmod(0o644)  # safetensors makes files that only their owner reads
-            write_tokenizer(tokenizer, folder, **ids)
-            files.write_json(folder / CARD, card)
-            files.write_json(folder / "history.json", history)
-            write_examples(folder / VALIDATION, splits.validation)
-            write_examples(folder / CALIBRATION, calibration)
-    trainer.accelerator.wait_for_everyone()
-    return TrainResult(out, report, history)
+    }
+    run = TrainedRun(
+        trainer, model, lambda: _make_model(config, tokenizer.get_vocab_size(), checkpoint), splits, tokenizer,
+        config, work, ids,
+    )  # fmt: skip
+    finish(run, out, history, report)
+    return TrainResult(out, report, history, time.perf_counter() - started)

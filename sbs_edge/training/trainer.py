@@ -1,18 +1,19 @@
-"""transformers' Trainer, told about two tasks: global means, atomic checkpoints, exact positions.
+"""transformers' Trainer for two tasks: global means, atomic checkpoints, exact positions.
 
-What is overridden and why:
+These methods are overridden:
 
 * ``get_batch_samples`` sums each task's target weights over all accumulated passes and all processes
-  before the first of them runs, so that a task's loss is the mean over every token of the step, not a
-  mean of means, whatever the last batch or one process's share looks like.
-* ``_save_checkpoint`` writes beside the final place and renames; a kill leaves whole checkpoints only.
-* ``create_optimizer`` shards the model first where that was asked for (:mod:`sbs_edge.training.sharding`).
+  before the first of them runs. So a task's loss is the mean over every token of the step, not a
+  mean of means, however the rows are distributed.
+* ``_save_checkpoint`` writes under another name and renames, so that a kill leaves only whole checkpoints.
+* ``create_optimizer`` shards the model first if ``fsdp`` is set (:mod:`sbs_edge.training.sharding`).
 * ``evaluate`` reads validation rows once, both tasks in one pass, split over the processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -28,8 +29,9 @@ from transformers import Trainer, TrainingArguments
 
 from sbs_edge import files
 from sbs_edge.errors import UsageError
-from sbs_edge.training.batches import Batches
+from sbs_edge.training.batches import Batches, Encoded, MemoryRows
 from sbs_edge.training.config import TrainConfig
+from sbs_edge.training.doubt import doubtful
 from sbs_edge.training.model import TwoTaskModel
 from sbs_edge.training.sharding import Sharded, shard, spread_optimizer_state, whole, whole_optimizer_state
 
@@ -50,7 +52,7 @@ def make_arguments(config: TrainConfig, work: Path, steps: int, *, evaluates: bo
     """Translate ``config`` for transformers' Trainer (4.57 and 5)."""
     every = config.eval_steps or max(1, steps // 6)
     save = every if config.save_steps is None else config.save_steps
-    # transformers leaves the precision of an earlier run of this process here, and reads it again.
+    # transformers stores the precision of an earlier run of this process here, and would read it again.
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -79,7 +81,7 @@ def make_arguments(config: TrainConfig, work: Path, steps: int, *, evaluates: bo
         ignore_data_skip=True,  # Batches starts at the recorded position itself
         ddp_find_unused_parameters=False,
     )
-    # One process drives one device; torchrun starts one a device (DataParallel cannot split our batch).
+    # A process uses one device; torchrun starts a process per device (DataParallel cannot split our batch).
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
@@ -93,9 +95,10 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         config: the run's configuration.
         batches: training passes of this process.
         validation: collated validation batches, all of them, the same on every process.
-        label_tokens: first token of every closed label when those tell the labels apart, else None.
-        label_answers: for each validation batch, the index of the right closed label a label row.
+        label_tokens: first token of every closed label if they all differ, else None.
+        label_answers: for each validation batch, the index of the right closed label of each label row.
         callbacks: transformers callbacks.
+        drop_at: the step before which rows with doubtful rationales are dropped; None: none are.
 
     """
 
@@ -110,6 +113,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         label_tokens: Tensor | None,
         label_answers: list[Tensor],
         callbacks: list[Any],
+        drop_at: int | None = None,
     ) -> None:
         self.config = config
         self.batches = batches
@@ -122,6 +126,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self._sharded: Sharded | None = None
         self._sums = torch.zeros(6)  # losses, correct tokens, tokens; of both tasks
         self._passes = 0
+        self.drop_at = drop_at
         super().__init__(
             model=model, args=args, train_dataset=batches, eval_dataset=validation, callbacks=callbacks
         )
@@ -134,8 +139,8 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
     control: Any
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the passes of this process; they come collated and need no sharding."""
-        # A generator of its own: opening the loader must not draw from the state a checkpoint restored.
+        """Return the passes of this process, which are collated and need no sharding."""
+        # Its own generator: opening the loader must not draw from the random state that a checkpoint restored.
         return DataLoader(
             self.batches, batch_size=None, collate_fn=lambda batch: batch, generator=torch.Generator()
         )
@@ -144,6 +149,8 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Fetch the passes of one step and set their common denominators."""
+        if self.state.global_step == self.drop_at:
+            self._drop_doubtful_rows()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return [], None
@@ -171,7 +178,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def create_optimizer(self, *args: Any, **named: Any) -> Any:
-        """Shard the model where that was asked for, then make the optimiser of what it has become."""
+        """Shard the model if ``fsdp`` is set, then create the optimiser of its parameters."""
         if self.config.fsdp and self._sharded is None:
             shard(self.model, self.args.device, self.accelerator.num_processes)
             self._sharded = Sharded(self.model)
@@ -181,7 +188,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         return self._sharded or super()._wrap_model(model, *args, **named)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the warm-up, hold and fall of the configuration."""
+        """Create the warm-up, hold and fall of the configuration."""
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
@@ -226,7 +233,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         was_training = model.training
         model.eval()
         sums = torch.zeros(8, device=device)  # losses, correct, tokens, right labels, label rows
-        # Sharded parameters need every process in every pass, so there each reads all batches.
+        # Sharded parameters need every process in every pass, so each process then reads all batches.
         shared = self.config.fsdp or world == 1
         tokens = None if self.label_tokens is None else self.label_tokens.to(device)
         for index, batch in enumerate(self.validation):
@@ -254,10 +261,45 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
                 row[f"eval_{name}_token_accuracy"] = values[2 + task] / values[4 + task]
         if values[7]:
             row["eval_label_accuracy"] = values[6] / values[7]
-        # The loss decides between equal accuracies, and stands in where no label is known.
+        # The loss decides between equal accuracies, and replaces them if no label is known.
         loss = row.get("eval_label_loss", row.get("eval_rationale_loss", 0.0))
         row["eval_score"] = row.get("eval_label_accuracy", 0.0) - 1e-5 * min(loss, 100.0)
         return row
+
+    # ------------------------------------------------------------------ rows
+
+    def _drop_doubtful_rows(self) -> None:
+        """Score the rationale of every training row, once, and drop the rows that stand apart."""
+        source = self.batches.source
+        if not isinstance(source, MemoryRows):
+            return
+        known = [index for index, row in enumerate(source.rows) if row.tasks[1] is not None]
+        losses = self._rationale_losses([source.rows[index] for index in known])
+        drops = doubtful(losses).tolist()
+        source.drop((index for index, drop in zip(known, drops, strict=True) if drop), self.rows_used())
+
+    def _rationale_losses(self, rows: list[Encoded]) -> Tensor:
+        """Return (N,) mean token losses of the rows' own rationales, the same on every process."""
+        model, size = self.model_wrapped, self.config.eval_batch_size
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        shared = self.config.fsdp or world == 1  # sharded parameters need every process in every pass
+        was_training = model.training
+        model.eval()
+        losses = torch.zeros(len(rows), device=self.args.device)
+        for number, start in enumerate(range(0, len(rows), size)):
+            if not shared and number % world != rank:
+                continue
+            part = [
+                dataclasses.replace(row, tasks=(None, row.tasks[1]), further=((), ()))
+                for row in rows[start : start + size]
+            ]
+            inputs = self._prepare_inputs(self.batches.collator(part))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses[start : start + size] = model(**inputs, row_losses=True)["row_losses"].float()
+        model.train(was_training)
+        if world > 1:
+            losses = self.accelerator.reduce(losses, "mean" if shared else "sum")
+        return losses.cpu()
 
     # ------------------------------------------------------------------ files
 
@@ -278,7 +320,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         if missing or any(own[name].shape != value.shape for name, value in values.items()):
             raise UsageError(
                 f"{path} does not fit this student ({missing[0] if missing else 'other shapes'}): it was "
-                "made with another model or size. Train without resume, or into another directory."
+                "made with another model or size. Train without resume, or write to another directory."
             )
         with torch.no_grad():
             for name, value in values.items():
@@ -294,7 +336,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
                 save_file(state, partial)
                 os.replace(partial, target)
             finally:
-                partial.unlink(missing_ok=True)  # a full disk needs the room
+                partial.unlink(missing_ok=True)  # a full disk needs the space
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained parameters of a checkpoint, whole, once."""
@@ -320,7 +362,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         if checkpoint is None or (self.args.device.type != "cpu" and self._sharded is None):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # transformers maps to this process's "cpu:0", a place torch.load does not know.
+        # transformers maps to this process's "cpu:0", a device that torch.load does not know.
         for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
             state = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             if self._sharded is not None and part is self.optimizer:
@@ -344,7 +386,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
-            shutil.rmtree(partial.parent, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(partial.parent, ignore_errors=True)  # a full disk needs the space
             raise
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -354,6 +396,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
                     "rows": self.rows_used(),
                     "step": self.state.global_step,
                     "world": self.accelerator.num_processes,
+                    **self._dropped_rows(),
                 },
             )
             for entry in partial.rglob("*"):
@@ -370,6 +413,12 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _dropped_rows(self) -> dict[str, Any]:
+        source = self.batches.source
+        if not isinstance(source, MemoryRows) or not source.dropped:
+            return {}
+        return {"dropped": sorted(source.dropped), "dropped_at": source.dropped_at}
+
     def start_at(self, checkpoint: Path | None, steps: int) -> None:
         """Set the data position recorded in ``checkpoint``; ``steps`` is the length of the whole run."""
         if checkpoint is None:
@@ -379,3 +428,5 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             self.first_step = position["step"]
             self.batches.start_row = position["rows"]
             self.batches.steps = max(0, steps - self.first_step)
+            if isinstance(self.batches.source, MemoryRows) and position.get("dropped"):
+                self.batches.source.drop(position["dropped"], position["dropped_at"])

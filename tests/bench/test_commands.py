@@ -57,6 +57,54 @@ def test_a_share_of_ones_own_capacity_is_not_compared() -> None:
     assert [row.case for row in ratios(benchmark, rows)] == ["common rate"]
 
 
+def test_the_full_depth_is_compared_with_itself_and_a_shallower_student_with_both() -> None:
+    shallow, _ = _benchmark(90.0, 90.0)
+    full, _ = _benchmark(90.0, 90.0)
+    for entry in full.entries:
+        entry.name, entry.golds = f"{entry.name} (full)", ["a"]
+    entries = [*shallow.entries, *full.entries]
+    rows = [Row("label", entry.name, "label", "batch 1", "ms", "lower", 5.0, [5.0]) for entry in entries]
+    pairs = {(row.ours, row.peer) for row in ratios(Benchmark(entries, shallow.inputs, {}), rows)}
+    assert pairs == {
+        ("sbs-edge:cpu-int8", "ctranslate2"), ("sbs-edge:cpu-int8", "ctranslate2 (full)"),
+        ("sbs-edge:cpu-int8 (full)", "ctranslate2 (full)"),
+    }  # fmt: skip
+
+
+def test_numbers_of_layers_need_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sbs_edge.bench.latency.bench.read_manifest", lambda _: {})
+    with pytest.raises(UsageError, match="give a shape, or leave them out"):
+        set_up(LatencyOptions(bundles=(tmp_path,), decoder_layers=2), lambda _: None)
+
+
+@pytest.mark.long
+def test_a_shallower_shape_is_measured_beside_its_full_depth(sbs_edge_cli: Cli, tmp_path: Path) -> None:
+    for package in ("ctranslate2", "transformers", "onnx", "matplotlib"):
+        pytest.importorskip(package)
+    done = sbs_edge_cli(
+        "bench", "latency", "--shape", "tiny", "--encoder-layers", "3", "--decoder-layers", "1", "--quick",
+        "--against", "ctranslate2", "--out", tmp_path / "out", XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document["model"]["shape"] == "tiny at 3/1 layers"
+    assert (document["model"]["config"]["num_layers"], document["model"]["config"]["num_decoder_layers"]) == (
+        3,
+        1,
+    )
+    states = {system["name"]: system["why"] for system in document["systems"]}
+    full = ("sbs-edge:cpu-int8 (full depth, 2/2)", "ctranslate2 (full depth, 2/2)")
+    assert {name: states[name] for name in full} == dict.fromkeys(full, "")
+    quality = {system["name"]: system["quality"] for system in document["systems"]}
+    for name in full:  # judged by the labels of their own weights, which are other weights than the student's
+        assert quality[name]["label accuracy"] >= 95
+        assert set(quality[name]) == {"label accuracy"}
+        measured = {row["section"] for row in document["rows"] if row["system"] == name}
+        assert measured == {"quality", "label", "rationale", "disk", "installed"}
+    pairs = {(row["ours"], row["peer"]) for row in document["ratios"] if row["section"] == "label"}
+    assert pairs == {("sbs-edge:cpu-int8", "ctranslate2"), ("sbs-edge:cpu-int8", full[1]), full}
+
+
 def test_a_bundle_alone_is_told_where_its_student_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ def _spec(system: str, artifact: Path, student: Path) -> Spec:
 
 
 def _open(system: str, artifact: Path, student: Path) -> System:
-    made: System = load_module(system).create(_spec(system, artifact, student))
+    made: System = load_module(system).SYSTEM(_spec(system, artifact, student))
     made.open()
     return made
 

@@ -116,6 +116,32 @@ def test_wrong_requests_are_refused(wrong):
         builtin_splits(**wrong)
 
 
+def test_a_teacher_asked_several_times_votes_and_keeps_what_agrees():
+    splits = builtin_splits(teacher_error=0.25, teacher_samples=8)
+    assert [row.input for row in splits.train] == [row.input for row in builtin_splits().train]
+    wrong = sum(dict(row.teacher_probs).get(row.label, 0.0) < 0.5 for row in splits.train)
+    mean = sum(1.0 - dict(row.teacher_probs).get(row.label, 0.0) for row in splits.train) / len(splits.train)
+    assert mean == pytest.approx(0.25, abs=0.04)
+    assert 100 < wrong < 300
+    assert any(row.confidence == 1.0 for row in splits.train if row.teacher_label != row.label)
+    for row in splits.train:
+        shares = dict(row.teacher_probs)
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert row.confidence == shares[row.teacher_label] == max(shares.values())
+        kept = row.rationales or (row.rationale,)
+        assert kept[0] == row.rationale
+        assert len(set(kept)) == len(kept)
+        for text in kept:  # each argues for the label, or says less
+            facts = [
+                value
+                for value in ("heating", "cooling", "below", "above", "warm", "cold")
+                if value in text.split()
+            ]
+            assert len(facts) in (1, 3)
+            if len(facts) == 3:
+                assert facts_to_label(*facts) == row.teacher_label
+
+
 def test_a_linear_model_on_words_finds_no_shortcut():
     """A bag-of-words logistic regression, which sees every word, stays near the 25 % of guessing."""
     text = pytest.importorskip("sklearn.feature_extraction.text")

@@ -154,8 +154,8 @@ def test_an_unknown_data_set_name_names_the_remedy():
         load_splits("nobody/has-this-data-set")
 
 
-def test_the_paper_layout_is_recognised_and_the_flag_named(paper_data):
-    with pytest.raises(DataError, match="--dataset cqa"):
+def test_the_paper_layout_is_recognised_and_the_parameter_named(paper_data):
+    with pytest.raises(DataError, match="dataset='cqa'"):
         load_splits(paper_data)
 
 

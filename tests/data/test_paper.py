@@ -125,7 +125,7 @@ def test_outputs_that_cannot_be_matched_stop(tmp_path):
     llm = _nli(tmp_path, "anli1") / "llm"
     whole = (llm / "train_CoT_0.json").read_text()
     (llm / "train_CoT_0.json").write_text(json.dumps(json.loads(whole)[:2]))
-    with pytest.raises(DataError, match="beside the wrong rows"):
+    with pytest.raises(DataError, match="belong to the wrong rows"):
         read_paper_files(tmp_path, "anli1")
     (llm / "train_CoT_0.json").unlink()
     with pytest.raises(DataError, match=r"train_CoT_0\.json is missing"):
@@ -150,7 +150,7 @@ def test_a_bad_row_keeps_the_others_beside_their_outputs(tmp_path):
     file.write_text("\n".join(lines) + "\n")
     found = read_paper_files(tmp_path, "esnli")
     assert [(row.line, row.reason) for row in found.rejected["train"]] == [
-        (3, "'label' is none of 0, 1, 2"),
+        (3, "'label' is not 0, 1 or 2"),
         (5, "broken JSON"),
     ]
     for row in found.splits["train"]:

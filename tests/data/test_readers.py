@@ -66,6 +66,66 @@ def test_what_was_written_is_read_back(tmp_path, examples):
     assert [row.source for row in result.examples] == [f"{path}:{i + 1}" for i in range(len(examples))]
 
 
+_shares = st.dictionaries(_words, st.floats(1e-3, 1.0), max_size=4)
+
+
+@_SETTINGS
+@given(st.lists(_texts, max_size=4, unique=True), _shares)
+def test_rationales_and_the_teachers_distribution_are_read_back(tmp_path, rationales, shares):
+    total = sum(shares.values())
+    kept = tuple(rationales) if len(rationales) > 1 else ()
+    row = Example(
+        "r", "x", teacher_label="a", rationale=rationales[0] if rationales else None, rationales=kept,
+        teacher_probs=tuple((label, share / total) for label, share in shares.items()),
+    )  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    write_examples(path, [row])
+    (found,) = read_examples(path).examples
+    assert (found.rationale, found.rationales) == (row.rationale, row.rationales)
+    assert dict(found.teacher_probs) == pytest.approx(dict(row.teacher_probs), abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("teacher_probs", [0.5, 0.5], "wrong type of 'teacher_probs'"),
+        ("teacher_probs", "refund", "wrong type of 'teacher_probs'"),
+        ("teacher_probs", {"a": "much"}, "wrong type of 'teacher_probs'"),
+        ("teacher_probs", {"a": -0.1, "b": 1.1}, "'teacher_probs' below 0 or not finite"),
+        ("teacher_probs", {"a": 0}, "'teacher_probs' without a probability above 0"),
+        ("teacher_probs", {" ": 1}, "empty 'teacher_probs'"),
+        ("rationales", 3, "wrong type of 'rationales'"),
+        ("rationales", ["a", ""], "empty 'rationales'"),
+        ("rationales", ["a", None], "empty 'rationales'"),
+    ],
+)
+def test_a_distribution_or_a_list_of_rationales_that_is_none_is_refused(tmp_path, field, value, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"input": "x", field: value}) + "\n")
+    (rejected,) = read_examples(path).rejected
+    assert rejected.reason == reason
+
+
+def test_cells_of_tables_hold_distributions_and_rationales(tmp_path):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["input", "teacher_probs", "why"])
+        writer.writerow(["x", '{"a": 3, "b": 1}', '["one", "two"]'])
+        writer.writerow(["y", "", "[only one"])
+    first, second = read_examples(path, columns=ColumnMap(rationales="why")).examples
+    assert first.teacher_probs == (("a", 0.75), ("b", 0.25))
+    assert (first.rationale, first.rationales) == ("one", ("one", "two"))
+    assert (second.teacher_probs, second.rationales) == ((), ())
+    table = tmp_path / "rows.parquet"
+    shares = pyarrow.array([{"a": 0.5, "b": 0.5}, {"c": 1.0}])
+    pyarrow.parquet.write_table(pyarrow.table({"input": ["x", "y"], "teacher_probs": shares}), table)
+    assert [row.teacher_probs for row in read_examples(table).examples] == [
+        (("a", 0.5), ("b", 0.5)),
+        (("c", 1.0),),
+    ]
+
+
 @_SETTINGS
 @given(st.lists(st.binary(max_size=60).map(lambda raw: raw.replace(b"\n", b" ")), max_size=8))
 def test_no_bytes_break_the_reader(tmp_path, lines):
@@ -137,7 +197,7 @@ def test_parquet_of_pyarrow_with_lists_and_nulls(tmp_path):
         (b'{"input": "x", "rationale": 3}', "wrong type of 'rationale'"),
         (b'{"input": "x", "choices": "a"}', "unusable 'choices'"),
         (b'{"input": "x", "choices": 3}', "wrong type of 'choices'"),
-        (b'{"input": "x", "choices": ["a", "b"], "label": "c"}', "'label' is none of 'choices'"),
+        (b'{"input": "x", "choices": ["a", "b"], "label": "c"}', "'label' is not among 'choices'"),
         (b'{"input": "x", "confidence": 0}', "'confidence' outside (0, 1]"),
         (b'{"input": "x", "confidence": "much"}', "wrong type of 'confidence'"),
         (b'{"input": "x", "confidence": NaN}', "broken JSON"),

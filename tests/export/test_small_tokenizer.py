@@ -143,7 +143,7 @@ def test_what_is_always_kept() -> None:
     scores = [score for _, score in saved["model"]["vocab"]]
     assert scores.index(min(scores)) in kept  # the price of the unknown piece is taken from it
     assert len(kept) < len(pieces)
-    with pytest.raises(UsageError, match=r"'WordPiece'.*--prune-input-vocabulary"):
+    with pytest.raises(UsageError, match=r"'WordPiece'.*prune_input_vocabulary"):
         shrink_tokenizer({"model": {"type": "WordPiece", "vocab": {}}}, [])
 
 

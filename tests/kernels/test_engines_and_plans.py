@@ -144,7 +144,7 @@ def test_debug_names_a_bad_weight_and_bad_indices():
         fused_linear_cross_entropy(
             hidden, weight, targets, row_weights=torch.tensor([1.0, -1.0, -1.0]), debug=True
         )
-    with pytest.raises(ValueError, match="valid_indices is not the set of rows"):
+    with pytest.raises(ValueError, match="valid_indices must be the rows"):
         fused_linear_cross_entropy(hidden, weight, targets, valid_indices=torch.tensor([0]), debug=True)
     broken = hidden.clone()
     broken[1, 2] = torch.inf

@@ -257,5 +257,5 @@ def test_frozen_compiled_checkpointed_repeated_and_bad(order):
 def test_blocks_of_rows_refuse_a_soft_cap():
     hidden, weight, targets, _ = _case(19, 16, 101, torch.float32, {}, 1)
     hidden.requires_grad_()
-    with chunks.use("row_chunks"), pytest.raises(RuntimeError, match="take chunks of the vocabulary"):
+    with chunks.use("row_chunks"), pytest.raises(RuntimeError, match="use chunks of the vocabulary"):
         fused_linear_cross_entropy(hidden, weight, targets, softcap=3.0, engine="triton")

@@ -151,9 +151,9 @@ def test_a_damaged_bundle_is_neither_published_nor_kept_from_a_hub(
     own_bundle: Path, tmp_path: Path, hub: str
 ) -> None:
     code = (
-        "import sys; from sbs_edge import IntegrityError, Student\n"
+        "import sys; from pathlib import Path; from sbs_edge import IntegrityError, Student\n"
         "from sbs_edge.runtime.hub import upload\n"
-        "try: upload(sys.argv[1], 'me/desk') if sys.argv[2] == 'push' else Student.from_pretrained('me/desk')\n"
+        "try: upload(Path(sys.argv[1]), 'me/desk') if sys.argv[2] == 'push' else Student.from_pretrained('me/desk')\n"
         "except IntegrityError as error: print(error)\n"
         "else: print('done')"
     )

@@ -214,7 +214,7 @@ def test_what_a_long_text_cannot_have_is_said(
             student.predict(["pump", late])
         with pytest.raises(UsageError, match="no graph for a beam of width 3"):
             student.explain("pump", num_beams=3)
-    with pytest.raises(UsageError, match="exported without --long"):
+    with pytest.raises(UsageError, match="exported without them"):
         Student.load(tiny_bundle, top_k=4)
     with pytest.raises(UsageError, match="top_k must be at least 1, not 0"):
         Student.load(long_bundle, top_k=0)

@@ -102,11 +102,11 @@ def test_a_refused_graph_is_said_at_load_to_who_is_eager(own_bundle: Path) -> No
         b""
     )  # well-formed and empty: the runtime's to refuse
     seal(own_bundle, json.loads((own_bundle / "manifest.json").read_text()))
-    with pytest.raises(IntegrityError, match="refuses the graph"):
+    with pytest.raises(IntegrityError, match="rejects the graph"):
         Student.load(own_bundle, threads=1, eager=True)
     with Student.load(own_bundle, threads=1) as student:
         assert student.predict(["hot pump"])[0].label in student.labels
-        with pytest.raises(IntegrityError, match="refuses the graph"):
+        with pytest.raises(IntegrityError, match="rejects the graph"):
             student.explain(["hot pump"])
 
 
@@ -128,5 +128,5 @@ def test_a_bundle_for_labels_alone_says_how_to_get_rationales(own_bundle: Path) 
     seal(own_bundle, manifest)
     with Student.load(own_bundle, threads=1) as student:
         student.warm_up()
-        with pytest.raises(UsageError, match=r"labels alone.*without --label-only"):
+        with pytest.raises(UsageError, match=r"labels alone.*with label_only=False"):
             student.explain(["hot pump"])

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -338,3 +339,18 @@ def server(bundles) -> Iterator[ServerProcess]:
         yield process
     finally:
         process.stop()
+
+
+@pytest.fixture
+def open_raw():
+    """Open raw connections; a read waits at most 20 s, so that a server that never closes fails the test."""
+    opened = []
+
+    def make(server):
+        host, port = server.url.removeprefix("http://").split(":")
+        opened.append(socket.create_connection((host, int(port)), timeout=20))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()

@@ -68,6 +68,42 @@ async def test_like_lengths_go_together_and_the_oldest_goes_first():
 
 
 @pytest.mark.anyio
+async def test_a_short_text_overtakes_long_ones_that_came_before_it():
+    worker = Worker()
+    batcher = Batcher(worker, max_batch_tokens=40, max_wait_s=0)
+    running = batcher.submit([("running", 40)], [40])
+    await asyncio.sleep(0.02)
+    rest = [batcher.submit([(name, n)], [n]) for name, n in (("long 1", 40), ("long 2", 40), ("short", 4))]
+    worker.go.set()
+    await asyncio.gather(running.future, *(t.future for t in rest))
+    batcher.close()
+    assert [name for batch in worker.batches for name, _ in batch] == ["running", "short", "long 1", "long 2"]
+
+
+@pytest.mark.anyio
+async def test_a_long_text_waits_for_no_more_short_ones_than_fit_into_it():
+    worker = Worker()
+    worker.go.set()
+    batcher = Batcher(worker, max_batch_tokens=40, max_wait_s=0)
+    shorts = []
+
+    def next_short() -> None:  # another short text is always waiting
+        if len(shorts) < 60:
+            shorts.append(batcher.submit([("short", 4)], [4]))
+            shorts[-1].future.add_done_callback(lambda _: next_short())
+
+    next_short()
+    next_short()
+    await asyncio.sleep(0.02)
+    long = batcher.submit([("long", 40)], [40])
+    before = len(worker.batches)
+    await long.future
+    batcher.close()
+    passed = [name for batch in worker.batches[before:] for name, _ in batch].index("long")
+    assert passed <= 40 / 4 + 2  # two were in the queue already
+
+
+@pytest.mark.anyio
 async def test_a_lone_text_does_not_wait_but_company_on_its_way_is_waited_for():
     worker = Worker()
     worker.go.set()

@@ -29,17 +29,8 @@ def bounded(server_class, bundles):
 
 
 @pytest.fixture
-def connect(bounded):
-    opened = []
-
-    def make(server=bounded):
-        host, port = server.url.removeprefix("http://").split(":")
-        opened.append(socket.create_connection((host, int(port)), timeout=20))
-        return opened[-1]
-
-    yield make
-    for each in opened:
-        each.close()
+def connect(bounded, open_raw):
+    return lambda server=bounded: open_raw(server)
 
 
 def read_all(sock):

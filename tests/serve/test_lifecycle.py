@@ -28,45 +28,41 @@ def client_for(url, n=300, **options):
     return httpx.AsyncClient(base_url=url, limits=limits, timeout=60, trust_env=False, **options)
 
 
-def test_drain_loses_none_of_200_requests(serve_process, bundles, texts):
+@pytest.mark.anyio
+async def test_drain_loses_none_of_200_requests(serve_process, bundles, texts):
     server = serve_process(
         bundles["closed"], "--max-queue-ms", 600_000, "--max-queue-texts", 100_000, "--no-access-log",
         "--max-batch-tokens", 64,
     )  # fmt: skip
 
-    async def go():
-        async with client_for(server.url) as client:
-            plug = [
-                asyncio.create_task(
-                    client.post("/v1/predict", json={"texts": [texts[0]] * 32, "explain": True})
-                )
-                for _ in range(40)
-            ]
-            await asyncio.sleep(0.3)
-            bodies = [{"texts": [texts[i % 64]], "explain": True} for i in range(200)]
-            mine = [asyncio.create_task(client.post("/v1/predict", json=body)) for body in bodies]
-            end = time.monotonic() + 20
-            inside = 0.0
-            while time.monotonic() < end and inside < 240:
-                answered = sum(task.done() for task in plug)  # before the look inside: never counts twice
-                inside = answered + await asyncio.to_thread(metric, server.url, "sbs_edge_requests_in_flight")
-            assert not any(task.done() for task in mine), "the plug was too short"
-            assert inside == 240  # all 200 are in flight behind what is left of the plug
-            server.process.terminate()
-            told = time.monotonic()
-            while (ready := (await client.get("/v2/health/ready")).status_code) == 200:
-                assert time.monotonic() - told < 1
-            assert ready == 503
-            assert (await client.get("/v2/health/live")).status_code == 200
-            refused = await client.post("/v1/predict", json=bodies[0])
-            assert (refused.status_code, "stopping" in refused.json()["error"]) == (503, True)
-            answers = await asyncio.gather(*mine, *plug)
-            assert [a.status_code for a in answers] == [200] * 240
-            with Student.load(bundles["closed"]) as student:
-                want = student.explain([bodies[7]["texts"][0]])[0].rationale
-            assert answers[7].json()["predictions"][0]["rationale"] == want
-
-    asyncio.run(asyncio.wait_for(go(), 90))
+    async with client_for(server.url) as client:
+        plug = [
+            asyncio.create_task(client.post("/v1/predict", json={"texts": [texts[0]] * 32, "explain": True}))
+            for _ in range(40)
+        ]
+        await asyncio.sleep(0.3)
+        bodies = [{"texts": [texts[i % 64]], "explain": True} for i in range(200)]
+        mine = [asyncio.create_task(client.post("/v1/predict", json=body)) for body in bodies]
+        end = time.monotonic() + 20
+        inside = 0.0
+        while time.monotonic() < end and inside < 240:
+            answered = sum(task.done() for task in plug)  # before the look inside: never counts twice
+            inside = answered + await asyncio.to_thread(metric, server.url, "sbs_edge_requests_in_flight")
+        assert not any(task.done() for task in mine), "the plug was too short"
+        assert inside == 240  # all 200 are in flight behind what is left of the plug
+        server.process.terminate()
+        told = time.monotonic()
+        while (ready := (await client.get("/v2/health/ready")).status_code) == 200:
+            assert time.monotonic() - told < 1
+        assert ready == 503
+        assert (await client.get("/v2/health/live")).status_code == 200
+        refused = await client.post("/v1/predict", json=bodies[0])
+        assert (refused.status_code, "stopping" in refused.json()["error"]) == (503, True)
+        answers = await asyncio.gather(*mine, *plug)
+        assert [a.status_code for a in answers] == [200] * 240
+        with Student.load(bundles["closed"]) as student:
+            want = student.explain([bodies[7]["texts"][0]])[0].rationale
+        assert answers[7].json()["predictions"][0]["rationale"] == want
     assert server.process.wait(10) == 0
     assert {"draining", "drained"} <= {line["event"] for line in server.log()}
 
@@ -110,7 +106,8 @@ def test_second_signal_exits_at_once_and_drain_timeout_cuts(serve_process, bundl
     assert asyncio.run(busy(cut, lambda: cut.process.wait(10))) == 1
 
 
-def test_hot_reload_under_load_loses_nothing_and_a_bad_version_stays_out(
+@pytest.mark.anyio
+async def test_hot_reload_under_load_loses_nothing_and_a_bad_version_stays_out(
     serve_process, bundles, texts, tmp_path
 ):
     models = tmp_path / "models"
@@ -128,75 +125,70 @@ def test_hot_reload_under_load_loses_nothing_and_a_bad_version_stays_out(
                 handle.write(bytes([byte[0] ^ 255]))
         work.rename(models / version)
 
-    async def go():
-        seen: dict[str, int] = {}
-        codes: set[int] = set()
-        stop = asyncio.Event()
+    seen: dict[str, int] = {}
+    codes: set[int] = set()
+    stop = asyncio.Event()
 
-        async def load(client, i):
-            while not stop.is_set():
-                answer = await client.post("/v1/predict", json={"texts": [texts[i]]})
-                codes.add(answer.status_code)
-                version = answer.json().get("version")
-                seen[version] = seen.get(version, 0) + 1
+    async def load(client, i):
+        while not stop.is_set():
+            answer = await client.post("/v1/predict", json={"texts": [texts[i]]})
+            codes.add(answer.status_code)
+            version = answer.json().get("version")
+            seen[version] = seen.get(version, 0) + 1
 
-        async with client_for(server.url) as client:
-            clients = [asyncio.create_task(load(client, i)) for i in range(6)]
+    async with client_for(server.url) as client:
+        clients = [asyncio.create_task(load(client, i)) for i in range(6)]
+        await asyncio.sleep(0.3)
+        for version, damage in (("2", False), ("3", True), ("4", False)):
+            publish(version, damage)
+            end = time.monotonic() + 15
+            while time.monotonic() < end:
+                events = [
+                    line for line in server.log() if line["event"] in ("version_ready", "version_refused")
+                ]
+                if any(
+                    str(e.get("version")) == version or str(e.get("bundle", "")).endswith(version)
+                    for e in events
+                ):
+                    break
+                await asyncio.sleep(0.05)
             await asyncio.sleep(0.3)
-            for version, damage in (("2", False), ("3", True), ("4", False)):
-                publish(version, damage)
-                end = time.monotonic() + 15
-                while time.monotonic() < end:
-                    events = [
-                        line for line in server.log() if line["event"] in ("version_ready", "version_refused")
-                    ]
-                    if any(
-                        str(e.get("version")) == version or str(e.get("bundle", "")).endswith(version)
-                        for e in events
-                    ):
-                        break
-                    await asyncio.sleep(0.05)
-                await asyncio.sleep(0.3)
-            stop.set()
-            await asyncio.gather(*clients)
-            assert (await client.get("/v2/models/desk")).json()["versions"] == ["2", "4"]
-            assert (await client.get("/v2/models/desk/versions/3")).status_code == 404
-        assert codes == {200}
-        assert set(seen) == {"1", "2", "4"}
-
-    asyncio.run(asyncio.wait_for(go(), 90))
+        stop.set()
+        await asyncio.gather(*clients)
+        assert (await client.get("/v2/models/desk")).json()["versions"] == ["2", "4"]
+        assert (await client.get("/v2/models/desk/versions/3")).status_code == 404
+    assert codes == {200}
+    assert set(seen) == {"1", "2", "4"}
     assert any(line["event"] == "version_refused" for line in server.log())
     server.process.send_signal(signal.SIGHUP)
     server.await_event("reload_requested")
     assert server.stop() == 0
 
 
-def test_overload_answers_200_or_429_and_comes_back(serve_process, bundles, texts):
+@pytest.mark.anyio
+async def test_overload_answers_200_or_429_and_comes_back(serve_process, bundles, texts):
     """Open loop: requests are sent whether or not earlier ones were answered, more than the server takes at once."""
     server = serve_process(
         bundles["closed"], "--max-queue-ms", "100", "--max-concurrent", "16", "--no-access-log"
     )
 
-    async def go():
-        codes: list[int] = []
-        async with client_for(server.url) as client:
+    codes: list[int] = []
+    async with client_for(server.url) as client:
 
-            async def one(i):
-                answer = await client.post("/v1/predict", json={"texts": texts[:16], "explain": i % 4 == 0})
-                codes.append(answer.status_code)
-                assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
+        async def one(i):
+            answer = await client.post("/v1/predict", json={"texts": texts[:16], "explain": i % 4 == 0})
+            codes.append(answer.status_code)
+            assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
 
-            tasks = []
-            for i in range(300):
-                tasks.append(asyncio.create_task(one(i)))
-                await asyncio.sleep(0.001)
-            await asyncio.gather(*tasks)
-            assert set(codes) == {200, 429}
-            await asyncio.sleep(0.3)
-            assert (await client.post("/v1/predict", json={"texts": texts[:4]})).status_code == 200
-        assert metric(server.url, "sbs_edge_requests_in_flight") == 0
-
-    asyncio.run(asyncio.wait_for(go(), 90))
+        tasks = []
+        for i in range(300):
+            tasks.append(asyncio.create_task(one(i)))
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*tasks)
+        assert set(codes) == {200, 429}
+        await asyncio.sleep(0.3)
+        assert (await client.post("/v1/predict", json={"texts": texts[:4]})).status_code == 200
+    assert metric(server.url, "sbs_edge_requests_in_flight") == 0
 
 
 def _certificate(folder):

@@ -41,23 +41,20 @@ def test_what_is_loaded_is_out_of_the_collectors_way_and_freed_once_retired(coll
     assert seen() is None
 
 
-def test_a_reload_tidies_and_a_look_without_news_does_not(hand_bundle, running, hand):
-    import asyncio
+@pytest.mark.anyio
+async def test_a_reload_tidies_and_a_look_without_news_does_not(hand_bundle, running, hand):
 
-    async def go():
-        calls = []
-        app = running(hand_bundle)
-        app.service.registry.on_change = lambda: calls.append(1)
-        async with app:
-            assert len(calls) == 1
-            await app.service.registry.refresh()
-            assert len(calls) == 1
-            hand.write(hand_bundle, "2")
-            app.engine.version = "2"
-            await app.service.registry.refresh()
-            assert len(calls) == 2
-
-    asyncio.run(asyncio.wait_for(go(), 30))
+    calls = []
+    app = running(hand_bundle)
+    app.service.registry.on_change = lambda: calls.append(1)
+    async with app:
+        assert len(calls) == 1
+        await app.service.registry.refresh()
+        assert len(calls) == 1
+        hand.write(hand_bundle, "2")
+        app.engine.version = "2"
+        await app.service.registry.refresh()
+        assert len(calls) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")

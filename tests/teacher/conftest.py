@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
+import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+import yaml
 
+from sbs_edge.cli.app import main
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.teacher.presets import PRESETS
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from scripted import TASK, Scripted
 
 
 @dataclass
@@ -31,6 +41,7 @@ class FakeTeacher:
     announce_limits: bool = True
     finish_reason: str = "stop"
     usage: bool = True
+    label_probs: dict[str, float] = field(default_factory=dict)  # sent at the label, where asked for
     calls: list[tuple[float, str, int]] = field(default_factory=list)  # (time, prompt, status)
     bodies: list[dict] = field(default_factory=list)
     most_at_once: int = 0
@@ -105,6 +116,8 @@ def build_app(teacher: FakeTeacher):
         text = teacher.answer(prompt, len(teacher.calls))
         teacher.calls.append((time.monotonic(), prompt, 200))
         choice = {"index": 0, "finish_reason": teacher.finish_reason, "logprobs": None}
+        if body.get("logprobs") and teacher.label_probs:
+            choice["logprobs"] = logprobs_of(text, teacher.label_probs, is_chat)
         if is_chat:
             choice["message"] = {"role": "assistant", "content": text}
         else:
@@ -132,6 +145,27 @@ def build_app(teacher: FakeTeacher):
             Route("/v1/completions", complete, methods=["POST"]),
         ]
     )
+
+
+def logprobs_of(text: str, label_probs: dict[str, float], is_chat: bool) -> dict:
+    """Log-probabilities in the layout of either route; all tokens but the label are certain."""
+    tokens = re.findall(r"\s*\w+|\s*\W", text)
+    tables = [{token: 0.0} for token in tokens]
+    place = max(i for i, token in enumerate(tokens) if token.strip() in label_probs)
+    tables[place] = {f" {label}": math.log(p) for label, p in label_probs.items()}
+    if not is_chat:
+        chosen = [table.get(token, -1e9) for token, table in zip(tokens, tables, strict=True)]
+        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tables, "text_offset": []}
+    content = [
+        {
+            "token": token,
+            "logprob": table.get(token, -9999.0),
+            "bytes": None,
+            "top_logprobs": [{"token": t, "logprob": p, "bytes": None} for t, p in table.items()],
+        }
+        for token, table in zip(tokens, tables, strict=True)
+    ]
+    return {"content": content, "refusal": None}
 
 
 def answers_of(rows) -> dict[str, str]:
@@ -181,3 +215,43 @@ def raw_rows(desk, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def scripted():
+    server = Scripted()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture
+def annotate(scripted, tmp_path, capsys, monkeypatch):
+    """Run ``annotate`` on ``n`` rows; return exit code, what was said, and the rows of OUT."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("SBS_EDGE_DEBUG", raising=False)
+
+    def run(*flags, n=6, task=None, url=None):
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump({**TASK, **(task or {})}))
+        (tmp_path / "rows.jsonl").write_text(
+            "".join(json.dumps({"input": f"message {i}"}) + "\n" for i in range(n))
+        )
+        out = tmp_path / "out.jsonl"
+        before = len(scripted.requests)
+        files = [
+            "annotate",
+            str(tmp_path / "rows.jsonl"),
+            "--task",
+            str(tmp_path / "task.yaml"),
+            "--out",
+            str(out),
+        ]
+        code = main(
+            [*files, "--model", "m", "--base-url", url or scripted.url, "--max-attempts", "2", *flags]
+        )
+        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        run.sent = len(scripted.requests) - before
+        return code, " ".join(capsys.readouterr().err.split()), rows
+
+    return run

@@ -72,7 +72,7 @@ def test_a_file_that_annotate_did_not_write_is_not_written_over(http_teacher, de
         call = [flag if part == "--out" else part for part in command(http_teacher, data, mine)]
         ran = subprocess.run(call, capture_output=True, text=True, timeout=120)
         assert ran.returncode == 2
-        assert "answers.jsonl is there already" in " ".join(ran.stderr.split())
+        assert "answers.jsonl exists" in " ".join(ran.stderr.split())
     assert mine.read_text() == '{"text": "mine"}\n'
     assert {path.name for path in tmp_path.iterdir()} == {mine.name, data.name}
     assert not http_teacher.calls
@@ -314,7 +314,7 @@ def test_input_and_output_are_other_names(http_teacher, desk, raw_rows, tmp_path
     for wrong, said in (
         ((data, "--input", data), "INPUT and --input are two names of the same option"),
         ((data, "--out", out, "--output", out), "--out and --output are two names of the same option"),
-        ((), "name the rows as INPUT, or with --input"),
+        ((), "give the rows as INPUT, or with --input"),
     ):
         done = run(*wrong)
         assert done.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,3 +30,16 @@ def splits() -> Splits:
 def small() -> dict[str, Any]:
     """Options of a run of a few seconds."""
     return dict(SMALL)
+
+
+@pytest.fixture
+def spiece(tmp_path: Path) -> Any:
+    """Train a small SentencePiece model, ``spiece.model`` in the test's folder."""
+    spm = pytest.importorskip("sentencepiece")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("where is my order\nit costs 3.50 not 4\nplease cancel it\n" * 50)
+    spm.SentencePieceTrainer.train(
+        input=str(lines), model_prefix=str(tmp_path / "spiece"), vocab_size=40, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return spm.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))

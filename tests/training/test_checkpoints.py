@@ -214,15 +214,8 @@ def test_a_lora_adapter_is_merged_into_its_base(tmp_path: Path) -> None:
     torch.testing.assert_close(found[f"{name}.weight"], tensors[f"{name}.weight"] + 2 * side["B"] @ side["A"])
 
 
-def test_a_spiece_model_alone_cuts_texts_as_sentencepiece_does(tmp_path: Path) -> None:
-    spm = pytest.importorskip("sentencepiece")
-    lines = tmp_path / "lines.txt"
-    lines.write_text("where is my order\nit costs 3.50 not 4\nplease cancel it\n" * 50)
-    spm.SentencePieceTrainer.train(
-        input=str(lines), model_prefix=str(tmp_path / "spiece"), vocab_size=40, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    judge = spm.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+def test_a_spiece_model_alone_cuts_texts_as_sentencepiece_does(tmp_path: Path, spiece: Any) -> None:
+    judge = spiece
     ours = checkpoint_tokenizer(tmp_path)
     for text in ("where is my order", "  it  costs ", "please 4", "ﬁ costs"):
         assert ours.encode(text).ids == [*judge.encode(text), 1]

@@ -25,4 +25,4 @@ def test_a_checkpoint_of_another_family_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UsageError) as refused:
         load_checkpoint(str(tmp_path), None)
-    assert str(refused.value).startswith(f"{tmp_path} holds a 'bert' model")
+    assert str(refused.value).startswith(f"{tmp_path} is a 'bert' model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -97,15 +98,8 @@ def test_open_labels_are_judged_as_they_were_trained(
     )
 
 
-def test_a_tokenizer_that_reads_otherwise_than_its_pieces_is_refused(tmp_path: Path) -> None:
-    spm = pytest.importorskip("sentencepiece")
-    lines = tmp_path / "lines.txt"
-    lines.write_text("where is my order\nit costs 3.50 not 4\nplease cancel it\n" * 50)
-    spm.SentencePieceTrainer.train(
-        input=str(lines), model_prefix=str(tmp_path / "spiece"), vocab_size=40, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    judge = spm.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+def test_a_tokenizer_that_reads_otherwise_than_its_pieces_is_refused(tmp_path: Path, spiece: Any) -> None:
+    judge = spiece
     pieces = [(judge.id_to_piece(i), judge.get_score(i)) for i in range(judge.get_piece_size())]
     tokenizer = Tokenizer(models.Unigram(pieces, 2, False))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()

@@ -27,7 +27,7 @@ def test_the_data_options_are_the_parameters_of_load_splits() -> None:
 def test_train_without_data_names_the_built_in_task(tmp_path) -> None:
     with pytest.raises(UsageError, match='"builtin"'):
         train(out=tmp_path / "student")
-    with pytest.raises(ValueError, match="leave them out with splits"):
+    with pytest.raises(ValueError, match="leave them out if you pass splits"):
         train(builtin_splits("default"), tmp_path / "student", data_options={"seed": 1})
     with pytest.raises(UsageError, match="no_such is not a field"):
         train("builtin", tmp_path / "student", no_such=1)  # type: ignore[call-arg]

@@ -184,17 +184,17 @@ def test_an_export_replaces_nothing_but_an_export(make_student: Any, tmp_path: P
     student = make_student(tmp_path / "students" / "first")
     before = listing(tmp_path)
     for out in (student, tmp_path / "students"):
-        with pytest.raises(UsageError, match="holds the student itself"):
+        with pytest.raises(UsageError, match="is the student's own directory"):
             export(student, out, targets=("cpu-fp32",))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is there already and is not a bundle"):
+    with pytest.raises(UsageError, match="exists and is not a bundle"):
         export(student, tmp_path / "notes", targets=("cpu-fp32",))
     assert listing(tmp_path) == {**before, "notes/a.txt": b"mine"}
 
 
 def test_an_unknown_target_is_answered_with_the_known_ones(make_student: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no target 'tpu'; known are cpu-fp32, .*tensorrt-int8"):
+    with pytest.raises(UsageError, match=r"no target 'tpu'; the targets are cpu-fp32, .*tensorrt-int8"):
         export(make_student(tmp_path / "first"), tmp_path / "out", targets=("tpu",))
 
 
@@ -232,11 +232,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor has another shape": (
         lambda s: _edit_tensors(s, lambda t: t.update({WO: t[WO][:, :-1].contiguous()})),
-        r"in the shape \(32, 63\), and its config.json describes \(32, 64\)",
+        r"in the shape \(32, 63\), but its config.json describes \(32, 64\)",
     ),
     "a tensor is not finite": (
         lambda s: _edit_tensors(s, lambda t: t[WO][0].fill_(float("nan"))),
-        rf"{WO} holds numbers that are not finite",
+        rf"{WO} has numbers that are not finite",
     ),
     "the weights are cut off": (_cut, "cannot be read .* damaged or cut"),
     "the tokenizer is damaged": (

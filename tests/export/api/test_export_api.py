@@ -14,7 +14,7 @@ import pytest
 
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError, GuardError, UsageError
-from sbs_edge.export import api, assemble
+from sbs_edge.export import assemble, job
 from sbs_edge.export.api import export
 from sbs_edge.export.check.calibrate import calibrate, expected_calibration_error, fit_temperature
 from sbs_edge.runtime.bundle import Bundle
@@ -69,7 +69,7 @@ def test_the_guard_refuses_and_keeps_the_old_bundle(
 
     monkeypatch.setattr(assemble, "Int8", Coarse)
     with pytest.raises(
-        GuardError, match=r"--keep-float (encoder|decoder|lm_head|shared).*Nothing|Nothing.*--keep-float"
+        GuardError, match=r"Nothing.*keep_float=\['(encoder|decoder|lm_head|shared)"
     ) as caught:
         export(student, tmp_path / "bundle", targets=("cpu-int8",), max_drop=1.0)
     assert caught.value.exit_code == 3
@@ -77,7 +77,7 @@ def test_the_guard_refuses_and_keeps_the_old_bundle(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     # Whoever gives up accuracy has not given up rationales.
     with pytest.raises(
-        GuardError, match=r"next token in .* % of the steps.*Nothing.*--keep-float.*--label-only"
+        GuardError, match=r"next token in .* % of the steps.*Nothing.*keep_float=.*label_only=True"
     ) as caught:
         export(student, tmp_path / "bundle", targets=("cpu-int8",), max_drop=100.0)
     assert caught.value.exit_code == 3
@@ -119,10 +119,10 @@ def test_fewer_tokens_to_write(trained, tmp_path: Path, monkeypatch: pytest.Monk
     with Student.load(tmp_path / "whole") as whole, Student.load(tmp_path / "pruned") as pruned:
         assert whole.explain(texts) == pruned.explain(texts)
     # A vocabulary too small to write the rationales is refused.
-    monkeypatch.setattr(api, "output_tokens", lambda *_: np.array([1, 3, 4], np.int64))
+    monkeypatch.setattr(job, "output_tokens", lambda *_: np.array([1, 3, 4], np.int64))
     before = listing(tmp_path / "pruned")
     for targets in (("cpu-fp32",), ("cpu-int8",), ("cpu-int4", "cpu-fp32")):
-        with pytest.raises(GuardError, match=r"pruned vocabulary.*rationales' tokens.*--prune-vocabulary"):
+        with pytest.raises(GuardError, match=r"pruned vocabulary.*rationales' tokens.*prune_vocabulary"):
             export(student, tmp_path / "pruned", targets=targets, prune_vocabulary=True)
         assert listing(tmp_path / "pruned") == before
 
@@ -189,7 +189,7 @@ def test_bad_students_are_refused(make_student, trained, tmp_path: Path) -> None
             export(broken(name, change), tmp_path / "out")
     for options, match in (
         ({"targets": ("cpu-int3",)}, "no target 'cpu-int3'"),
-        ({"labels": ["a", "b"]}, "already says"),
+        ({"labels": ["a", "b"]}, "already gives"),
         ({"version": "../1"}, "version"),
     ):
         with pytest.raises(UsageError, match=match):

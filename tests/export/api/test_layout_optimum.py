@@ -14,6 +14,7 @@ SHAPES = {
     "tied": {},
     "untied, gated": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "deep encoder, odd width": {"num_layers": 3, "d_kv": 12},
+    "one decoder layer": {"num_layers": 3, "num_decoder_layers": 1},
 }
 
 
@@ -49,6 +50,6 @@ def test_optimum_generates_the_same(make_student, tmp_path: Path, shape: str, ro
 
 def test_one_target_only(make_student, tmp_path: Path) -> None:
     student = make_student(tmp_path / "student")
-    with pytest.raises(UsageError, match="one target"):
+    with pytest.raises(UsageError, match="single target"):
         export(student, tmp_path / "out", targets=("cpu-fp32", "cpu-int8"), layout="optimum", max_drop=100)
     assert not (tmp_path / "out").exists()

@@ -34,13 +34,13 @@ def test_labels_alone(trained, tmp_path: Path, rows) -> None:
     with Student.load(tmp_path / "whole") as whole, Student.load(tmp_path / "labels") as small:
         assert whole.predict(texts) == small.predict(texts)
         small.warm_up()
-        with pytest.raises(UsageError, match="without --label-only"):
+        with pytest.raises(UsageError, match="with label_only=False"):
             small.explain(texts)
 
 
 def test_open_labels_are_generated_and_cannot_do_without(make_student, tmp_path: Path) -> None:
     student = make_student(tmp_path / "student", kind="open", labels=())
-    with pytest.raises(UsageError, match="leave --label-only out"):
+    with pytest.raises(UsageError, match="leave out label_only"):
         export(student, tmp_path / "bundle", label_only=True)
     assert not (tmp_path / "bundle").exists()
 
@@ -124,7 +124,7 @@ def test_too_few_tokens_are_refused(
         return [texts.encode(text) for text in (*opened.task.labels, *opened.prefixes.values())]
 
     monkeypatch.setattr(input_vocabulary, "_ids", labels_alone)  # no row was looked at
-    with pytest.raises(GuardError, match=r"pruned vocabulary the float32 student.*--prune-input-vocabulary"):
+    with pytest.raises(GuardError, match=r"pruned vocabulary the float32 student.*prune_input_vocabulary"):
         export(student, tmp_path / "bundle", targets=(target,), prune_input_vocabulary=True)
     assert before == {
         path: path.read_bytes() for path in sorted((tmp_path / "bundle").rglob("*")) if path.is_file()
@@ -134,7 +134,7 @@ def test_too_few_tokens_are_refused(
 def test_what_cannot_be_pruned_is_said(make_student, trained, tmp_path: Path) -> None:
     student, _ = trained
     for options in ({"layout": "optimum"}, {"single_file": True}):
-        with pytest.raises(UsageError, match="leave --prune-input-vocabulary out"):
+        with pytest.raises(UsageError, match="leave out prune_input_vocabulary"):
             export(student, tmp_path / "b", prune_input_vocabulary=True, **options)
     bare = make_student(tmp_path / "bare", rows=0)
     with pytest.raises(UsageError, match="needs rows"):

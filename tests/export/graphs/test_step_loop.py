@@ -152,5 +152,5 @@ def test_more_tokens_than_the_cache_holds_are_refused() -> None:
     loop, _ = loop_of(make_student("t5"), 5)
     ids, mask = random_rows(1, 4)
     assert loop.run(ids, mask, 5)[0].shape == (1, 5)
-    with pytest.raises(UsageError, match=r"6 tokens .* holds 5"):
+    with pytest.raises(UsageError, match=r"is 6, .* holds 5"):
         loop.run(ids, mask, 6)

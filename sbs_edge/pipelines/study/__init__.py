@@ -1,0 +1,1 @@
+"""``sbs-edge study``: how small a student, and how few rows, will do."""
