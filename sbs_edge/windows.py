@@ -29,7 +29,8 @@ class LongSettings:
     Attributes:
         chunk: tokens of a chunk, prefix, header, marker and end-of-sequence included.
         overlap: share of a window that it has in common with the next one, in [0, 1).
-        header: the text up to and including the first occurrence of this string stands in every chunk; "": none.
+        header: the text up to and including the first occurrence of this string stands in every chunk, unless it
+            takes more than half of a chunk; "": none.
         marker: tell each chunk its place, as the text "part 3 of 9".
         top_k: encoder states each attention head of the decoder reads; None: all of them.
         max_tokens: longest input that is read.
@@ -167,15 +168,14 @@ class ChunkReader:
             where: the text's place, as the subject of a sentence.
 
         Raises:
-            UsageError: the header leaves too little of a chunk.
+            UsageError: the prefix and the marker leave too little of a chunk.
         """
         tail = list(ids[-1:]) if ids[-1:] == [self._eos] else []
         body = ids[: len(ids) - len(tail)]
-        beginning = self._tokenizer.encode(self._header(text), prefix)
-        n_head = 0
-        while n_head < min(len(beginning), len(body)) and beginning[n_head] == body[n_head]:
-            n_head += 1
         settings = self._settings
+        n_head = self._common(self._header(text), prefix, body)
+        if n_head > settings.chunk // 2:  # the string stands somewhere in the text: that is not a header
+            n_head = self._common("", prefix, body)
         try:
             return chunks_of(
                 body[n_head:], body[:n_head], tail, settings.chunk, settings.overlap,
@@ -183,6 +183,14 @@ class ChunkReader:
             )  # fmt: skip
         except UsageError as error:
             raise UsageError(f"{where} {error}") from error
+
+    def _common(self, header: str, prefix: str, body: Sequence[int]) -> int:
+        """Return how many tokens of ``body`` are those of the prefix and the header alone."""
+        beginning = self._tokenizer.encode(header, prefix)
+        pairs = zip(beginning, body, strict=False)
+        return next(
+            (n for n, (one, other) in enumerate(pairs) if one != other), min(len(beginning), len(body))
+        )
 
     def _header(self, text: str) -> str:
         mark = self._settings.header

@@ -140,7 +140,7 @@ class Texts:
             task: "label" or "rationale".
 
         Raises:
-            UsageError: a text's header leaves too little of a chunk for the rest.
+            UsageError: prefix and marker leave too little of a chunk for the text.
         """
         found: dict[int, list[Chunk]] = {}
         for number, row in enumerate(rows):

@@ -205,19 +205,47 @@ def test_over_the_long_limit(long_bundle: Path, students: Any) -> None:
         assert (answer.truncated, answer.n_input_tokens, answer.n_chunks) == (True, 40, 1)
 
 
-def test_what_a_long_text_cannot_have_is_said(
-    long_bundle: Path, tiny_bundle: Path, long_texts: list[str]
-) -> None:
-    with Student.load(long_bundle, threads=1) as student:
-        late = "pump " * 60 + "door " + "fan " * 60
-        with pytest.raises(UsageError, match=r"Text 1 has a beginning of 62 tokens .* Shorten it\."):
-            student.predict(["pump", late])
-        with pytest.raises(UsageError, match="no graph for a beam of width 3"):
-            student.explain("pump", num_beams=3)
+def test_what_a_long_text_cannot_have_is_said(long_bundle: Path, tiny_bundle: Path) -> None:
+    with (
+        Student.load(long_bundle, threads=1) as student,
+        pytest.raises(UsageError, match="no graph for a beam of width 3"),
+    ):
+        student.explain("pump", num_beams=3)
     with pytest.raises(UsageError, match="exported without them"):
         Student.load(tiny_bundle, top_k=4)
     with pytest.raises(UsageError, match="top_k must be at least 1, not 0"):
         Student.load(long_bundle, top_k=0)
+
+
+def test_a_header_that_takes_half_a_chunk_is_read_as_text(tiny: Any, long_bundle: Path) -> None:
+    late = "pump " * 60 + "door " + "fan " * 60
+    texts, plain = TextTokenizer(tiny.tokenizer), LongSettings(chunk=40, max_tokens=400)
+    ids = texts.encode(late, "[label] ")
+    found = ChunkReader(texts, SETTINGS, 1).chunks(late, ids, "[label] ")
+    assert found == ChunkReader(texts, plain, 1).chunks(late, ids, "[label] ")
+    with Student.load(long_bundle, threads=1) as student:
+        assert student.predict(late).n_chunks == len(found) == 4
+
+
+def test_rows_of_a_unit_are_read_in_chunks(long_bundle: Path, long_texts: list[str], tmp_path: Path) -> None:
+    from sbs_edge.scale.predict import answer_rows, columns_of
+    from sbs_edge.scale.units import write_shard
+
+    too_long = "pump " * 500
+    rows = [(f"f@{n}", {"input": text}) for n, text in enumerate([*long_texts, too_long, "pump"])]
+    with Student.load(long_bundle, threads=1) as student:
+        answers = answer_rows(student, rows, explain=True)
+        assert [answer["label"] for answer in answers[: len(long_texts)]] == [
+            answer.label for answer in student.predict(long_texts)
+        ]
+        columns = columns_of(student.manifest)
+    assert "limit is 400" in answers[-2]["error"]
+    assert "n_chunks" not in answers[-1]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_shard(str(tmp_path), "one.parquet", answers, columns)
+    table = parquet.read_table(tmp_path / "one.parquet")
+    assert table.column("n_chunks").to_pylist() == [answer.get("n_chunks") for answer in answers]
+    assert "n_chunks" not in columns_of({})
 
 
 def test_top_k_of_all_states_reads_all(long_bundle: Path, long_texts: list[str]) -> None:
