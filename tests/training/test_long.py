@@ -198,12 +198,12 @@ def test_a_student_without_long_inputs_says_nothing_of_them(
     assert StudentDir.load(tmp_path / "s").long is None
 
 
-def test_a_prefix_that_fills_the_chunk_names_the_row(small: dict[str, Any], tmp_path: Path) -> None:
+def test_a_marker_that_fills_the_chunk_names_the_row(small: dict[str, Any], tmp_path: Path) -> None:
     splits = _long_splits()
     with pytest.raises(UsageError, match=r"The input of \d+ has a beginning of \d+ tokens"):
         train(
             splits, tmp_path / "s", max_steps=1, max_source_tokens=8, max_long_tokens=64, long="full",
-            tokenizer="unigram", label_prefix="answer with the label of this text and nothing else: ", **small,
+            tokenizer="unigram", chunk_marker=True, **small,
         )  # fmt: skip
 
 
