@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.bench.core.machine import provenance
+from sbs_edge.bench.long.ways import WAYS, Reader
 from sbs_edge.errors import UsageError
-from sbs_edge.pipelines.lengths import WAYS, Reader
 from sbs_edge.runtime.manifest import read_manifest
 
 __all__ = ["PEERS", "measure_lengths"]

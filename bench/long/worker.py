@@ -33,8 +33,8 @@ def _figures(call: Callable[[], Any], calls: int) -> dict[str, float]:
 
 def measure_way(spec: dict[str, Any]) -> dict[str, Any]:
     """Answer logs with a bundle; ``accuracy`` is None for a bundle of another task."""
+    from sbs_edge.bench.long.ways import Reader, measure
     from sbs_edge.data.shift_log import LATEST_NAME, NAME, ShiftLogSize, shift_log_rows
-    from sbs_edge.pipelines.lengths import Reader, measure
 
     task = json.loads((Path(spec["bundle"]) / "manifest.json").read_text(encoding="utf-8"))["task"]["name"]
     rows = shift_log_rows(

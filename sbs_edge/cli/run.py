@@ -128,17 +128,10 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Train with and without rationales, compare, export, and write a report.
 
-        Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run shift-log;
-        sbs-edge run DIR --dataset svamp --steps 2000
+        Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000
         """
         need(TRAINING, "train", "Training")
         need(EXPORTING, "export", "sbs-edge run")
-        from sbs_edge.data import shift_log
-
-        if data in (shift_log.NAME, shift_log.LATEST_NAME):
-            from sbs_edge.cli._run_shift_log import run_long_task
-
-            return run_long_task(ctx)
         from sbs_edge.pipelines.run import RunConfig, arms_for
         from sbs_edge.pipelines.run import run as run_pipeline
         from sbs_edge.training.config import TrainConfig, make_config

@@ -8,6 +8,8 @@ those of plain back-propagation through all chunks.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sbs_edge.windows import Chunk
 
-__all__ = ["chunk_tensors", "draw_states", "encode_chunks", "recompute_decoder"]
+__all__ = ["bound_memory", "chunk_tensors", "draw_states", "encode_chunks"]
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 GROUP_TOKENS = 2048
 """Most padded tokens that pass through the encoder at once; at least one chunk does."""
 
@@ -100,8 +103,11 @@ def encode_chunks(
     return states[index.clamp(min=0)], (index >= 0).long()
 
 
-def recompute_decoder(student: Any) -> None:
-    """Keep only the inputs of the decoder's blocks: its keys and values grow with the input, a layer each.
+def bound_memory(student: Any) -> None:
+    """Keep only the inputs of the decoder's blocks, whose keys and values grow with the input, a layer each.
+
+    Blocks of memory from a megabyte on are given back as soon as they are free: in glibc's heap the gaps between them
+    would add up to hundreds of megabytes.
 
     Args:
         student: a T5-family model of transformers.
@@ -112,3 +118,5 @@ def recompute_decoder(student: Any) -> None:
     for module in student.get_encoder().modules():  # its groups are computed again as a whole
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -154,7 +154,7 @@ def _validation(
 def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | None) -> Any:
     """Build or load the student, with adapters if asked for, and put the two-task loss around it."""
     from sbs_edge.training import model as models
-    from sbs_edge.training.long import recompute_decoder
+    from sbs_edge.training.long import bound_memory
     from sbs_edge.training.pretrained import load_opened
 
     if checkpoint is None:
@@ -166,7 +166,7 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if config.long != "off":
-        recompute_decoder(student)
+        bound_memory(student)
     if config.lora_rank:
         if util.find_spec("peft") is None:
             raise MissingExtra("peft", "train", "LoRA")

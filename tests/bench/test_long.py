@@ -12,9 +12,11 @@ import pytest
 
 from sbs_edge.bench.long.bench import _run
 from sbs_edge.bench.long.tables import long_tables
+from sbs_edge.bench.long.ways import WAYS, Reader
 from sbs_edge.bench.long.worker import measure_peer, measure_way
 from sbs_edge.cli.app import main
-from sbs_edge.pipelines.lengths import WAYS
+from sbs_edge.errors import UsageError
+from sbs_edge.runtime.student import Student
 from sbs_edge.windows import LongSettings
 
 
@@ -90,3 +92,37 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     assert main(["bench", "long", str(bundle), *arguments]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_ways_read_what_they_say(bundle: Path) -> None:
+    text = "noise | " + "pump valve fan door " * 30
+    with Student.load(bundle) as student, Student.load(bundle, long=False, truncate=True) as plain:
+        expected = {"all states": student.predict(text).label, "truncation": plain.predict(text).label}
+    for way, label in expected.items():
+        with Reader(bundle, way) as reader:  # type: ignore[arg-type]
+            assert reader.label(text) == label
+    with Reader(bundle, "full attention") as reader:
+        whole = reader._student.predict(text)
+        assert (whole.n_chunks, whole.truncated, whole.n_input_tokens) == (1, False, 124)
+    with Reader(bundle, "voting") as reader, Student.load(bundle, long=False) as student:
+        ids = student.tokenize([text])[0]
+        assert reader._chunks is not None
+        chunks = reader._chunks.chunks(text, ids, "[label] ")
+        votes = student.predict(["x"] * len(chunks), tokens=[chunk.ids for chunk in chunks])
+        sums = {label: sum(vote.probabilities[label] for vote in votes) for label in student.labels}
+        assert len(chunks) > 3
+        assert reader.label(text) == max(sums, key=sums.__getitem__)
+
+
+def test_a_bundle_without_long_inputs_is_refused(tmp_path: Path, bundle: Path) -> None:
+    import shutil
+
+    from sbs_edge.runtime.bundle import seal
+    from sbs_edge.runtime.manifest import read_manifest
+
+    copy = Path(shutil.copytree(bundle, tmp_path / "b"))
+    manifest = read_manifest(copy)
+    del manifest["long"]
+    seal(copy, manifest)
+    with pytest.raises(UsageError, match="must read long inputs and have a closed label set"):
+        Reader(copy, "voting")

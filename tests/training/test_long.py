@@ -59,7 +59,7 @@ def test_gradients_are_those_of_plain_back_propagation(
     monkeypatch.setattr(long, "GROUP_TOKENS", 16)  # one chunk a group
     ours = _model(dropout, drawn_states=drawn)
     plain = copy.deepcopy(ours)
-    long.recompute_decoder(ours.student)
+    long.bound_memory(ours.student)
     loss, found = _gradients(ours, batch)
     monkeypatch.setattr(long, "checkpoint", lambda function, *args, use_reentrant: function(*args))
     expected_loss, expected = _gradients(plain, batch)
@@ -221,7 +221,7 @@ torch.manual_seed(0)
 student = build_student(TrainConfig(d_model=256, d_ff=1024, n_heads=4, n_layers=4, n_decoder_layers=4), 2000)
 model = TwoTaskModel(student, 1.0, engine="torch").train()
 if sys.argv[2] != "plain":
-    long.recompute_decoder(student)
+    long.bound_memory(student)
 optimiser = torch.optim.AdamW(model.parameters())
 chunks = chunks_of([5 + n % 1900 for n in range(int(sys.argv[1]))], [3], [1], 512, 0.25)
 row = Encoded(((chunks, [5, 1]), (chunks, [*range(10, 42), 1])))

@@ -33,7 +33,7 @@ class Reader:
     """A bundle that answers long inputs in one of the ways.
 
     Example:
-        >>> with Reader(Path("runs/shift-log/bundle"), "voting") as reader:
+        >>> with Reader(Path("runs/latest/bundle"), "voting") as reader:
         ...     print(reader.label("log of oak | 06:00 elm the coil is frosted ."))
     """
 
