@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -18,6 +19,7 @@ __all__ = [
     "first_tokens",
     "most_characters",
     "read_tokenizer",
+    "read_whole",
     "start_token_id",
     "text_fault",
     "unicode_fault",
@@ -25,6 +27,7 @@ __all__ = [
     "without_limits",
 ]
 
+_PRINTABLE = frozenset(filter(str.isprintable, map(chr, range(128))))
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Normalizers that treat the text before and after a space between two ASCII letters or digits independently.
 _LOCAL_NORMALIZERS = frozenset(
@@ -62,6 +65,11 @@ def most_characters(limit: int) -> int:
     The longest piece of T5's vocabulary has 16 characters, so ordinary text reaches the token limit long before.
     """
     return max(64 * limit, 16384)
+
+
+def read_whole(limit: int) -> int:
+    """Return up to how many characters a text is read whole for ``limit`` tokens; of a longer one maybe less is read."""
+    return max(4 * limit, 1024)
 
 
 def first_tokens(label_ids: Sequence[Sequence[int]]) -> list[int] | None:
@@ -144,7 +152,7 @@ class TextTokenizer:
         longer than :func:`most_characters` is cut there, however few tokens that gives. So the cost does not grow
         with the text.
         """
-        short = max(4 * limit, 1024)
+        short = read_whole(limit)
         if all(len(text) <= short for text in texts):
             return self.encode_batch(texts, prefix)
         return [self._beginning(text, limit, (short, 2 * short), prefix) for text in texts]
@@ -196,19 +204,25 @@ class TextTokenizer:
         return 0
 
     @cached_property
-    def _splits_at_spaces(self) -> bool:
-        normalizers = _parts(self.tokenizer.normalizer, "normalizers")
-        splitters = _parts(self.tokenizer.pre_tokenizer, "pretokenizers")
-        local = all(
+    def _normalizes_locally(self) -> bool:
+        return all(
             part["type"] in _LOCAL_NORMALIZERS
             or (part["type"] == "Replace" and part["pattern"].get("Regex") in _LOCAL_PATTERNS)
-            for part in normalizers
+            for part in _parts(self.tokenizer.normalizer, "normalizers")
         )
+
+    @cached_property
+    def _splits_at_spaces(self) -> bool:
+        splitters = _parts(self.tokenizer.pre_tokenizer, "pretokenizers")
         first = splitters[0] if splitters else {"type": None}
         splits = first["type"] in ("WhitespaceSplit", "Whitespace") or (
             first["type"] == "Metaspace" and first.get("split", True) is not False
         )
-        return local and splits and not any(" " in token.content for token in self._added.values())
+        return (
+            self._normalizes_locally
+            and splits
+            and not any(" " in token.content for token in self._added.values())
+        )
 
     # -- control tokens -------------------------------------------------------------------------------
 
@@ -264,8 +278,23 @@ class TextTokenizer:
             names.append(self.tokenizer.id_to_token(self.unknown_id))
         return re.compile("|".join(map(re.escape, names)))
 
+    @cached_property
+    def _fallback_marks(self) -> frozenset[str]:
+        """Return characters of which every fallback's name has one, and that no other printable ASCII becomes.
+
+        They are punctuation, such as the ``<`` of ``<unk>``. Where a name has none, or a normalizer may write one, no
+        text is without them.
+        """
+        names = [*self._byte_pieces]
+        if self.unknown_id is not None:
+            names.append(str(self.tokenizer.id_to_token(self.unknown_id)))
+        marks = frozenset(name[0] for name in names)
+        return marks if self._normalizes_locally and marks <= frozenset(string.punctuation) else _PRINTABLE
+
     def _names(self, text: str) -> bool:
         """Return whether ``text`` contains the name of the unknown token or of a byte, normalised or not."""
+        if self._fallback_marks.isdisjoint(text) and text.isascii() and text.isprintable():
+            return False
         if self._fallback_names.search(text):
             return True
         normalizer = self.tokenizer.normalizer
@@ -310,7 +339,9 @@ def text_fault(text: object) -> str | None:
     """
     if not isinstance(text, str):
         return f"is a {type(text).__name__}, not a string"
-    if not any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text):
+    if not text[:1].isalnum() and not any(
+        not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text
+    ):
         return "is empty or blank"
     return unicode_fault(text)
 

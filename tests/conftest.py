@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Tests never assert on time: a busy machine must not fail one.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # Two cores are often shared: one thread keeps tests repeatable and out of each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -90,6 +90,12 @@ def test_run_without_rationales_ends_with_a_bundle_and_a_report(
     assert (tmp_path / "out" / "bundle" / "manifest.json").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "rationale, as the bundle" not in page
+    analysis = report["analysis"]
+    assert (analysis["target"], analysis["n"]) == ("cpu-int8", report["rows"]["test"])
+    assert analysis["accuracy"] == report["bundle"]["targets"][0]["label_accuracy"]
+    assert sum(map(sum, analysis["confusion"]["counts"])) == analysis["n"]
+    assert [error["rationale"] for error in analysis["errors"]] == [None] * 20
+    assert page.index("The bundle gives the gold label in") < page.index("<h2>")
     assert report["linear"]["accuracy"]["test"]["n"] == report["rows"]["test"]
     assert report["linear"]["sentence"].startswith("A linear model on word n-grams")
     assert report["linear"]["sentence"] in page

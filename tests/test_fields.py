@@ -14,12 +14,12 @@ import typer
 import yaml
 
 from sbs_edge import files
+from sbs_edge.analysis.intervals import gain_of
 from sbs_edge.cli._common import resolved
 from sbs_edge.cli._fields import parse_fields
 from sbs_edge.cli._suggest import suggested
 from sbs_edge.cli.app import app, main
 from sbs_edge.errors import UsageError
-from sbs_edge.pipelines.run import gain_of
 from sbs_edge.progress import EVERY_S, ProgressLine, duration
 from sbs_edge.report.run import headline
 from sbs_edge.training.config import TrainConfig, make_config

@@ -18,7 +18,6 @@ from typing import Any
 from sbs_edge import __version__, files
 from sbs_edge.bench.peers.convert import cache_root, digest
 from sbs_edge.errors import MissingExtra, UsageError
-from sbs_edge.versions import installed_versions
 
 __all__ = [
     "SHAPES",
@@ -140,21 +139,26 @@ def check_shape(shape: str) -> None:
         raise UsageError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
 
 
+def _torch_and_transformers() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
+    return torch, transformers
+
+
 def random_model(shape: str, seed: int, **changes: Any) -> Any:
     """Return a T5 of ``shape`` with random weights; ``changes`` replace fields of its configuration.
 
     Raises:
         MissingExtra: torch or transformers is not installed.
     """
-    try:
-        import torch
-        from transformers import T5Config, T5ForConditionalGeneration
-    except ImportError as error:
-        raise MissingExtra(error.name or "transformers", "bench", "A random student") from error
+    torch, transformers = _torch_and_transformers()
     torch.manual_seed(seed)
     fields = {"tie_word_embeddings": True, "feed_forward_proj": "relu", **SHAPES[shape], **changes}
-    config = T5Config(**fields, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
-    return T5ForConditionalGeneration(config)
+    config = transformers.T5Config(**fields, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def random_student(
@@ -231,7 +235,7 @@ def shape_student(
 ) -> Path:
     """Return the cached random student of a shape, with other numbers of layers if given, made on first use."""
     check_shape(shape)
-    version = installed_versions("transformers").get("transformers", "").split(".")[0]
+    version = _torch_and_transformers()[1].__version__.split(".")[0]
     layers = layers_of(shape, encoder_layers, decoder_layers)
     depth = "" if layers == layers_of(shape) else f"-{layers[0]}-{layers[1]}"
     target = cache_root() / f"student-{shape}{depth}-{seed}-v3-transformers{version}"

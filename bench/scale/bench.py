@@ -9,7 +9,7 @@ The variants score one file of JSON Lines with one bundle:
 The variants run in turn, each in a fresh process that gives one thread to a student. For Ray three times are kept
 apart: its own start, the whole call after that, and the steady part from the first unit's start to the
 last one's end (without loading students). The outputs of all variants are compared byte by byte. Accuracy
-plays no part: without a bundle, an untrained student of the built-in task's size scores the rows.
+plays no part: without a bundle, a student of the built-in task after one training step scores the rows.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def measure(
         )
         return new_document(
             "scale",
-            {"student": chosen.name if bundle else "untrained student of the built-in task"},
+            {"student": chosen.name if bundle else "student of the built-in task after one training step"},
             threads=1,
             rows=n_rows,
             rounds=rounds,

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["calibrate", "expected_calibration_error", "fit_temperature"]
+from sbs_edge.analysis.reliability import expected_calibration_error
 
-N_BINS = 15
+__all__ = ["calibrate", "fit_temperature"]
 
 
 def _log_probabilities(scores: np.ndarray, temperature: float) -> np.ndarray:
@@ -57,18 +57,6 @@ def fit_temperature(scores: Sequence[np.ndarray], gold: Sequence[int]) -> float:
             b = low + ratio * (high - low)
             loss_b = loss(b)
     return float(np.exp((low + high) / 2))
-
-
-def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Return the mean gap between confidence and accuracy over 15 equal-width bins, weighted by rows."""
-    bins = np.minimum((confidence * N_BINS).astype(int), N_BINS - 1)
-    return float(
-        sum(
-            abs(confidence[bins == k].mean() - right[bins == k].mean()) * (bins == k).mean()
-            for k in range(N_BINS)
-            if (bins == k).any()
-        )
-    )
 
 
 def _confidence(scores: np.ndarray, temperature: float) -> float:

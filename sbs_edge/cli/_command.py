@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _ORDER = (
     "train",
     "evaluate",
     "compare-teacher",
+    "compare",
     "export",
     "predict",
     "serve",
@@ -119,8 +121,9 @@ class Group(_Answering, TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands in the order of a project: data before training before serving."""
-        order = {name: place for place, name in enumerate(_ORDER)}
-        return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
+        names = list(super().list_commands(ctx))
+        order = {name: place for place, name in enumerate(_ORDER)} if ctx.parent is None else {}
+        return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; for an unknown one, suggest similar ones."""
@@ -176,7 +179,7 @@ def _with_options(message: str, parameters: Iterable[Any]) -> str:
         if value == "True":
             return flag
         each = re.findall(r"'([^']*)'", value) if value.startswith("[") else [value.strip("'")]
-        return " ".join(f"{flag} {item}" for item in each)
+        return " ".join(f"{flag} {shlex.quote(item)}" for item in each)
 
     return re.sub(rf"(?<![\w./'\"-])(?P<name>{names})(?:{_VALUE})?(?![\w/'\"-]|\.\w)", option, message)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from sbs_edge.data.example import Example, Splits
+    from sbs_edge.data.finding import Finding
 
 __all__ = [
     "ColumnOption",
@@ -28,6 +29,7 @@ __all__ = [
     "ModeOption",
     "PaperDataset",
     "SkipBadRowsOption",
+    "SliceOption",
     "TestOption",
     "ValidationOption",
     "judge",
@@ -111,11 +113,15 @@ EncoderLayersOption = Annotated[
 DecoderLayersOption = Annotated[
     str | None, typer.Option(help="Decoder layers to keep of the checkpoint, as --encoder-layers.")
 ]
+SliceOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Also report accuracy for each value of this column."),
+]
 ModeOption = Annotated[Mode, typer.Option(help="Learn gold or teacher labels, with or without rationales.")]
 
 
-def judge(splits: Splits, mode: str) -> None:
-    """Print the warnings of ``data check`` on stderr; raise an error if a check says stop.
+def judge(splits: Splits, mode: str) -> list[Finding]:
+    """Print the warnings of ``data check`` on stderr and return them; raise an error if a check says stop.
 
     Raises:
         DataError: training would fail, or the student would be useless.
@@ -130,6 +136,7 @@ def judge(splits: Splits, mode: str) -> None:
                 f"warning: {finding.message}", markup=False, highlight=False, soft_wrap=True
             )
     refuse_stops(findings)
+    return findings
 
 
 def load_rows(values: Mapping[str, Any], *, seed: int, skipped_file: Path | None, **instead: Any) -> Splits:

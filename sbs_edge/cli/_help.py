@@ -26,7 +26,7 @@ _PANELS: dict[str, dict[str, str]] = {
         "method": "Grid",
         "within": "Choice",
         "target": "Export",
-        "engine": "Where runs are carried out",
+        "engine": "Execution",
     },
     "train": {
         "mode": "Objective",
@@ -62,7 +62,7 @@ _PANELS: dict[str, dict[str, str]] = {
         "log_level": "Answers and logs",
     },
 }
-_DIRECTORIES = {"student", "out", "tokenizer", "work"}
+_DIRECTORIES = {"served", "student", "out", "tokenizer", "work"}
 _FILES = {"task", "input", "journal", "emit_batch"}
 _VALUES = {
     **dict.fromkeys(("against", "batches", "cpus", "dtype", "padding", "peers", "precision"), "LIST"),

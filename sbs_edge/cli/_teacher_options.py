@@ -35,16 +35,16 @@ class _RationaleFrom(StrEnum):
 StructuredOption = Annotated[
     _Structured | None,
     typer.Option(
-        help="Ask for a JSON object with rationale and label. auto: where the server takes it, else plain text; "
-        "on: fail elsewhere; tool: as a function call. None: as the task file or preset says, else auto."
+        help="Ask for a JSON object with rationale and label. auto: if the server supports it; on: fail without support; "
+        "tool: as a function call. Default: that of the task file or preset, otherwise auto."
     ),
 ]
 
 RationaleFromOption = Annotated[
     _RationaleFrom | None,
     typer.Option(
-        help="Take the rationale from the answer, from the model's reasoning as it is, or from a summary of the "
-        "reasoning that a second call makes. None: as the task file says, else answer."
+        help="Take the rationale from the answer, from the model's reasoning, or from a summary of the "
+        "reasoning by a second call. Default: that of the task file, otherwise answer."
     ),
 ]
 

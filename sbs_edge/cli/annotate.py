@@ -152,8 +152,8 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 min=0,
                 max=20,
-                help="Ask for so many log-probabilities at each token, where the server has them; a row then gets the "
-                "teacher's distribution over the labels, for --soft-labels.",
+                help="Ask for this many log-probabilities per token, if the server has them. Rows then have the teacher's "
+                "distribution over the labels, for --soft-labels.",
             ),
         ] = 0,
         temperature: Annotated[
@@ -382,6 +382,12 @@ def register(app: typer.Typer) -> None:
             console.print(
                 f"{annotation.skipped_lines} lines of {journal_path} are not records and were skipped; their calls "
                 "are asked again.",
+                highlight=False,
+            )
+        if logprobs and annotation.records and not any(record.top_logprobs for record in annotation.records):
+            console.print(
+                "The server sent no log-probabilities, so no row has a distribution from them. --samples gives one by "
+                "votes.",
                 highlight=False,
             )
         outcome(annotation, report, place, settings.server, annotation.sampling.field_names())

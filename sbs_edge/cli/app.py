@@ -35,6 +35,7 @@ _MODULES: tuple[str, ...] = (
     "data",
     "train",
     "evaluate",
+    "compare",
     "task",
     "annotate",
     "compare_teacher",

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
         bundle: Annotated[
             Path | None,
             typer.Argument(
-                help="Bundle to score with. Default: an untrained student of the built-in task.",
+                help="Bundle to score with. Default: a student of the built-in task after one training step.",
                 show_default=False,
             ),
         ] = None,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sbs_edge import files
 from sbs_edge.cli._common import ConfigOption, JsonOption, print_json
 from sbs_edge.cli._data_options import (
     ColumnOption,
@@ -24,6 +25,8 @@ from sbs_edge.cli._data_options import (
 )
 
 __all__ = ["register"]
+
+SHOWN = 5
 
 
 def _length(lengths: dict[str, float] | None) -> str:
@@ -105,11 +108,16 @@ def _show(report: dict[str, Any]) -> None:
         line(f"  {row}")
     for finding in report["findings"]:
         line(f"{finding['level']}: {finding['message']} [{finding['code']}]")
-        for row in finding["rows"]:
-            line(f"  {row}")
+        pairs = zip(finding["rows"], finding["others"] or [None] * len(finding["rows"]), strict=True)
+        for row, other in list(pairs)[:SHOWN]:
+            line(f"  {row}" if other is None else f"  {row} and {other}")
+        if (more := len(finding["rows"]) - SHOWN) > 0:
+            line(f"  and at least {more} more")
     line(f"Verdict: {report['verdict']}.")
     if report["problems"]:
-        line("Correct the rows, or go on without them with --skip-bad-rows.")
+        line(
+            "Map columns of other names with --column, correct the rows, or leave them out with --skip-bad-rows."
+        )
 
 
 def register(app: typer.Typer) -> None:
@@ -138,20 +146,30 @@ def register(app: typer.Typer) -> None:
             Path | None,
             typer.Option(help="Directory with a tokenizer.json that counts tokens. Default: words."),
         ] = None,
+        page: Annotated[
+            Path | None,
+            typer.Option(help="Write the findings, and samples to read, the worst first, to this HTML page."),
+        ] = None,
+        strict: Annotated[
+            bool, typer.Option("--strict", help="Exit with 2 also if the verdict is warn.")
+        ] = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of the splits that training would draw.")] = 0,
         config: ConfigOption = None,
         json: JsonOption = False,
     ) -> None:
-        """Check examples before training: bad rows, labels, teacher-gold agreement, lengths, overlaps.
+        """Check examples before training: bad rows, labels, rationales, misplaced outputs, overlaps.
 
-        The verdict is ok, warn or stop. On stop, training would refuse the rows, and the exit code is 2. Nothing is
-        written.
+        The verdict is ok, warn or stop. On stop, training would refuse the rows, and the exit code is 2. Only --page
+        writes a file.
 
-        Examples: sbs-edge data check rows.jsonl --column input=question; sbs-edge data check DIR --dataset svamp
+        Examples: sbs-edge data check rows.jsonl --column input=question; sbs-edge data check DIR --page check.html
         """
         from sbs_edge.data.check import check_dataset
         from sbs_edge.data.readers import ColumnMap
+        from sbs_edge.report.data_check import check_page
 
+        if page is not None:
+            files.check_writable(page)
         report = check_dataset(
             path,
             dataset=dataset.value if dataset else None,
@@ -164,9 +182,13 @@ def register(app: typer.Typer) -> None:
             mode=mode.value if mode else None,
             seed=seed,
         )
+        if page is not None:
+            files.write_text(page, check_page(report))
         if json:
             print_json(report)
         else:
             _show(report)
-        if not report["ok"]:
+            if page is not None:
+                Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
+        if not report["ok"] or (strict and report["verdict"] != "ok"):
             raise typer.Exit(2)

@@ -152,7 +152,8 @@ def register(app: typer.Typer) -> None:
         try:
             opened = nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb")  # noqa: SIM115
         except OSError as error:
-            raise UsageError(f"{source} cannot be read: {error.strerror}.") from error
+            hint = " Name a file, or use --engine ray for a folder." if Path(source).is_dir() else ""
+            raise UsageError(f"{source} cannot be read: {error.strerror}.{hint}") from error
         with opened as lines, Student.load(bundle, target=target, threads=threads) as student:
             entry = student.manifest["targets"][student.target]
             if entry.get("accuracy") is None:
@@ -168,11 +169,15 @@ def register(app: typer.Typer) -> None:
             line = ProgressLine("predicting", _lines_in(source) if counted else None)
             answers = _reported(_answers(student, rows, label, explain, abstain_below, truncate), line)
             if out is None:
-                _write(answers, sys.stdout)
+                written = _write(answers, sys.stdout)
             else:
                 with files.atomic_writer(out) as handle:
-                    _write(answers, handle)
+                    written = _write(answers, handle)
                 save_resolved(ctx, Path(out).with_suffix(".config.yaml"))
+            if not written:
+                messages.print(
+                    f"{'stdin' if source == '-' else source} has no rows, so there are no answers."
+                )
 
 
 def _lines_in(source: str) -> int:
@@ -225,7 +230,11 @@ def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: 
                 raise DataError(over_limit(row.place, row.text, len(ids), limit, "--truncate", task))
 
 
-def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> None:
+def _write(answers: Iterable[dict[str, Any]], handle: IO[str]) -> int:
+    """Write the answers; return their number."""
+    number = 0
     for answer in answers:
         handle.write(files.to_json(answer) + "\n")
         handle.flush()
+        number += 1
+    return number

@@ -30,15 +30,17 @@ from sbs_edge.cli._data_options import (
     Mode,
     ModeOption,
     SkipBadRowsOption,
+    SliceOption,
     TestOption,
     ValidationOption,
     judge,
     load_rows,
+    read_rows,
 )
 from sbs_edge.cli._fields import parse_fields
 from sbs_edge.cli.export import EXPORTING, MaxDropOption, MinRationaleAgreementOption
 from sbs_edge.cli.train import TRAINING
-from sbs_edge.errors import GuardError
+from sbs_edge.errors import GuardError, UsageError
 from sbs_edge.lock import held
 
 if TYPE_CHECKING:
@@ -63,6 +65,16 @@ def register(app: typer.Typer) -> None:
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
         test: TestOption = None,
+        add: Annotated[
+            list[Path] | None,
+            typer.Option(
+                help="Also train on these annotated rows. The new bundle replaces the one in use only if it is not worse "
+                "on the test rows; otherwise the exit code is 3."
+            ),
+        ] = None,
+        served: Annotated[
+            Path | None, typer.Option(help="The bundle in use, with --add. Default: OUT/bundle.")
+        ] = None,
         task: Annotated[
             Path | None,
             typer.Option(
@@ -120,6 +132,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         max_drop: MaxDropOption = 1.0,
         min_rationale_agreement: MinRationaleAgreementOption = 0.9,
+        slice: SliceOption = None,
         skip_bad_rows: SkipBadRowsOption = False,
         seed: Annotated[int, typer.Option(min=0, help="Seed of data, initial weights and row order.")] = 0,
         config: ConfigOption = None,
@@ -128,10 +141,12 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Train with and without rationales, compare, export, and write a report.
 
-        Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000
+        Examples: sbs-edge run; sbs-edge run --controls; sbs-edge run DIR --dataset svamp --steps 2000;
+        sbs-edge run rows.jsonl --add recorded.annotated.jsonl --mode stepwise-teacher
         """
         need(TRAINING, "train", "Training")
         need(EXPORTING, "export", "sbs-edge run")
+        from sbs_edge.pipelines.replace import add_rows, check_served, refusal
         from sbs_edge.pipelines.run import RunConfig, arms_for
         from sbs_edge.pipelines.run import run as run_pipeline
         from sbs_edge.training.config import TrainConfig, make_config
@@ -152,13 +167,27 @@ def register(app: typer.Typer) -> None:
             seed=seed,
             max_drop=max_drop,
             min_rationale_agreement=min_rationale_agreement,
+            slices=tuple(slice or ()),
             training={**own, **parse_fields(training or (), TrainConfig, flags)},
         )
         trained = make_config(
             None, {"mode": mode.value, "max_steps": steps, "seed": seed, **settings.training}
         )
+        if served is not None and not add:
+            raise UsageError(
+                "--served names the bundle that a training with --add may replace. Give --add too."
+            )
+        in_use = (served or out / "bundle") if add else None
+        if in_use is not None:
+            check_served(in_use)
         splits = load_data(ctx.params, out, dry_run)
-        judge(splits, mode.value)
+        added = None
+        if add:
+            rows = [row for path in add for row in read_rows(path, column, skip_bad_rows)]
+            splits, added = add_rows(splits, rows, settings.mode)
+            told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in added.items())
+            console.print(f"--add: {told}", markup=False, highlight=False)
+        warnings = judge(splits, mode.value)
         if dry_run:
             plan = {
                 **resolved(ctx),
@@ -173,11 +202,16 @@ def register(app: typer.Typer) -> None:
             with held(out, "run"):
                 save_resolved(ctx, out / "config.yaml")
                 report = run_pipeline(
-                    splits, out, settings, say=lambda line: console.print(line, style="dim", markup=False)
-                )
+                    splits, out, settings, served=in_use,
+                    say=lambda line: console.print(line, style="dim", markup=False),
+                )  # fmt: skip
         except GuardError as error:
             raise GuardError(f"{error} The trained students are kept in {out / 'students'}.") from error
 
+        report["added"] = added
+        report["warnings"] = [finding.message for finding in warnings]
+        from sbs_edge.report.analysis import analysis_lines
+        from sbs_edge.report.compare import comparison_headline
         from sbs_edge.report.run import headline, run_page, run_table
 
         files.write_json(out / "report.json", report)
@@ -186,12 +220,18 @@ def register(app: typer.Typer) -> None:
             print_json(report)
         else:
             Console().print(run_table(report))
-            for sentence in filter(None, (headline(report), report["linear"]["sentence"])):
+            replaced = report["replacement"] and comparison_headline(report["replacement"])
+            for sentence in filter(None, (replaced, headline(report), report["linear"]["sentence"])):
                 Console().print(sentence, markup=False, highlight=False)
+            if report["analysis"]:
+                for line in analysis_lines(report["analysis"])[1:]:
+                    Console().print(line, markup=False, highlight=False)
         console.print(
             f"Bundle: {report['bundle']['path']}   report: {out / 'report.html'}   {report['seconds']:.0f} s",
             markup=False,
         )
+        if report["replacement"] and not report["replacement"]["accepted"] and in_use is not None:
+            raise GuardError(refusal(report["replacement"], in_use, out / "candidate"))
 
 
 def load_data(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
@@ -215,8 +255,13 @@ def load_data(values: dict[str, Any], out: Path, dry_run: bool) -> Splits:
         return builtin_splits(
             seed=values["seed"],
             teacher_error=values["teacher_error"],
-            teacher_samples=values["teacher_samples"],
+            teacher_samples=values.get("teacher_samples", 1),
             **size,
+        )
+    if values["teacher_error"] or values.get("teacher_samples", 1) > 1:
+        raise UsageError(
+            f"teacher_error and teacher_samples are for the built-in task's own teacher; {values['data']} brings its "
+            "teacher's answers. Leave them out."
         )
     spec = load_task(values["task"]).spec if values["task"] else None
     of_task = {"label_kind": spec.label_kind, "compare": spec.compare} if spec else {}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sbs_edge import files
 from sbs_edge.cli._common import ConfigOption, DryRunOption, JsonOption, print_json
 from sbs_edge.cli._fields import field_options
 from sbs_edge.errors import MissingExtra, UsageError
@@ -106,6 +107,8 @@ def register(app: typer.Typer) -> None:
         for _, path in sources:
             if not path.is_dir():
                 raise UsageError(f"There is no directory {path} to serve a bundle from. Check the path.")
+        if settings.record is not None:
+            files.check_writable(settings.record)
         if dry_run:
             plan = settings.model_dump(mode="json")
             plan["sources"] = [_found(name, path, settings.max_versions) for name, path in sources]

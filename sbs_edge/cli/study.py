@@ -55,7 +55,7 @@ class Labels(StrEnum):
 
 
 class StudyEngine(StrEnum):
-    """Where runs are carried out."""
+    """The ways to execute the runs."""
 
     local = "local"
     ray = "ray"
@@ -71,12 +71,14 @@ def register(app: typer.Typer) -> None:
         work: Annotated[
             Path,
             typer.Option(
-                help="Where runs, study.json and study.html go; finished runs there are not repeated."
+                help="Directory of the runs, study.json and study.html; finished runs in it are not repeated."
             ),
         ] = Path("runs/study"),
         out: Annotated[
             Path | None,
-            typer.Option(help="Write the chosen student's bundle here; an old bundle is replaced."),
+            typer.Option(
+                help="Write the chosen student's bundle to this directory; an old bundle is replaced."
+            ),
         ] = None,
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
@@ -90,43 +92,50 @@ def register(app: typer.Typer) -> None:
         column: ColumnOption = None,
         skip_bad_rows: SkipBadRowsOption = False,
         train_rows: Annotated[
-            int | None, typer.Option(min=1, help="Use at most this many training rows; shares are of these.")
+            int | None,
+            typer.Option(min=1, help="Use at most this many training rows; shares are parts of these."),
         ] = None,
         teacher_error: Annotated[
             float,
             typer.Option(
-                min=0, max=1, help="Share of wrong answers of the built-in teacher; PaLM's was about 0.25."
+                min=0,
+                max=1,
+                help="Share of the built-in teacher's answers that are wrong; PaLM's was about 0.25.",
             ),
         ] = 0.0,
+        teacher_samples: Annotated[
+            int,
+            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
+        ] = 1,
         method: Annotated[
-            list[StudyMethod] | None, typer.Option(help="step-by-step or label-only; none: both.")
+            list[StudyMethod] | None, typer.Option(help="step-by-step or label-only. Default: both.")
         ] = None,
         labels: Annotated[
             Labels | None,
-            typer.Option(help="Learn gold or teacher's labels; none: gold where there are any."),
+            typer.Option(help="Learn gold or teacher labels. Default: gold if there are any."),
         ] = None,
         share: Annotated[
             list[float] | None,
-            typer.Option(
-                min=0, max=1, help="Share of the training rows; several may be given; none: 0.25, 0.5 and 1."
-            ),
+            typer.Option(min=0, max=1, help="Share of the training rows. Default: 0.25, 0.5 and 1."),
         ] = None,
         student: Annotated[
             list[str] | None,
             typer.Option(
                 metavar="SHAPE",
-                help="ENCODER/DECODER layers such as 6/2, FIELD=VALUE such as d_model=32, or several with blanks "
-                "between; several may be given.",
+                help="A student: ENCODER/DECODER layers such as 6/2, FIELD=VALUE such as d_model=32, or several of "
+                "these with spaces between.",
             ),
         ] = None,
         model: Annotated[
             str | None,
-            typer.Option(help="T5-family checkpoint, by hub name or directory; none: students from scratch."),
+            typer.Option(
+                help="T5-family checkpoint, by hub name or directory. Default: students from scratch."
+            ),
         ] = None,
         encoder_layers: EncoderLayersOption = None,
         decoder_layers: DecoderLayersOption = None,
         seeds: Annotated[
-            int, typer.Option(min=1, help="Trainings of each point; their spread is shown.")
+            int, typer.Option(min=1, help="Number of trainings of each point, whose spread is shown.")
         ] = 2,
         steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every training.")] = 600,
         training: Annotated[
@@ -135,28 +144,43 @@ def register(app: typer.Typer) -> None:
         ] = None,
         seed: Annotated[int, typer.Option(min=0, help="The first seed, and the seed of the data.")] = 0,
         within: Annotated[
-            float, typer.Option(min=0, max=100, help="Points of accuracy the smallest student may be worse.")
+            float,
+            typer.Option(
+                min=0,
+                max=100,
+                help="Points of accuracy by which the smallest student may be worse than the best.",
+            ),
         ] = 1.0,
         target: Annotated[str, typer.Option(help="Export target of every student.")] = "cpu-int8",
         evaluation_rows: Annotated[
-            int, typer.Option(min=1, help="Most validation and most test rows that judge a student.")
+            int,
+            typer.Option(
+                min=1, help="Largest number of validation rows, and of test rows, that evaluate a student."
+            ),
         ] = 2000,
         engine: Annotated[
             StudyEngine,
-            typer.Option(help="ray: tasks of a cluster; every node sees --work under the same path."),
+            typer.Option(
+                help="local: processes on this machine. ray: tasks of a cluster whose nodes see --work under the same path."
+            ),
         ] = StudyEngine.local,
         processes: Annotated[
             int | None,
-            typer.Option(min=1, help="Runs at once on this machine; none: as processors and memory allow."),
+            typer.Option(
+                min=1, help="Runs at once on this machine. Default: as many as processors and memory allow."
+            ),
         ] = None,
         threads: Annotated[
-            int | None, typer.Option(min=1, help="Threads of a run; none: the processors shared out; Ray: 1.")
+            int | None,
+            typer.Option(
+                min=1, help="Threads per run. Default: an equal part of the processors; with Ray 1."
+            ),
         ] = None,
         worker_gpus: Annotated[
-            float, typer.Option(min=0, help="Ray: GPUs a run takes, fractions too.")
+            float, typer.Option(min=0, help="Ray: GPUs per run, fractions allowed.")
         ] = 0.0,
         ray_address: Annotated[
-            str | None, typer.Option(help="Ray cluster; none: one is started in this machine.")
+            str | None, typer.Option(help="Address of a Ray cluster. Default: start one on this machine.")
         ] = None,
         config: ConfigOption = None,
         json: JsonOption = False,

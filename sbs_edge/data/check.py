@@ -14,7 +14,11 @@ from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example, Splits
 from sbs_edge.data.findings import Finding, examine, verdict
 from sbs_edge.data.load import Source, SourceOptions, hold_out_missing, open_splits
+from sbs_edge.data.near_duplicates import near_duplicates
+from sbs_edge.data.noise import balance_of, teacher_errors
+from sbs_edge.data.rationale_checks import rationale_figures
 from sbs_edge.data.readers import ReadResult
+from sbs_edge.data.samples import samples_to_read
 from sbs_edge.data.splits import find_overlaps
 from sbs_edge.data.targets import Mode, teacher_agreement
 from sbs_edge.data.tokenizer import EOS_ID, load_tokenizer
@@ -58,7 +62,11 @@ def _lengths(texts: Sequence[str], count: Callable[[Sequence[str]], list[int]]) 
 
 
 def _split_report(
-    name: str, part: ReadResult, source: Source, count: Callable[[Sequence[str]], list[int]]
+    name: str,
+    part: ReadResult,
+    source: Source,
+    count: Callable[[Sequence[str]], list[int]],
+    mode: Mode | None,
 ) -> dict[str, Any]:
     rows, task = part.examples, source.task
     known = [row.label if row.label is not None else row.teacher_label for row in rows]
@@ -83,6 +91,9 @@ def _split_report(
         "teacher_outside_labels": sum(map(outside, rows)),
         "agreement": {**teacher_agreement(rows, task.compare), "rows": len(rows)},
         "labels": {"distinct": len(labels), "most_common": dict(labels.most_common(SHOWN_LABELS))},
+        "balance": balance_of([label for label in known if label is not None]),
+        "teacher_errors": teacher_errors(rows, task),
+        "rationale_quality": rationale_figures(rows, mode),
         "repeated_inputs": len(rows) - len(inputs),
         "tokens": {
             "input": _lengths([row.input for row in rows], count),
@@ -92,22 +103,29 @@ def _split_report(
     }
 
 
-def _drawn(splits: Splits, source: Source, where: str, seed: int) -> dict[str, Any] | None:
-    """Return the rows per split and label that training would draw, or None if the source has every split."""
-    if {"train", "validation", "test"} <= set(source.found):
-        return None
+def _drawn(
+    splits: Splits, source: Source, where: str, seed: int, mode: Mode | None
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Return the rows per split and label that training would draw, and their near-duplicates."""
     drawn = dataclasses.replace(splits)
     try:
         hold_out_missing(drawn, source, where, seed)
     except DataError as error:
-        return {"seed": seed, "problem": str(error)}
+        return {"seed": seed, "problem": str(error)}, []
+    for name in source.found:
+        if name != "train":
+            setattr(drawn, name, [])  # their findings were told already
+    near = list(near_duplicates(drawn, mode))
+    for name in source.found:
+        if name != "train":
+            setattr(drawn, name, getattr(splits, name))
     parts = {}
     for name in ("train", "validation", "test"):
         rows = getattr(drawn, name)
         known = (row.label if row.label is not None else row.teacher_label for row in rows)
         counts = Counter(label.strip() for label in known if label is not None)
         parts[name] = {"rows": len(rows), "labels": dict(counts.most_common(SHOWN_LABELS))}
-    return {"seed": seed, "splits": parts}
+    return {"seed": seed, "splits": parts}, near
 
 
 def check_dataset(
@@ -129,10 +147,10 @@ def check_dataset(
         options: how the source is read, as for ``load_splits``.
 
     Returns:
-        ``source``, ``task``, ``tokenizer``, one entry a split in ``splits``,
-        ``spelling`` (see :func:`sbs_edge.label_tokens.spelling_of_rows`; None without ``tokenizer``),
-        ``overlaps`` between splits (at most 20 named), ``problems`` with the rows
-        in words, ``findings`` (:class:`~sbs_edge.data.findings.Finding`), ``verdict`` (``ok``, ``warn`` or
+        ``source``, ``task``, ``tokenizer``, an entry for each split in ``splits``, ``samples`` (rows to read, the worst
+        first), ``spelling`` (see :func:`sbs_edge.label_tokens.spelling_of_rows`; None without ``tokenizer``), ``drawn``
+        (the splits that training would draw), ``overlaps`` between splits (at most 20 named), ``problems`` with the
+        rows in words, ``findings`` (:class:`~sbs_edge.data.findings.Finding`), ``verdict`` (``ok``, ``warn`` or
         ``stop``), and ``ok``: False when the verdict is ``stop``.
 
     Raises:
@@ -141,7 +159,7 @@ def check_dataset(
     """
     opened, splits = open_splits(source, **options)
     counted_in, count = _counter(tokenizer)
-    reports = [_split_report(name, part, opened, count) for name, part in opened.found.items()]
+    reports = [_split_report(name, part, opened, count, mode) for name, part in opened.found.items()]
     overlaps = find_overlaps(splits)
     problems = _problems(reports, len(overlaps))
     spelling, of_tokens = _token_findings(opened, tokenizer)
@@ -152,6 +170,10 @@ def check_dataset(
         ]
     findings += of_tokens
     task = opened.task
+    drawn = None
+    if not problems and not {"train", "validation", "test"} <= set(opened.found):
+        drawn, near = _drawn(splits, opened, str(source), seed, mode)
+        findings += near
     return {
         "source": str(source or "builtin"),
         "task": {
@@ -163,7 +185,7 @@ def check_dataset(
         "tokenizer": counted_in,
         "spelling": spelling,
         "splits": reports,
-        "drawn": _drawn(splits, opened, str(source), seed) if not problems else None,
+        "drawn": drawn,
         "overlaps": {
             "count": len(overlaps),
             "rows": [
@@ -172,6 +194,7 @@ def check_dataset(
             ],
         },
         "problems": problems,
+        "samples": samples_to_read(splits, findings, mode, seed),
         "findings": [asdict(finding) for finding in findings],
         "verdict": verdict(findings),
         "ok": verdict(findings) != "stop",

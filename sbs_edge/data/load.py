@@ -237,7 +237,8 @@ def load_splits(
     if not skip_bad_rows:
         refuse(rejected)
     if not splits.train:
-        raise DataError(f"{source} has no usable training row ({len(rejected)} were rejected).")
+        why = f"all {len(rejected)} rows were rejected" if rejected else "it is empty"
+        raise DataError(f"{source} has no usable training row: {why}.")
     if skip_bad_rows:
         rejected += drop_overlaps(splits)
     check_disjoint(splits)

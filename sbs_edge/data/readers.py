@@ -89,6 +89,10 @@ class ReadResult:
     rejected: list[RejectedRow] = field(default_factory=list)
 
 
+# Reasons that a column of another name may explain.
+_OTHER_NAME = ("missing column", "neither 'label'")
+
+
 class _Unusable(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -99,10 +103,13 @@ def _fetch(values: dict[str, Any], columns: ColumnMap, name: str) -> Any:
     column = getattr(columns, name)
     if column is None:
         if name == "input" and name not in values:
-            raise _Unusable("missing column 'input'", f"columns are {', '.join(map(str, values)) or 'none'}")
+            raise _Unusable(
+                "missing column 'input'", f"the columns are {', '.join(map(str, values)) or 'none'}"
+            )
         return values.get(name)
     if column not in values:
-        raise _Unusable(f"missing column {column!r}", f"it was mapped to {name!r}")
+        there = ", ".join(map(str, values)) or "none"
+        raise _Unusable(f"missing column {column!r}", f"it was mapped to {name!r}; the columns are {there}")
     return values[column]
 
 
@@ -363,7 +370,13 @@ def refuse(rejected: Sequence[RejectedRow]) -> None:
     shown = "; ".join(map(str, rejected[:5])) + (
         f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     )
+    renamed = any(row.reason.startswith(_OTHER_NAME) for row in rejected)
     raise DataError(
-        f"{len(rejected)} row(s) cannot be used: {shown}. Correct them, or leave them out with "
-        "skip_bad_rows=True, which reports them."
+        f"{len(rejected)} row(s) cannot be used: {shown}. "
+        + (
+            "If a column has another name, map it with column=['FIELD=COLUMN']. Otherwise correct "
+            if renamed
+            else "Correct "
+        )
+        + "the rows, or leave them out with skip_bad_rows=True, which reports them."
     )

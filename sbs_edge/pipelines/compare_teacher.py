@@ -8,8 +8,6 @@ validation rows too. All three are evaluated on the gold labels of the test rows
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from typing import Any, Literal
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.errors import DataError
+from sbs_edge.pipelines.measure import answer_rows, label_latency, target_bytes
 from sbs_edge.report.page import Page
 
 __all__ = ["COLUMNS", "compare_with_teacher", "comparison_page", "without_gold"]
@@ -29,7 +28,6 @@ COLUMNS = (
     "label p50 ms",
     "cost per 1000 answers",
 )
-LATENCY_CALLS = 200
 
 
 def without_gold(rows: Sequence[Example]) -> list[Example]:
@@ -143,21 +141,18 @@ def _student_arm(
     exported = export(trained.student_dir, out / "bundle", targets=(target,))
     with Student.load(exported.path, threads=1) as student:
         rows = [without_teacher(row) for row in judged]
-        choices = [list(row.distinct_choices) for row in rows if row.choices]
-        answers = student.predict(
-            [row.input for row in rows], labels=choices if len(choices) == len(rows) else None, truncate=True
-        )
-        p50 = _p50_ms(student, rows)
+        answers = answer_rows(student, rows)
+        p50 = label_latency(student, rows)["p50"]
+        size = target_bytes(student)
     right = sum(
         same_answer(row.label or "", answer.label, splits.task.compare)
         for row, answer in zip(judged, answers, strict=True)
     )
-    sizes = exported.manifest["files"]
     return {
         "arm": name,
         "label_accuracy": right / len(judged),
         "parameters": trained.metrics["parameters"],
-        "bytes": sum(entry["bytes"] for path, entry in sizes.items() if path.startswith(f"{target}/")),
+        "bytes": size,
         "label_p50_ms": p50,
         "cost_per_1000": p50 / 1e3 * 1000 / 3600 * core_hour_price,
         "train_seconds": round(trained.seconds, 1),
@@ -168,17 +163,6 @@ def _student_arm(
 def without_teacher(row: Example) -> Example:
     """Return the row without the teacher's parts: the input and its choices."""
     return Example(row.id, row.input, choices=row.choices)
-
-
-def _p50_ms(student: Any, rows: Sequence[Example]) -> float:
-    taken = []
-    for number, row in enumerate([*rows[:10], *rows[:LATENCY_CALLS]]):
-        labels = [list(row.distinct_choices)] if row.choices else None
-        start = time.perf_counter()
-        student.predict([row.input], labels=labels, truncate=True)
-        if number >= 10:  # the first calls warm caches up
-            taken.append(1e3 * (time.perf_counter() - start))
-    return round(statistics.median(taken), 4)
 
 
 def comparison_page(report: dict[str, Any]) -> str:

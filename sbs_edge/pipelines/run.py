@@ -14,13 +14,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sbs_edge.data.example import Example, Splits
+from sbs_edge.analysis.intervals import gain_of
+from sbs_edge.data.answers import same_answer
+from sbs_edge.data.columns import column_values
+from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.data.targets import Mode
+from sbs_edge.pipelines.measure import analyse_bundle, answer_rows, label_latency, target_bytes
 
-__all__ = ["Arm", "RunConfig", "arms_for", "gain_of", "run"]
+__all__ = ["Arm", "RunConfig", "arms_for", "run"]
 
 LABEL_ONLY: dict[str, Mode] = {"stepwise": "finetune", "stepwise-teacher": "distill"}
-RESAMPLES = 10_000
 
 
 class RunConfig(BaseModel):
@@ -32,6 +35,7 @@ class RunConfig(BaseModel):
         controls: also train on shuffled rationales, and label-only for twice the steps.
         targets: export targets of the main student.
         training: further fields of the training configuration.
+        slices: columns of the test rows' file by whose values accuracy is reported.
 
     """
 
@@ -45,6 +49,7 @@ class RunConfig(BaseModel):
     max_drop: float = Field(1.0, ge=0)
     min_rationale_agreement: float = Field(0.9, ge=0, le=1)
     training: dict[str, Any] = Field(default_factory=dict)
+    slices: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,56 +95,27 @@ def _train_arm(arm: Arm, splits: Splits, out: Path, config: RunConfig) -> dict[s
     }
 
 
-def gain_of(right: Sequence[bool], baseline_right: Sequence[bool]) -> dict[str, Any]:
-    """Return by how many points of accuracy a student is better than another on the same rows.
-
-    Args:
-        right: (n,) whether the student's answer to each row is right.
-        baseline_right: (n,) the same for the other student.
-
-    Returns:
-        ``points``, the ends ``low`` and ``high`` of its 95 % interval, and ``n``. The interval is the
-        percentile interval of a paired bootstrap, which resamples rows with both answers.
-
-    """
-    import numpy as np
-
-    difference = np.asarray(right, float) - np.asarray(baseline_right, float)
-    draws = np.random.default_rng(0).multinomial(len(difference), _shares(difference), RESAMPLES)
-    means = 100 * (draws[:, 2] - draws[:, 0]) / len(difference)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {
-        "points": round(float(100 * difference.mean()), 2),
-        "low": round(float(low), 2),
-        "high": round(float(high), 2),
-        "n": len(difference),
-    }
-
-
-def _shares(difference: Any) -> Any:
-    """Return the shares of -1, 0 and 1, because resampling rows is drawing from these three values."""
-    return [float((difference == value).mean()) for value in (-1, 0, 1)]
-
-
-def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> list[dict[str, Any]]:
-    from sbs_edge.data.answers import same_answer
-    from sbs_edge.pipelines.measure import answers, label_latency
+def _measure_bundle(
+    bundle: Path, test: Sequence[Example], task: TaskSpec, slices: dict[str, list[str]], *, explains: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Answer the test rows with every target that runs on a CPU; analyse the errors of the first."""
     from sbs_edge.runtime.student import Student
 
     rows: list[dict[str, Any]] = []
     reference: list[str] | None = None
+    analysis: dict[str, Any] | None = None
     manifest = Student.load(bundle).manifest
     for target, entry in manifest["targets"].items():
         if "CPUExecutionProvider" not in entry.get("providers", ["CPUExecutionProvider"]):
             continue
         with Student.load(bundle, target=target, threads=1) as student:
-            got = answers(student, test)
-            reference = reference or got
+            answers = answer_rows(student, test)
+            got = [answer.label for answer in answers]
+            if reference is None:
+                reference = got
+                analysis = analyse_bundle(student, test, answers, task, slices, explains=explains)
             judged = [(a, row.label) for a, row in zip(got, test, strict=True) if row.label is not None]
-            right = sum(same_answer(answer, label, splits.task.compare) for answer, label in judged)
-            size = sum(
-                item["bytes"] for name, item in manifest["files"].items() if name.startswith(f"{target}/")
-            )
+            right = sum(same_answer(answer, label, task.compare) for answer, label in judged)
             first = test[0].input if test else ""
             rows.append(
                 {
@@ -147,15 +123,15 @@ def _measure_bundle(bundle: Path, test: Sequence[Example], splits: Splits) -> li
                     "label_accuracy": right / len(judged) if judged else None,
                     "agreement_with_first": sum(a == b for a, b in zip(got, reference, strict=True))
                     / max(len(test), 1),
-                    "bytes": size,
+                    "bytes": target_bytes(student),
                     "label_ms": label_latency(student, test) if test else None,
                     "example_rationale": student.explain([first], truncate=True)[0].rationale
-                    if first and "explainer" in entry
+                    if first and explains
                     else "",
                     "guard": entry.get("accuracy"),
                 }
             )
-    return rows
+    return rows, analysis
 
 
 def run(
@@ -163,6 +139,7 @@ def run(
     out: Path,
     config: RunConfig,
     *,
+    served: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train, compare, export and predict; return the report as plain values.
@@ -171,6 +148,8 @@ def run(
         splits: disjoint rows; ``splits.test`` is used once, at the end.
         out: directory for ``students/``, ``bundle/``, ``report.json`` and ``report.html``.
         config: see :class:`RunConfig`.
+        served: the bundle in use. The new bundle is written to ``candidate/`` and replaces it only if it is not worse
+            on the test rows; ``replacement`` in the report says so. None: the bundle is written to ``bundle/``.
         say: receives one line a stage.
 
     """
@@ -178,9 +157,12 @@ def run(
     from sbs_edge.export.api import export
     from sbs_edge.export.targets import check_runnable, targets_named
     from sbs_edge.pipelines.linear import linear_baseline, linear_sentence
+    from sbs_edge.pipelines.replace import judge_replacement, next_version, replace_bundle
+    from sbs_edge.runtime.manifest import read_manifest
     from sbs_edge.training.evaluate import evaluate
 
     check_runnable(targets_named(config.targets))  # now, not after an hour of training
+    slices = column_values(splits.test, config.slices)
     started = time.perf_counter()
     students: list[dict[str, Any]] = []
     for arm in arms_for(config):
@@ -190,9 +172,10 @@ def run(
 
     main = students[0]
     say(f"exporting for {', '.join(config.targets)}")
+    version = "1" if served is None else next_version(read_manifest(served)["version"])
     exported = export(
-        main["student_dir"], out / "bundle", targets=config.targets, max_drop=config.max_drop,
-        min_rationale_agreement=config.min_rationale_agreement,
+        main["student_dir"], out / ("bundle" if served is None else "candidate"), targets=config.targets,
+        max_drop=config.max_drop, min_rationale_agreement=config.min_rationale_agreement, version=version,
     )  # fmt: skip
 
     say(f"reading the test split once: {len(splits.test)} rows")
@@ -203,9 +186,18 @@ def run(
         for student in students
     ]
     gain = gain_of(rights[0], rights[1]) if len(students) > 1 and rights[0] else None
-    bundle = _measure_bundle(Path(exported.path), splits.test, splits)
+    bundle, analysis = _measure_bundle(
+        Path(exported.path), splits.test, splits.task, slices, explains=config.mode in LABEL_ONLY
+    )
     linear = linear_baseline(splits, gold=config.mode in ("finetune", "stepwise"))
     best = max((s["test"]["label_accuracy"] for s in students if rights[0]), default=None)
+    path, replacement = Path(exported.path), None
+    if served is not None:
+        say(f"comparing with {served}")
+        replacement = judge_replacement(served, path, splits.test, config.max_drop)
+        if replacement["accepted"]:
+            replace_bundle(served, path)
+            path = served
     return {
         "task": dataclasses.asdict(splits.task),
         "mode": config.mode,
@@ -213,9 +205,11 @@ def run(
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "students": students,
         "gain": gain,
+        "analysis": analysis,
+        "replacement": replacement,
         "linear": {**linear, "sentence": linear_sentence(linear, "test", best)},
         "bundle": {
-            "path": str(exported.path),
+            "path": str(path),
             "targets": bundle,
             "calibration": exported.manifest.get("calibration"),
         },

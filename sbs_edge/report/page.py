@@ -6,6 +6,7 @@ The module knows nothing of students or bundles; :mod:`sbs_edge.report.run` and 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Page", "figure_svg", "table_html"]
 
+SHOWN_CHARACTERS = 1200
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 *, *::before { box-sizing: border-box }
@@ -27,13 +29,17 @@ p.note { opacity: .8; font-size: .92rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .93rem; margin: .8rem 0 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left }
-th { vertical-align: bottom; overflow-wrap: normal } td { white-space: nowrap }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+th { vertical-align: bottom; overflow-wrap: normal } td { overflow-wrap: break-word; max-width: 34rem }
+td.number { white-space: nowrap } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 tr.best td { font-weight: 600 }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem }
 figure svg { display: block; max-width: 100%; height: auto }
 figure .pictures { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
 figcaption { font-size: .9rem; color: #333 }
+article { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; margin: .8rem 0 }
+article h3 { font-size: 1rem; margin: 0 0 .4rem }
+article dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem .9rem; margin: 0 }
+article dt { opacity: .75 } article dd { margin: 0; white-space: pre-wrap }
 pre { white-space: pre-wrap; background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; padding: 0 .8rem }
@@ -43,9 +49,13 @@ pre { white-space: pre-wrap; background: var(--soft); padding: .8rem; overflow-x
   td, td.number { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0; border: 0;
     text-align: right; white-space: normal }
   td:first-child { font-weight: 600; text-align: left }
+  article dl { grid-template-columns: minmax(0, 1fr); gap: 0 } article dd { margin-bottom: .4rem }
   td[data-label]::before { content: attr(data-label); text-align: left; font-weight: 400; opacity: .75 }
 }
 """
+
+
+_NUMBER = re.compile(r"–|[+-]?[\d.]+(?: %)?")
 
 
 def figure_svg(figure: Figure) -> str:
@@ -60,6 +70,8 @@ def figure_svg(figure: Figure) -> str:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(_NUMBER.fullmatch(value))
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -73,6 +85,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
+
+
+def _cut(text: str) -> str:
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"{text[:SHOWN_CHARACTERS]} … ({len(text) - SHOWN_CHARACTERS:,} more characters)"
 
 
 def table_html(columns: Sequence[str], rows: Sequence[Sequence[Any]], best: int | None = None) -> str:
@@ -131,6 +149,13 @@ class Page:
         if len(figures) > 1:
             drawn = f'<div class="pictures">{drawn}</div>'
         self.parts.append(f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>")
+
+    def sample(self, heading: str, fields: Sequence[tuple[str, str | None]]) -> None:
+        """Add a card with a row to read: its fields by name, cut where they are long; absent ones are left out."""
+        lines = "".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(_cut(text))}</dd>" for name, text in fields if text
+        )
+        self.parts.append(f"<article><h3>{escape(heading)}</h3><dl>{lines}</dl></article>")
 
     def preformatted(self, text: str) -> None:
         """Add text in a fixed-width font, unchanged."""

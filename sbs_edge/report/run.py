@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from sbs_edge.data.builtin import NAME as BUILTIN
+from sbs_edge.report.analysis import add_analysis, analysis_headline, percent
+from sbs_edge.report.compare import comparison_headline
 from sbs_edge.report.page import Page
 
 __all__ = ["headline", "run_page", "run_table"]
@@ -18,20 +20,17 @@ BUILTIN_CAVEAT = (
 )
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
 def headline(report: dict[str, Any]) -> str | None:
     """Return the main result in a sentence: the gain from rationales, with its interval.
 
-    None if only one student was trained, or no test row has a gold label.
+    If only one student was trained, or no test row has a gold label: how often the bundle's answers are right.
+    None if no test row has any label.
     """
-    gain = report.get("gain")
+    gain, analysis = report.get("gain"), report.get("analysis")
     if not gain:
-        return None
+        return analysis_headline(analysis, "The bundle") if analysis else None
     main, other = (
-        f"{student['name']} {_percent(student['test']['label_accuracy'])}"
+        f"{student['name']} {percent(student['test']['label_accuracy'])}"
         for student in report["students"][:2]
     )
     rows = f"on {gain['n']:,} test rows"
@@ -55,8 +54,8 @@ def run_table(report: dict[str, Any]) -> Table:
         table.add_row(
             student["name"],
             str(student["steps"]),
-            _percent(test["label_accuracy"]),
-            _percent(test.get("rationale_token_accuracy")),
+            percent(test["label_accuracy"]),
+            percent(test.get("rationale_token_accuracy")),
             f"{student['metrics']['parameters'] / 1e6:.2f}M par.",
             "",
             f"{student['train_seconds']:.0f} s",
@@ -67,7 +66,7 @@ def run_table(report: dict[str, Any]) -> Table:
         table.add_row(
             target["target"],
             "",
-            _percent(target["label_accuracy"]),
+            percent(target["label_accuracy"]),
             "",
             f"{target['bytes'] / 1e6:.2f} MB",
             f"{latency['p50']:.2f} ms" if latency else "–",
@@ -114,6 +113,12 @@ def run_page(report: dict[str, Any]) -> str:
     """Return ``report.html``, which needs no network and has every figure of the JSON report."""
     page = Page(f"sbs-edge run: {report['task']['name']}")
     rows = report["rows"]
+    if replacement := report.get("replacement"):
+        kept = "It replaced the one in use" if replacement["accepted"] else "The one in use was kept"
+        added = (report.get("added") or {}).get("added", 0)
+        page.headline(
+            f"{comparison_headline(replacement)} The second was trained with {added:,} rows more. {kept}."
+        )
     if sentence := headline(report):
         page.headline(sentence)
     if sentence := (report.get("linear") or {}).get("sentence"):
@@ -129,8 +134,11 @@ def run_page(report: dict[str, Any]) -> str:
     if agreement["total"]:
         page.text(
             f"Teacher and gold label agree on {agreement['equal']:,} of {agreement['total']:,} training rows "
-            f"({_percent(agreement['equal'] / agreement['total'])})."
+            f"({percent(agreement['equal'] / agreement['total'])})."
         )
+
+    for warning in report.get("warnings", ()):
+        page.text(f"Warning about the data: {warning}")
 
     page.section("Compared students")
     reached = [s["test"]["label_accuracy"] for s in report["students"]]
@@ -142,8 +150,8 @@ def run_page(report: dict[str, Any]) -> str:
         ["student", "mode", "steps", "label accuracy", "rationale token accuracy", "rationales exact",
          "parameters", "training s"],
         [
-            [s["name"], s["mode"], s["steps"], _percent(s["test"]["label_accuracy"]),
-             _percent(s["test"].get("rationale_token_accuracy")), _percent(s["test"].get("rationale_exact")),
+            [s["name"], s["mode"], s["steps"], percent(s["test"]["label_accuracy"]),
+             percent(s["test"].get("rationale_token_accuracy")), percent(s["test"].get("rationale_exact")),
              s["metrics"]["parameters"], s["train_seconds"]]
             for s in report["students"]
         ],
@@ -171,7 +179,7 @@ def run_page(report: dict[str, Any]) -> str:
     page.table(
         ["target", "label accuracy", "same label as the first target", "bytes", "label p50 ms", "label p90 ms"],
         [
-            [t["target"], _percent(t["label_accuracy"]), _percent(t["agreement_with_first"]), t["bytes"],
+            [t["target"], percent(t["label_accuracy"]), percent(t["agreement_with_first"]), t["bytes"],
              (t["label_ms"] or {}).get("p50"), (t["label_ms"] or {}).get("p90")]
             for t in report["bundle"]["targets"]
         ],
@@ -183,9 +191,9 @@ def run_page(report: dict[str, Any]) -> str:
         page.table(
             ["target", "rows", "float32", "target's", "drop, points", "95 % bound", "same label", "same next token"],
             [
-                [name, g["n"], _percent(g["before"]), _percent(g["after"]), round(g["drop_points"], 2),
-                 round(g["drop_bound"], 2), _percent(g["label_agreement"]),
-                 _percent(g.get("rationale_next_token_agreement"))]
+                [name, g["n"], percent(g["before"]), percent(g["after"]), round(g["drop_points"], 2),
+                 round(g["drop_bound"], 2), percent(g["label_agreement"]),
+                 percent(g.get("rationale_next_token_agreement"))]
                 for name, g in guarded
             ],
         )  # fmt: skip
@@ -200,6 +208,10 @@ def run_page(report: dict[str, Any]) -> str:
             + " after, each half of the rows at the other half's temperature."
         )
         page.figure(_coverage(calibration), "Accuracy against coverage when doubtful rows are passed on.")
+    if analysis := report.get("analysis"):
+        page.section(f"Where {analysis['target']} is right and wrong")
+        page.text(analysis_headline(analysis, f"The target {analysis['target']}"))
+        add_analysis(page, analysis, "Calibrated with the bundle's temperature.")
     rationales = [
         f"{t['target']}: {t['example_rationale']}"
         for t in report["bundle"]["targets"]

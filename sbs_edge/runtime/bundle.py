@@ -136,7 +136,7 @@ class Bundle:
         if chosen not in targets:
             raise UsageError(
                 f"The bundle {self.root} has no target {chosen!r}; it has {', '.join(targets)}. "
-                f"Export it with target={chosen!r}."
+                f"Choose one of them, or export the student for {chosen!r} too."
             )
         return chosen, targets[chosen]
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from sbs_edge.errors import UsageError
-from sbs_edge.tokens import TextTokenizer, most_characters, text_fault, within_limit, without_limits
+from sbs_edge.tokens import (
+    TextTokenizer,
+    most_characters,
+    read_whole,
+    text_fault,
+    within_limit,
+    without_limits,
+)
 from sbs_edge.windows import Chunk, ChunkReader, LongSettings
 
 __all__ = ["Texts", "check_texts", "over_limit"]
@@ -49,7 +56,7 @@ def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, ta
         much = f"{len(text):,} characters, and at most {most_characters(limit):,} are read for {limit} tokens"
         return f"{where} has {much}. Shorten it, or allow cutting with {remedy}."
     # Of a text far over the limit only the beginning was read.
-    more = f"more than {limit}" if len(text) > max(8 * limit, 1024) else str(n_tokens)
+    more = f"more than {limit}" if len(text) > read_whole(limit) else str(n_tokens)
     return (
         f"{where} has {more} tokens with {prefix}; this bundle's limit is {limit}. "
         f"Shorten it, or allow cutting with {remedy}."
@@ -57,7 +64,7 @@ def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, ta
 
 
 class Texts:
-    """The tokenizer of a bundle; safe to share between threads.
+    """The tokenizer of a bundle; safe to share between threads. Its texts have passed :func:`check_texts`.
 
     Attributes:
         max_tokens: longest input that is read, prefix and end-of-sequence included.
@@ -93,11 +100,11 @@ class Texts:
         Of a text far over the token limit only the beginning is read. It still has more ids than the limit, and up
         to the limit they are those of the whole text.
         """
-        return self._tokenizer.encode_beginnings(check_texts(texts), self.max_tokens, self._prefixes[task])
+        return self._tokenizer.encode_beginnings(texts, self.max_tokens, self._prefixes[task])
 
     def count(self, texts: Sequence[str], task: str) -> list[int]:
         """Return how many tokens every text has for ``task``, however long it is."""
-        return [len(ids) for ids in self._tokenizer.encode_batch(check_texts(texts), self._prefixes[task])]
+        return [len(ids) for ids in self._tokenizer.encode_batch(texts, self._prefixes[task])]
 
     def encode(
         self, texts: Sequence[str], task: str, truncate: bool, tokens: Sequence[Sequence[int]] | None = None
@@ -111,7 +118,7 @@ class Texts:
             tokens: the result of :meth:`tokenize` for these texts.
 
         Raises:
-            UsageError: a text cannot be answered (see :func:`check_texts`), or is over the limit.
+            UsageError: a text is over the limit.
         """
         limit = self.max_tokens
         if tokens is None:

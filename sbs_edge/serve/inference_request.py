@@ -42,18 +42,18 @@ MAX_LABEL_CHARACTERS = 1000
 
 
 def check_labels(labels: Sequence[Sequence[str]], n_texts: int) -> None:
-    """Raise 400 unless there is a list of 2 to 256 distinct, non-empty answers for each text."""
+    """Raise 400 unless there is a list of 2 to 256 distinct, non-empty labels for each text."""
     if len(labels) != n_texts:
         raise errors.bad_request(f"labels has {len(labels)} lists for {n_texts} texts; send one for each.")
     for index, choices in enumerate(labels):
         if len(choices) < 2 or len(set(choices)) != len(choices) or not all(choices):
-            raise errors.bad_request(f"labels[{index}] needs at least two different, non-empty answers.")
+            raise errors.bad_request(f"labels[{index}] needs at least two different, non-empty labels.")
         if len(choices) > MAX_LABELS:
             raise errors.bad_request(
-                f"labels[{index}] has {len(choices)} answers; the limit is {MAX_LABELS} for each text."
+                f"labels[{index}] has {len(choices)} labels; the limit is {MAX_LABELS} for each text."
             )
         longest = max(map(len, choices))
         if longest > MAX_LABEL_CHARACTERS:
             raise errors.bad_request(
-                f"labels[{index}] has an answer of {longest} characters; the limit is {MAX_LABEL_CHARACTERS}."
+                f"labels[{index}] has a label of {longest} characters; the limit is {MAX_LABEL_CHARACTERS}."
             )

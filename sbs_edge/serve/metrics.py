@@ -71,6 +71,12 @@ class Metrics:
         self.escalations = counter(
             "escalations", "Texts escalated to the larger model, by result.", "model", "result"
         )
+        self.recorded = counter(
+            "recorded",
+            "Rows for the file of --record, by result: kept, dropped or failed.",
+            "model",
+            "result",
+        )
         self.reloads = counter("reloads", "Model versions loaded, refused and retired.", "model", "result")
         self.stale_versions = gauge(
             "stale_versions",

@@ -30,6 +30,7 @@ from sbs_edge.serve.listening import address_of, bind, unbind
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.protocol import connections
+from sbs_edge.serve.record import Recorder
 from sbs_edge.serve.registry import Registry
 from sbs_edge.serve.service import Service
 from sbs_edge.serve.settings import ServeSettings
@@ -65,12 +66,18 @@ def create_service(
             concurrency=settings.escalate_concurrency,
         )
     tracing = tracing_to(settings.otel_endpoint) if settings.otel_endpoint else None
+    recorder = None
+    if settings.record is not None:
+        recorder = Recorder(
+            settings.record, settings.record_below, settings.record_share, settings.record_max_bytes, metrics
+        )
     return Service(
         settings,
         Registry(sources, settings, metrics, loader),
         metrics,
         escalation=escalation,
         tracing=tracing,
+        recorder=recorder,
     )
 
 

@@ -23,6 +23,7 @@ from sbs_edge.serve.inference_request import InferenceRequest, Timing
 from sbs_edge.serve.metrics import Metrics
 from sbs_edge.serve.models import ModelVersion
 from sbs_edge.serve.process_settings import give_memory_back
+from sbs_edge.serve.record import Recorder
 from sbs_edge.serve.refusals import Refusals
 from sbs_edge.serve.registry import Registry
 from sbs_edge.serve.settings import ServeSettings
@@ -70,12 +71,14 @@ class Service:
         *,
         escalation: Escalation | None = None,
         tracing: Tracing | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.settings = settings
         self.registry = registry
         self.metrics = metrics
         self.escalation = escalation
         self.tracing = tracing
+        self.recorder = recorder
         self.gate = Gate(settings.max_concurrent, "concurrency")
         self.body_bytes = Budget(settings.max_inside_bytes, self._trim_soon)
         self._trim_due = False
@@ -256,6 +259,8 @@ class Service:
             n_abstained = sum(answer["abstained"] for answer in answers)
             if n_abstained:
                 self.metrics.abstained.labels(version.card.name).inc(n_abstained)
+            if self.recorder is not None:
+                self.recorder.offer(version.card.name, version.card.version, request, answers)
         return answers
 
     async def _tokenize(
@@ -333,5 +338,7 @@ class Service:
         self.registry.close()
         if self.escalation:
             await self.escalation.close()
+        if self.recorder:
+            await asyncio.get_running_loop().run_in_executor(None, self.recorder.close)
         if self.tracing:
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)

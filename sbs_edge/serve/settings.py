@@ -143,6 +143,23 @@ class ServeSettings(BaseModel):
         le=1,
         description="Probability below which an answer is marked as uncertain. Default: the bundle's.",
     )
+
+    record: Path | None = Field(
+        None,
+        description="Keep the texts of uncertain and escalated answers in this .jsonl file, which annotate reads. They "
+        "may be personal data; only the file's owner may read it (mode 0600).",
+    )
+    record_below: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Record answers with a lower probability; those marked as uncertain are always recorded.",
+    )
+    record_share: float = Field(1.0, gt=0, le=1, description="Share of them to record, chosen at random.")
+    record_max_bytes: int = Field(
+        67_108_864, ge=4096, description="Most bytes of the recorded file and its three older parts together."
+    )
+
     log_inputs: bool = Field(False, description="Write the texts into the log. They may be personal data.")
     access_log: bool = Field(True, description="Write a log line for each answered request.")
     otel_endpoint: str | None = Field(
@@ -157,6 +174,10 @@ class ServeSettings(BaseModel):
             raise ValueError("max_queue_texts must be at least max_texts, or a full request never fits")
         if self.max_inside_bytes < self.max_body_bytes:
             raise ValueError("max_inside_bytes must be at least max_body_bytes, or a full body never fits")
+        if self.record is not None and self.record.suffix != ".jsonl":
+            raise ValueError(
+                "the name of the recorded file must end in .jsonl, which annotate reads (record)"
+            )
         if self.token is not None and not self.token.get_secret_value():
             raise ValueError("the bearer token is empty")
         return self

@@ -17,9 +17,9 @@ def check_request(request: InferenceRequest, card: ModelCard, max_texts: int) ->
             f"The request holds {len(request.texts)} texts; the limit is {max_texts} (max_texts)."
         )
     if card.label_kind == "choices" and request.labels is None and request.want_label:
-        raise errors.bad_request("This model chooses among given answers: send labels.")
+        raise errors.bad_request("This model needs labels to choose from: send labels.")
     if card.label_kind != "choices" and request.labels is not None:
-        raise errors.bad_request("This model has its own answers: leave labels out.")
+        raise errors.bad_request("This model has its own labels: leave labels out.")
     if request.explain and not card.explains:
         raise errors.bad_request(
             "This model answers with labels alone: its bundle has no graph that writes rationales. Leave "

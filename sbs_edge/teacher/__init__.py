@@ -1,1 +1,1 @@
-"""The teacher: prompts, calls, parsing and the journal of paid answers."""
+"""The teacher: prompts, calls, parsing, and the journal of answers."""

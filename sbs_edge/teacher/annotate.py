@@ -41,17 +41,17 @@ __all__ = ["Annotation", "Settings", "annotate", "annotate_outputs", "estimate",
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to ask.
+    """The settings of an annotation.
 
     Attributes:
         model: the teacher's model, part of every journal key.
         sampling: request parameters, part of every journal key.
-        samples: answers a row; above 1 the label is voted on.
-        concurrency: requests on their way at once.
+        samples: answers per row; above 1 the label is a majority vote.
+        concurrency: requests in flight at once.
         prices: money per million tokens.
-        max_cost, max_total_tokens: limits over the journal's whole life, or None.
-        retry_failed: ask again where the journal's answer is of no use.
-        max_attempts: how often one call is sent before it is left to the next run.
+        max_cost, max_total_tokens: limits for all calls in the journal, or None.
+        retry_failed: ask again if the journal's answer cannot be used.
+        max_attempts: attempts per call before it is left to the next run.
         server: the server's address without secrets; a refusal in the journal holds for that server only.
 
     """
@@ -125,10 +125,10 @@ def annotate(
     on_wait: Callable[[float, str], None] | None = None,
     budget_of: Callable[[Journal], Budget] | None = None,
 ) -> Annotation:
-    """Ask for every row that the journal does not answer yet, then parse all of it.
+    """Ask for every row that has no answer in the journal, then parse all answers.
 
-    Gold labels are used for the progress figures only; they reach neither prompt nor result. ``budget_of`` gives
-    the budget in place of one from the settings' limits and what the journal has spent. ``on_wait`` is told the
+    Gold labels are used only for the progress figures; neither prompts nor results contain them. ``budget_of`` returns
+    the budget, instead of one from the settings' limits and the journal's cost. ``on_wait`` is called with the
     seconds and the reason of every wait that a person would notice.
     """
     with Journal(journal_path) as journal:
@@ -314,10 +314,10 @@ class _Run:
 def annotate_outputs(
     rows: Sequence[Example], task: TaskFile, outputs: Sequence[Record] | dict[str, Record], settings: Settings
 ) -> Annotation:
-    """Parse finished outputs: one a row in row order, or by journal key.
+    """Parse finished outputs: one per row in row order, or by journal key.
 
     Raises:
-        DataError: the number of positional outputs is not the number of rows, or no key fits.
+        DataError: the numbers of positional outputs and rows differ, or no key matches.
 
     """
     if isinstance(outputs, dict):
@@ -331,7 +331,7 @@ def annotate_outputs(
         if by_key and not used:
             raise DataError(
                 "No output belongs to any of the rows. Use the task file, model, samples and sampling options "
-                "with which --emit-batch was called: they are part of each request's custom_id."
+                "with which emit_batch was called: they are part of each request's custom_id."
             )
         return Annotation(collect(rows, task, lookup), used, sampling=settings.sampling)
     listed = list(outputs)
@@ -347,10 +347,10 @@ def annotate_outputs(
 def estimate(
     rows: Sequence[Example], task: TaskFile, settings: Settings, records: dict[str, Record]
 ) -> Estimate:
-    """Return what asking the rest will take, likely and at most.
+    """Return the likely and the largest cost of asking for the missing rows.
 
-    Tokens are estimated from characters, at the ratio that the journal's counted calls show, else
-    3.5 a token; a likely answer is as long as those in the journal, else as the worked examples'.
+    Tokens are estimated from characters, at the ratio of the journal's counted calls, or else
+    3.5 per token. A likely answer is as long as those in the journal, or else as the worked examples'.
     """
     estimator = TokenEstimator()
     calls = list(

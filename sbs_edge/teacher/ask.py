@@ -1,6 +1,6 @@
-"""Asks the teacher what is not yet in the journal: bounded, paced, within the budget, resumable.
+"""Ask the teacher for the calls that the journal lacks, within the limits of pace and budget.
 
-Knows nothing of rows or labels: it takes calls and fills the journal.
+The module knows nothing of rows or labels: it takes calls and fills the journal.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["AskStats", "TeacherUnavailableError", "ask", "no_answer"]
 
 @dataclass(slots=True)
 class AskStats:
-    """What one run did.
+    """The statistics of a run.
 
     Attributes:
-        answered: calls that brought an answer now in the journal (refusals included).
+        answered: calls with an answer in the journal (refusals included).
         attempts: requests sent, retries included.
         unanswered: calls given up after all retries, by reason; the next run sends them again.
         last_failure: the words of the last call that was refused or given up, or None.
-        stopped: why calls were left out (``budget``), or None.
+        stopped: the reason why calls were left out (``budget``), or None.
         waited_seconds: time spent waiting for the server's limits.
 
     """
@@ -74,18 +74,18 @@ async def ask(
     """Send every call and journal its answer.
 
     Args:
-        calls: what to ask; taken lazily, at most ``concurrency`` at a time.
+        calls: the calls, taken lazily, at most ``concurrency`` at a time.
         teacher: see :class:`~sbs_edge.teacher.calls.Teacher`.
         journal: open journal that takes the answers.
         sampling: request parameters.
         budget: admits calls.
-        concurrency: requests on their way at once.
-        max_attempts: how often one call is sent before it is left to the next run.
-        give_up_after: consecutive calls without any answer after which the run stops; see
+        concurrency: requests in flight at once.
+        max_attempts: attempts per call before it is left to the next run.
+        give_up_after: number of consecutive calls without any answer after which the run stops; see
             :class:`~sbs_edge.teacher.stop.StopRule`.
         estimator: characters to tokens, for the budget.
-        server: the address as it may be shown; kept with each record.
-        on_record: called after each answer is safe in the journal.
+        server: the address in a form that may be shown; stored with each record.
+        on_record: called after each answer is in the journal.
         on_wait: called with seconds and reason before a wait that a person would notice.
 
     Raises:
@@ -108,7 +108,7 @@ async def ask(
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:
-    """Return what ended the run: the workers share one cause, and its own words say more than the group's."""
+    """Return the error that ended the run: the workers have the same cause, whose message says more than the group's."""
     found = group.exceptions[0]
     return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
@@ -160,7 +160,7 @@ class _Run:
                 answer = await self.teacher.answer(call.prompt, self.sampling, call.sample)
             except CallFailed as failure:
                 self.gate.leave(n_tokens, failure.headers)
-                if failure.reason != "refused":  # a refusal by a content filter is this row's own
+                if failure.reason != "refused":  # a refusal by a content filter concerns only this row
                     self.stop.attempt_failed(failure)
                 if not failure.retry:
                     return self._refused(call, failure, started, attempt)
@@ -182,7 +182,7 @@ class _Run:
         asked = retry_after_seconds(failure.headers)
         if asked is not None:
             reason = f"the server asked for it ({failure.reason})"
-            self.gate.hold(asked, reason)  # for every worker: the limit is the account's
+            self.gate.hold(asked, reason)  # for every worker, because the limit is the account's
             await asyncio.sleep(asked + min(jitter, 0.25 * asked + 0.05))
         else:
             if jitter >= 5.0:

@@ -1,4 +1,4 @@
-"""The interface of a teacher, and the request it is sent."""
+"""The interface of a teacher, and the requests to it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Answer", "CallFailed", "Sampling", "Teacher", "request_body", "reque
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the teacher writes: part of every journal key.
+    """The parameters of sampling, which are part of every journal key.
 
     Attributes:
         temperature: 0 is greedy.
         max_tokens: limit of one answer.
         top_p: nucleus; None leaves the server's default.
         seed: first sample's seed, the n-th gets ``seed + n``; None sends none.
-        limit_name: the name under which the server takes the limit, such as ``max_completion_tokens``.
-        omit: fields that are not sent; ``stop`` may be one of them.
-        extra: further fields of the request body, as the server understands them; they win over the others.
+        limit_name: the server's name for the limit, such as ``max_completion_tokens``.
+        omit: fields that are not sent; ``stop`` may be among them.
+        extra: further fields of the request body, which win over the others.
         structured: how a JSON object is asked for, see :data:`~sbs_edge.teacher.structured.Form`; ``auto`` takes the
             first form that the server answers to, or ``off``; ``on`` fails where there is none.
 
@@ -93,7 +93,7 @@ def request_body(prompt: Prompt, model: str, sampling: Sampling, sample: int) ->
 
 
 class Teacher(Protocol):
-    """Anything that answers prompts. ``model`` is part of every journal key."""
+    """An object that answers prompts. ``model`` is part of every journal key."""
 
     model: str
 

@@ -1,6 +1,6 @@
 """Turn rows and finished calls into annotated examples: parse, vote, filter, count.
 
-A pure function of its inputs, so that parsing can be repeated without asking again.
+These are pure functions, so parsing can be repeated without asking again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """One row after annotation.
+    """A row after annotation.
 
     Attributes:
         example: the row, with teacher's label, rationale and confidence where ``reason`` is None.
         reason: why the row has no annotation, or None.
-        votes: answers that were parsed, by label, most votes first.
-        texts: what the teacher wrote, one a sample that was answered.
-        detail: the server's words where it refused, or None.
+        votes: parsed answers by label, most votes first.
+        texts: the teacher's texts, one per answered sample.
+        detail: the server's words if it refused, or None.
         reasoning: the model's reasoning behind the annotation, empty where none came.
 
     """
@@ -58,7 +58,7 @@ class RowResult:
 def calls_for(
     rows: Iterable[Example], task: TaskFile, model: str, sampling: Sampling, samples: int = 1
 ) -> Iterator[Call]:
-    """Yield the calls for ``rows``, ``samples`` a row; equal prompts give equal keys."""
+    """Yield the calls for ``rows``, ``samples`` per row; equal prompts have equal keys."""
     for row in rows:
         prompt = render(task, row, sampling.structured)
         if "stop" in sampling.omit:
@@ -70,12 +70,12 @@ def calls_for(
 
 
 def row_keys(row: Example, task: TaskFile, model: str, sampling: Sampling, samples: int = 1) -> list[str]:
-    """Return the journal keys of one row, one a sample."""
+    """Return the journal keys of a row, one per sample."""
     return [call.key for call in calls_for([row], task, model, sampling, samples)]
 
 
 def read_record(task: TaskFile, record: Record, choices: Sequence[str] | None) -> Parsed:
-    """Parse one finished call and run the filters over it; ``reason`` says why it is of no use."""
+    """Parse a finished call and apply the filters; ``reason`` says why it cannot be used."""
     if record.error:
         return Parsed(reason=record.error.split(":", 1)[0], reasoning=record.reasoning)
     parsed = parse_answer(task, record.text, choices, record.finish_reason)
@@ -100,10 +100,10 @@ def unfinished(
     retry_failed: bool = False,
     server: str = "",
 ) -> Iterator[Call]:
-    """Yield each call that has no record; with ``retry_failed`` also those whose answer is of no use.
+    """Yield each call that has no record; with ``retry_failed`` also those whose answer cannot be used.
 
-    A refusal counts as a record only where ``server`` itself refused and has answered other calls: from another
-    address, or from a server that answered nothing, it says nothing about the row.
+    A refusal counts as a record only if ``server`` itself refused and has answered other calls. A refusal from another
+    address, or from a server that answered nothing, says nothing about the row.
     """
     answers = any(record.server == server and not record.is_refusal for record in records.values())
     seen: set[str] = set()
@@ -126,7 +126,7 @@ def collect(
     task: TaskFile,
     lookup: Callable[[int, Example], Sequence[Record | None]],
 ) -> list[RowResult]:
-    """Return one result a row, in order.
+    """Return a result for each row, in order.
 
     With several samples the label with most votes wins (ties: the one sampled first), the rationale
     is that of the first sample that agrees with it, ``rationales`` are those of all that agree, and the
@@ -206,7 +206,7 @@ def _row(row: Example, task: TaskFile, records: Sequence[Record | None]) -> RowR
                 break
         else:
             groups.append([(record, item)])
-    groups.sort(key=len, reverse=True)  # stable: among equals the one sampled first
+    groups.sort(key=len, reverse=True)  # stable: among equals, the first sample comes first
     best = groups[0][0][1]
     rationales = tuple(dict.fromkeys(item.rationale for _, item in groups[0] if item.rationale))
     answers = [(record, group[0][1].label or "") for group in groups for record, _ in group]

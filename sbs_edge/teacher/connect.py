@@ -35,7 +35,7 @@ LIMIT_NAMES = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_
 
 
 class Server(BaseModel):
-    """What a preset of ``servers.yaml`` says; its fields are described there."""
+    """A preset of ``servers.yaml``, which describes the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,7 +58,7 @@ def server_preset(name: str | None, base_url: str | None = None) -> Server:
     """Return the preset called ``name``, or the defaults for None.
 
     Raises:
-        UsageError: there is no such preset, or it has no address of its own and ``base_url`` gives none.
+        UsageError: there is no such preset, or it has no address and ``base_url`` is not given.
 
     """
     if name is None:
@@ -69,7 +69,7 @@ def server_preset(name: str | None, base_url: str | None = None) -> Server:
         raise UsageError(f"There is no server preset {name!r}; there are {', '.join(servers())}.")
     if not found.base_url and not base_url:
         raise UsageError(
-            f"--server {name} needs --base-url: each account has its own address. For Azure it is "
+            f"The server preset {name!r} needs base_url, because each account has its own address. For Azure it is "
             "https://NAME.openai.azure.com/openai/deployments/DEPLOYMENT?api-version=VERSION."
         )
     return found
@@ -92,9 +92,9 @@ def with_request(
     extra_body: str | None = None,
     structured: Structured | None = None,
 ) -> Sampling:
-    """Return ``sampling`` with the fields that flags, task file and preset set, rename or leave out.
+    """Return ``sampling`` with the fields that arguments, task file and preset set, rename or leave out.
 
-    Flags win over the task file, the task file over the preset. A limit under another name takes the place of
+    Arguments win over the task file, and the task file over the preset. A limit under another name replaces
     ``max_tokens``.
 
     Args:
@@ -115,26 +115,25 @@ def with_request(
         name, equals, value = item.partition("=")
         if not name.strip() or not (equals or name in LIMIT_NAMES):
             raise UsageError(
-                "One of the values of --request is not NAME=VALUE. Only a limit may stand without a value, such as "
-                "--request max_completion_tokens."
+                "One of the values of request is not NAME=VALUE. Only a limit may have no value: "
+                "request=['max_completion_tokens']."
             )
         flags[name.strip()] = _value(value) if equals else None
     if extra_body is not None:
         found = _value(extra_body)
         if not isinstance(found, dict):
-            raise UsageError('--extra-body must be one JSON object, such as \'{"reasoning_effort": "low"}\'.')
+            raise UsageError('extra_body must be a JSON object, such as {"reasoning_effort": "low"}.')
         flags = {**found, **flags}
     for name, value in flags.items():
         if holds_hidden(value):
             raise UsageError(
-                f"The request's field {name!r} contains {HIDDEN}, because saved configurations leave secrets "
-                "out. Give the value "
-                "again."
+                f"The request's field {name!r} contains {HIDDEN}, because saved configurations leave secrets out. "
+                "Give the value again."
             )
         if name in RESERVED_FIELDS or (name == "stream" and value):
             raise UsageError(
-                f"The request's field {name!r} cannot be set: it is made from the rows, --model and --samples, "
-                "and answers are read whole."
+                f"The request's field {name!r} cannot be set: it follows from the rows, the model and the samples, "
+                "and answers are not streamed."
             )
     extra = {**task.extra_body, **task.request, **flags}
     limit_name, limit = server.limit_name, sampling.max_tokens
@@ -177,7 +176,7 @@ def _structured(flag: Structured | None, task: TaskFile, server: Server, fields:
 
 
 def shown_request(request: Sequence[str]) -> list[str]:
-    """Return ``NAME=VALUE`` texts as they may be saved: without secrets."""
+    """Return ``NAME=VALUE`` texts without secrets, to be saved."""
     shown = []
     for item in request:
         name, equals, value = item.partition("=")
@@ -188,7 +187,7 @@ def shown_request(request: Sequence[str]) -> list[str]:
 
 
 def shown_extra_body(extra_body: str) -> str:
-    """Return the JSON object as it may be saved: without secrets."""
+    """Return the JSON object without secrets, to be saved."""
     return json.dumps(redacted_fields(_value(extra_body)), ensure_ascii=False)
 
 
@@ -198,7 +197,9 @@ def headers_of(task: TaskFile, header: Sequence[str] = ()) -> dict[str, str]:
     for item in header:
         name, equals, value = item.partition("=")
         if not equals:
-            raise UsageError("--header takes NAME=VALUE, or NAME=env:VARIABLE for a secret.")
+            raise UsageError(
+                "A header is NAME=VALUE, or NAME=env:VARIABLE for a secret (header=['NAME=VALUE'])."
+            )
         headers[name.strip()] = value
     return headers
 

@@ -1,6 +1,6 @@
-"""Tokens and money: what a call may cost, what it did cost, and when to stop.
+"""Tokens and money: the cost of a call, before and after it, and the budget.
 
-Prices are given by the user, never looked up: they change. Unit: money per million tokens.
+Prices are given by the user and never looked up, because they change. Their unit is money per million tokens.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ class Prices:
 
     @property
     def known(self) -> bool:
-        """Whether any price was given."""
+        """Return whether any price was given."""
         return self.prompt > 0 or self.completion > 0
 
 
 class TokenEstimator:
-    """Characters to tokens: 3.5 characters a token until the server has told better.
+    """Estimates tokens from characters: 3.5 characters per token until the server has counted some.
 
-    3.5 is below what common English tokenizers reach (about 4), so that the first estimate errs
-    towards too many tokens. Every counted prompt moves the ratio; an estimate adds 2 % to it and
-    eight tokens for the chat template.
+    Common English tokenizers reach about 4, so the first estimate has rather too many tokens. Every counted prompt
+    updates the ratio. An estimate adds 2 %, and eight tokens for the chat template.
     """
 
     def __init__(self, chars_per_token: float = 3.5) -> None:
@@ -44,14 +43,14 @@ class TokenEstimator:
         self._initial = chars_per_token
 
     def learn(self, n_chars: int, n_tokens: int) -> None:
-        """Take in one prompt that the server has counted."""
+        """Update the ratio with a prompt that the server has counted."""
         if n_chars > 0 and n_tokens > 0:
             self._chars += n_chars
             self._tokens += n_tokens
 
     @property
     def chars_per_token(self) -> float:
-        """The ratio now in use."""
+        """Return the current ratio."""
         return self._chars / self._tokens if self._tokens else self._initial
 
     def tokens(self, n_chars: int) -> int:
@@ -61,7 +60,7 @@ class TokenEstimator:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run will need: likely and at most (every answer as long as allowed)."""
+    """The cost of a run: likely, and at most (every answer as long as allowed)."""
 
     calls: int
     prompt_tokens: int
@@ -74,14 +73,14 @@ class Estimate:
 class Budget:
     """Admits a call only if even its longest answer stays within the limits.
 
-    The amount of every call on its way is reserved at its longest and settled at what it took, so
-    that concurrency cannot overrun the limit. What earlier runs of the same journal spent counts.
+    Every call in flight reserves its longest answer, and is charged what it took, so that concurrent calls cannot
+    exceed the limit. The cost of earlier runs with the same journal counts.
 
     Args:
         prices: money per million tokens.
-        max_cost: money in all, or None.
-        max_tokens: tokens (prompt and answer) in all, or None.
-        spent_cost, spent_tokens: what the journal already holds.
+        max_cost: limit of the total cost, or None.
+        max_tokens: limit of all tokens (prompt and answer), or None.
+        spent_cost, spent_tokens: cost and tokens of the journal's calls.
 
     """
 
@@ -95,8 +94,8 @@ class Budget:
     ) -> None:
         if max_cost is not None and not prices.known:
             raise UsageError(
-                "A limit on cost needs prices: give --price-in and --price-out (money per million tokens), "
-                "or limit tokens with --max-total-tokens."
+                "A limit on cost needs prices: give price_in and price_out (money per million tokens), "
+                "or limit tokens with max_total_tokens."
             )
         self.prices = prices
         self.max_cost = max_cost
@@ -116,7 +115,7 @@ class Budget:
         )
 
     async def reserve(self, prompt_tokens: int, completion_tokens: int) -> bool:
-        """Reserve the most a call may take; False when the limits leave no room, now or later."""
+        """Reserve the most that a call may take; return False if the limits do not allow it, now or later."""
         cost = self.prices.cost(prompt_tokens, completion_tokens)
         tokens = prompt_tokens + completion_tokens
         async with self._changed:
@@ -125,13 +124,13 @@ class Budget:
                     self.exhausted = True
                     self._changed.notify_all()
                     return False
-                await self._changed.wait()  # a call on its way may settle below what it reserved
+                await self._changed.wait()  # a call in flight may take less than it reserved
             self._reserved_cost += cost
             self._reserved_tokens += tokens
         return True
 
     async def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> float:
-        """Turn a reservation (prompt, answer tokens) into what was used; return its cost."""
+        """Replace a reservation (prompt, answer tokens) by the actual usage; return its cost."""
         cost = self.prices.cost(*used)
         async with self._changed:
             self._reserved_cost -= self.prices.cost(*reserved)

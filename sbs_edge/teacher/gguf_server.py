@@ -86,7 +86,8 @@ def serve_model(
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError, OSError) as error:
         raise SbsEdgeError(
-            f"llama.cpp cannot serve {model} on port {port}: {str(error).rstrip('. ')}. Is the port taken (--port 0 takes "
-            "a free one), or the file not a model that this version of xllamacpp knows?"
+            f"llama.cpp cannot serve {model} on port {port}: {str(error).rstrip('. ')}. The port may be in use "
+            "(port=0 takes a "
+            "free one), or this version of xllamacpp may not support the file."
         ) from error
     return server, f"{str(server.listening_address).rstrip('/')}/v1"

@@ -1,9 +1,9 @@
 """The journal: every answer that was paid for, on disk before it counts.
 
-Append-only JSON Lines, one finished call a line, keyed by a hash of prompt, model, parameters and
+It is append-only JSON Lines with one finished call per line, keyed by a hash of prompt, model, parameters and
 sample number. A line is written and flushed to the disk (fsync) before the call is reported as
-finished, so that a killed run repeats only the calls that were on their way. A later line for the
-same key replaces an earlier one. A half-written last line, the mark of a kill, is cut off.
+finished, so that a killed run repeats only the calls in flight. A later line for the
+same key replaces an earlier one. An incomplete last line, left by a kill, is cut off.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Record:
 
     Attributes:
         key: see :func:`sbs_edge.teacher.prompt.call_key`.
-        text: what the teacher wrote; empty if it wrote nothing.
-        finish_reason: the protocol's word (``stop``, ``length``, ``content_filter``).
+        text: the teacher's text; empty if it wrote nothing.
+        finish_reason: the protocol's value (``stop``, ``length``, ``content_filter``).
         error: why there is no text (``refused``, ``http-400: ...``), or None.
         prompt_tokens, completion_tokens: as counted by the server, else estimated.
         cost: money for this call, in the unit of the prices that were given; 0 without prices.
         seconds: wall time of the successful attempt.
-        attempts: how many times the call was sent, retries included.
+        attempts: number of times that the call was sent, retries included.
         model: the model that answered.
         sample: number of the sample, from 0.
         at: when it was finished, seconds since 1970.
-        server: the address that was asked, without secrets; a refusal holds for that server only.
+        server: the server's address, without secrets; a refusal counts only for that server.
         reasoning: the model's reasoning, if the server sent it apart from ``text``.
         top_logprobs: the answer's last tokens with the log-probabilities at their places, where asked for.
 
@@ -75,7 +75,7 @@ class Record:
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the server refused the request itself, which another address or parameter may change."""
+        """Return whether the server refused the request itself, which another address or parameter may change."""
         return self.error is not None and self.error.split(":", 1)[0] in ("rejected", "generation")
 
 
@@ -85,7 +85,7 @@ _NOTE = "#"  # begins the key of a note; the keys of calls are hexadecimal
 
 
 class Journal:
-    """An open journal; one process at a time holds it (advisory lock).
+    """An open journal, which one process at a time may use (advisory lock).
 
     Use as a context manager. ``records`` maps each key to its latest record; ``notes`` holds what a run decided and
     the next one must keep to; ``skipped`` counts complete lines whose fields are not of a record's types, as older
@@ -107,7 +107,7 @@ class Journal:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UsageError(
-                    f"The journal {path} is in use by another run. Wait for it, or give this one its own --journal."
+                    f"The journal {path} is in use by another run. Wait for it, or use another one (journal=FILE)."
                 ) from error
             if is_new:
                 fsync_directory(path.parent)
@@ -170,7 +170,7 @@ class Journal:
         self.append(Record(_NOTE + name, text))
 
     def append(self, *records: Record) -> None:
-        """Write records and flush them to the disk; return only when they are safe."""
+        """Write records and flush them to the disk; return when they are safe."""
         content = b"".join(_encode(record) for record in records)
         view = memoryview(content)
         while view:
@@ -180,7 +180,7 @@ class Journal:
             self._take(record)
 
     async def append_soon(self, record: Record) -> None:
-        """Like :meth:`append`, off the event loop; calls that finish together share one flush."""
+        """Append like :meth:`append`, but off the event loop; calls that finish together share a flush."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((record, done))
         if self._writer is None or self._writer.done():

@@ -1,6 +1,6 @@
-"""Pace: what the server says about its limits, and how long to wait before trying again.
+"""Read a server's limits from its headers, and decide how long to wait before the next attempt.
 
-Knows nothing of the openai package; it reads header mappings and numbers.
+The module knows nothing of the openai package; it reads header mappings and numbers.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _HEADERS = (
 
 
 def duration_seconds(text: str | None) -> float | None:
-    """Return the seconds from now that a header asks for; None for what cannot be read.
+    """Return the seconds from now that a header asks for, or None if it cannot be read.
 
-    Read are ``1.5`` (seconds), ``120ms``, ``6m0s``, a Unix time in seconds or milliseconds, an ISO 8601 time and
-    the date of HTTP.
+    Readable forms are ``1.5`` (seconds), ``120ms``, ``6m0s``, a Unix time in seconds or milliseconds, an ISO 8601
+    time and an HTTP date.
 
     Example:
         >>> duration_seconds("1m2s")
@@ -69,7 +69,7 @@ def _span(plain: str) -> float | None:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return what ``retry-after-ms`` or ``Retry-After`` asks for, at most an hour."""
+    """Return the wait of ``retry-after-ms`` or ``Retry-After`` in seconds, at most an hour."""
     milliseconds = (headers.get("retry-after-ms") or "").strip()
     seconds = duration_seconds(f"{milliseconds}ms") if milliseconds else None
     if seconds is None:
@@ -87,10 +87,10 @@ def backoff_seconds(attempt: int, *, base: float = 0.5, cap: float = 60.0) -> fl
 
 
 class RateGate:
-    """One gate for all workers: passes a call when the server's limits leave room for it.
+    """A gate for all workers, which lets a call pass when the server's limits allow it.
 
-    Reads the rate-limit headers of every response and the wait that a 429 or 503 asks for. The count in a
-    header is older than the calls sent since, so those still on their way are taken off it.
+    It reads the rate-limit headers of every response and the wait that a 429 or 503 asks for. The count in a
+    header is older than the calls sent since, so calls in flight are subtracted from it.
 
     Args:
         on_wait: called with the seconds and the reason before a wait of a second or more.
@@ -120,7 +120,7 @@ class RateGate:
                     self._left[kind] = (left - amount, reset, said_by)
 
     def leave(self, n_tokens: int, headers: Mapping[str, str] | None) -> None:
-        """Note that the call came back, and what its response says about the limits."""
+        """Note that the call has returned, and read the limits from its response."""
         self._in_flight["requests"] -= 1
         self._in_flight["tokens"] -= n_tokens
         seen: set[str] = set()
@@ -137,7 +137,7 @@ class RateGate:
             self._left[kind] = (remaining - self._in_flight[kind], until, f"{remaining_name}: {remaining:g}")
 
     def hold(self, seconds: float, reason: str) -> None:
-        """Send nothing for ``seconds``: the server asked for it."""
+        """Send nothing for ``seconds``, because the server asked for it."""
         until = time.monotonic() + seconds
         if until > self._not_before:
             self._not_before, self._held_for = until, reason
@@ -155,7 +155,7 @@ class RateGate:
                 continue
             left, reset, said_by = self._left[kind]
             if reset <= now:
-                del self._left[kind]  # refilled; by how much the next response tells
+                del self._left[kind]  # refilled; the next response tells by how much
             elif left < amount:
                 wait = max(wait, (reset - now, f"the server's limit on {kind} is used up ({said_by})"))
         return wait

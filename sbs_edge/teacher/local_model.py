@@ -1,4 +1,4 @@
-"""A teacher in this process: any causal or sequence-to-sequence transformers model."""
+"""A teacher in this process, with any causal or sequence-to-sequence transformers model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LocalTeacher:
 
     Args:
         model: hub name or directory.
-        device: ``cpu``, ``cuda``, or None for CUDA where there is one.
+        device: ``cpu``, ``cuda``, or None for CUDA if there is a GPU.
         max_batch: most prompts generated together.
 
     """
@@ -57,7 +57,7 @@ class LocalTeacher:
         self._model = None
 
     async def answer(self, prompt: Prompt, sampling: Sampling, sample: int) -> Answer:
-        """Queue the prompt; it is generated with those that wait beside it."""
+        """Queue the prompt; it is generated together with the other waiting prompts."""
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, sampling, sample, done))
         if self._runner is None or self._runner.done():

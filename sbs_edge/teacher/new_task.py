@@ -1,4 +1,4 @@
-"""A first task file from a data file: label kind, label set and worked examples, for editing."""
+"""Write a first task file from a data file, with label kind, label set and worked examples, for editing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PLACEHOLDER = f"{TO_REPLACE}: say in one or two sentences what in the input lead
 
 
 def task_from_examples(name: str, rows: Sequence[Example], n_shots: int = 3) -> TaskFile:
-    """Guess the task's shape from ``rows`` and take worked examples from them.
+    """Infer the task from ``rows`` and take worked examples from them.
 
-    Labels that repeat make a closed set, choices make a ``choices`` task, labels that are
-    expressions are compared by value. Rows that have a rationale give complete worked examples;
-    others get :data:`PLACEHOLDER` for a person to replace. Such a row may be annotated afterwards:
+    Labels that repeat make a closed set, choices make a ``choices`` task, and labels that are
+    expressions are compared by value. Rows with a rationale give complete worked examples;
+    others get :data:`PLACEHOLDER` for a person to replace. Such a row can be annotated afterwards, because
     :func:`sbs_edge.teacher.prompt.render` leaves its example out of its own prompt.
     """
     if not rows:
@@ -55,7 +55,7 @@ def task_from_examples(name: str, rows: Sequence[Example], n_shots: int = 3) -> 
 
 
 def _shot(row: Example, marker: str) -> Shot:
-    """Make a worked example; a rationale that already ends in the answer is cut before the marker."""
+    """Return a worked example; a rationale that already ends in the answer is cut before the marker."""
     rationale = re.split(re.escape(marker), row.rationale or "", maxsplit=1, flags=re.IGNORECASE)[0].strip()
     return Shot(
         input=row.input, rationale=rationale or PLACEHOLDER, label=row.label or "", choices=row.choices
@@ -63,7 +63,7 @@ def _shot(row: Example, marker: str) -> Shot:
 
 
 def _chosen(rows: Sequence[Example], n_shots: int) -> list[Example]:
-    """Take rows with a rationale and of different labels first, in file order."""
+    """Choose rows with a rationale and of different labels first, in file order."""
     ranked = sorted(rows, key=lambda row: row.rationale is None)
     chosen: list[Example] = []
     seen: set[str] = set()

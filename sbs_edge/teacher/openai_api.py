@@ -1,6 +1,6 @@
 """A teacher behind the OpenAI protocol: hosted, or vLLM, llama.cpp, Ollama, transformers serve.
 
-One request a call: the runner retries, so that every attempt passes the rate gate and the budget.
+Each call sends one request. The runner retries, so that every attempt passes the rate gate and the budget.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def endpoint_of(
     key_header: str = "Authorization",
     headers: Mapping[str, str] | None = None,
 ) -> Endpoint:
-    """Return the endpoint that flags and environment name.
+    """Return the endpoint from arguments and environment.
 
     Raises:
         UsageError: there is neither an address nor a key, or one of them cannot be used.
@@ -41,7 +41,7 @@ def endpoint_of(
         origin = "The environment variable OPENAI_BASE_URL"
     if not url and not key:
         raise UsageError(
-            f"There is no key for the teacher: set the environment variable {api_key_env}, or give --base-url for a "
+            f"There is no key for the teacher: set the environment variable {api_key_env}, or give base_url for a "
             "server that needs none."
         )
     return Endpoint.of(
@@ -55,15 +55,15 @@ def endpoint_of(
 
 
 class OpenAITeacher:
-    """An async client of one endpoint and one model.
+    """An async client of an endpoint and a model.
 
     Args:
         model: the model's name as the server knows it.
         base_url: the endpoint up to and including ``/v1``; None: ``OPENAI_BASE_URL`` or OpenAI's own.
         api_key_env: the environment variable that holds the key. Local servers need none.
-        key_header: the header that carries the key.
+        key_header: the header with the key.
         headers: further headers, name -> value.
-        timeout_seconds: longest wait for one answer.
+        timeout_seconds: longest wait for an answer.
 
     """
 
@@ -107,7 +107,7 @@ class OpenAITeacher:
             detail = f"no answer within {self.timeout_seconds:g} s (--timeout)"
             raise CallFailed("timeout", detail, retry=True) from None
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            # Its words would quote the header or the address.
+            # Its message would quote the header or the address.
             raise CallFailed("not-sent", type(error).__name__, fatal=True) from None
         except httpx.DecodingError:
             raise CallFailed("not-the-protocol", "the body cannot be decompressed", retry=True) from None

@@ -1,7 +1,7 @@
-"""Finished outputs in files, and OpenAI Batch files to have them made elsewhere.
+"""Read finished outputs from files, and write OpenAI Batch files.
 
-Two layouts are read: OpenAI Batch output (JSON Lines, ``custom_id`` is the journal key) and the
-paper's (JSON arrays of strings, one a row, in row order, split over ``<split>_CoT_<k>.json``).
+Two layouts are read: OpenAI Batch output (JSON Lines; ``custom_id`` is the journal key) and the
+paper's (JSON arrays with one string per row, in row order, split over ``<split>_CoT_<k>.json``).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def emit_batch(
 
 
 def _batch_line(content: Any, where: str, prices: Prices) -> Record:
-    """Read one line; a response that cannot be used costs its own row only."""
+    """Read a line; a response that cannot be used affects only its own row."""
     if not isinstance(content, dict) or not isinstance(content.get("custom_id"), str):
         raise DataError(f"{where}: no custom_id; is this a Batch output file?")
     key = content["custom_id"]
@@ -131,7 +131,7 @@ def _number(path: Path) -> int:
 
 
 def read_paper_outputs(paths: Iterable[Path]) -> list[Record]:
-    """Read JSON arrays of strings, one a row, in the order of the numbers their names end with."""
+    """Read JSON arrays with one string per row, in the order of the numbers at the end of their names."""
     records: list[Record] = []
     for path in sorted(paths, key=_number):
         try:

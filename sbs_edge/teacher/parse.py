@@ -1,4 +1,4 @@
-"""Read label and rationale from a teacher's text, or say why they cannot be read."""
+"""Read label and rationale from a teacher's text, or give the reason why they cannot be read."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ _OPERATORS = str.maketrans(
     {"\u2212": "-", "\u2013": "-", "\u2011": "-", "\u00d7": "*", "\u00f7": "/", "\u00a0": " ", "\u202f": " "}
 )
 _RESULT = re.compile(r"=\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
+# An expression, then nothing, words without figures, or its value: (48 / 12) + 1 bottles = 5.
+_ARITHMETIC = re.compile(r"(-?[\d(.](?:[-\d\s.+*/()]*[\d)])?)[^\d+*/=()]*(?:=.*)?\Z", re.DOTALL)
+_LONGEST_EXPRESSION = 500  # characters; a model in a loop writes far more
+# A bracket that is not a part of a longer expression.
+_BRACKETED = re.compile(r"(?<![-+*/])(?<![-+*/]\s)\(.*\)(?!\s*[-+*/]\s*[\d(])")
 _ORNAMENT = " \t\"'`*_“”‘’"
 _GAP = r"[ \t]*"
 _VARIANT = re.compile(
@@ -34,7 +39,7 @@ _VARIANT = re.compile(
 
 
 class Parsed(NamedTuple):
-    """Label and rationale, or the reason why the answer is of no use.
+    """Label and rationale, or the reason why the answer cannot be used.
 
     ``reasoning`` is the thought that stood between marks in the answer's text.
 
@@ -132,7 +137,7 @@ def _own_turn(task: TaskFile, body: str) -> tuple[str, bool]:
 
 
 def _split(task: TaskFile, body: str) -> list[str]:
-    """Split at the answer marker, in any typography; where it is missing, at a common variant of it."""
+    """Split at the answer marker, in any typography, or at a common variant if it is missing."""
     words = r"[\s*_]+".join(re.escape(word) for word in task.answer_marker.rstrip(" :").split())
     own = re.compile(r"[*_]{0,3}" + words + r"(?:[*_]{0,3}\s*:)?[*_]{0,3}(?!\w)" + _GAP, re.IGNORECASE)
     if not task.answer_marker[-1].isalnum():
@@ -145,14 +150,14 @@ def _split(task: TaskFile, body: str) -> list[str]:
         return pieces
     last = variants[-1]
     label = body[last.end() :].strip()
-    # "The answer is not obvious, because ..." is reasoning: nothing may follow the label.
+    # "The answer is not obvious, because ..." is reasoning, so nothing may follow the label.
     if task.label_kind == "open" and re.search(r"[.!?,;:]\s|\n", label):
         return pieces
     return [body[: last.start()], label]
 
 
 def _is_whole(task: TaskFile, piece: str) -> bool:
-    """Whether the label at the end of an answer that ran into its limit was written to its end."""
+    """Return whether the label of an answer that reached its limit was written completely."""
     if task.parser == "expression":
         return re.search(r"\)\s*\.|\)\s*$|\n", piece.strip(" ")) is not None
     if task.label_kind == "open":
@@ -173,18 +178,22 @@ def _read_label(task: TaskFile, piece: str, choices: Sequence[str] | None) -> st
     if (found := match_label(line, known)) is not None:
         return found
     label = plain_label(line)
-    # A bracket that opens and does not close, or no letter at all: the line is not the label.
+    # With a bracket that does not close, or without any letter, the line is not the label.
     if not any(c.isalnum() for c in label) or label[-1] in "{[(":
         return None
     return label
 
 
 def _read_expression(line: str) -> str | None:
+    """Return the arithmetic expression that a line gives as its answer, whole, or None."""
+    if len(line) > _LONGEST_EXPRESSION:
+        return None
     line = re.sub(r"[.!]+$", "", line.strip(_ORNAMENT).translate(_OPERATORS)).strip(_ORNAMENT)
-    bracketed = re.search(r"\(.*\)", line)
-    candidates = [bracketed[0]] if bracketed else []
-    candidates += [line, re.split(r"=", line)[0], re.sub(r"[$€£]|(?<=\d),(?=\d{3})", "", line)]
-    for candidate in candidates:
+    plain = re.sub(r"[$€£]|(?<=\d),(?=\d{3})", "", line)
+    whole = _ARITHMETIC.match(plain)
+    bracketed = _BRACKETED.search(plain)
+    candidates = [line, *([whole[1]] if whole else []), *([bracketed[0]] if bracketed else [])]
+    for candidate in (*candidates, line.split("=")[0], plain):
         if candidate.strip() and evaluate_expression(candidate) is not None:
             return candidate.strip()
     return None

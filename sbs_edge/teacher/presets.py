@@ -1,7 +1,7 @@
 """Task files for the paper's four data sets and the built-in task, in our own words.
 
-Shape and order follow the few-shot prompts of Hsieh et al., 2023 (rationale, then a marker, then
-the label); instruction and worked examples were written for this project.
+Form and order follow the few-shot prompts of Hsieh et al., 2023 (rationale, then a marker, then
+the label). The instruction and the worked examples were written for this project.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ PRESETS: dict[str, TaskFile] = {
 
 
 def load_task(source: str | Path) -> TaskFile:
-    """Return the task file at ``source``, or the preset of that name (``cqa``, ``svamp``, ...) where there is no such file.
+    """Return the task file at ``source``, or the preset of that name (``cqa``, ``svamp``, ...) if there is no such file.
 
     Raises:
         UsageError: the file cannot be read.

@@ -109,10 +109,12 @@ async def settle_form(
         return Settled("off")
     settled, is_final = await _Probe(journal, calls_of, ask_one, marks).run()
     if policy == "on" and settled.form == "off":
-        words = (settled.refusal or "it answered with other text").rstrip(". ")
+        if not is_final:  # nothing answered: the run's own requests say why
+            return Settled(CANDIDATES[0], None, settled.probes)
+        words = (settled.refusal or _IGNORED).rstrip(". ")
         raise TeacherUnavailableError(
-            f"The teacher {model!r} does not give the JSON object that --structured on asks for: {words}. Leave the "
-            "flag out to take plain answers from such a server, or try --structured tool."
+            f"The teacher {model!r} does not give the JSON object that structured='on' requires: {words}. For plain "
+            "answers use structured='auto', or try structured='tool'."
         )
     if is_final:
         content = {"form": settled.form, "refusal": settled.refusal, "probes": settled.probes}

@@ -31,7 +31,7 @@ class Prompt:
 
     @property
     def n_chars(self) -> int:
-        """Length in characters, from which tokens are estimated."""
+        """Return the length in characters, from which tokens are estimated."""
         schema = len(json.dumps(self.schema)) if self.schema is not None else 0
         return len(self.text or "") + sum(len(content) for _, content in self.messages) + schema
 
@@ -42,7 +42,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One question to the teacher: its key in the journal, the prompt, and which sample it is."""
+    """A call of the teacher: its key in the journal, the prompt, and the number of the sample."""
 
     key: str
     prompt: Prompt
@@ -108,7 +108,7 @@ def _object_answer(shot: Shot) -> str:
 
 
 def _opened(marker: str, question: str) -> str:
-    """Put the marker before the input, unless the input opens with it already."""
+    """Put the marker before the input, unless the input begins with it already."""
     return question if question.casefold().startswith(marker.casefold()) else f"{marker} {question}"
 
 
@@ -123,8 +123,8 @@ def render(task: TaskFile, row: Example, form: str = "off") -> Prompt:
     With a ``form`` of :data:`~sbs_edge.teacher.structured.FORMS` other than ``off``, a chat asks for a JSON object;
     the task's stop texts, which could break it, are left out.
 
-    A worked example with the row's own input is left out of this row's prompt: it would hand the
-    teacher the answer, and its words back as if it had found them.
+    A worked example with the row's own input is left out of this row's prompt, because it would give the
+    teacher the answer.
     """
     shots = _shots_for(task, row)
     question = input_text(row.input, row.choices)
@@ -160,7 +160,7 @@ def render(task: TaskFile, row: Example, form: str = "off") -> Prompt:
 def call_key(prompt: Prompt, model: str, parameters: dict[str, Any], sample: int = 0) -> str:
     """Return the sha256 (hex) of prompt, model, parameters and sample number.
 
-    Two rows with the same prompt share the key, so that the same question is paid for once.
+    Two rows with the same prompt have the same key, so that an equal question is paid for once.
     """
     content = {
         "prompt": prompt.text if prompt.text is not None else prompt.as_messages(),

@@ -47,13 +47,12 @@ def annotation_report(
 ) -> dict[str, Any]:
     """Return the figures of an annotation as plain values.
 
-    ``agreement`` compares with gold labels where rows have them, over annotated rows; gold labels
-    are read here and nowhere else in annotation.
+    ``agreement`` compares annotated rows with their gold labels, which are read only here in annotation.
 
     Args:
         task: the task file.
-        results: one a row.
-        records: the finished calls behind them.
+        results: one per row.
+        records: their finished calls.
         model: the teacher.
         seed: draws the sample page.
     """

@@ -1,4 +1,4 @@
-"""When a run stops: the server refuses call after call, so asking for the other rows would only repeat it."""
+"""Decide when a run stops: if the server refuses call after call, other rows would be refused too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sbs_edge.teacher.structured import names_form
 __all__ = ["StopRule", "TeacherUnavailableError", "advice", "advice_on_answer"]
 
 REFUSED_FROM_THE_START = 5
-"""So many refusals stop a run in which no call has succeeded yet."""
+"""Number of refusals that stop a run in which no call has succeeded yet."""
 
 _OPTIONAL = ("temperature", "max_tokens", "top_p", "seed", "stop")
 
@@ -38,7 +38,7 @@ class StopRule:
 
     Args:
         model: the teacher's model, for the message.
-        server: the address as it may be shown.
+        server: the address in a form that may be shown.
         fields: the request's fields, for the advice.
         patience: failed calls in a row.
 
@@ -85,13 +85,13 @@ class StopRule:
         remedy = advice(failure, self._server, self._fields)
         return TeacherUnavailableError(
             f"The teacher {self._model!r} {what} ({str(failure).rstrip('. ')}){at}. {remedy} "
-            "Finished calls are in the journal; the same command, corrected, goes on from there.",
+            "Finished calls are in the journal; the corrected command continues from there.",
             failure,
         )
 
 
 def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) -> str:
-    """Return what to change after ``failure``, as one or two sentences that name the flags."""
+    """Return what to change after ``failure``, in one or two sentences with the options of ``sbs-edge annotate``."""
     words, reason = failure.detail, failure.reason
     if reason.startswith("http-3"):
         target = words.removeprefix("the server redirects to ").split("?")[0]
@@ -99,7 +99,7 @@ def advice(failure: CallFailed, server: str = "", fields: Iterable[str] = ()) ->
         if target.startswith("/") and server:
             parts = urlsplit(server)
             target = f"{parts.scheme}://{parts.netloc}{target}"
-        return f"A redirect would lose the request: give the address it points to, --base-url {target}."
+        return f"A redirect would lose the request: use the address that it points to, --base-url {target}."
     if reason in ("http-401", "http-403", "http-407"):
         return "Check the key (--api-key-env names its variable; --header sends others) and its rights to the model."
     if reason == "http-402" or "insufficient" in words.casefold():
@@ -168,5 +168,5 @@ _ANSWERS = {
 
 
 def advice_on_answer(reason: str) -> str:
-    """Return what to change in the task file where answers end with ``reason``."""
+    """Return what to change in the task file if answers end with ``reason``."""
     return _ANSWERS.get(reason, "read the answer above, and adjust the task file's filters or wording.")

@@ -1,7 +1,7 @@
-"""The task file: what a teacher is asked, how it must answer, how the answer is read.
+"""The task file, which describes the question, the form of the answer, and how it is read.
 
-A task file is YAML. ``sbs-edge task new`` writes one from a data file or a preset; every field is
-checked when it is read, and a wrong one is named with its place. Knows nothing of HTTP.
+A task file is YAML. ``sbs-edge task new`` writes one from a data file or a preset. Every field is
+checked when it is read, and a wrong field is named with its place. The module knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ __all__ = [
 ]
 
 TO_REPLACE = "REPLACE THIS"
-"""How a text begins that ``task new`` left for a person to write."""
+"""The beginning of a text that ``task new`` leaves for a person to write."""
 
 RESERVED_FIELDS = ("model", "messages", "prompt", "n")
-"""Fields of a request that the rows and the flags make."""
+"""Fields of a request that follow from the rows and the settings."""
 
 _SECRET_NAME = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 
 Parser = Literal["label", "choice", "expression"]
-"""How the label is read after the marker.
+"""The form of the label after the marker.
 
 ``label``: the words up to the end of the line, without a final full stop.
 ``choice``: a letter in parentheses and the choice's text (``(d) math problem.``), or either alone.
@@ -61,7 +61,7 @@ class _Strict(BaseModel):
 
 
 class Shot(_Strict):
-    """One worked example: input, rationale, label; ``choices`` where every row has its own."""
+    """A worked example: input, rationale, label, and ``choices`` if every row has its own."""
 
     input: str = Field(min_length=1)
     rationale: str = Field(min_length=1)
@@ -70,7 +70,7 @@ class Shot(_Strict):
 
 
 class Filters(_Strict):
-    """Which parsed answers are still refused. Every refusal is kept and counted by its name.
+    """The filters of parsed answers. Every rejection is recorded and counted by its name.
 
     Attributes:
         label_in_set: the label must be of the closed set, or one of the row's choices.
@@ -80,7 +80,7 @@ class Filters(_Strict):
             arithmetic labels, whose last computed value is not the label's value.
         max_rationale_words: refuse longer ones.
         min_rationale_words: refuse shorter ones.
-        duplicates: refuse a row whose input was already annotated further up.
+        duplicates: refuse a row whose input an earlier row has.
 
     """
 
@@ -93,23 +93,23 @@ class Filters(_Strict):
 
 
 class TaskFile(_Strict):
-    """Everything about a task that the teacher and the parser need.
+    """The description of a task for the teacher and the parser.
 
     Attributes:
         name: short name; goes into reports and the student.
-        instruction: what to do, in a sentence or two; stands before the worked examples.
-        label_kind: ``closed`` (one set, in ``labels``), ``choices`` (each row brings its own), ``open``.
+        instruction: what to do, in a sentence or two; comes before the worked examples.
+        label_kind: ``closed`` (one set, in ``labels``), ``choices`` (each row has its own), ``open``.
         labels: the closed set, in a fixed order.
         compare: ``text`` compares strings, ``value`` compares the values of arithmetic expressions.
         shots: worked examples, in the order they are shown.
         answer_marker: the words between rationale and label, such as ``So the answer is``.
         parser: see :data:`Parser`.
-        form: ``completion`` (one text that the model continues) or ``chat`` (one message a turn).
-        input_marker, output_marker: what stands before an input and before its answer in a
+        form: ``completion`` (one text that the model continues) or ``chat`` (a message for each turn).
+        input_marker, output_marker: the texts before an input and before its answer in a
             completion; the answer is cut where the next ``input_marker`` begins a line.
-        format_note: chat only; how to answer, told to the model. Empty: made from the marker.
-        stop: further texts at which the model shall stop.
-        max_tokens: limit of one answer, in the teacher's tokens.
+        format_note: only for chat; tells the model how to answer. Empty: made from the marker.
+        stop: further texts at which the model stops.
+        max_tokens: limit of an answer, in the teacher's tokens.
         request: fields of the request to set or rename, such as ``max_completion_tokens``.
         omit: fields of the request that are not sent, such as ``temperature``.
         extra_body: further fields of the request; ``request`` wins.
@@ -192,12 +192,12 @@ class TaskFile(_Strict):
 
     @property
     def spec(self) -> TaskSpec:
-        """The part of it that the student must know."""
+        """Return the part that the student must know."""
         return TaskSpec(self.name, self.label_kind, self.labels, self.compare)
 
 
 def parse_task(content: Any, where: str) -> TaskFile:
-    """Check a mapping read from YAML or JSON; ``where`` names it in errors."""
+    """Check a mapping from YAML or JSON; ``where`` names it in errors."""
     if not isinstance(content, dict):
         raise DataError(f"{where} must hold a mapping of fields; 'sbs-edge task new' writes one.")
     try:
@@ -213,14 +213,14 @@ def parse_task(content: Any, where: str) -> TaskFile:
 
 
 def placeholders(task: TaskFile) -> list[str]:
-    """Return the fields that still hold a text of :data:`TO_REPLACE`, as ``shots.1.rationale``."""
+    """Return the fields that still contain :data:`TO_REPLACE`, such as ``shots.1.rationale``."""
     texts = {"instruction": task.instruction, "format_note": task.format_note}
     texts |= {f"shots.{number}.rationale": shot.rationale for number, shot in enumerate(task.shots)}
     return [name for name, text in texts.items() if text.lstrip().startswith(TO_REPLACE)]
 
 
 def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
-    """Raise :class:`DataError` for a task file nobody has finished: a teacher would be paid for answers to it."""
+    """Raise :class:`DataError` for an unfinished task file, because its answers would be paid for and useless."""
     if left := placeholders(task):
         raise DataError(
             f"{where} is not finished: {', '.join(left)} still say(s) {TO_REPLACE!r}. Open the file and write what "
@@ -229,7 +229,7 @@ def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
 
 
 class TextLoader(yaml.SafeLoader):
-    """Scalars are text as written: YAML 1.1 would read the label ``no`` as False; fields have types of their own."""
+    """A loader that keeps scalars as text: YAML 1.1 would read the label ``no`` as False, and fields have types."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (the library's own form)
         first: [(tag, pattern) for tag, pattern in found if tag.rsplit(":", 1)[-1] in ("null", "merge")]
@@ -259,7 +259,7 @@ _HEADER = """\
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block style for texts of several lines."""
+    """A dumper with block style for texts of several lines."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

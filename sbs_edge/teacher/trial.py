@@ -1,4 +1,4 @@
-"""Shows a few rows from prompt to label, and says what to change where an answer could not be used."""
+"""Show a few rows from prompt to label, and what to change if an answer cannot be used."""
 
 from __future__ import annotations
 

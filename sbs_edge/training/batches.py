@@ -50,12 +50,14 @@ class Encoded:
         weight: of the row, in both tasks.
         further: per task further targets of the same input with their shares of the row's weight; the
             target in ``tasks`` has the rest.
+        id: the example's.
 
     """
 
     tasks: tuple[tuple[Source, list[int]] | None, tuple[Source, list[int]] | None]
     weight: float = 1.0
     further: tuple[Targets, Targets] = ((), ())
+    id: str = ""
 
     def rationale_only(self) -> Encoded:
         """Return the row without its label; a row that has nothing else keeps it."""
@@ -143,7 +145,7 @@ class Encoder:
         if not any(tasks):
             return None
         weight = example.confidence if config.row_weight == "confidence" and not plain else 1.0
-        return Encoded((tasks[0], tasks[1]), weight, (further[0], further[1]))
+        return Encoded((tasks[0], tasks[1]), weight, (further[0], further[1]), example.id)
 
     def _chunked(self, example: Example, source: list[int], prefix: str) -> Source:
         if self.chunks is None:

@@ -257,9 +257,9 @@ def _from_hub(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*_FROM_HUB, "pytorch_model*.bin"]))
     except Exception as error:  # the library's and its HTTP client's errors have no common class
-        first = " ".join(str(error).split())[:200].rstrip(".")
+        first = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
         raise UsageError(
-            f"There is no directory {name}, and the hub has no checkpoint of that name "
+            f"There is no directory {name}, and the hub gave no checkpoint of that name "
             f"({type(error).__name__}: {first}). Check the spelling, or download it where the hub can be reached and "
             "give the directory."
         ) from error
@@ -383,8 +383,8 @@ def _no_weights(folder: Path) -> str:
 
 def _bundle_message(folder: Path) -> str:
     return (
-        f"{folder} is a bundle, which answers and cannot be trained or exported again. Give the student it was exported "
-        "from; to ask the bundle: sbs-edge predict."
+        f"{folder} is a bundle, which cannot be trained, evaluated or exported. Give the student directory that it was "
+        "exported from; sbs-edge predict answers with the bundle."
     )
 
 

@@ -58,13 +58,13 @@ class TrainConfig(BaseModel):
         None,
         ge=0,
         lt=1,
-        description="Share of the steps that learn rationales alone, before labels join. Default: 0.4 for a student "
+        description="Share of the steps, at the start, that learn only rationales. Default: 0.4 for a student "
         "from scratch in mode stepwise-teacher, otherwise 0.",
     )
     drop_doubtful: bool | None = Field(
         None,
-        description="After the head start, or 0.4 of the steps, leave out rows whose rationales stand apart by their "
-        "losses. Default: where head_start is left at a default above 0.",
+        description="After the head start, or 0.4 of the steps, leave out rows whose rationales have much larger losses "
+        "than the others. Default: on if head_start has a default above 0.",
     )
     prefixes: Literal["seed", "authors"] = Field(
         "seed", description="'[label] ' and '[rationale] ' (seed), or 'predict: ' and 'explain: ' (authors)."
@@ -318,6 +318,18 @@ class TrainConfig(BaseModel):
         if self.drop_doubtful is not None:
             return self.drop_doubtful and self.uses_rationales
         return self.head_start is None and self.head_start_ > 0
+
+    def score_steps(self, steps: int, steps_per_epoch: float) -> list[int]:
+        """Return the steps before which all rows are scored, to drop doubtful ones; the first decides at once.
+
+        From the head start (or 0.4 of the steps) to 0.8 of them, a tenth apart. A pass over all rows costs about a
+        fifth of an epoch of training, so there is one for every four epochs of the run, and one at least.
+        """
+        if not self.drop_doubtful_:
+            return []
+        first, apart = int((self.head_start_ or 0.4) * steps), max(1, steps // 10)
+        most = max(1, int(steps / max(steps_per_epoch, 1.0) / 4))
+        return [*range(first, int(0.8 * steps) + 1, apart)][:most] or [first]
 
     @property
     def peak_learning_rate(self) -> float:

@@ -8,9 +8,11 @@ compared by :func:`sbs_edge.data.answers.same_answer`.
 
 from __future__ import annotations
 
-import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from sbs_edge.analysis.answers import analyse_answers
 from sbs_edge.data.answers import normalise, same_answer
+from sbs_edge.data.columns import column_values
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
 from sbs_edge.progress import ProgressLine
@@ -35,7 +39,25 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]
 """Called with the number of rows done and the total."""
 
-__all__ = ["evaluate", "predict_labels", "predict_rationales"]
+__all__ = ["LabelAnswers", "evaluate", "predict_labels", "predict_rationales"]
+
+
+@dataclass(slots=True)
+class LabelAnswers:
+    """A student's labels for some rows.
+
+    Attributes:
+        method: how they were found: first-token, trie or decode.
+        labels: the answers.
+        probabilities: of the answers, before calibration: among the labels asked about, or of a decoded label's tokens.
+        n_tokens: tokens read of each input, prefix and end token included.
+
+    """
+
+    method: str
+    labels: list[str] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    n_tokens: list[int] = field(default_factory=list)
 
 
 def _chunks(texts: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str]]]:
@@ -64,7 +86,7 @@ def _read(
     chunks = [reader.chunks(text, row, prefix) for text, row in zip(texts, rows, strict=True)]
     tensors = chunk_tensors(chunks, config.pad_token_id)
     ids, mask, index = (part.to(model.device) for part in tensors.values())
-    states, mask = encode_chunks(functools.partial(_encode, model), ids, mask, index)
+    states, mask = encode_chunks(partial(_encode, model), ids, mask, index)
     return BaseModelOutput(states), mask
 
 
@@ -130,9 +152,9 @@ def _generate(
     new_tokens: int,
     batch_size: int,
     on_progress: OnProgress | None = None,
-) -> list[str]:
-    answers: list[str] = []
-    config = model.config
+) -> Iterator[tuple[BaseModelOutput, Tensor, list[list[int]]]]:
+    """Decode greedily; yield the states and mask of each batch, and each row's tokens, the end token included if it came."""
+    eos = model.config.eos_token_id
     for start, part in _chunks(texts, batch_size):
         if on_progress is not None:
             on_progress(start, len(texts))
@@ -141,10 +163,13 @@ def _generate(
             encoder_outputs=read, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
             do_sample=False, num_beams=1, **cache_options(model),
         )  # fmt: skip
-        for row in out[:, 1:].tolist():
-            end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
-            answers.append(tokenizer.decode(row[:end]))
-    return answers
+        yield read, mask, [row[: row.index(eos) + 1] if eos in row else row for row in out[:, 1:].tolist()]
+
+
+def _softmax_best(scores: Sequence[float]) -> tuple[int, float]:
+    """Return the place of the highest score and its share in the softmax."""
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return best, 1.0 / sum(math.exp(score - scores[best]) for score in scores)
 
 
 @torch.no_grad()
@@ -155,36 +180,46 @@ def predict_labels(
     examples: Sequence[Example],
     batch_size: int = 64,
     on_progress: OnProgress | None = None,
-) -> tuple[list[str], str]:
-    """Return the label of every example and the method used: first-token, trie or decode."""
+) -> LabelAnswers:
+    """Return the label of every example, with its probability, and the method used."""
     texts, prefix = [example.input for example in examples], student.prefixes["label"]
     tokenizer = TextTokenizer.of(tokenizer)
     kind, labels = student.task.label_kind, student.task.labels
-    if kind == "open":
-        new = student.limits["max_label_tokens"]
-        return _generate(model, student, texts, prefix, tokenizer, new, batch_size, on_progress), "decode"
     eos = model.config.eos_token_id
+    if kind == "open":
+        found = LabelAnswers("decode")
+        new = student.limits["max_label_tokens"]
+        for read, mask, rows in _generate(
+            model, student, texts, prefix, tokenizer, new, batch_size, on_progress
+        ):
+            found.labels += [tokenizer.decode([token for token in row if token != eos]) for row in rows]
+            scores = _sequence_scores(model, read, mask, [[row] for row in rows])
+            found.probabilities += [min(1.0, math.exp(score)) for (score,) in scores]
+            found.n_tokens += mask.sum(1).tolist()
+        return found
     encoded = {label: tokenizer.encode_target(label, eos) for label in labels}
     heads = first_tokens(list(encoded.values())) if kind == "closed" else None
-    answers: list[str] = []
+    found = LabelAnswers("trie" if heads is None else "first-token")
     for start, part in _chunks(texts, batch_size):
         if on_progress is not None:
             on_progress(start, len(texts))
         read, mask = _read(model, student, tokenizer, part, prefix)
-        if heads is not None:
-            best = _first_step(model, read, mask, torch.tensor(heads, device=mask.device)).argmax(1).tolist()
-            answers += [labels[index] for index in best]
-            continue
         own: list[Sequence[str]] = []
         for example in examples[start : start + len(part)]:
             choices = labels if kind == "closed" else example.choices
             if not choices:
                 raise DataError(f"{example.source or example.id} has no choices, which its task needs.")
             own.append(choices)
-        candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
-        for row, values in zip(own, _sequence_scores(model, read, mask, candidates), strict=True):
-            answers.append(row[max(range(len(values)), key=values.__getitem__)])
-    return answers, "trie" if heads is None else "first-token"
+        if heads is not None:
+            values = _first_step(model, read, mask, torch.tensor(heads, device=mask.device)).tolist()
+        else:
+            candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
+            values = _sequence_scores(model, read, mask, candidates)
+        best = [_softmax_best(row) for row in values]
+        found.labels += [row[place] for row, (place, _) in zip(own, best, strict=True)]
+        found.probabilities += [probability for _, probability in best]
+        found.n_tokens += mask.sum(1).tolist()
+    return found
 
 
 def predict_rationales(
@@ -198,16 +233,13 @@ def predict_rationales(
     """Decode the rationale of every example greedily."""
     texts = [example.input for example in examples]
     tokenizer = TextTokenizer.of(tokenizer)
-    return _generate(
-        model,
-        student,
-        texts,
-        student.prefixes["rationale"],
-        tokenizer,
-        student.limits["max_target_tokens"],
-        batch_size,
-        on_progress,
-    )
+    prefix, eos = student.prefixes["rationale"], model.config.eos_token_id
+    target = student.limits["max_target_tokens"]
+    return [
+        tokenizer.decode([token for token in row if token != eos])
+        for _, _, rows in _generate(model, student, texts, prefix, tokenizer, target, batch_size, on_progress)
+        for row in rows
+    ]
 
 
 @torch.no_grad()
@@ -256,6 +288,8 @@ def evaluate(
     batch_size: int = 64,
     rationales: int | None = None,
     predictions: bool = False,
+    analysis: bool = False,
+    slices: Sequence[str] = (),
     device: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -269,7 +303,10 @@ def evaluate(
         rationales: decode at most this many rationales; None: all, 0: none. It only applies to modes with
             rationales.
         predictions: add ``predictions``: the answer to each example, whether it is ``right`` (None
-            without a gold label), and the rationale.
+            without a gold label), its probability, and the rationale.
+        analysis: add ``analysis``, the error analysis (:func:`sbs_edge.analysis.answers.analyse`), against the gold
+            labels, or the teacher's if no row has a gold label (``reference``); None if no row has either.
+        slices: columns of the rows' file by whose values the error analysis gives accuracies.
         device: where to run; None: a GPU if there is one.
         progress: write a line on stderr every few seconds.
 
@@ -303,14 +340,16 @@ def evaluate(
 
         return update if progress else None
 
-    answers, method = predict_labels(judged, opened, tokenizer, rows, batch_size, lines("labels"))
+    further = column_values(rows, slices)  # now, not after all answers
+    found = predict_labels(judged, opened, tokenizer, rows, batch_size, lines("labels"))
+    answers, method = found.labels, found.method
     compare = opened.task.compare
 
     def same(answer: str, wanted: str) -> bool:
         # A decoded label is right if it is the gold label as the tokenizer spells it, as in training.
         return same_answer(answer, wanted, compare) or (method == "decode" and answer == spelled(wanted))
 
-    spelled = functools.cache(tokenizer.respelled)
+    spelled = cache(tokenizer.respelled)
 
     def share(pairs: list[tuple[str, str]]) -> float | None:
         return sum(same(a, b) for a, b in pairs) / len(pairs) if pairs else None
@@ -354,10 +393,17 @@ def evaluate(
                 "label": answer,
                 "gold": row.label,
                 "right": None if row.label is None else same(answer, row.label),
+                "probability": probability,
                 "rationale": explained.get(row.id),
             }
-            for row, answer in zip(rows, answers, strict=True)
+            for row, answer, probability in zip(rows, answers, found.probabilities, strict=True)
         ]
+    if analysis:
+        explains = opened.mode in ("stepwise", "stepwise-teacher") and rationales != 0
+        report["analysis"] = analyse_answers(
+            rows, answers, found.probabilities, found.n_tokens, opened.task, same, further,
+            partial(predict_rationales, judged, opened, tokenizer, batch_size=batch_size) if explains else None,
+        )  # fmt: skip
     return report
 
 

@@ -21,7 +21,8 @@ from typing import Any, Unpack
 from sbs_edge import files
 from sbs_edge.data.answers import same_answer
 from sbs_edge.data.example import Example, Splits
-from sbs_edge.data.findings import examine, refuse_stops, seen_by
+from sbs_edge.data.findings import STOPPING_CHECKS, examine, refuse_stops, seen_by
+from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.targets import label_for, rationale_for, teacher_agreement
 from sbs_edge.data.tokenizer import check_covered
 from sbs_edge.errors import DataError, MissingExtra, UsageError
@@ -36,9 +37,6 @@ from sbs_edge.training.options import DataOptions, TrainOptions
 from sbs_edge.training.resume import fingerprint, prepare_work
 
 __all__ = ["TrainResult", "train"]
-
-DROP_AT = 0.4
-"""Share of the steps after which doubtful rows are dropped, where there is no head start to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +303,7 @@ def _run(
             "fsdp."
         )
     files.check_replaceable(out, ("sbs_edge.json",), "student")
-    refuse_stops(examine(seen_by(splits, config.mode), config.mode))
+    refuse_stops(examine(seen_by(splits, config.mode), config.mode, STOPPING_CHECKS))
     work = out.with_name(out.name + ".training")
 
     checkpoint = None if config.model is None else open_checkpoint(config.model)
@@ -355,15 +353,16 @@ def _run(
         label_tokens=firsts,
         label_answers=answers,
         callbacks=callbacks,
-        drop_at=(head_start or int(DROP_AT * steps)) if config.drop_doubtful_ else None,
+        score_at=config.score_steps(steps, (used or 0) / global_batch),
     )  # fmt: skip
     trainer.pop_callback(transformers.PrinterCallback)
     history = _train_and_evaluate(trainer, bar, newest, steps)
-    dropped = len(getattr(source, "dropped", ()))
+    dropped = {source.rows[index].id for index in sorted(getattr(source, "dropped", ()))}
     if first and dropped:
+        write_examples(work / "dropped.jsonl", [row for row in splits.train if row.id in dropped])
         sys.stderr.write(
-            f"{dropped} of {used} training rows were left out after {head_start or int(DROP_AT * steps)} steps: their "
-            "rationales stand apart from the others', as those of wrong labels do. drop_doubtful=False keeps them.\n"
+            f"{len(dropped)} of {used} training rows were left out: their rationales stand apart from the others', as "
+            f"those of wrong labels do. {work / 'dropped.jsonl'} lists them; drop_doubtful=False keeps them.\n"
         )
     report = {
         "mode": config.mode,
@@ -374,7 +373,7 @@ def _run(
         "rows": {"train": used, "validation": len(validation_rows)},
         "teacher_agreement": teacher_agreement(splits.train, splits.task.compare),
         "head_start_steps": head_start,
-        "dropped_rows": dropped,
+        "dropped_rows": len(dropped),
         "rationales": sum(rationale_for(row, config.mode) is not None for row in splits.train),
         "spelling": spelling,
         "cut_inputs": encoder.cut_sources,

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         label_tokens: first token of every closed label if they all differ, else None.
         label_answers: for each validation batch, the index of the right closed label of each label row.
         callbacks: transformers callbacks.
-        drop_at: the step before which rows with doubtful rationales are dropped; None: none are.
+        score_at: steps before which all rows are scored, and those with doubtful rationales dropped.
 
     """
 
@@ -113,7 +113,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         label_tokens: Tensor | None,
         label_answers: list[Tensor],
         callbacks: list[Any],
-        drop_at: int | None = None,
+        score_at: Iterable[int] = (),
     ) -> None:
         self.config = config
         self.batches = batches
@@ -126,7 +126,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self._sharded: Sharded | None = None
         self._sums = torch.zeros(6)  # losses, correct tokens, tokens; of both tasks
         self._passes = 0
-        self.drop_at = drop_at
+        self.score_at = frozenset(score_at)
         super().__init__(
             model=model, args=args, train_dataset=batches, eval_dataset=validation, callbacks=callbacks
         )
@@ -149,7 +149,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Fetch the passes of one step and set their common denominators."""
-        if self.state.global_step == self.drop_at:
+        if self.state.global_step in self.score_at:
             self._drop_doubtful_rows()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
@@ -269,14 +269,15 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
     # ------------------------------------------------------------------ rows
 
     def _drop_doubtful_rows(self) -> None:
-        """Score the rationale of every training row, once, and drop the rows that stand apart."""
+        """Score the rationale of every training row, dropped before or not, and drop the rows that stand apart."""
         source = self.batches.source
         if not isinstance(source, MemoryRows):
             return
         known = [index for index, row in enumerate(source.rows) if row.tasks[1] is not None]
         losses = self._rationale_losses([source.rows[index] for index in known])
         drops = doubtful(losses).tolist()
-        source.drop((index for index, drop in zip(known, drops, strict=True) if drop), self.rows_used())
+        if any(drops):  # otherwise what was decided before stands
+            source.drop((index for index, drop in zip(known, drops, strict=True) if drop), self.rows_used())
 
     def _rationale_losses(self, rows: list[Encoded]) -> Tensor:
         """Return (N,) mean token losses of the rows' own rationales, the same on every process."""

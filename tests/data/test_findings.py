@@ -28,7 +28,10 @@ LABELS = ("cannot", "follow-up", "refund")
 
 def _rows(n, labels=LABELS, name="row"):
     return [
-        Example(f"{name}{i}", f"{name} text {i}", labels[i * i % 7 % len(labels)], labels[i * i % 7 % len(labels)], "r")
+        Example(
+            f"{name}{i}", f"{name} text {i}", labels[i * i % 7 % len(labels)], labels[i * i % 7 % len(labels)],
+            f"word {i} means that much",
+        )
         for i in range(n)
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from sbs_edge.data.answers import normalise
 from sbs_edge.data.example import Example, Splits, TaskSpec
 from sbs_edge.data.jsonl import write_examples
 from sbs_edge.data.load import infer_task, load_splits
-from sbs_edge.data.readers import stream_examples
+from sbs_edge.data.readers import ColumnMap, stream_examples
 from sbs_edge.data.splits import check_disjoint, find_overlaps, hold_out, shuffle_rationales
 from sbs_edge.data.targets import MODES, label_for, rationale_for, teacher_agreement
 from sbs_edge.errors import DataError
@@ -87,6 +87,25 @@ def test_overlaps_are_errors_that_name_rows_unless_skipped(tmp_path, capsys):
     assert "Skipped 1 row(s)" in captured.err
 
 
+def test_a_column_of_another_name_is_to_be_mapped_and_an_empty_file_is_called_empty(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "hot", "answer": "wait"}\n')
+    with pytest.raises(DataError, match=r"columns are text, answer.*map it with column=\['FIELD=COLUMN'\]"):
+        load_splits(path)
+    with pytest.raises(
+        DataError, match=r"'question' \(it was mapped to 'input'; the columns are text, answer\)"
+    ):
+        load_splits(path, columns=ColumnMap(input="question"))
+    with pytest.raises(DataError, match=r"neither 'label' nor 'teacher_label'.*map it with column="):
+        load_splits(path, columns=ColumnMap(input="text"))
+    path.write_text('{"input": 3, "label": "wait"}\n')
+    with pytest.raises(DataError, match=r"wrong type.*\. Correct the rows, or leave them out"):
+        load_splits(path)
+    path.write_text("")
+    with pytest.raises(DataError, match="no usable training row: it is empty"):
+        load_splits(path)
+
+
 def test_bad_rows_stop_or_are_counted_and_listed(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     write_examples(path, _rows(20))
@@ -126,8 +145,6 @@ def test_a_saved_hugging_face_data_set(tmp_path):
             "label": [i % 2 for i in range(start, stop)],
         }
         return datasets.Dataset.from_dict(rows, features=features)
-
-    from sbs_edge.data.readers import ColumnMap
 
     folder = tmp_path / "saved"
     datasets.DatasetDict({"train": part(0, 30), "dev": part(30, 40), "test": part(40, 50)}).save_to_disk(

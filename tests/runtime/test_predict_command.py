@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from sbs_edge.cli.app import main
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TEXTS = ['a, "quoted" pump', "the hot fan\nis loud", "cold"]
 
@@ -65,6 +67,18 @@ def test_a_table_is_read_by_its_columns(
         wanted = student.predict(texts)
     assert [row["id"] for row in got] == ["n0", "n1", "n2"]
     assert [row["probabilities"] for row in got] == [answer.probabilities for answer in wanted]
+
+
+def test_a_file_without_rows_and_a_folder_are_named(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert main(["predict", str(tiny_bundle), str(tmp_path / "empty.jsonl")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "has no rows, so there are no answers" in " ".join(captured.err.split())
+    assert main(["predict", str(tiny_bundle), str(tmp_path)]) == 2
+    assert "Name a file, or use --engine ray for a folder." in " ".join(capsys.readouterr().err.split())
 
 
 def test_choices_of_a_csv_cell(tiny_bundle: Path, sbs_edge_cli: Run, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_bad_requests_say_what_is_wrong(tiny_bundle: Path, open_bundle: Path) ->
                 call()
         assert student.predict([]) == []
         assert student.explain([]) == []
-    with pytest.raises(UsageError, match=r"no target 'cpu-int4'.*target='cpu-int4'"):
+    with pytest.raises(UsageError, match=r"no target 'cpu-int4'.*export the student for 'cpu-int4'"):
         Student.load(tiny_bundle, "cpu-int4")
     with pytest.raises(UsageError, match="at least 1"):
         Student.load(tiny_bundle, max_batch_tokens=0)

@@ -114,5 +114,5 @@ def test_the_command_reads_and_writes_the_store_and_goes_on_after_a_loss(store, 
 
 
 def test_journals_are_never_laid_on_an_object_store(tmp_path):
-    with pytest.raises(UsageError, match="--journal"):
+    with pytest.raises(UsageError, match="journal=FOLDER"):
         annotate_with_ray(str(tmp_path), "s3://rows/out", None, None, {})

@@ -189,15 +189,17 @@ async def after_traffic(app):
     app.service.draining = True
     assert (await app.predict(["a"])).status_code == 503
     app.service.draining = False
+    app.service.recorder.close()  # writes what waits
     return (await app.client.get("/metrics")).text
 
 
-def test_every_metric_of_the_dashboard_has_a_value_after_traffic(repository, hand_bundle, running):
+def test_every_metric_of_the_dashboard_has_a_value_after_traffic(repository, hand_bundle, running, tmp_path):
     reply = httpx.Response(200, json={"choices": [{"message": {"content": "none of them"}}]})
     teacher = Escalation("http://teacher/v1", "big", transport=httpx.MockTransport(lambda request: reply))
 
     async def go():
-        async with running(hand_bundle, None, teacher, abstain_below=0.9) as app:
+        record = tmp_path / "doubtful.jsonl"
+        async with running(hand_bundle, None, teacher, abstain_below=0.9, record=record) as app:
             return await after_traffic(app)
 
     exposed: dict[str, set[str]] = {}

@@ -51,13 +51,13 @@ def test_it_shows_answers_and_rationales(browse, server, bundles, texts):
     assert f"<td>{want.label}</td>" in dom, dom[-3000:]
     assert f"{want.probability:.3f}</td>" in dom
     assert f"<td>{why.rationale}</td>" in dom
-    assert status_of(dom)[1].startswith("desk 1, ")
+    assert status_of(dom)[1].startswith("Answered by desk, version 1, in ")
     assert console == []  # the policy of the page blocks nothing it needs
 
 
 def test_it_shows_what_was_wrong(browse, server, texts):
     dom, _ = browse(server.url, text=texts[1], model="desk", labels="wait,close")
-    assert status_of(dom) == ("error", "This model has its own answers: leave labels out.")
+    assert status_of(dom) == ("error", "This model has its own labels: leave labels out.")
     dom, _ = browse(server.url, text="<b>bold</b>", model="<img src=x onerror=alert(1)>")
     assert status_of(dom) == ("error", "There is no model of that name here; there are: choose, desk.")
     assert "<img" not in dom.replace("&lt;img", "")

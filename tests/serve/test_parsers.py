@@ -234,8 +234,8 @@ def test_one_list_of_labels_is_looked_at_once_however_many_texts(monkeypatch):
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        ([str(i) for i in range(257)], "has 257 answers; the limit is 256"),
-        (["a", "b" * 1001], "an answer of 1001 characters; the limit is 1000"),
+        ([str(i) for i in range(257)], "has 257 labels; the limit is 256"),
+        (["a", "b" * 1001], "a label of 1001 characters; the limit is 1000"),
     ],
 )
 def test_labels_of_one_text_are_bounded(labels, says):

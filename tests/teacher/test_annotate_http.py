@@ -337,3 +337,32 @@ def test_a_row_that_cannot_be_asked_is_named(capsys, tmp_path, line, said):
     shown = " ".join(capsys.readouterr().err.split())
     assert f"{data}:2: " in shown
     assert said in shown
+
+
+def test_rows_that_a_server_recorded_are_annotated_as_they_are(http_teacher, desk, tmp_path):
+    """An escalated row carries the larger model's label, which the teacher's replaces."""
+    rows = desk.train[:3]
+    recorded = [
+        {
+            "id": f"r{i}", "input": row.input, "student_label": "wait", "probability": 0.4, "reason": "unsure",
+            "model": "desk", "version": "1", "time": "2026-01-01T00:00:00+00:00",
+        }
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    recorded[1] |= {"reason": "escalated", "teacher_label": "nonsense"}
+    data, out = tmp_path / "doubtful.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in recorded))
+    command = [
+        sys.executable, "-m", "sbs_edge", "annotate", data, "--task", "hvac", "--base-url", http_teacher.url,
+        "--model", "desk", "--max-tokens", "100", "--out", out,
+    ]  # fmt: skip
+    own = {**os.environ, "OPENAI_API_KEY": "none"}
+    done = subprocess.run(
+        [str(part) for part in command], env=own, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = read_examples(out).examples
+    assert [row.id for row in found] == ["r0", "r1", "r2"]
+    assert [(row.teacher_label, row.rationale, row.label) for row in found] == [
+        (row.teacher_label, row.rationale, None) for row in rows
+    ]

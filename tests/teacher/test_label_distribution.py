@@ -169,6 +169,25 @@ def test_log_probabilities_go_from_the_server_into_journal_and_rows(
     assert len(http_teacher.calls) == calls
 
 
+def test_a_server_without_log_probabilities_is_named(http_teacher, desk, raw_rows, tmp_path):
+    call = [
+        *(sys.executable, "-m", "sbs_edge", "annotate", str(raw_rows(desk.train[:3])), "--task", "hvac"),
+        *(
+            "--out",
+            str(tmp_path / "o.jsonl"),
+            "--base-url",
+            http_teacher.url,
+            "--model",
+            "desk",
+            "--logprobs",
+            "5",
+        ),
+    ]
+    ran = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert "sent no log-probabilities" in " ".join(ran.stderr.split())
+
+
 def test_votes_give_a_distribution_and_all_rationales_that_agree(desk):
     row = dataclasses.replace(desk.train[0], teacher_label=None, rationale=None)
     settings = Settings("desk", Sampling(0.7), samples=5)

@@ -38,9 +38,9 @@ def palm(folder, name, split, *, filters=None):
     return rows, outputs, annotate_outputs(rows, task, outputs, Settings("palm")).results
 
 
-# Agreement of PaLM with gold, counted independently when the data was gathered: 586 and 148 by value.
-@pytest.mark.parametrize(("split", "agree"), [("train", 586), ("test", 148)])
-def test_svamp_agreement_is_the_published_files(paper_data, split, agree):
+# Agreement of PaLM with gold by value. The authors' rule reads 586 and 148: of "(13 * 17) + 8" it takes the bracket.
+@pytest.mark.parametrize(("split", "agree"), [("train", 594), ("test", 155)])
+def test_svamp_answers_are_read_whole(paper_data, split, agree):
     rows, _, results = palm(paper_data, "svamp", split, filters=OPEN_FILTERS)
     got = sum(
         same_answer(row.label, r.example.teacher_label or "", "value")
@@ -77,15 +77,15 @@ def test_the_contradiction_filter_removes_mostly_wrong_answers(paper_data):
     dropped = [ok for ok, x in zip(right, strict, strict=True) if x.reason == "rationale-contradicts-label"]
     assert len(dropped) > 50
     assert sum(kept) / len(kept) > 0.80
-    assert sum(dropped) / len(dropped) < 0.35
+    assert sum(dropped) / len(dropped) < 0.40
 
 
 def test_every_lost_row_has_a_reason(paper_data):
     _, _, results = palm(paper_data, "svamp", "train")
     reasons = Counter(r.reason for r in results)
     assert reasons == {
-        None: 691,
-        "rationale-contradicts-label": 76,
+        None: 701,
+        "rationale-contradicts-label": 66,
         "label-unreadable": 22,
         "marker-missing": 11,
     }
@@ -114,6 +114,21 @@ CHOICES = ("park", "garden center", "math problem")
         (SVAMP, "84 / 2 = 42. The answer is (84 / 2).\n\nQ: more\nA: The answer is (1).", None, "length", "(84 / 2)", None),
         (SVAMP, "So 42. The answer is 84 / 2 = 42.", None, "stop", "84 / 2", None),
         (SVAMP, "So 42. The answer is $1,200.", None, "stop", "1200", None),
+        # As SmolLM2 writes them: a bracket that is only a part, the value and words behind it.
+        (SVAMP, "So 48. The answer is (48 / 12) + 1.", None, "stop", "(48 / 12) + 1", None),
+        (SVAMP, "The answer is (110 - 110) / 11 = 1. The answer is (110 - 110) / 11 = 1.", None, "stop",
+         "(110 - 110) / 11", None),
+        (SVAMP, "So 96. The answer is (18 * 54) / 5 days = 96 days.", None, "stop", "(18 * 54) / 5", None),
+        (SVAMP, "So 35. The answer is (15 + 18 + 97) / 2 = 15 + 18 = 35 kids.", None, "stop", "(15 + 18 + 97) / 2", None),
+        (SVAMP, "So 5. The answer is 2 * (9 - 4).", None, "stop", "2 * (9 - 4)", None),
+        (SVAMP, "So 26. The answer is (11 * 2) + 2. The answer is (11 + 2) + 2.", None, "stop", None, "marker-repeated"),
+        (SVAMP, "Two. The answer is (8 / 4) and (6 / 4).", None, "stop", None, "label-unreadable"),
+        (SVAMP, "So 8. The answer is (some bags + 4 bags).", None, "stop", None, "label-unreadable"),
+        (SVAMP, "So 8. The answer is " + "(1 + " * 300, None, "stop", None, "label-unreadable"),
+        # A label repeated until the limit is one label.
+        (ANLI, "A film is named." + " So the answer is neutral." * 9 + " So t", None, "length", "neutral", None),
+        (CQA, "A theatre. So the answer is (c) park.", CHOICES, "stop", "(c) park", None),  # the letter is another's
+        (CQA, "The answer is (a) park. So the answer is (b) garden center.", CHOICES, "stop", "garden center", None),
         (SVAMP, "So. The answer is (2 * x).", None, "stop", None, "label-unreadable"),
         (SVAMP, "So. The answer is __import__('os').", None, "stop", None, "label-unreadable"),
         (ANLI, "Nobody there. So the answer is Contradiction.\n\npremise: another", None, "stop", "contradiction", None),

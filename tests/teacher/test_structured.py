@@ -163,6 +163,20 @@ def test_on_fails_where_the_server_takes_no_form(scripted, annotate):
     assert "--structured" in said
 
 
+def test_a_server_that_does_not_answer_is_not_taken_for_one_without_forms(scripted, annotate):
+    scripted.reply = lambda request, hit: (401, {"error": {"message": "wrong key"}}, {})
+    code, said, _ = annotate("--structured", "on")
+    assert code == 1
+    assert "wrong key" in said
+    scripted.reply = lambda request, hit: (503, {"error": {"message": "loading the model"}}, {})
+    code, said, _ = annotate("--structured", "on", "--max-attempts", "1")
+    assert code == 1
+    assert "loading the model" in said
+    assert "JSON object" not in said
+    scripted.reply = takes("json_schema")
+    assert annotate("--structured", "on")[0] == 0
+
+
 def test_a_configuration_error_is_not_taken_for_a_refused_form(scripted, annotate):
     words = {"error": {"message": "Unsupported parameter: 'max_tokens'."}}
     scripted.reply = lambda request, hit: (

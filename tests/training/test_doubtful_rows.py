@@ -112,6 +112,16 @@ def test_the_default_is_for_students_from_scratch_in_the_teachers_mode(fields, h
     assert (config.head_start_, config.drop_doubtful_) == (head_start, drops)
 
 
+def test_rows_are_scored_again_as_far_as_that_is_cheap():
+    config = TrainConfig(mode="stepwise-teacher")
+    assert config.score_steps(600, 32) == [240, 300, 360, 420]  # 19 epochs
+    assert config.score_steps(600, 10) == [240, 300, 360, 420, 480]
+    assert config.score_steps(600, 600) == [240]
+    assert config.score_steps(5, 1) == [2]
+    assert TrainConfig(mode="stepwise-teacher", head_start=0.9, drop_doubtful=True).score_steps(10, 1) == [9]
+    assert TrainConfig(mode="stepwise").score_steps(600, 32) == []
+
+
 @pytest.fixture
 def odd(splits):
     """Every fourth row argues otherwise than all others."""
@@ -135,19 +145,22 @@ def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_dr
     odd, small, tmp_path, capsys
 ):
     options = {
-        **small, "mode": "stepwise-teacher", "max_steps": 20, "learning_rate": 0.02, "eval_steps": 5, "keep_checkpoints": 9,
-        "select": "last",
+        **small, "mode": "stepwise-teacher", "max_steps": 40, "learning_rate": 0.02, "eval_steps": 10, "keep_checkpoints": 9,
+        "select": "last", "batch_size": 32,
     }  # fmt: skip
+    assert TrainConfig(**options).score_steps(40, 2)[:2] == [16, 20]  # the second is a checkpoint's step
     whole = train(odd, tmp_path / "whole", **options)
-    assert whole.metrics["head_start_steps"] == 8
+    assert whole.metrics["head_start_steps"] == 16
     assert whole.metrics["dropped_rows"] == len(odd.train) // 4
-    assert "16 of 64 training rows were left out after 8 steps" in capsys.readouterr().err
-    position = json.loads((tmp_path / "whole.training" / "checkpoint-10" / "position.json").read_text())
+    assert "16 of 64 training rows were left out" in capsys.readouterr().err
+    position = json.loads((tmp_path / "whole.training" / "checkpoint-20" / "position.json").read_text())
     assert position["dropped"] == list(range(0, len(odd.train), 4))
-    assert position["dropped_at"] == 8 * small["batch_size"]
+    assert position["dropped_at"] == 16 * 32
+    listed = (tmp_path / "whole.training" / "dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in listed] == [row.id for row in odd.train[::4]]
     assert "label_loss" not in whole.history[0]
     assert "label_loss" in whole.history[1]
-    for step in (5, 10):
+    for step in (10, 20):
         cut = tmp_path / f"cut{step}"
         shutil.copytree(tmp_path / "whole.training", tmp_path / f"cut{step}.training")
         for path in (tmp_path / f"cut{step}.training").glob("checkpoint-*"):

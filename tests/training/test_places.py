@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def test_a_student_given_for_a_bundle_and_the_reverse(
 ) -> None:
     train(splits, tmp_path / "s", max_steps=1, **small)
     for command in (["predict", str(tmp_path / "s"), "-"], ["serve", str(tmp_path / "s")]):
+        if command[0] == "serve" and find_spec("structlog") is None:
+            continue  # this environment has no [serve]
         assert main(command) == 2
         said = " ".join(capsys.readouterr().err.split())
         assert f"{tmp_path / 's'} is a student or another checkpoint, not a bundle" in said
@@ -157,4 +160,4 @@ def test_a_student_given_for_a_bundle_and_the_reverse(
         ["train", "--model", str(tmp_path / "b"), "--out", str(tmp_path / "o")],
     ):
         assert main(command) == 2
-        assert "is a bundle, which answers" in " ".join(capsys.readouterr().err.split())
+        assert "is a bundle, which cannot be trained" in " ".join(capsys.readouterr().err.split())

@@ -82,6 +82,19 @@ def test_one_launch_of_the_loss_whatever_the_number_of_targets():
     assert len(launches) == 1
 
 
+def test_row_losses_are_those_of_each_row_alone():
+    student = build()
+    rows = [Encoded((None, row.tasks[1])) for row in ROWS if row.tasks[1] is not None]
+    batch = Collator(pad_id=0, eos_id=1, start_id=0)(rows)
+    with torch.no_grad():
+        found = TwoTaskModel(student, 3.0)(**batch, row_losses=True)["row_losses"]
+        wanted = [
+            student(input_ids=torch.tensor([row.tasks[1][0]]), labels=torch.tensor([row.tasks[1][1]])).loss
+            for row in rows
+        ]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-6)
+
+
 def test_equal_shares_of_one_target_are_that_target():
     plain = Encoded(ROWS[0].tasks)
     twice = Encoded(plain.tasks, further=((([9, 1], 0.3),), (([11, 12, 13, 14, 1], 0.5),)))

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -187,9 +188,9 @@ def test_choices_and_open_labels_are_judged_as_a_slow_reading_would(small, tmp_p
         )  # fmt: skip
         opened = StudentDir.load(made.student_dir)
         model, tokenizer = opened.load_model(), opened.tokenizer()
-        answers, method = predict_labels(model, opened, tokenizer, rows[24:], batch_size=3)
-        assert method == {"choices": "trie", "closed": "trie", "open": "decode"}[kind]
-        for row, answer in zip(rows[24:], answers, strict=True):
+        found = predict_labels(model, opened, tokenizer, rows[24:], batch_size=3)
+        assert found.method == {"choices": "trie", "closed": "trie", "open": "decode"}[kind]
+        for row, answer, probability in zip(rows[24:], found.labels, found.probabilities, strict=True):
             source = torch.tensor([tokenizer.encode("[label] " + row.input).ids])
             if kind == "open":
                 out = model.generate(
@@ -197,6 +198,9 @@ def test_choices_and_open_labels_are_judged_as_a_slow_reading_would(small, tmp_p
                     do_sample=False,
                 )  # fmt: skip
                 assert answer == tokenizer.decode(out[0].tolist(), skip_special_tokens=True)
+                with torch.no_grad():
+                    loss = float(model(input_ids=source, labels=out[:, 1:]).loss)
+                assert probability == pytest.approx(np.exp(-loss * (out.shape[1] - 1)), rel=1e-4)
                 continue
             scores = []
             with torch.no_grad():
@@ -204,6 +208,8 @@ def test_choices_and_open_labels_are_judged_as_a_slow_reading_would(small, tmp_p
                     ids = torch.tensor([tokenizer.encode(word).ids])
                     scores.append(-float(model(input_ids=source, labels=ids).loss) * ids.shape[1])
             assert answer == words[max(range(4), key=scores.__getitem__)]
+            shares = np.exp(scores) / np.exp(scores).sum()
+            assert probability == pytest.approx(shares.max(), rel=1e-4)
         report = evaluate(opened, rows[24:], predictions=True)
         right = [p["label"] == p["gold"] for p in report["predictions"]]
         assert report["label_accuracy"] == pytest.approx(sum(right) / len(right))

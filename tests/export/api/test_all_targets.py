@@ -145,7 +145,7 @@ def test_tensorrt_builds_what_was_exported(everything: tuple[Path, dict[str, Any
     graphs = sorted(everything[0].glob("tensorrt-*/*.onnx"))
     assert len(graphs) == 6
     ran = subprocess.run(
-        [TENSORRT, str(ROOT / "export" / "tensorrt_check.py"), *map(str, graphs)],
+        [TENSORRT, str(ROOT / "export" / "check" / "tensorrt.py"), *map(str, graphs)],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr

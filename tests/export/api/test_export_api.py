@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sbs_edge.analysis.reliability import expected_calibration_error
 from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError, GuardError, UsageError
 from sbs_edge.export import assemble, job
 from sbs_edge.export.api import export
-from sbs_edge.export.check.calibrate import calibrate, expected_calibration_error, fit_temperature
+from sbs_edge.export.check.calibrate import calibrate, fit_temperature
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.student import Student
 

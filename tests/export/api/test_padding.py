@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sbs_edge.analysis.reliability import expected_calibration_error
 from sbs_edge.data.example import Example
 from sbs_edge.export.api import export
 from sbs_edge.export.check.calibrate import calibrate
@@ -71,14 +72,12 @@ def test_no_row_judges_a_temperature_it_helped_to_choose() -> None:
     assert again["temperature"] == pytest.approx(report["temperature"], rel=1e-6)
     # Rows that contradict each other: half A asks for certainty in the wrong label of half B.
     sure = [np.array([8.0, 0.0])] * 12
-    from sbs_edge.export.check import calibrate as module
-
     order = np.random.default_rng(0).permutation(12)
     gold = [0] * 12
     for i in order[6:]:
         gold[i] = 1
     contradicted = calibrate(sure, gold)
-    fitted_on_all = module.expected_calibration_error(
+    fitted_on_all = expected_calibration_error(
         np.full(12, 1 / (1 + np.exp(-8.0 / contradicted["temperature"]))), np.array([g == 0 for g in gold])
     )
     assert fitted_on_all < 0.1 < 0.4 < contradicted["ece_after"]

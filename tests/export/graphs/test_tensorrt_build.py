@@ -60,7 +60,7 @@ def graphs(model: Any, precision: Any) -> dict[str, onnx.ModelProto]:
 def checked(paths: list[Path]) -> tuple[int, list[dict[str, Any]]]:
     """Run the program and return its exit code and reports."""
     ran = subprocess.run(
-        [interpreter(), str(ROOT / "export" / "tensorrt_check.py"), *map(str, paths)],
+        [interpreter(), str(ROOT / "export" / "check" / "tensorrt.py"), *map(str, paths)],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     return ran.returncode, [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]

@@ -1,0 +1,1 @@
+"""Error analysis of a student's answers, as plain values; numpy only, no torch."""
