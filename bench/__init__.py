@@ -1,1 +1,1 @@
-"""Benchmarks with the peers in the same run. Light to import: a worker's first answer is timed."""
+"""Benchmarks that measure the peers in the same run. Imports are light, because a worker's first answer is timed."""

@@ -1,7 +1,7 @@
-"""``export`` turns a student directory into a sealed bundle, or leaves the destination unchanged.
+"""``export`` turns a student directory into a bundle, or leaves the destination unchanged.
 
-Every target's graphs are written, run and compared with the float32 student on validation rows. A target
-that loses too much accuracy is refused. Only a complete bundle takes the destination's name.
+The graphs of each target are written, run and compared with the float32 student on validation rows. A target
+that loses too much accuracy is refused. Only a complete bundle replaces the destination.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ExportResult:
     Attributes:
         path: the directory that was written.
         manifest: the bundle's manifest.
-        report: ``targets``: name -> figures of the accuracy check (None: nothing to measure on); ``pytorch``: largest
-            differences from PyTorch; ``pruning``: the cost of a smaller vocabulary, where one was asked for.
+        report: ``targets``: name -> figures of the accuracy check (None without rows); ``pytorch``: largest
+            differences from PyTorch; ``pruning``: the cost of a smaller vocabulary, if there is one.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class ExportResult:
     report: dict[str, Any]
 
 
-# What an earlier export of any layout left: a bundle, optimum's files, a Triton repository.
+# Marks of an earlier export of any layout: a bundle, optimum's files, a Triton repository.
 _EXPORTED = ("manifest.json", "encoder_model.onnx", "*/config.pbtxt")
 
 
@@ -79,7 +79,7 @@ def export(
 ) -> ExportResult:
     """Export a trained student as a bundle, or change nothing.
 
-    Every lossy target is compared with the float32 student on labelled rows before it takes its place.
+    Every lossy target is compared with the float32 student on labelled rows before the bundle is replaced.
 
     Args:
         student: a student directory, or a T5-family checkpoint that ``save_pretrained`` wrote.
@@ -87,39 +87,39 @@ def export(
         targets: names from :data:`sbs_edge.export.targets.TARGETS`; the first is the default target.
         guard_data: labelled rows for the accuracy check and for calibrated probabilities; None: the student's
             own validation rows.
-        max_drop: points of label accuracy a lossy target may lose against float32; for pruning also per cent
+        max_drop: points of label accuracy that a lossy target may lose against float32; for pruning also per cent
             of the rationales' tokens.
-        min_rationale_agreement: share of steps, in [0, 1], in which a lossy target must go on with the float32
-            student's next token while it writes rationales.
-        calibration_rows: at most this many training rows set the ranges of int8 activations.
-        abstain_below: probability under which ``predict`` marks an answer as doubtful.
+        min_rationale_agreement: share of steps, in [0, 1], in which a lossy target must write the float32
+            student's next token of a rationale.
+        calibration_rows: largest number of training rows that set the ranges of int8 activations.
+        abstain_below: probability below which ``predict`` marks an answer as uncertain.
         name: the bundle's name; None: the task's.
         labels: closed label set of a checkpoint without ``sbs_edge.json``.
         label_prefix: prefix of such a checkpoint's label task.
         rationale_prefix: prefix of such a checkpoint's rationale task.
-        max_source_tokens: most tokens of an input, prefix included; None: the student's own limit.
+        max_source_tokens: longest input in tokens, prefix included; None: the student's own limit.
         keep_float: layers that stay in float32 in lossy targets; a failed accuracy check names candidates.
-        prune_vocabulary: let the student write only tokens that its rows use, and a margin; gated.
-        prune_input_vocabulary: let the student read and write only tokens that its rows use, what it takes to
-            spell other texts, and a margin: a smaller embedding and tokenizer; gated.
-        label_only: write no graph that generates; ``explain`` is then refused.
-        beams: widths of beam search to write a graph for, on CPU targets; greedy decoding is always there.
-        layout: ``bundle``; ``optimum`` writes what ``ORTModelForSeq2SeqLM`` loads; ``triton`` a model
+        prune_vocabulary: write rationales only with tokens of the student's rows and a margin; its accuracy is checked.
+        prune_input_vocabulary: read and write only tokens of the student's rows, tokens that spell other texts, and
+            a margin, which makes embedding and tokenizer smaller; its accuracy is checked.
+        label_only: write no graph that generates; ``explain`` then raises an error.
+        beams: widths of beam search for which to add a graph, on CPU targets; greedy decoding is always there.
+        layout: ``bundle``; ``optimum``, for ``ORTModelForSeq2SeqLM``; ``triton``, a model
             repository for NVIDIA Triton Inference Server.
-        single_file: add a graph per target that takes text and gives the label, tokenizer inside.
-        unguarded: write targets that cannot run on this machine too, without measuring what they cost.
+        single_file: add a graph per target from text to label, with the tokenizer inside.
+        unguarded: also write targets that cannot run on this machine, without measuring their accuracy.
         long: read inputs over ``max_source_tokens`` in chunks; CPU targets and the bundle layout only. None: if the
             student was trained on them. A mapping sets fields of :class:`~sbs_edge.windows.LongSettings`, for
             example ``{"max_tokens": 32768, "top_k": 512}``.
-        version: the bundle's version, as serving shows it.
-        say: receives one line of progress per stage.
+        version: the bundle's version, shown by the server.
+        say: receives a line of progress for each stage.
 
     Raises:
         UsageError: the student, a target or the labels cannot be exported, or a target cannot run here.
-        DataError: a row of ``guard_data`` or of the student's own rows has a label the student cannot give.
+        DataError: a row of ``guard_data`` or of the student's own rows has a label that the student cannot give.
         SbsEdgeError: the float32 graphs differ from PyTorch.
         GuardError: a lossy step lost more than ``max_drop`` or ``min_rationale_agreement`` allow; the old
-            bundle stays.
+            bundle is kept.
 
     Example:
         >>> from sbs_edge import export

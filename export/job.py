@@ -1,4 +1,4 @@
-"""Everything one export works with: the student, the inputs of its graphs, and the rows of the accuracy check."""
+"""The data of an export: the student, the inputs of its graphs, and the rows of the accuracy check."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RATIONALE_ROWS = 32
 
 
 class GraphOptions(NamedTuple):
-    """The caller's choices about the graphs; the fields are arguments of :func:`export`."""
+    """The options of the graphs; the fields are arguments of :func:`export`."""
 
     keep_float: tuple[str, ...]
     prune_vocabulary: bool
@@ -41,7 +41,7 @@ class GraphOptions(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Limits of the accuracy check and of doubtful answers; the fields are arguments of :func:`export`."""
+    """The limits of the accuracy check and of uncertain answers; the fields are arguments of :func:`export`."""
 
     max_drop: float
     min_rationale_agreement: float
@@ -50,11 +50,11 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExportJob:
-    """Everything one export works with.
+    """The data of an export.
 
     Attributes:
         pruned: inputs of the targets' graphs, in the smaller vocabulary if ``small`` is given.
-        full: the same in the student's full vocabulary: the reference of the accuracy check.
+        full: the same in the student's full vocabulary, as the reference of the accuracy check.
         long: how inputs over ``max_source_tokens`` are read; None: they are not.
     """
 
@@ -70,18 +70,18 @@ class ExportJob:
 
     @property
     def texts(self) -> list[str]:
-        """Inputs whose rationales are compared; empty if the student learnt no rationales."""
+        """Return the inputs whose rationales are compared; empty if the student learnt no rationales."""
         compared = self.pruned.explains and _learnt_rationales(self.opened)
         return [row.input for row in self.rows[:RATIONALE_ROWS]] if compared else []
 
     @property
     def plan(self) -> LabelPlan:
-        """How labels are scored, in the student's full vocabulary."""
+        """Return the plan of label scoring in the student's full vocabulary."""
         return self.full.plan
 
     @property
     def pruning_options(self) -> list[str]:
-        """The options that made the vocabulary smaller."""
+        """Return the options that made the vocabulary smaller."""
         given = {
             "prune_vocabulary": self.pruned.output_tokens is not None,
             "prune_input_vocabulary": self.small is not None,
@@ -98,7 +98,7 @@ def build_job(
     calibration_rows: int,
     say: Callable[[str], None],
 ) -> ExportJob:
-    """Read the student, check its rows, calibrate, and collect what its graphs are made from."""
+    """Read the student, check its rows, calibrate, and collect the inputs of its graphs."""
     model = opened.load_model()
     weights = weights_of(model)
     check_layers(weights, options.keep_float)

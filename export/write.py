@@ -84,7 +84,7 @@ def write_bundle(
 
 
 def _write_graphs(work: Path, target: Target, job: ExportJob, single_file: bool) -> dict[str, Any]:
-    """Write the graphs of one target; return its entry in the manifest."""
+    """Write the graphs of a target; return its entry in the manifest."""
     job.say(f"writing graphs for {target.name}")
     entry = write_target(work / target.name, target, job.pruned)
     if single_file:

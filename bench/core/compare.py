@@ -21,7 +21,7 @@ Verdict = Literal["worse", "better", "within noise", "within tolerance"]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One row of both results.
+    """A row of both results.
 
     ``change`` is above 1 when B is worse; ``low`` and ``high`` bound it (equal where a side has no rounds).
     """
@@ -39,7 +39,7 @@ class Change:
     verdict: Verdict
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain form for JSON."""
+        """Return the plain form for JSON."""
         return asdict(self)
 
 
@@ -71,7 +71,7 @@ def compare(
     Args:
         first: the older document.
         second: the newer one.
-        tolerance: share a figure may grow (0.15 is the noise of an ordinary idle machine).
+        tolerance: share by which a figure may become worse (0.15 is the noise of an ordinary idle machine).
         only: keep systems whose name starts with this.
 
     Raises:
@@ -95,7 +95,7 @@ def compare(
 
 
 def conditions(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Differences between the two runs that may explain a change: machine, threads, versions, weights."""
+    """Return differences between the two runs that may explain a change: machine, threads, versions, weights."""
     found = []
     for field in ("cpu", "cpus", "flags", "gpus"):
         old, new = (document["machine"].get(field) for document in (first, second))

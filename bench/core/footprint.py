@@ -9,7 +9,7 @@ __all__ = ["closure", "directory_bytes", "installed_bytes", "memory_mb"]
 
 
 def memory_mb(pid: int | str = "self") -> dict[str, float]:
-    """Peak resident (VmHWM), resident (VmRSS) and anonymous (RssAnon) memory in MB (1e6 bytes).
+    """Return peak resident (VmHWM), resident (VmRSS) and anonymous (RssAnon) memory in MB (1e6 bytes).
 
     File-backed pages are shared between workers and reclaimed under memory pressure; anonymous ones are not.
     """
@@ -24,7 +24,7 @@ def memory_mb(pid: int | str = "self") -> dict[str, float]:
 
 
 def directory_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory (each inode once)."""
+    """Return the bytes of a file, or of all files below a directory (each inode once)."""
     if path.is_file():
         return path.stat().st_size
     seen: dict[tuple[int, int], int] = {}
@@ -40,7 +40,7 @@ def _normal(name: str) -> str:
 
 
 def closure(roots: dict[str, tuple[str, ...]]) -> list[str]:
-    """Names of the installed distributions that ``roots`` need, themselves included.
+    """Return the installed distributions that ``roots`` need, themselves included.
 
     Args:
         roots: distribution name to the extras asked for.
@@ -48,7 +48,7 @@ def closure(roots: dict[str, tuple[str, ...]]) -> list[str]:
     Markers are evaluated here; extras follow PEP 508 (``optimum[onnxruntime]``). A requirement that
     is not installed is left out.
     """
-    # Here and below: a worker measures its memory with this module and must not pay for these.
+    # Imported here and below, because a worker measures its memory with this module and must not load these.
     from importlib import metadata
 
     from packaging.requirements import Requirement
@@ -77,7 +77,7 @@ def closure(roots: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def installed_bytes(names: list[str]) -> dict[str, int]:
-    """Bytes on disk of each distribution's files; compiled ``.pyc`` files are not counted.
+    """Return the bytes on disk of each distribution's files; compiled ``.pyc`` files are not counted.
 
     An editable install lists only its pointer: the package's own folder is counted for it.
     """

@@ -68,7 +68,7 @@ def _caches() -> dict[str, str]:
 
 
 def _gpus(fields: str = "name,driver_version,memory.total") -> list[str]:
-    """One line a GPU with the fields asked of nvidia-smi, without importing torch."""
+    """Return a line for each GPU with fields of nvidia-smi, without importing torch."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
@@ -110,7 +110,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package that takes part in a bench and is installed."""
+    """Return the versions of Python and of every installed package that takes part in a benchmark."""
     return {"python": platform.python_version(), **installed_versions(*VERSIONED)}
 
 

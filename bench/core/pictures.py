@@ -34,7 +34,7 @@ def _logarithmic(axis: Any) -> None:
 
 
 def _legend(figure: Any) -> None:
-    """Name every system once, below the axes, where no curve is."""
+    """Add a legend below the axes, where it covers no curve."""
     named: dict[str, Any] = {}
     for axis in figure.axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -45,12 +45,12 @@ def _legend(figure: Any) -> None:
 
 
 def _colours(systems: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each system, the same in every picture."""
+    """Return colour and marker of each system, the same in every picture."""
     return {name: (f"C{index % 10}", _MARKS[index % len(_MARKS)]) for index, name in enumerate(systems)}
 
 
 def _best_variant(rows: list[Row]) -> list[Row]:
-    """One row a system and case: what a user runs (ours, or the peer's label + EOS)."""
+    """Return a row for each system and case, in the variant that a user runs (ours, or the peer's label + EOS)."""
     return [row for row in rows if row.variant != "one token"]
 
 
@@ -60,7 +60,7 @@ def _size_and_accuracy(rows: list[Row], look: dict[str, tuple[str, str]]) -> Pic
         return None
     source = 64 if any(row.extra["source"] == 64 for row in label) else label[0].extra["source"]
     latency = {row.system: row.value for row in label if row.extra["source"] == source}
-    # All that a system's directory holds, ours with the graph for rationales: like with like.
+    # All files of a system, ours with the graph for rationales, so that the sizes are comparable.
     disk = {r.system: r.value for r in rows if r.section == "disk" and r.variant == "label alone"}
     disk |= {r.system: r.value for r in rows if r.section == "disk" and r.variant != "label alone"}
     right = {

@@ -22,11 +22,11 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 
 class WorkerFailed(SbsEdgeError):
-    """A system stopped, erred or took too long; the message is the row's reason."""
+    """A system stopped, failed or took too long; the message is the reason in its row."""
 
 
 class Worker:
-    """One system in its own process.
+    """A system in its own process.
 
     Args:
         spec: the system and its conditions.
@@ -65,7 +65,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """True while the process runs."""
+        """Return whether the process runs."""
         return self._process.poll() is None
 
     def _send(self, content: dict[str, Any]) -> None:

@@ -24,13 +24,13 @@ Key = tuple[str, str, str, str]
 
 @dataclass(slots=True)
 class Row:
-    """One measured figure.
+    """A measured figure.
 
     Attributes:
         section: ``label``, ``rationale``, ``throughput``, ``open_loop``, ``cold_start``, ``memory``, ...
         system: ``sbs-edge:cpu-int8``, ``ctranslate2``, ...
-        variant: what the system was asked for (``label+eos``, ``one token``), or empty.
-        case: the point measured, readable (``batch 1, 64 tokens``).
+        variant: the task of the system (``label+eos``, ``one token``), or empty.
+        case: the measured case in words (``batch 1, 64 tokens``).
         unit: ``ms``, ``tokens/s``, ``MB``, ...
         better: ``lower`` or ``higher``.
         value: the figure (a median unless ``extra`` says otherwise).
@@ -54,7 +54,7 @@ class Row:
         return (self.section, self.system, self.variant, self.case)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain form for JSON."""
+        """Return the plain form for JSON."""
         return asdict(self)
 
 

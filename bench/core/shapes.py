@@ -1,11 +1,11 @@
 """Students of a named shape with random weights: latency, size and memory do not depend on training.
 
-What does depend on it is arranged so that the checks keep their meaning: the gold label of every
-validation row is what the fp32 weights answer, so "accuracy" reads as agreement with fp32; the three
-label words are picked so that the answers are spread and decided by a margin; and the head's rows of the
-special tokens are shrunk, so that a rationale of 64 tokens is 64 tokens for every system. Like a task,
-a shape uses a part of its vocabulary only: rows are drawn from :data:`WORDS_IN_USE` words, and the head's
-rows of all others are shrunk too, so that pruning to the words in use changes no answer.
+Other figures depend on it, and the student is built so that they keep a meaning. The gold label of every
+validation row is the answer of the fp32 weights, so "accuracy" means agreement with fp32. The three
+label words are chosen so that the answers are spread and decided by a margin. The head's rows of the
+special tokens are made small, so that a rationale of 64 tokens has 64 tokens in every system. Like a task,
+a shape uses only a part of its vocabulary: rows are drawn from :data:`WORDS_IN_USE` words, and the head's
+rows of all others are made small too, so that pruning to the words in use does not change an answer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
     },
-    # For smoke tests: seconds, not minutes.
+    # For smoke tests, which take seconds.
     "tiny": {"vocab_size": 512, "d_kv": 16, "d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4},
 }
 PREFIXES = {"label": "[label] ", "rationale": "[rationale] "}
@@ -63,7 +63,7 @@ _SPECIAL = ("<pad>", "</s>", "<unk>", "[label]", "[rationale]")
 
 
 def _tokenizer(vocab_size: int) -> Any:
-    """A word-level tokenizer with exactly ``vocab_size`` words, so that token counts are word counts."""
+    """Return a word-level tokenizer with exactly ``vocab_size`` words, so that token counts are word counts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = {word: index for index, word in enumerate(_SPECIAL)}
@@ -84,7 +84,7 @@ def _words(vocab_size: int, seed: int) -> Any:
 
 
 def _rows(n: int, words: Any, seed: int) -> list[str]:
-    """Random inputs of 8 to 48 words."""
+    """Return random inputs of 8 to 48 words."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

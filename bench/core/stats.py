@@ -14,7 +14,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A ratio and its 95 % bootstrap interval; ``low == high == value`` where one round was run."""
+    """A ratio and its 95 % bootstrap interval; ``low == high == value`` with a single round."""
 
     value: float
     low: float
@@ -37,14 +37,14 @@ def _interval(statistics: np.ndarray, value: float, rounds: int) -> Ratio:
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Ratio:
-    """Ratio of medians over interleaved rounds; rounds are resampled together.
+    """Return the ratio of medians over interleaved rounds, which are resampled together.
 
     Args:
-        numerator: one value a round (the peer).
-        denominator: one value a round (the system the ratio speaks for), of the same rounds.
-        seed: of the resampling.
+        numerator: one value per round (the peer).
+        denominator: one value per round, of the same rounds (the system that the ratio describes).
+        seed: seed of the resampling.
 
-    A slow minute hits both systems of a round, so pairs, not single values, are drawn.
+    A slow minute affects both systems of a round, so pairs are drawn instead of single values.
 
     Raises:
         ValueError: the lengths differ, or there is no round.
@@ -58,7 +58,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, se
 
 
 def unpaired_ratio(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Ratio:
-    """Ratio of medians of two separate runs; each side is resampled on its own.
+    """Return the ratio of medians of two separate runs; each side is resampled separately.
 
     Raises:
         ValueError: a side is empty.

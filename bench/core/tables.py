@@ -63,7 +63,7 @@ def record_table(title: str, note: str, records: Sequence[dict[str, Any]]) -> Ta
 
 
 def markdown(table: Table, level: int = 3) -> str:
-    """A Markdown section with the table; numbers are set right."""
+    """Return a Markdown section with the table; numbers are right-aligned."""
 
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", " ")
@@ -131,7 +131,7 @@ def _systems(document: dict[str, Any]) -> Table | None:
 
 
 def ratio_text(row: dict[str, Any]) -> str:
-    """``1.92x (1.85 to 1.99)``, or why there is none."""
+    """Return ``1.92x (1.85 to 1.99)``, or why there is no ratio."""
     if row["ratio"] is None:
         return f"withheld: {row['withheld']}" if row["withheld"] else "–"
     ratio = row["ratio"]
@@ -292,7 +292,7 @@ def headline(document: dict[str, Any]) -> str:
 
 
 def _command(document: dict[str, Any]) -> str:
-    """The command that repeats a result; the serving bench once had to be started as a module."""
+    """Return the command that repeats a result; older serving results were started as a module."""
     command = " ".join(document["command"])
     module, scenario, rest = command.partition(" all ")
     if module != "python -m sbs_edge.bench.serving":

@@ -1,7 +1,7 @@
-"""A measured system in a process of its own: JSON lines in, JSON lines out.
+"""A measured system in its own process, with JSON lines in and JSON lines out.
 
 The first line is the :class:`~sbs_edge.bench.peers.system.Spec`; each later line is a command, and each
-gets one line in reply.
+gets a line in reply.
 Between commands the process sleeps in ``readline``, so that the system under test has the machine to itself.
 Times are taken here with ``perf_counter_ns`` around the call, without the pipe.
 
@@ -38,7 +38,7 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def timed(call: Callable[[], Any], seconds: float, least: int, warm: int = 1, most: int = 1000) -> list[int]:
-    """Call repeatedly for about ``seconds``; nanoseconds of each call after ``warm`` uncounted ones."""
+    """Call repeatedly for about ``seconds``; return the nanoseconds of each call after ``warm`` uncounted ones."""
     for _ in range(warm):
         call()
     gc.collect()
@@ -54,7 +54,7 @@ def timed(call: Callable[[], Any], seconds: float, least: int, warm: int = 1, mo
 def open_loop(
     serve: Callable[[list[int]], Any], arrivals: list[float], most: int, patience: float
 ) -> tuple[list[int], int]:
-    """Serve requests that arrive on their own clock; nanoseconds from each arrival to its answer.
+    """Serve requests that arrive on their own clock; return the nanoseconds from each arrival to its answer.
 
     Args:
         serve: answers the requests of the given indices, all at once.
@@ -160,7 +160,7 @@ def serve(start: Callable[[Spec], Answer]) -> None:
     spec = Spec(**json.loads(sys.stdin.readline()))
     if spec.cpus:
         os.sched_setaffinity(0, spec.cpus)
-    # Libraries print to stdout as they like; the protocol keeps a descriptor of its own.
+    # Libraries may print to stdout, so the protocol has its own descriptor.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     answers: Answer | None = None
@@ -175,10 +175,10 @@ def serve(start: Callable[[Spec], Answer]) -> None:
                 raise RuntimeError("the first command must be 'open'")
             reply = answers(order)
         except Exception as error:
-            import traceback  # here: no system pays for it in its first answer
+            import traceback  # imported here, so that it is not part of a system's first answer
 
             traceback.print_exc()
-            gc.collect()  # a failed call may hold most of the memory
+            gc.collect()  # a failed call may still have most of the memory
             first = str(error).strip().partition("\n")[0]
             reply = {"error": f"{type(error).__name__}: {first[:300]}"}
         channel.write(json.dumps(reply) + "\n")

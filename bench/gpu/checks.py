@@ -94,7 +94,7 @@ def _shape(
                 first, second = (_run(ours, h, w, low, scale) for _ in range(2))
                 errors = _errors(first, exact)
                 floor = torch.finfo(low).eps / 8
-                # The loss is one float32 number, which plain torch may meet to the last bit by luck.
+                # The loss is one float32 number, which plain torch may have exactly by luck.
                 floors = (max(floor, torch.finfo(torch.float32).eps / 2), floor, floor)
                 ratios = [e / max(p, f) for e, p, f in zip(errors, yardstick, floors, strict=True)]
                 same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -115,12 +115,12 @@ def check_engines(
 
     Args:
         device: where.
-        small: shapes for Triton's interpreter, which multiplies no bfloat16 correctly.
+        small: shapes for Triton's interpreter, which does not multiply bfloat16 correctly.
         save: takes all rows so far, after every shape.
-        seed: of the inputs.
+        seed: seed of the inputs.
 
     Returns:
-        One row an engine, shape, dtype and scale; ``verdict`` is ``right``, ``WRONG`` or a reason.
+        A row for each engine, shape, dtype and scale; ``verdict`` is ``right``, ``WRONG`` or a reason.
     """
     import torch
 

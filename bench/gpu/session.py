@@ -25,7 +25,7 @@ from sbs_edge import files
 
 __all__ = ["STAGES", "passed", "run_session", "summary"]
 
-# Stage and the share of the whole time that it may take at most; what one leaves, the next ones have.
+# Stages, and the largest share of the whole time for each; time that is left goes to the next stages.
 STAGES = {"matmul": 0.08, "correctness": 0.15, "kernels": 0.42, "sweep": 0.13, "train": 0.16, "targets": 0.06}
 _INTERPRETED = ("correctness", "kernels", "sweep")
 
@@ -44,7 +44,7 @@ def _document(device: str) -> dict[str, Any]:
 
 
 def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
-    """Run one stage in a process group of its own; say how it ended."""
+    """Run a stage in its own process group; return how it ended."""
     env = dict(os.environ)
     if device == "cpu" and stage in _INTERPRETED:
         env["TRITON_INTERPRET"] = "1"
@@ -62,7 +62,7 @@ def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
         except subprocess.TimeoutExpired:
             return f"ended after its {seconds:.0f} s; what it had found is kept"
         finally:
-            # Its workers too: they must not keep measuring during the next stage.
+            # Also its workers, which must not keep measuring during the next stage.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -73,7 +73,7 @@ def _run_stage(stage: str, device: str, out: Path, seconds: float) -> str:
 
 
 def _collect(document: dict[str, Any], out: Path, states: list[dict[str, Any]]) -> None:
-    """Put what the stages have written so far into ``document``, and write it."""
+    """Collect the results of the stages so far in ``document``, and write it."""
     session: dict[str, Any] = {"stages": states}
     for stage in STAGES:
         path = out / f"{stage}.json"
@@ -90,7 +90,7 @@ def _collect(document: dict[str, Any], out: Path, states: list[dict[str, Any]]) 
 
 
 def summary(document: dict[str, Any]) -> str:
-    """Return the session as text, the most important last: a terminal or a log may keep only its end."""
+    """Return the session as text, the most important part last, because a terminal or log may keep only the end."""
     from sbs_edge.bench.core.tables import headline
     from sbs_edge.bench.kernels.tables import kernel_tables
 
@@ -119,7 +119,7 @@ def run_session(
     Args:
         out: directory for the JSON of every stage, its log, and the result.
         device: ``cuda``, or ``cpu`` for a rehearsal on small shapes.
-        minutes: for everything; a stage that the time does not reach is a row that says so.
+        minutes: time for everything; a stage that is not reached gets a row that says so.
         only: the stages to run.
         say: takes a line of progress.
     """
@@ -148,7 +148,7 @@ def run_session(
 
 
 def _stage(stage: str, device: str, out: Path, seconds: float) -> None:
-    """The body of a stage's own process."""
+    """Run a stage in its own process."""
     import torch
 
     from sbs_edge.bench.gpu import stages

@@ -1,4 +1,4 @@
-"""The stages of a session on a GPU; each keeps what it has after every row, so that a crash loses nothing."""
+"""The stages of a session on a GPU. Each saves its results after every row, so that a crash loses nothing."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Stage:
 
 
 def matmul(stage: Stage) -> None:
-    """Rates of the bare products: the slices' shapes at several widths, and of a copy."""
+    """Measure the rates of the bare products, in the slices' shapes at several widths, and of a copy."""
     import torch
 
     clock, small, save = Clock(stage.device), stage.small, stage.save
@@ -99,7 +99,7 @@ def correctness(stage: Stage) -> None:
 
 
 def kernels(stage: Stage) -> None:
-    """The kernel bench over :data:`SESSION_CASES` in order of importance."""
+    """Run the kernel benchmark over :data:`SESSION_CASES` in order of importance."""
     from sbs_edge.bench.kernels.bench import KernelOptions, measure_kernels
     from sbs_edge.bench.kernels.peers import names_for
 
@@ -142,7 +142,7 @@ def _step_ms(clock: Clock, inputs: Any, engine: str, workspace_mb: float | None,
 
 
 def _tiles(device: Any, itemsize: int) -> list[Any]:
-    """Tiles to try: those shipped for the device, and their neighbours in warps and stages."""
+    """Return the tiles to try: those of the table for the device, and their neighbours in warps and stages."""
     import torch
 
     from sbs_edge.kernels.tile_table import Tile, architecture, candidates, pick
@@ -158,7 +158,7 @@ def _tiles(device: Any, itemsize: int) -> list[Any]:
     return list(dict.fromkeys([*shipped, *more]))
 
 
-# Each choice of the launches that no GPU has timed, switched off by itself.
+# Each launch choice that no GPU has timed, switched off by itself.
 _UNTIMED: tuple[dict[str, Any], ...] = (
     {"cap_registers": False}, {"row_blocks_a_group": 1 << 20}, {"cast_bytes": 16 << 20}, {"whole_waves": False}
 )  # fmt: skip

@@ -66,7 +66,7 @@ class KernelOptions:
     graph_cases: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain form for JSON."""
+        """Return the plain form for JSON."""
         return {
             **asdict(self),
             "peers": list(self.peers),

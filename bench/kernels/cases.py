@@ -105,7 +105,7 @@ class Case:
         return 6.0 * self.n * self.d * self.v
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain form for JSON."""
+        """Return the plain form for JSON."""
         return asdict(self)
 
 

@@ -33,7 +33,7 @@ class RatioRow:
     withheld: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain form for JSON."""
+        """Return the plain form for JSON."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""The graphs of one target: token ids in, scores or tokens out. Nothing here knows about text."""
+"""The graphs of a target, from token ids to scores or tokens. This module knows nothing of text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BEAM = "explainer_beam"
 
 
 class TargetGraphs:
-    """The graphs of a target, each opened when it is first used; safe to share between threads.
+    """The graphs of a target, each opened at its first use. They are safe to share between threads.
 
     Attributes:
         sessions: onnxruntime's sessions by role.
@@ -46,7 +46,7 @@ class TargetGraphs:
         prepacked_cache: bool,
         top_k: int | None = None,
     ) -> None:
-        """Prepare to open the graphs that ``entry``, the manifest's description of ``target``, names.
+        """Prepare to open the graphs of ``entry``, which is the manifest's description of ``target``.
 
         ``top_k`` is the number of encoder states that each attention head reads of a long input; None: all.
 
@@ -89,7 +89,7 @@ class TargetGraphs:
 
     @property
     def beams(self) -> list[int]:
-        """Widths of beam search that the target has a graph for."""
+        """Return the widths of beam search for which the target has a graph."""
         return [int(role.removeprefix(_BEAM)) for role in self.sessions if role.startswith(_BEAM)]
 
     def label_scores(self, rows: Sequence[Sequence[int]], documents: Documents) -> list[np.ndarray]:

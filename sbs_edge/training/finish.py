@@ -31,7 +31,7 @@ class TrainedRun:
     Attributes:
         trainer: the :class:`~sbs_edge.training.trainer.TwoTaskTrainer`.
         model: the two-task model.
-        build: makes the same model again, with other weights.
+        build: returns the same model again, with other weights.
         splits: the data.
         tokenizer: the student's.
         config: the run's configuration.
@@ -58,7 +58,7 @@ def finish(run: TrainedRun, out: Path, history: list[dict[str, Any]], report: di
     scored = [row for row in history if "eval_score" in row]
     kept = history[-1] if history else {}
     if scored and config.select == "best":
-        kept = max(scored, key=lambda row: row["eval_score"])  # the first of equals, as while training
+        kept = max(scored, key=lambda row: row["eval_score"])  # the first of equals, as in training
     report.update({name: kept[name] for name in _KEPT if name in kept})
     report.update({name: value for name, value in kept.items() if name.startswith("eval_")})
     report["best_step"] = kept.get("step")
@@ -100,7 +100,7 @@ def _write(
 def _card(run: TrainedRun, report: dict[str, Any]) -> dict[str, Any]:
     """Return the content of ``sbs_edge.json``."""
     splits, config = run.splits, run.config
-    # Choices come with the row: one asked about later may be longer than any trained on.
+    # Choices come with the row, and later ones may be longer than those of training.
     longest_label = config.max_target_tokens
     if splits.task.label_kind != "choices":
         longest_label = min(max(_longest_label(run), 2), config.max_target_tokens)
@@ -122,7 +122,7 @@ def _card(run: TrainedRun, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _longest_label(run: TrainedRun) -> int:
-    """Return the most tokens of a label of the task or of its training rows."""
+    """Return the number of tokens of the longest label of the task or its training rows."""
     some = run.splits.train[:20000]
     wanted = {*run.splits.task.labels, *(label_for(row, run.config.mode) or "" for row in some)}
     wanted.update(choice for row in some for choice in row.choices or ())

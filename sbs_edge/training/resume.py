@@ -1,4 +1,4 @@
-"""The place of a run beside its student directory: what the run was asked for, and where it may go on."""
+"""The working directory of a run, beside its student directory: its settings, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["fingerprint", "prepare_work"]
 
 
 def fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[str, str]:
-    """Return what must be the same for a run to be continued; world size and batch size may differ."""
+    """Return the settings that must be the same to resume a run; world size and batch size may differ."""
     may_change = {
         "resume", "batch_size", "gradient_accumulation", "progress", "trackers", "threads", "workspace_mb",
         "loss_engine", "save_steps", "keep_checkpoints", "eval_batch_size", "gradient_checkpointing", "max_steps",
@@ -36,7 +36,7 @@ def fingerprint(config: TrainConfig, splits: Splits, streamed: bool) -> dict[str
 
 
 def prepare_work(work: Path, config: TrainConfig, asked: dict[str, str], first: bool) -> Path | None:
-    """Return the checkpoint to continue from; clear what an earlier, other run left."""
+    """Return the checkpoint to resume from; remove the files of an earlier, different run."""
     from sbs_edge.training.trainer import find_checkpoint
 
     record = work / "run.json"

@@ -1,7 +1,7 @@
-"""``train``: from examples to a student directory.
+"""``train`` turns examples into a student directory.
 
-The directory ``out`` is written once, whole, at the end. What is needed to resume lives beside it in
-``<out>.training/``: checkpoints, the best weights so far, what the run was asked for.
+The directory ``out`` is written at the end, whole. Everything that is needed to resume is beside it in
+``<out>.training/``: checkpoints, the best weights so far, and the settings of the run.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class TrainResult:
 
     Attributes:
         student_dir: the student directory.
-        metrics: figures of the run and of the weights kept (``mode``, ``parameters``, ``best_step``,
+        metrics: figures of the run and of the chosen weights (``mode``, ``parameters``, ``best_step``,
             ``teacher_agreement``, ``rows``, losses and accuracies).
-        history: one row for each evaluation: ``step``, training ``label_loss``, ``rationale_loss``,
-            ``label_token_accuracy``, ``rationale_token_accuracy``, and the same with ``eval_`` on
-            validation rows, besides ``eval_label_accuracy``.
+        history: a row for each evaluation, with ``step``, the training figures ``label_loss``, ``rationale_loss``,
+            ``label_token_accuracy`` and ``rationale_token_accuracy``, the same with ``eval_`` on
+            validation rows, and ``eval_label_accuracy``.
         seconds: wall time of the call.
 
     """
@@ -93,8 +93,8 @@ def _rows(
     """Return the training rows, in memory or as a stream, and how many there are (None: unknown).
 
     Raises:
-        DataError: no row has what the mode learns from.
-        UsageError: doubtful rows of a stream are to be dropped.
+        DataError: no row has the labels or rationales that the mode learns.
+        UsageError: doubtful rows cannot be dropped from a stream.
     """
     from sbs_edge.training.batches import MemoryRows, StreamRows
 
@@ -123,7 +123,7 @@ def _rows(
 def _validation(
     rows: Sequence[Example], splits: Splits, config: TrainConfig, encoder: Any, collator: Any, firsts: Any
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Collate validation rows; the answer to each is what the mode learns from, never more."""
+    """Collate validation rows, with the answers that the mode learns and no others."""
     import torch
 
     batches, answers = [], []
@@ -194,14 +194,14 @@ def _student(splits: Splits, config: TrainConfig, checkpoint: Checkpoint | None)
         tokenizer, model.student.get_input_embeddings().num_embeddings, config.model or "this student"
     )
     settings = model.student.config
-    # What the config leaves open is written down, so that everything that reads the student starts alike.
+    # Values that the config leaves open are written down, so that every reader of the student starts in the same way.
     settings.decoder_start_token_id = start_token_id(settings)
     model.student.generation_config.decoder_start_token_id = settings.decoder_start_token_id
     return tokenizer, model
 
 
 def _train_and_evaluate(trainer: Any, bar: Any, newest: Path | None, steps: int) -> list[dict[str, Any]]:
-    """Run the trainer to its last step; return one row for each evaluation."""
+    """Run the trainer to its last step; return a row for each evaluation."""
     if bar is not None:
         bar.trainer = trainer
     trainer.start_at(newest, steps)
@@ -232,21 +232,21 @@ def train(
 ) -> TrainResult:
     """Train a student and write its directory.
 
-    Validation rows alone choose the weights and stop the run; ``splits.test`` is never read.
+    Only validation rows choose the weights and stop the run; ``splits.test`` is never read.
 
     Args:
         data: ``"builtin"`` for the built-in task, a path or data set name for
             :func:`sbs_edge.data.load.load_splits`, or splits.
         out: the student directory; an existing one is replaced at the end, in one step.
         config: see :class:`TrainConfig`.
-        stream: opens the training rows again for each pass; they are never held in memory. ``data``
+        stream: opens the training rows again for each pass, so that they are not in memory. ``data``
             then gives the task, the validation rows, and training rows for tokenizer and calibration.
         data_options: keyword arguments of ``load_splits``, for ``data`` that is a path or a name.
         options: fields of the configuration, which replace those of ``config``.
 
     Raises:
-        UsageError: there is no data, the configuration is wrong, or a run cannot be continued.
-        DataError: no row has what the mode learns from.
+        UsageError: there is no data, the configuration is wrong, or a run cannot be resumed.
+        DataError: no row has the labels or rationales that the mode learns.
 
     Under ``torchrun`` every process calls this with the same arguments; the first one writes.
 
@@ -272,7 +272,7 @@ def train(
         from sbs_edge.data.load import load_splits
 
         splits = load_splits(os.fspath(data), **(data_options or {}))
-    # Under torchrun the first process writes, and holds the place for all.
+    # Under torchrun only the first process writes, and it holds the lock for all.
     alone = held(out, "training") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
     with alone:
         return _run(splits, Path(out), settings, stream, started)
@@ -316,7 +316,7 @@ def _run(
     if first:
         for sentence in spelling_sentences(spelling):
             sys.stderr.write(f"{sentence}\n")
-    # adapters are counted by what they are merged into
+    # adapters do not count: they are merged into the weights
     n_parameters = sum(value.numel() for name, value in model.named_parameters() if ".lora_" not in name)
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 

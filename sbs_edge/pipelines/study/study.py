@@ -149,6 +149,9 @@ def run_study(
 ) -> dict[str, Any]:
     """Carry out a study, or what is left of it; return its document as plain values.
 
+    Runs are carried out in processes that import the calling script again, so a script calls this under
+    ``if __name__ == "__main__":``, as with :mod:`multiprocessing`.
+
     Every student sees label examples for the same number of steps. Students are chosen on validation rows.
 
     Args:
