@@ -242,8 +242,9 @@ def _peak(tokens: int, way: str) -> int:
 
 @pytest.mark.long
 def test_eight_times_the_tokens_need_hardly_more_memory() -> None:
-    assert _peak(8192, "ours") < 1.3 * _peak(1024, "ours")
-    assert _peak(8192, "plain") > 2 * _peak(8192, "ours")  # what would be held otherwise
+    most = _peak(8192, "ours")
+    assert most < 1.3 * _peak(1024, "ours")
+    assert most < _peak(2048, "plain")  # plain back-propagation holds more for a quarter of the tokens
 
 
 def test_the_command_takes_the_fields(
