@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from sbs_edge.data.example import Example
 from sbs_edge.errors import UsageError
 from sbs_edge.export.checkpoint import open_student
 from sbs_edge.export.job import ExportJob, GraphOptions, Limits, build_job
+from sbs_edge.export.long import check_long, long_settings
 from sbs_edge.export.manifest import new_manifest
 from sbs_edge.export.targets import Target, check_runnable, targets_named
 from sbs_edge.export.write import write_bundle
@@ -72,6 +73,7 @@ def export(
     layout: Layout = "bundle",
     single_file: bool = False,
     unguarded: bool = False,
+    long: bool | Mapping[str, Any] | None = None,
     version: str = "1",
     say: Callable[[str], None] = lambda _: None,
 ) -> ExportResult:
@@ -106,6 +108,9 @@ def export(
             repository for NVIDIA Triton Inference Server.
         single_file: add a graph per target from text to label, with the tokenizer inside.
         unguarded: also write targets that cannot run on this machine, without measuring their accuracy.
+        long: read inputs over ``max_source_tokens`` in chunks; CPU targets and the bundle layout only. None: if the
+            student was trained on them. A mapping sets fields of :class:`~sbs_edge.windows.LongSettings`, for
+            example ``{"max_tokens": 32768, "top_k": 512}``.
         version: the bundle's version, shown by the server.
         say: receives a line of progress for each stage.
 
@@ -123,13 +128,21 @@ def export(
     """
     wanted = targets_named(tuple(targets))
     options = GraphOptions(
-        tuple(keep_float), prune_vocabulary, prune_input_vocabulary, label_only, tuple(sorted(set(beams)))
+        tuple(keep_float),
+        prune_vocabulary,
+        prune_input_vocabulary,
+        label_only,
+        tuple(sorted(set(beams))),
+        None,
     )
     limits = Limits(max_drop, min_rationale_agreement, abstain_below)
     _check_request(student, out, wanted, options, layout, single_file)
     if not unguarded:
         check_runnable(wanted)
     opened = open_student(student, labels, label_prefix, rationale_prefix, max_source_tokens)
+    options = options._replace(long=long_settings(opened, long))
+    if options.long is not None:
+        check_long(wanted, layout, single_file)
     job = build_job(opened, wanted, options, limits, guard_data, calibration_rows, say)
     manifest = new_manifest(job, wanted, name, version)
     report = _write(Path(out), job, wanted, manifest, layout, single_file)

@@ -15,6 +15,13 @@ from sbs_edge.export.graphs.beams import build_beam_generator
 from sbs_edge.export.graphs.builder import OPSET
 from sbs_edge.export.graphs.generate import build_rationale_generator
 from sbs_edge.export.graphs.label import build_label_classifier
+from sbs_edge.export.graphs.states import (
+    build_state_choice_classifier,
+    build_state_encoder,
+    build_state_label_classifier,
+    build_state_rationale_generator,
+    build_state_trie_classifier,
+)
 from sbs_edge.export.graphs.step import build_decoder_step, build_encoder
 from sbs_edge.export.graphs.store import save_graphs
 from sbs_edge.export.graphs.trie import build_choice_classifier, build_trie_classifier
@@ -52,6 +59,7 @@ class GraphInputs:
         max_source_tokens: longest input, for TensorRT's profiles.
         max_new_tokens: places in the cache of a step graph: the longest rationale or open label.
         beams: widths of beam search to write a graph for, besides the greedy one.
+        long: write the graphs that read long inputs in chunks; on CPU targets.
     """
 
     weights: T5Weights
@@ -64,6 +72,7 @@ class GraphInputs:
     max_source_tokens: int = 512
     max_new_tokens: int = 128
     beams: tuple[int, ...] = ()
+    long: bool = False
 
 
 def precision_of(target: Target, recipe: GraphInputs) -> Precision:
@@ -95,14 +104,14 @@ def write_target(folder: Path, target: Target, recipe: GraphInputs) -> dict[str,
 
     def finished() -> Iterator[tuple[str, onnx.ModelProto]]:
         for name, model in _models(target, replace(recipe, weights=rescale(recipe.weights, by))):
-            profiles[name] = profile_of(model, _limits(recipe))
+            if target.profiles:
+                profiles[name] = profile_of(model, _limits(recipe))
             yield name, model if half is None else to_half(model, half)
 
     names = save_graphs(finished(), folder)
-    if target.profiles:
-        for name, profile in profiles.items():
-            path = folder / f"{name}.onnx.profile.json"
-            path.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
+    for name, profile in profiles.items():
+        path = folder / f"{name}.onnx.profile.json"
+        path.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
     return {
         **{name: f"{target.name}/{name}.onnx" for name in names},
         "providers": list(target.providers),
@@ -149,6 +158,27 @@ def _models(target: Target, recipe: GraphInputs) -> Iterator[tuple[str, onnx.Mod
         for width in recipe.beams:
             graph = build_beam_generator(weights, precision, width, kept, steps)
             yield f"explainer_beam{width}", graph
+    if recipe.long:
+        yield from _long_models(target, recipe, precision)
+
+
+def _long_models(
+    target: Target, recipe: GraphInputs, precision: Precision
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Yield the graphs for long inputs; last, so that the others' files are what they are without."""
+    weights, plan = recipe.weights, recipe.plan
+    yield "long_encoder", build_state_encoder(weights, precision)
+    if plan.method == "first-token":
+        firsts = [ids[0] for ids in plan.token_ids]
+        yield "long_label_scorer", build_state_label_classifier(weights, precision, firsts)
+    elif plan.method == "trie":
+        yield "long_label_scorer", build_state_trie_classifier(weights, precision, plan.token_ids)
+    elif plan.method == "choices":
+        yield "long_choice_scorer", build_state_choice_classifier(weights, precision)
+    if recipe.explains:
+        steps = _mixed(Int4(recipe.stats), recipe) if target.numbers == "int4" else None
+        graph = build_state_rationale_generator(weights, precision, recipe.output_tokens, steps)
+        yield "long_explainer", graph
 
 
 def _limits(recipe: GraphInputs) -> dict[str, tuple[int, int, int]]:

@@ -11,6 +11,23 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
+def _long(manifest: dict[str, Any]) -> str:
+    """Return the sentences about longer inputs, or nothing."""
+    long = manifest.get("long")
+    if long is None:
+        return ""
+    heads = "all states" if long["top_k"] is None else f"its {long['top_k']} best states"
+    learnt = {
+        "never": "The student was not trained on such inputs.",
+        "full": "It was trained on such inputs with all states.",
+        "random": "It was trained on such inputs with states drawn at random.",
+    }[long["trained"]]
+    return (
+        f"Longer inputs, up to {long['max_tokens']} tokens, are read in chunks of {long['chunk']}, of which each "
+        f"attention head of the decoder reads {heads}. {learnt} "
+    )
+
+
 def render(manifest: dict[str, Any]) -> str:
     """Return the model card as Markdown."""
     task, labels, training = manifest["task"], manifest["labels"], manifest["training"]
@@ -40,7 +57,8 @@ def render(manifest: dict[str, Any]) -> str:
         '    print(student.predict("..."))',
         "```",
         "",
-        f"Inputs up to {manifest['limits']['max_source_tokens']} tokens, prefix included. Every file's SHA-256 is in "
+        f"Inputs up to {manifest['limits']['max_source_tokens']} tokens, prefix included. {_long(manifest)}"
+        "Every file's SHA-256 is in "
         "`manifest.json` and checked when the bundle is loaded.",
         "",
     ]

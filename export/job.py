@@ -22,6 +22,7 @@ from sbs_edge.export.vocabulary.input import SmallVocabulary, small_vocabulary
 from sbs_edge.export.vocabulary.output import output_tokens
 from sbs_edge.tokens import TextTokenizer, within_limit
 from sbs_edge.training.student_dir import CALIBRATION, VALIDATION, StudentDir
+from sbs_edge.windows import LongSettings
 
 __all__ = ["ExportJob", "GraphOptions", "Limits", "build_job"]
 
@@ -36,6 +37,7 @@ class GraphOptions(NamedTuple):
     prune_input_vocabulary: bool
     label_only: bool
     beams: tuple[int, ...]
+    long: LongSettings | None
 
 
 class Limits(NamedTuple):
@@ -53,6 +55,7 @@ class ExportJob:
     Attributes:
         pruned: inputs of the targets' graphs, in the smaller vocabulary if ``small`` is given.
         full: the same in the student's full vocabulary, as the reference of the accuracy check.
+        long: how inputs over ``max_source_tokens`` are read; None: they are not.
     """
 
     opened: StudentDir
@@ -62,6 +65,7 @@ class ExportJob:
     small: SmallVocabulary | None
     rows: list[Example]
     limits: Limits
+    long: LongSettings | None
     say: Callable[[str], None]
 
     @property
@@ -127,7 +131,7 @@ def build_job(
         weights, plan, stats.norms, explains, None, options.keep_float, stats,
         opened.limits["max_source_tokens"],
         max(opened.limits["max_target_tokens"], opened.limits["max_label_tokens"] + 1),
-        options.beams,
+        options.beams, options.long is not None,
     )  # fmt: skip
     pruned = replace(full, output_tokens=kept)
     if small is not None:
@@ -136,7 +140,7 @@ def build_job(
             full, weights=less, plan=plan_labels(opened.task, small.tokenizer(), less.eos_id),
             output_tokens=None if kept is None else small.moved(kept),
         )  # fmt: skip
-    return ExportJob(opened, model, pruned, full, small, rows, limits, say)
+    return ExportJob(opened, model, pruned, full, small, rows, limits, options.long, say)
 
 
 def _checked_rows(opened: StudentDir, plan: LabelPlan, guard_data: Sequence[Example] | None) -> list[Example]:

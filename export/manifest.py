@@ -46,6 +46,7 @@ def new_manifest(job: ExportJob, wanted: Sequence[Target], name: str | None, ver
         "vocabulary": job.small.figures if job.small else None,
         "files": {},
         "versions": {"sbs-edge": __version__, **installed_versions(*_PACKAGES)},
+        **({} if job.long is None else {"long": job.long.describe()}),
         "seed": opened.card.get("seed"),
         "training": {
             "mode": opened.mode,

@@ -99,7 +99,9 @@ def _measure_reference(job: ExportJob, manifest: dict[str, Any]) -> _Reference:
     with tempfile.TemporaryDirectory() as scratch, _open_reference(Path(scratch), manifest, job) as student:
         job.say("comparing with PyTorch")
         entry = student.bundle.target(REFERENCE)[1]
-        pytorch = compare_with_pytorch(student.bundle.root, entry, job.model, job.opened, job.rows, job.plan)
+        pytorch = compare_with_pytorch(
+            student.bundle.root, entry, job.model, job.opened, job.rows, job.plan, job.long
+        )
         answers = answer_rows(student, job.rows, job.plan)
         return _Reference(
             answers,

@@ -53,6 +53,7 @@ VALUES: dict[str, Any] = {
     "vocabulary": 100, "lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 0.002, "weight_decay": 0.5,
     "clip_norm": 0.0, "label_smoothing": 0.1, "z_loss": 0.01, "batch_size": 7, "gradient_accumulation": 2,
     "max_steps": 9, "epochs": 1.5, "warmup": 0, "schedule": "linear", "hold": 0.1, "final": 0.2,
+    "long": "random", "max_long_tokens": 99, "chunk_overlap": 0.5, "chunk_header": " | ", "chunk_marker": True,
     "max_source_tokens": 33, "max_target_tokens": 22, "shuffle_buffer": 5, "seed": 3, "eval_steps": 4,
     "eval_batch_size": 6, "validation_rows": 11, "early_stopping_patience": 2, "select": "last", "save_steps": 0,
     "keep_checkpoints": 1, "resume": True, "bf16": True, "gradient_checkpointing": True, "fsdp": True, "threads": 1,

@@ -56,6 +56,7 @@ def _flags(callback: Callable[..., Any]) -> set[str]:
             )  # in Annotated the first name is typer's "default"
             named = [name for name in given if isinstance(name, str) and name.startswith("-")]
             plain = name.replace("_", "-")
+            named = [part for name in named for part in name.split("/")]
             found |= set(named or ({f"--{plain}", f"--no-{plain}"} if kind is bool else {f"--{plain}"}))
     return found
 

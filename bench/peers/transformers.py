@@ -25,6 +25,8 @@ def prepare(student: Path, out: Path) -> dict[str, Any]:
 class Transformers(System):
     """``T5ForConditionalGeneration.generate`` with its defaults (fp32, cache, greedy)."""
 
+    deep_decoder = False  # deeper than the encoder
+
     def open(self) -> None:
         """Load the fp32 checkpoint."""
         import torch

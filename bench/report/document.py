@@ -9,6 +9,7 @@ from sbs_edge import files
 from sbs_edge.bench.core import pictures, tables
 from sbs_edge.bench.kernels.pictures import kernel_pictures
 from sbs_edge.bench.kernels.tables import kernel_tables
+from sbs_edge.bench.long.tables import long_pictures, long_tables
 from sbs_edge.bench.serving.tables import serving_tables
 from sbs_edge.report.page import Page
 
@@ -34,6 +35,7 @@ _TITLES = {
     "serving": "Serving bench",
     "scale": "Offline scoring bench",
     "stream-rows": "Streaming bench",
+    "long": "Long-input bench",
 }
 _TABLES = {
     "latency": tables.latency_tables,
@@ -42,11 +44,13 @@ _TABLES = {
     "serving": serving_tables,
     "scale": tables.scale_tables,
     "stream-rows": tables.stream_tables,
+    "long": long_tables,
 }
 _PICTURES = {
     "latency": pictures.latency_pictures,
     "train": pictures.train_pictures,
     "kernels": kernel_pictures,
+    "long": long_pictures,
 }
 
 

@@ -20,8 +20,9 @@ from sbs_edge.runtime.sessions import Session
 from sbs_edge.runtime.trie import batch_tries, build_trie
 from sbs_edge.tokens import start_token_id
 from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.windows import Chunk, LongSettings
 
-__all__ = ["FLOAT_TOLERANCE", "compare_with_pytorch"]
+__all__ = ["FLOAT_TOLERANCE", "Judge", "accept", "check_tokens", "compare_with_pytorch"]
 
 FLOAT_TOLERANCE = 1e-4
 LABEL_ROWS = 64
@@ -29,27 +30,36 @@ TEXT_ROWS = 8
 BATCH = 8
 
 
-class _Judge:
-    """The PyTorch model, run on the tokens of one row."""
+Source = Sequence[int] | Sequence[Chunk]
+"""A row's tokens, or the chunks of a long one."""
+
+
+class Judge:
+    """The PyTorch model, run on the tokens or the chunks of one row."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model, self.config = model, model.config
         self.start_id = start_token_id(model.config)
 
-    def logits(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def logits(self, source: Source, targets: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return, for each target, the logits (len(target), V) float64 at the positions of its tokens."""
         import torch
 
         longest = max(len(target) for target in targets)
         fed = [[self.start_id, *target[:-1], *[0] * (longest - len(target))] for target in targets]
         with torch.no_grad():
-            states = self._model.get_encoder()(input_ids=torch.tensor([list(source)])).last_hidden_state
+            encoder = self._model.get_encoder()
+            kept = [
+                encoder(input_ids=torch.tensor([chunk.ids])).last_hidden_state[:, chunk.start : chunk.stop]
+                for chunk in _chunks(source)
+            ]
+            states = torch.cat(kept, 1)
             out = self._model(
                 encoder_outputs=(states.expand(len(fed), -1, -1),), decoder_input_ids=torch.tensor(fed)
             ).logits.double()
         return [rows[: len(target)].numpy() for rows, target in zip(out, targets, strict=True)]
 
-    def log_probabilities(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> np.ndarray:
+    def log_probabilities(self, source: Source, targets: Sequence[Sequence[int]]) -> np.ndarray:
         """Return (len(targets),) float64, the log-probability of each target as a whole."""
         return np.array(
             [
@@ -57,6 +67,11 @@ class _Judge:
                 for logits, target in zip(self.logits(source, targets), targets, strict=True)
             ]
         )
+
+
+def _chunks(source: Source) -> list[Chunk]:
+    ids = [item for item in source if isinstance(item, int)]
+    return [Chunk(ids, 0, len(ids))] if ids else [item for item in source if isinstance(item, Chunk)]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -71,6 +86,7 @@ def compare_with_pytorch(
     opened: StudentDir,
     rows: Sequence[Example],
     plan: LabelPlan,
+    long: LongSettings | None = None,
 ) -> dict[str, Any]:
     """Compare every float32 graph of a target with the model.
 
@@ -81,6 +97,7 @@ def compare_with_pytorch(
         opened: the student.
         rows: rows to compare on; if there are none, the labels themselves are the inputs.
         plan: how labels are scored.
+        long: how long inputs are read, if the target has graphs for them.
 
     Returns:
         ``max_relative_error`` over all graphs, and ``graphs``: error and rows of each.
@@ -88,7 +105,7 @@ def compare_with_pytorch(
     Raises:
         SbsEdgeError: a graph differs by more than 1e-4 (relative), or gives another answer.
     """
-    judge, tokenizer = _Judge(model), opened.text_tokenizer()
+    judge, tokenizer = Judge(model), opened.text_tokenizer()
     most, eos = opened.limits["max_source_tokens"], int(model.config.eos_token_id)
 
     def encoded(task: str, count: int) -> list[list[int]]:
@@ -113,6 +130,10 @@ def compare_with_pytorch(
             limit = opened.limits["max_target_tokens"]
             sources = encoded(task, TEXT_ROWS)
             found[f"explainer ({task})"] = _generated(judge, explainer, sources, limit, eos, pad)
+    if long is not None:
+        from sbs_edge.export.check.parity_long import compare_long
+
+        found |= compare_long(judge, session, graphs, opened, rows, plan, long)
     errors = [figures["max_relative_error"] for figures in found.values()]
     return {
         "max_relative_error": max(errors, default=0.0),
@@ -131,18 +152,18 @@ def _scored(session: Session, sources: Sequence[Sequence[int]], pad: int) -> lis
 
 
 def _closed(
-    judge: _Judge, ours: Sequence[np.ndarray], sources: Sequence[Sequence[int]], plan: LabelPlan
+    judge: Judge, ours: Sequence[np.ndarray], sources: Sequence[Sequence[int]], plan: LabelPlan
 ) -> dict[str, Any]:
     if plan.method == "first-token":
         columns = [ids[0] for ids in plan.token_ids]
         theirs = [judge.logits(source, [[columns[0]]])[0][0, columns] for source in sources]
     else:
         theirs = [judge.log_probabilities(source, plan.token_ids) for source in sources]
-    return _accept("label_scorer", ours, theirs)
+    return accept("label_scorer", ours, theirs)
 
 
 def _choices(
-    judge: _Judge,
+    judge: Judge,
     session: Session,
     rows: Sequence[Example],
     opened: StudentDir,
@@ -161,10 +182,10 @@ def _choices(
         (scores,) = session.run({"input_ids": ids, "attention_mask": mask, **tries})
         ours += [row[: len(names)] for row, names in zip(scores, labels, strict=True)]
         theirs += [judge.log_probabilities(*pair) for pair in zip(sources, labels, strict=True)]
-    return _accept("choice_scorer", ours, theirs)
+    return accept("choice_scorer", ours, theirs)
 
 
-def _accept(role: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> dict[str, Any]:
+def accept(role: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> dict[str, Any]:
     """Return the figures if the scores agree, or raise an error."""
     scale = max(max(float(np.abs(row).max()) for row in theirs), 1e-9)
     error = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)) / scale
@@ -176,7 +197,7 @@ def _accept(role: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray])
 
 
 def _generated(
-    judge: _Judge, session: Session, sources: Sequence[Sequence[int]], limit: int, eos: int, pad: int
+    judge: Judge, session: Session, sources: Sequence[Sequence[int]], limit: int, eos: int, pad: int
 ) -> dict[str, Any]:
     """Check greedy decoding: each token is the most probable one, the end is right, and so is the log-probability."""
     worst, n_tokens = 0.0, 0
@@ -187,23 +208,35 @@ def _generated(
         )
         for source, row, total in zip(sources[low : low + BATCH], tokens.tolist(), totals, strict=True):
             target = row[: row.index(eos) + 1] if eos in row else row
-            if eos not in row and len(row) != limit:
-                raise _differs("explainer", f"by stopping after {len(row)} of {limit} tokens without an end")
-            (logits,) = judge.logits(source, [target])
-            places = np.arange(len(target))
-            behind = (logits.max(axis=1) - logits[places, target]) / np.maximum(
-                np.abs(logits).max(axis=1), 1e-9
-            )
-            if not (behind <= FLOAT_TOLERANCE).all():
-                first = int(np.argmax(~(behind <= FLOAT_TOLERANCE)))
-                raise _differs("explainer", f"in token {first + 1} of {len(target)} of a decoded text")
-            expected = float(_log_softmax(logits)[places, target].sum())
-            # A sum over n tokens has n roundings, however certain each token is.
-            worst = max(worst, abs(float(total) - expected) / max(abs(expected), len(target)))
+            worst = max(worst, check_tokens(judge, source, target, float(total), limit, eos))
             n_tokens += len(target)
-    if not worst <= FLOAT_TOLERANCE:
-        raise _differs("explainer", f"by {worst:.2e} relative in its log-probabilities")
     return {"max_relative_error": worst, "rows": len(sources), "tokens": n_tokens}
+
+
+def check_tokens(
+    judge: Judge,
+    source: Source,
+    target: list[int],
+    total: float,
+    limit: int,
+    eos: int,
+    role: str = "explainer",
+) -> float:
+    """Return the relative error of a decoded text's log-probability; raise an error if a token is not the best one."""
+    if eos not in target and len(target) != limit:
+        raise _differs(role, f"by stopping after {len(target)} of {limit} tokens without an end")
+    (logits,) = judge.logits(source, [target])
+    places = np.arange(len(target))
+    behind = (logits.max(axis=1) - logits[places, target]) / np.maximum(np.abs(logits).max(axis=1), 1e-9)
+    if not (behind <= FLOAT_TOLERANCE).all():
+        first = int(np.argmax(~(behind <= FLOAT_TOLERANCE)))
+        raise _differs(role, f"in token {first + 1} of {len(target)} of a decoded text")
+    expected = float(_log_softmax(logits)[places, target].sum())
+    # A sum over n tokens has n roundings, however certain each token is.
+    error = abs(total - expected) / max(abs(expected), len(target))
+    if not error <= FLOAT_TOLERANCE:
+        raise _differs(role, f"by {error:.2e} relative in its log-probabilities")
+    return error
 
 
 def _differs(role: str, how: str) -> SbsEdgeError:

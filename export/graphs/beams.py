@@ -15,7 +15,7 @@ import onnx
 
 from sbs_edge.export.graphs.blocks import Writer
 from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64, Graph, Value
-from sbs_edge.export.graphs.decoder import cross_cache, decode_step
+from sbs_edge.export.graphs.decoder import attend_cache, cross_cache, decode_step
 from sbs_edge.export.graphs.encoder import batch_of, expand_batch
 from sbs_edge.export.graphs.loops import add_loop, axes, cache_inputs, cache_outputs, text_graph
 from sbs_edge.export.graphs.weights import T5Weights
@@ -109,7 +109,8 @@ def _write_step(
     hopeful = body.input("hopeful", BOOL, ["batch", 1])
     past = cache_inputs(body, weights, "rows", "past")
     last = body.op("Slice", running, axes(-1), axes(2**31), axes(2))
-    normed, present = decode_step(writer, body.op("Reshape", last, axes(-1, 1)), past, cross, mask)
+    token = body.op("Reshape", last, axes(-1, 1))
+    normed, present = decode_step(writer, token, past, attend_cache(cross, mask))
     top, beam, token = _continuations(writer, width, normed, score, output_tokens)
     grown = body.op(
         "Concat", _picked(body, running, beam), body.op("Unsqueeze", token, axes(2)), axis=2

@@ -10,8 +10,18 @@ from sbs_edge.export.graphs.encoder import FINAL_NORM
 from sbs_edge.export.graphs.positions import causal_row_bias
 
 SelfAttention = Callable[[int, Value, Value, Value], tuple[Value, Value, Value]]
+CrossAttention = Callable[[Writer, int, Stream], Value]
+"""Writer, layer and (B, T, d_model) stream -> (B, T, H * d_kv): the mean of the encoder's values for each head."""
 
-__all__ = ["HEAD", "LAST_NORM", "cross_cache", "decode_position", "decode_step"]
+__all__ = [
+    "HEAD",
+    "LAST_NORM",
+    "CrossAttention",
+    "attend_cache",
+    "cross_cache",
+    "decode_position",
+    "decode_step",
+]
 
 
 def cross_cache(writer: Writer, states: Value) -> list[Value]:
@@ -23,8 +33,20 @@ def cross_cache(writer: Writer, states: Value) -> list[Value]:
     return cache
 
 
+def attend_cache(cross: Sequence[Value], mask: Value) -> CrossAttention:
+    """Return cross-attention over the result of :func:`cross_cache`, with an additive (B, 1, T or 1, S) mask."""
+
+    def attend(writer: Writer, layer: int, stream: Stream) -> Value:
+        (q,) = writer.projections(stream, f"decoder.block.{layer}.layer.1.EncDecAttention", "q")
+        return writer.unheads(
+            writer.attend_heads(writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask)
+        )
+
+    return attend
+
+
 def decode_step(
-    writer: Writer, token: Value, past: Sequence[Value], cross: Sequence[Value], mask: Value
+    writer: Writer, token: Value, past: Sequence[Value], cross: CrossAttention
 ) -> tuple[Value, list[Value]]:
     """Run one position through the decoder.
 
@@ -32,8 +54,7 @@ def decode_step(
         writer: where to write.
         token: (B, 1) int64.
         past: key and value of every layer, (B, H, t, d_kv) each.
-        cross: the result of :func:`cross_cache`.
-        mask: (B, 1, 1, S) additive.
+        cross: attention to the encoder's states.
 
     Returns:
         (B, 1, d_model) after the final norm, and the caches with another position.
@@ -49,11 +70,11 @@ def decode_step(
         )  # fmt: skip
         return out
 
-    return decode_position(writer, token, attend, cross, mask)
+    return decode_position(writer, token, attend, cross)
 
 
 def decode_position(
-    writer: Writer, token: Value, attend: SelfAttention, cross: Sequence[Value], mask: Value
+    writer: Writer, token: Value, attend: SelfAttention, cross: CrossAttention
 ) -> tuple[Value, list[Value]]:
     """Run one position through the decoder, with any kind of cache.
 
@@ -61,8 +82,7 @@ def decode_position(
         writer: where to write.
         token: (B, 1) int64.
         attend: layer and (B, 1, H * d_kv) query, key, value -> (attended, cached keys, cached values).
-        cross: what :func:`cross_cache` returned.
-        mask: (B, 1, 1, S) additive.
+        cross: attention to the encoder's states.
 
     Returns:
         (B, 1, d_model) after the final norm, and the caches that ``attend`` returned.
@@ -78,9 +98,7 @@ def decode_position(
         attended, key, value = attend(layer, q, k, v)
         present += [key, value]
         stream = writer.add(stream, writer.linear(attended, f"{own}.o", None), f"{block}.1.layer_norm")
-        (q,) = writer.projections(stream, cross_prefix, "q")
-        pooled = writer.attend_heads(writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask)
-        joined = writer.unheads(pooled)
+        joined = cross(writer, layer, stream)
         stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
         update = writer.feed_forward(stream, f"{block}.2.DenseReluDense")
         last = layer + 1 == weights.n_decoder_layers

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 
 from sbs_edge.export.graphs.blocks import Writer
-from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64
-from sbs_edge.export.graphs.decoder import cross_cache, decode_step
+from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64, Value
+from sbs_edge.export.graphs.decoder import CrossAttention, attend_cache, cross_cache, decode_step
 from sbs_edge.export.graphs.encoder import batch_of, expand_batch
 from sbs_edge.export.graphs.loops import (
     add_loop,
@@ -22,7 +22,7 @@ from sbs_edge.export.graphs.loops import (
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 
-__all__ = ["build_rationale_generator"]
+__all__ = ["build_rationale_generator", "generate"]
 
 
 def build_rationale_generator(
@@ -45,9 +45,31 @@ def build_rationale_generator(
         step_precision: another number format for the loop's body, e.g. int4; None: ``precision``.
     """
     writer, ids, limit, states, mask = text_graph(weights, precision)
-    graph = writer.graph
-    cross = cross_cache(writer, states)
-    batch = batch_of(writer, ids)
+    attend = attend_cache(cross_cache(writer, states), mask)
+    generate(writer, ids, attend, limit, output_tokens, step_precision or precision)
+    return writer.graph.model("explainer")
+
+
+def generate(
+    writer: Writer,
+    batched: Value,
+    attend: CrossAttention,
+    limit: Value,
+    output_tokens: np.ndarray | None,
+    step_precision: Precision,
+) -> None:
+    """Write the greedy loop and its outputs, ``tokens`` and ``log_probability``.
+
+    Args:
+        writer: where to write.
+        batched: a tensor whose first dimension is B.
+        attend: attention to the encoder's states.
+        limit: () int64, most tokens.
+        output_tokens: sorted token ids the student may write, or None for all.
+        step_precision: number format of the loop's body.
+    """
+    graph, weights = writer.graph, writer.weights
+    batch = batch_of(writer, batched)
 
     body = graph.body("step_")
     body.input("iteration", INT64, [])
@@ -56,8 +78,8 @@ def build_rationale_generator(
     finished = body.input("finished", BOOL, ["batch", 1])
     score = body.input("score", FLOAT, ["batch", 1])
     past = cache_inputs(body, weights, "batch", "past")
-    inner = Writer(body, weights, step_precision or precision)
-    normed, present = decode_step(inner, token, past, cross, mask)
+    inner = Writer(body, weights, step_precision)
+    normed, present = decode_step(inner, token, past, attend)
     logits = inner.logits(normed, output_tokens)
     best, following = next_token(body, weights, logits, finished, output_tokens)
     gain = log_probability(body, logits, finished)
@@ -82,4 +104,3 @@ def build_rationale_generator(
     tokens = graph.op("Transpose", graph.op("Squeeze", results[-1], axes(2)), perm=[1, 0])
     graph.output("tokens", INT64, ["batch", "new"], tokens)
     graph.output("log_probability", FLOAT, ["batch"], graph.op("Squeeze", results[2], axes(1)))
-    return graph.model("explainer")

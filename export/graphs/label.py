@@ -8,7 +8,7 @@ heads * d_model per source token instead of two d_model * d_model products. The 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -19,9 +19,11 @@ from sbs_edge.export.graphs.encoder import FINAL_NORM, batch_of, encode, expand_
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 
-__all__ = ["build_label_classifier"]
+__all__ = ["Pool", "build_label_classifier", "first_token_scores"]
 
 _LAST = "decoder.final_layer_norm"
+Pool = Callable[[Value], Value]
+"""Queries with the key projection folded in, (1 or B, H, d_model) -> (B, H, d_model), a mean of states for each."""
 
 
 def _rms(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -46,14 +48,38 @@ def build_label_classifier(
     mask = graph.input("attention_mask", INT64, ["batch", "source"])
     writer = Writer(graph, weights, precision)
     states, bias = encode(writer, ids, mask)
-    normed = _decode_one(writer, states, bias)
+    scores = first_token_scores(writer, states, _pool_states(graph, states, bias), first_tokens)
+    graph.output("scores", FLOAT, ["batch", len(first_tokens)], scores)
+    return graph.model("label_scorer")
+
+
+def _pool_states(graph: Graph, states: Value, mask: Value) -> Pool:
+    row_mask = graph.op("Squeeze", mask, np.array([1], np.int64))  # (B, 1, S)
+    keys = graph.op("Transpose", states, perm=[0, 2, 1])  # (B, d, S)
+
+    def pool(absorbed: Value) -> Value:
+        scores = graph.op("Add", graph.op("MatMul", absorbed, keys), row_mask)  # (B, H, S)
+        return str(graph.op("MatMul", graph.op("Softmax", scores, axis=-1), states))  # (B, H, d)
+
+    return pool
+
+
+def first_token_scores(writer: Writer, states: Value, pool: Pool, first_tokens: Sequence[int]) -> Value:
+    """Return (B, K): the logits of ``first_tokens`` at the first decoder position.
+
+    Args:
+        writer: where to write.
+        states: (B, S, d_model) encoder states.
+        pool: attention to them.
+        first_tokens: the K labels' first target tokens.
+    """
+    graph = writer.graph
+    normed = _decode_one(writer, states, pool)
     head = writer.head_weight(np.asarray(first_tokens)).T  # (K, d)
     # Multiply and sum instead of a matrix product: the runtime's kernels for one row and for many
     # add in different orders, and a score must not depend on the batch.
     products = graph.op("Mul", writer.widen(normed), np.ascontiguousarray(head[None]))
-    scores = graph.op("ReduceSum", products, np.array([2], np.int64), keepdims=0)
-    graph.output("scores", FLOAT, ["batch", len(first_tokens)], scores)
-    return graph.model("label_scorer")
+    return str(graph.op("ReduceSum", products, np.array([2], np.int64), keepdims=0))
 
 
 def _constant_start(weights: T5Weights) -> np.ndarray:
@@ -65,12 +91,10 @@ def _constant_start(weights: T5Weights) -> np.ndarray:
     return np.asarray(x + weights.vector(f"{block}.SelfAttention.o").astype(np.float64) @ value)
 
 
-def _decode_one(writer: Writer, states: Value, mask: Value) -> Value:
+def _decode_one(writer: Writer, states: Value, pool: Pool) -> Value:
     """Run the decoder on its start token alone; return (B, 1, d_model) after the final norm."""
     graph, weights = writer.graph, writer.weights
     heads, width, d = weights.n_heads, weights.d_kv, weights.d_model
-    row_mask = graph.op("Squeeze", mask, np.array([1], np.int64))  # (B, 1, S)
-    keys = graph.op("Transpose", states, perm=[0, 2, 1])  # (B, d, S)
     # (1, H, inner): 1 where a column belongs to the head. Masked, one (H, inner) product does
     # what H products of a head each would, and int8 has a kernel for it.
     block_mask = np.kron(np.eye(heads, dtype=np.float32), np.ones((1, width), np.float32))[None]
@@ -97,10 +121,8 @@ def _decode_one(writer: Writer, states: Value, mask: Value) -> Value:
             stream = writer.add(stream, update, f"{block}.1.layer_norm")
             query = graph.op("Mul", writer.linear(stream.normed, f"{cross}.q", stream.norm), block_mask)
             absorbed = writer.precision.linear(graph, query, weights.vector(f"{cross}.k"), norm=None)
-        scores = graph.op("Add", graph.op("MatMul", absorbed, keys), row_mask)  # (B, H, S)
-        pooled = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), states)  # (B, H, d)
         # A mean of normalised states is within the range of their norm.
-        values = writer.precision.linear(graph, pooled, weights.linear(f"{cross}.v"), norm=FINAL_NORM)
+        values = writer.precision.linear(graph, pool(absorbed), weights.linear(f"{cross}.v"), norm=FINAL_NORM)
         merged_heads = graph.op(
             "ReduceSum", graph.op("Mul", values, block_mask), np.array([1], np.int64), keepdims=1
         )

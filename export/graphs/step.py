@@ -10,7 +10,7 @@ import onnx
 
 from sbs_edge.export.graphs.blocks import Writer, mask_bias
 from sbs_edge.export.graphs.builder import BOOL, FLOAT, INT64, Graph, Value
-from sbs_edge.export.graphs.decoder import HEAD, LAST_NORM, cross_cache, decode_position
+from sbs_edge.export.graphs.decoder import HEAD, LAST_NORM, attend_cache, cross_cache, decode_position
 from sbs_edge.export.graphs.encoder import encode
 from sbs_edge.export.graphs.loops import (
     axes,
@@ -81,7 +81,7 @@ def build_decoder_step(
         pooled = writer.attend_heads(writer.heads(q), key, value, bias)
         return writer.unheads(pooled), key, value
 
-    normed, present = decode_position(writer, token, attend, cross, mask_bias(graph, attention))
+    normed, present = decode_position(writer, token, attend, attend_cache(cross, mask_bias(graph, attention)))
     logits = writer.widen(
         precision.linear(graph, normed, writer.head_weight(output_tokens), norm=LAST_NORM, site=HEAD)
     )

@@ -16,19 +16,26 @@ import onnx
 
 from sbs_edge.export.graphs.blocks import Writer
 from sbs_edge.export.graphs.builder import FLOAT, INT64, Graph, Value
-from sbs_edge.export.graphs.decoder import LAST_NORM, cross_cache
+from sbs_edge.export.graphs.decoder import LAST_NORM, CrossAttention, attend_cache, cross_cache
 from sbs_edge.export.graphs.encoder import batch_of, encode
 from sbs_edge.export.graphs.positions import tree_bias
 from sbs_edge.export.graphs.weights import T5Weights
 from sbs_edge.export.quant.precision import Precision
 from sbs_edge.runtime.trie import Trie, build_trie
 
-__all__ = ["build_choice_classifier", "build_trie_classifier"]
+__all__ = [
+    "TrieValues",
+    "build_choice_classifier",
+    "build_trie_classifier",
+    "score_trie",
+    "trie_constants",
+    "trie_inputs",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class _TrieValues:
-    """The trie's tensors in the graph; see :class:`sbs_edge.runtime.trie.Trie` for their shapes."""
+class TrieValues:
+    """A trie's tensors in a graph; see :class:`sbs_edge.runtime.trie.Trie` for their shapes."""
 
     node_ids: Value
     node_depth: Value
@@ -36,6 +43,32 @@ class _TrieValues:
     edge_node: Value
     edge_token: Value
     label_edges: Value
+
+
+def trie_inputs(graph: Graph) -> TrieValues:
+    """Declare the inputs that :func:`sbs_edge.runtime.trie.batch_tries` makes."""
+    return TrieValues(
+        graph.input("node_ids", INT64, ["batch", "nodes"]),
+        graph.input("node_depth", INT64, ["batch", "nodes"]),
+        graph.input("ancestors", FLOAT, ["batch", "nodes", "nodes"]),
+        graph.input("edge_node", INT64, ["batch", "edges"]),
+        graph.input("edge_token", INT64, ["batch", "edges"]),
+        graph.input("label_edges", FLOAT, ["batch", "labels", "edges"]),
+    )
+
+
+def trie_constants(graph: Graph, batched: Value, trie: Trie) -> TrieValues:
+    """Repeat the tensors of one trie for every row of ``batched``."""
+    batch = graph.op("Shape", batched, start=0, end=1)
+
+    def repeated(array: np.ndarray) -> Value:
+        shape = graph.op("Concat", batch, np.array(array.shape, np.int64), axis=0)
+        return str(graph.op("Expand", array[None], shape))
+
+    return TrieValues(
+        repeated(trie.node_ids), repeated(trie.node_depth), repeated(trie.ancestors),
+        repeated(trie.edge_node), repeated(trie.edge_token), repeated(trie.label_edges),
+    )  # fmt: skip
 
 
 def build_choice_classifier(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
@@ -48,16 +81,10 @@ def build_choice_classifier(weights: T5Weights, precision: Precision) -> onnx.Mo
     graph = Graph()
     ids = graph.input("input_ids", INT64, ["batch", "source"])
     mask = graph.input("attention_mask", INT64, ["batch", "source"])
-    trie = _TrieValues(
-        graph.input("node_ids", INT64, ["batch", "nodes"]),
-        graph.input("node_depth", INT64, ["batch", "nodes"]),
-        graph.input("ancestors", FLOAT, ["batch", "nodes", "nodes"]),
-        graph.input("edge_node", INT64, ["batch", "edges"]),
-        graph.input("edge_token", INT64, ["batch", "edges"]),
-        graph.input("label_edges", FLOAT, ["batch", "labels", "edges"]),
-    )
+    trie = trie_inputs(graph)
     writer = Writer(graph, weights, precision)
-    graph.output("scores", FLOAT, ["batch", "labels"], _score(writer, ids, mask, trie))
+    scores = score_trie(writer, ids, trie, _attend_tokens(writer, ids, mask, trie))
+    graph.output("scores", FLOAT, ["batch", "labels"], scores)
     return graph.model("choice_scorer")
 
 
@@ -74,29 +101,33 @@ def build_trie_classifier(
     graph = Graph()
     ids = graph.input("input_ids", INT64, ["batch", "source"])
     mask = graph.input("attention_mask", INT64, ["batch", "source"])
-    trie: Trie = build_trie(label_tokens, weights.start_id)
-    batch = graph.op("Shape", ids, start=0, end=1)
-
-    def repeated(array: np.ndarray) -> Value:
-        shape = graph.op("Concat", batch, np.array(array.shape, np.int64), axis=0)
-        return str(graph.op("Expand", array[None], shape))
-
-    values = _TrieValues(
-        repeated(trie.node_ids), repeated(trie.node_depth), repeated(trie.ancestors),
-        repeated(trie.edge_node), repeated(trie.edge_token), repeated(trie.label_edges),
-    )  # fmt: skip
+    values = trie_constants(graph, ids, build_trie(label_tokens, weights.start_id))
     writer = Writer(graph, weights, precision)
-    graph.output("scores", FLOAT, ["batch", len(label_tokens)], _score(writer, ids, mask, values))
+    scores = score_trie(writer, ids, values, _attend_tokens(writer, ids, mask, values))
+    graph.output("scores", FLOAT, ["batch", len(label_tokens)], scores)
     return graph.model("trie_scorer")
 
 
-def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues) -> Value:
-    graph, weights = writer.graph, writer.weights
+def _attend_tokens(writer: Writer, ids: Value, attention_mask: Value, trie: TrieValues) -> CrossAttention:
+    graph = writer.graph
     states, mask = encode(writer, ids, attention_mask)
     cross = cross_cache(writer, states)
     one = np.array([1], np.int64)
     n_nodes = graph.op("Shape", trie.node_ids, start=1, end=2)
     mask = graph.op("Expand", mask, graph.op("Concat", one, one, n_nodes, one, axis=0))  # (B, 1, T, S)
+    return attend_cache(cross, mask)
+
+
+def score_trie(writer: Writer, batched: Value, trie: TrieValues, attend: CrossAttention) -> Value:
+    """Return (B, K): the sum of log P(token | prefix) of every label.
+
+    Args:
+        writer: where to write.
+        batched: a tensor whose first dimension is B.
+        trie: the labels.
+        attend: attention to the encoder's states.
+    """
+    graph, weights = writer.graph, writer.weights
     x = writer.precision.embedding(graph, weights.embedding, trie.node_ids)
     stream = writer.start(x, "decoder.block.0.layer.0.layer_norm")
     bias = ""
@@ -109,9 +140,7 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
         stream = writer.add(
             stream, writer.linear(writer.attend(q, k, v, bias), f"{own}.o", None), f"{block}.1.layer_norm"
         )
-        (q,) = writer.projections(stream, cross_prefix, "q")
-        pooled = writer.attend_heads(writer.heads(q), cross[2 * layer], cross[2 * layer + 1], mask)
-        joined = writer.unheads(pooled)
+        joined = attend(writer, layer, stream)
         stream = writer.add(stream, writer.linear(joined, f"{cross_prefix}.o", None), f"{block}.2.layer_norm")
         last = layer + 1 == weights.n_decoder_layers
         stream = writer.add(
@@ -121,7 +150,7 @@ def _score(writer: Writer, ids: Value, attention_mask: Value, trie: _TrieValues)
         )
     logits = writer.widen(writer.logits(stream.normed))  # (B, T, V)
     log_softmax = graph.op("LogSoftmax", logits, axis=-1)
-    batch_index = graph.op("Range", np.int64(0), graph.op("Squeeze", batch_of(writer, ids)), np.int64(1))
+    batch_index = graph.op("Range", np.int64(0), graph.op("Squeeze", batch_of(writer, batched)), np.int64(1))
     rows = graph.op(
         "Expand",
         graph.op("Unsqueeze", batch_index, np.array([1], np.int64)),

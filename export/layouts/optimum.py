@@ -26,7 +26,7 @@ from sbs_edge.errors import UsageError
 from sbs_edge.export.assemble import GraphInputs, precision_of
 from sbs_edge.export.graphs.blocks import Writer, mask_bias
 from sbs_edge.export.graphs.builder import FLOAT, INT64, Graph, Value
-from sbs_edge.export.graphs.decoder import cross_cache, decode_position, decode_step
+from sbs_edge.export.graphs.decoder import attend_cache, cross_cache, decode_position, decode_step
 from sbs_edge.export.graphs.encoder import batch_of, encode
 from sbs_edge.export.graphs.positions import tree_bias
 from sbs_edge.export.graphs.store import save_graphs
@@ -109,7 +109,7 @@ def _decoder(weights: T5Weights, precision: Precision) -> onnx.ModelProto:
         return writer.attend(q, k, v, bias), writer.heads(k), writer.heads(v)
 
     cross = cross_cache(writer, states)
-    normed, present = decode_position(writer, ids, attend, cross, mask)
+    normed, present = decode_position(writer, ids, attend, attend_cache(cross, mask))
     _logits(graph, writer, normed)
     _present(graph, weights, "decoder", present, "target")
     _present(graph, weights, "encoder", cross, "source")
@@ -129,7 +129,7 @@ def _decoder_with_past(weights: T5Weights, precision: Precision) -> onnx.ModelPr
                 name = f"past_key_values.{layer}.{side}.{part}"
                 caches.append(graph.input(name, FLOAT, ["batch", weights.n_heads, length, weights.d_kv]))
     writer = Writer(graph, weights, precision)
-    normed, present = decode_step(writer, ids, past, cross, mask_bias(graph, attention))
+    normed, present = decode_step(writer, ids, past, attend_cache(cross, mask_bias(graph, attention)))
     _logits(graph, writer, normed)
     _present(graph, weights, "decoder", present, "now")
     return graph.model("decoder_with_past_model")

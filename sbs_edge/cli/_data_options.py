@@ -71,7 +71,9 @@ class LabelKind(StrEnum):
     open = "open"
 
 
-DataArgument = Annotated[str, typer.Argument(help="A file, a directory, a data set name, or 'builtin'.")]
+DataArgument = Annotated[
+    str, typer.Argument(help="A file, a directory, a data set name, 'builtin' or 'shift-log'.")
+]
 DatasetOption = Annotated[
     PaperDataset | None, typer.Option(help="Read DATA in the paper's layout instead of by its suffix.")
 ]

@@ -9,7 +9,18 @@ import typer
 __all__ = ["register"]
 
 # In the order of the help text.
-_COMMANDS = ("latency", "train", "kernels", "serving", "scale", "stream_rows", "gpu", "compare", "docs")
+_COMMANDS = (
+    "latency",
+    "train",
+    "kernels",
+    "serving",
+    "scale",
+    "stream_rows",
+    "long",
+    "gpu",
+    "compare",
+    "docs",
+)
 
 
 def register(app: typer.Typer) -> None:

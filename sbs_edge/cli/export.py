@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -51,6 +51,27 @@ class Layout(StrEnum):
     bundle = "bundle"
     optimum = "optimum"
     triton = "triton"
+
+
+def _long(
+    long: bool | None,
+    max_tokens: int | None,
+    top_k: int | None,
+    overlap: float | None,
+    header: str | None,
+    marker: bool,
+) -> bool | dict[str, Any] | None:
+    """Return the argument ``long`` of the function ``export``."""
+    given = {
+        "max_tokens": max_tokens, "top_k": top_k, "overlap": overlap, "header": header, "marker": marker or None,
+    }  # fmt: skip
+    fields = {name: value for name, value in given.items() if value is not None}
+    if fields and long is False:
+        raise UsageError(
+            "--no-long leaves long inputs out; leave the options about them out too: --max-long-tokens, --top-k, "
+            "--chunk-overlap, --chunk-header and --chunk-marker."
+        )
+    return fields or long
 
 
 def register(app: typer.Typer) -> None:
@@ -160,6 +181,33 @@ def register(app: typer.Typer) -> None:
                 help="Also write targets that cannot run on this machine; their accuracy is not measured.",
             ),
         ] = False,
+        long: Annotated[
+            bool | None,
+            typer.Option(
+                "--long/--no-long",
+                help="Read inputs over the limit in chunks (CPU targets); none: if the student was trained on them.",
+            ),
+        ] = None,
+        max_long_tokens: Annotated[
+            int | None, typer.Option(min=8, help="Longest input with --long; none: 65536.")
+        ] = None,
+        top_k: Annotated[
+            int | None,
+            typer.Option(
+                min=1, help="States each head reads of a long input; none: the student's own, or all."
+            ),
+        ] = None,
+        chunk_overlap: Annotated[
+            float | None,
+            typer.Option(min=0, help="Share that neighbouring chunks have in common; none: 0.25."),
+        ] = None,
+        chunk_header: Annotated[
+            str | None,
+            typer.Option(help="Repeat the text up to this string in every chunk; none: repeat nothing."),
+        ] = None,
+        chunk_marker: Annotated[
+            bool, typer.Option("--chunk-marker", help="Tell each chunk its place: 'part 3 of 9'.")
+        ] = False,
         version: Annotated[str, typer.Option(help="The bundle's version, shown by the server.")] = "1",
         config: ConfigOption = None,
         json: JsonOption = False,
@@ -207,6 +255,7 @@ def register(app: typer.Typer) -> None:
                 keep_float=tuple(keep_float or ()),
                 prune_vocabulary=prune_vocabulary, prune_input_vocabulary=prune_input_vocabulary, label_only=label_only,
                 layout=layout.value, single_file=single_file, unguarded=unguarded,
+                long=_long(long, max_long_tokens, top_k, chunk_overlap, chunk_header, chunk_marker),
                 version=version,
                 say=say,
             )  # fmt: skip

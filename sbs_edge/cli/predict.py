@@ -223,7 +223,7 @@ def _answers(
 
 def _refuse_long(student: Any, part: list[PredictRow], truncate: bool, explain: bool) -> None:
     """Name file and line of an input over the limit; the runtime only knows its place in the call."""
-    limit = student.limits["max_source_tokens"]
+    limit = student.max_input_tokens
     for task in () if truncate else ("label", "rationale") if explain else ("label",):
         for row, ids in zip(part, student.tokenize([row.text for row in part], task), strict=True):
             if len(ids) > limit or len(row.text) > most_characters(limit):

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from rich.console import Console
 
 from sbs_edge import files
-from sbs_edge.data import hub
+from sbs_edge.data import hub, shift_log
 from sbs_edge.data.builtin import builtin_splits
 from sbs_edge.data.example import LabelKind, Splits, TaskSpec
 from sbs_edge.data.labels import Respelling, fit_labels, infer_task
@@ -48,7 +48,7 @@ class Source:
         found: split name to usable and rejected rows.
         unparsed: split name to the number of raw teacher outputs without a readable label.
         respelled: split name to the labels that were spelled differently from the task's set.
-        is_builtin: it is the built-in task, whose splits are whole and disjoint.
+        is_builtin: it is a built-in task, whose splits are whole and disjoint.
     """
 
     task: TaskSpec
@@ -113,12 +113,21 @@ class SourceOptions(TypedDict, total=False):
     columns: ColumnMap
 
 
+def _drawn_splits(source: str | Path | None, seed: int) -> Splits | None:
+    """Return the splits of a built-in task, or None if ``source`` does not name one."""
+    if source is None or str(source) == "builtin":
+        return builtin_splits(seed=seed)
+    if str(source) in (shift_log.NAME, shift_log.LATEST_NAME):
+        return shift_log.shift_log_splits(seed, latest=str(source) == shift_log.LATEST_NAME)
+    return None
+
+
 def open_splits(
     source: str | Path | None, seed: int = 0, **options: Unpack[SourceOptions]
 ) -> tuple[Source, Splits]:
-    """Open a source, or the built-in task as ``seed`` draws it; nothing is held out, dropped or refused."""
-    if options.get("dataset") is None and (source is None or str(source) == "builtin"):
-        drawn = builtin_splits(seed=seed)
+    """Open a source, or a built-in task as ``seed`` draws it; nothing is held out, dropped or refused."""
+    drawn = _drawn_splits(source, seed) if options.get("dataset") is None else None
+    if drawn is not None:
         rows = {name: ReadResult(getattr(drawn, name)) for name in ("train", "validation", "test")}
         return Source(drawn.task, rows, is_builtin=True), drawn
     opened = open_source(source or ".", **options)
@@ -200,9 +209,9 @@ def load_splits(
     Rows are chosen by ``seed``, stratified by label in closed tasks, and equal inputs stay together.
 
     Args:
-        source: None or ``"builtin"``; a file; a folder with ``train``, ``validation`` and ``test``
-            files; a saved Hugging Face data set or the name of one; with ``dataset``, a folder in the
-            paper's layout.
+        source: None or ``"builtin"``; ``"shift-log"`` or ``"shift-log-latest"``; a file; a folder with ``train``,
+            ``validation`` and ``test`` files; a saved Hugging Face data set or the name of one; with ``dataset``, a
+            folder in the paper's layout.
         dataset: ``cqa``, ``svamp``, ``anli1`` or ``esnli``.
         validation: file of validation rows.
         test: file of test rows.
@@ -211,7 +220,7 @@ def load_splits(
         columns: which column is which field.
         skip_bad_rows: leave out unusable rows, and training and validation rows whose
             input a later split has too; stderr gives their number.
-        seed: decides which rows are held out, and draws the built-in task.
+        seed: decides which rows are held out, and draws a built-in task.
         skipped_file: JSON Lines file of the skipped rows, written only if there are any.
 
     Raises:

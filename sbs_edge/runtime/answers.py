@@ -23,6 +23,7 @@ class Prediction:
         abstained: the probability is below the bundle's (or the call's) ``abstain_below``.
         truncated: the input was longer than the limit and cut, as the caller allowed.
         n_input_tokens: tokens read, prefix and end-of-sequence included.
+        n_chunks: chunks the input was read in: 1, or more where it was over ``max_source_tokens``.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Prediction:
     abstained: bool
     truncated: bool
     n_input_tokens: int
+    n_chunks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Explanation:
         truncated: the input was longer than the limit and cut, as the caller allowed.
         complete: the student ended by itself, before the limit of new tokens.
         n_input_tokens: tokens read, prefix and end-of-sequence included.
+        n_chunks: chunks the input was read in: 1, or more where it was over ``max_source_tokens``.
     """
 
     rationale: str
@@ -50,10 +53,13 @@ class Explanation:
     truncated: bool
     complete: bool
     n_input_tokens: int
+    n_chunks: int = 1
 
 
 def answer_document(prediction: Any, explanation: Any = None) -> dict[str, Any]:
     """Return the JSON document of an answer: a prediction, and an explanation if there is one.
+
+    ``n_chunks`` is there only for an input that was read in more than one chunk.
 
     Args:
         prediction: a :class:`Prediction`, or ``None`` where only the rationale was asked for.
@@ -75,6 +81,9 @@ def answer_document(prediction: Any, explanation: Any = None) -> dict[str, Any]:
     if explanation is not None:
         document["rationale"] = explanation.rationale
         document["rationale_complete"] = explanation.complete
+    n_chunks = max(getattr(answer, "n_chunks", 1) for answer in (prediction, explanation))
+    if n_chunks > 1:
+        document["n_chunks"] = n_chunks
     return document
 
 
@@ -93,6 +102,7 @@ def prediction_of(
     abstain_below: float,
     truncated: bool,
     n_tokens: int,
+    n_chunks: int = 1,
 ) -> Prediction:
     """Return the answer behind the scores of one text."""
     weights = probabilities_of(scores, temperature)
@@ -105,4 +115,5 @@ def prediction_of(
         probability < abstain_below,
         truncated,
         n_tokens,
+        n_chunks,
     )

@@ -15,12 +15,14 @@ from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import tries_of
 from sbs_edge.runtime.generation import StepLoop
 from sbs_edge.runtime.int8_products import warn_of_old_loops
+from sbs_edge.runtime.long import Documents, LongReader
+from sbs_edge.runtime.manifest import LONG_ROLES
 from sbs_edge.runtime.sessions import GraphSource, Session, Sessions, usable_providers
 from sbs_edge.runtime.trie import batch_tries, build_trie
 
 __all__ = ["TargetGraphs"]
 
-_ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step")
+_ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step", *LONG_ROLES)
 _BEAM = "explainer_beam"
 
 
@@ -42,8 +44,11 @@ class TargetGraphs:
         max_batch_tokens: int,
         providers: Sequence[str],
         prepacked_cache: bool,
+        top_k: int | None = None,
     ) -> None:
         """Prepare to open the graphs of ``entry``, which is the manifest's description of ``target``.
+
+        ``top_k`` is the number of encoder states that each attention head reads of a long input; None: all.
 
         Raises:
             UsageError: onnxruntime has none of ``providers`` here.
@@ -80,22 +85,27 @@ class TargetGraphs:
 
         roles = [role for role in entry if role in _ROLES or role.startswith(_BEAM)]
         self.sessions = Sessions({role: opener(role, entry[role]) for role in roles})
+        self._top_k, self._width = top_k, model.get("d_model", 0)
 
     @property
     def beams(self) -> list[int]:
         """Return the widths of beam search for which the target has a graph."""
         return [int(role.removeprefix(_BEAM)) for role in self.sessions if role.startswith(_BEAM)]
 
-    def label_scores(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Return the scores (K,) of the closed label set for every row of token ids."""
+    def label_scores(self, rows: Sequence[Sequence[int]], documents: Documents) -> list[np.ndarray]:
+        """Return the scores (K,) of the closed label set for every row of token ids; those in chunks are read so."""
         session = self._session("label_scorer", "a closed label set")
-        return self._in_batches(
-            rows, lambda _, ids, mask: session.run({"input_ids": ids, "attention_mask": mask})[0]
+        found = self._in_batches(
+            rows, documents, lambda _, ids, mask: session.run({"input_ids": ids, "attention_mask": mask})[0]
         )
+        for i, scores in self._reader().score_labels(documents):
+            found[i] = scores
+        return found
 
     def choice_scores(
         self,
         rows: Sequence[Sequence[int]],
+        documents: Documents,
         choices: Sequence[tuple[str, ...]],
         tokens_of: Callable[[str], Sequence[int]],
     ) -> list[np.ndarray]:
@@ -108,10 +118,13 @@ class TargetGraphs:
             (found,) = session.run({"input_ids": ids, "attention_mask": mask, **trie_inputs})
             return (found[position, : len(choices[i])] for position, i in enumerate(batch))
 
-        return self._in_batches(rows, scores, [tries[names].padded_shape for names in choices])
+        found = self._in_batches(rows, documents, scores, [tries[names].padded_shape for names in choices])
+        for i, own in self._reader().score_labels(documents, lambda i: batch_tries([tries[choices[i]]])):
+            found[i] = own[: len(choices[i])]
+        return found
 
     def generate(
-        self, rows: Sequence[Sequence[int]], limit: int, num_beams: int = 1
+        self, rows: Sequence[Sequence[int]], documents: Documents, limit: int, num_beams: int = 1
     ) -> list[tuple[list[int], float]]:
         """Return the tokens written for every row, end-of-sequence included, and their log-probability."""
         write = self._generator(num_beams)
@@ -119,12 +132,19 @@ class TargetGraphs:
         def written(batch: list[int], ids: np.ndarray, mask: np.ndarray) -> Iterable[tuple[list[int], float]]:
             tokens, log_probability = write(ids, mask, limit)
             for position, i in enumerate(batch):
-                row = tokens[position].tolist()
-                stop = row.index(self._eos) + 1 if self._eos in row else len(row)
-                self.check_finite(log_probability[position], i)
-                yield row[:stop], float(log_probability[position])
+                yield self._ended(i, tokens[position], log_probability[position])
 
-        return self._in_batches(rows, written)
+        found = self._in_batches(rows, documents, written)
+        for i, tokens, log_probability in self._reader().generate(documents, limit):
+            found[i] = self._ended(i, tokens, log_probability)
+        return found
+
+    def _ended(self, i: int, tokens: np.ndarray, log_probability: np.ndarray) -> tuple[list[int], float]:
+        """Return the tokens of text ``i`` up to end-of-sequence, and their log-probability."""
+        row: list[int] = tokens.tolist()
+        stop = row.index(self._eos) + 1 if self._eos in row else len(row)
+        self.check_finite(log_probability, i)
+        return row[:stop], float(log_probability)
 
     def run_choices_once(self, row: Sequence[int]) -> None:
         """Score two made-up choices, so that the first request does not wait for the graph."""
@@ -156,18 +176,31 @@ class TargetGraphs:
     def _in_batches(
         self,
         rows: Sequence[Sequence[int]],
+        documents: Documents,
         call: Callable[[list[int], np.ndarray, np.ndarray], Iterable[Any]],
         shapes: Sequence[Hashable] | None = None,
     ) -> list[Any]:
-        """Pad rows of one length together, and return what ``call`` gives for each, in the order of the rows."""
+        """Pad rows of one length together, and return what ``call`` gives for each, in the order of the rows.
+
+        Rows that are read in chunks are left out.
+        """
         out: list[Any] = [None] * len(rows)
         most_rows: int | None = self._entry.get("max_batch_rows")
-        lengths = [len(row) for row in rows]
-        for batch in token_budget_batches(lengths, self._max_batch_tokens, most_rows, shapes):
+        whole = [i for i in range(len(rows)) if i not in documents]
+        lengths = [len(rows[i]) for i in whole]
+        own = shapes and [shapes[i] for i in whole]
+        for places in token_budget_batches(lengths, self._max_batch_tokens, most_rows, own):
+            batch = [whole[place] for place in places]
             ids, mask = pad_rows([rows[i] for i in batch], self._pad)
             for i, found in zip(batch, call(batch, ids, mask), strict=False):
                 out[i] = found
         return out
+
+    def _reader(self) -> LongReader:
+        return LongReader(
+            self._session, top_k=self._top_k, d_model=self._width, pad_id=self._pad,
+            max_batch_tokens=self._max_batch_tokens,
+        )  # fmt: skip
 
     def _generator(self, num_beams: int) -> Callable[[np.ndarray, np.ndarray, int], Sequence[np.ndarray]]:
         """Return a function from ids, mask and limit to tokens (B, N) and their log-probabilities (B,)."""

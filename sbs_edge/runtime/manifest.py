@@ -11,10 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sbs_edge.errors import IntegrityError, SbsEdgeError, UsageError
+from sbs_edge.windows import LongSettings
 
 __all__ = [
     "DIGEST",
     "FORMAT",
+    "LONG_ROLES",
     "MANIFEST",
     "ROLES",
     "file_digest",
@@ -28,7 +30,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
 MAX_MANIFEST_BYTES = 64 << 20
-ROLES = ("label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step", "single_file")
+LONG_ROLES = ("long_encoder", "long_label_scorer", "long_choice_scorer", "long_explainer")
+ROLES = (
+    "label_scorer", "choice_scorer", "explainer", "encoder", "decoder_step", "single_file", *LONG_ROLES,
+)  # fmt: skip
 """Entries of a target that name a file."""
 
 _LIMITS = ("max_source_tokens", "max_new_tokens", "max_label_tokens")
@@ -165,6 +170,22 @@ def _number(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
+def _long_settings(section: object) -> bool:
+    """Tell whether ``section`` says how long inputs are read."""
+    types = {
+        "chunk": int, "max_tokens": int, "overlap": (int, float), "header": str, "marker": bool,
+        "top_k": (int, type(None)), "trained": str,
+    }  # fmt: skip
+    if not isinstance(section, dict) or set(section) != set(types):
+        return False
+    if not all(isinstance(section[name], kind) for name, kind in types.items()):  # type: ignore[arg-type]
+        return False
+    try:
+        return LongSettings.of(section) is not None
+    except UsageError:
+        return False
+
+
 def _shape_problem(manifest: dict[str, Any]) -> str | None:
     """Return what is wrong with the fields the runtime uses, or None."""
     labels, targets, files = manifest.get("labels"), manifest.get("targets"), manifest.get("files")
@@ -203,6 +224,8 @@ def _shape_problem(manifest: dict[str, Any]) -> str | None:
             for entry in files.values()
         ),
     }
+    if manifest.get("long") is not None:
+        checks["long"] = _long_settings(manifest["long"])
     wrong = [name for name, fine in checks.items() if not fine]
     if wrong:
         return f"lacks the field(s) {', '.join(wrong)} or has them in a wrong shape; export the bundle again."

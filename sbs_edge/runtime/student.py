@@ -15,8 +15,10 @@ from sbs_edge.runtime.answers import Explanation, Prediction, prediction_of, pro
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.choices import label_lists, places_of
 from sbs_edge.runtime.graphs import TargetGraphs
+from sbs_edge.runtime.long import Documents
 from sbs_edge.runtime.manifest import read_manifest
 from sbs_edge.runtime.texts import Texts, check_texts
+from sbs_edge.windows import LongSettings
 
 __all__ = ["Student"]
 
@@ -56,6 +58,7 @@ class Student:
         labels: the closed label set, in the order of :meth:`predict_proba`'s columns; empty for open labels and for
             bundles whose rows have their own choices.
         limits: ``max_source_tokens``, ``max_new_tokens`` and ``max_label_tokens``.
+        max_input_tokens: longest input that is read, in one piece or in chunks.
         threads: threads per call.
         abstain_below: probability below which an answer is marked as abstained.
     """
@@ -71,6 +74,8 @@ class Student:
         prepacked_cache: bool = True,
         providers: Sequence[str] | None = None,
         eager: bool = False,
+        long: bool = True,
+        top_k: int | None = None,
     ) -> None:
         """Load a target of an open bundle. :meth:`from_pretrained` also opens the bundle, and explains the parameters."""
         self.bundle = bundle
@@ -85,7 +90,17 @@ class Student:
         self.truncate = truncate
         self.limits: Mapping[str, int] = self.manifest["limits"]
         self._eos: int = self.manifest["model"]["eos_token_id"]
-        self._texts = Texts(bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos)
+        settings = LongSettings.of(self.manifest.get("long")) if long else None
+        if top_k is not None and (settings is None or top_k < 1):
+            raise UsageError(
+                f"top_k must be at least 1, not {top_k}."
+                if settings is not None
+                else "top_k is for inputs that are read in chunks, and this bundle was exported without them."
+            )
+        self._texts = Texts(
+            bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos, settings
+        )
+        self.max_input_tokens = self._texts.max_tokens
         labels = self.manifest["labels"]
         self._method: str = labels["method"]
         self.labels: tuple[str, ...] = tuple(labels["labels"])
@@ -95,6 +110,7 @@ class Student:
         self._graphs = TargetGraphs(
             bundle, self.target, self._entry, threads=self.threads, max_batch_tokens=max_batch_tokens,
             providers=self._entry["providers"] if providers is None else providers, prepacked_cache=prepacked_cache,
+            top_k=top_k or (settings.top_k if settings is not None else None),
         )  # fmt: skip
         self._sessions = self._graphs.sessions
         if eager:
@@ -116,6 +132,8 @@ class Student:
         providers: Sequence[str] | None = None,
         eager: bool = False,
         recheck: bool = False,
+        long: bool = True,
+        top_k: int | None = None,
     ) -> Student:
         """Open a bundle and check it.
 
@@ -139,6 +157,9 @@ class Student:
                 bf16 has no kernels there.
             eager: open every graph of the target now; see also :meth:`warm_up`.
             recheck: read and check every file, unchanged or not.
+            long: read inputs over ``max_source_tokens`` in chunks, if the bundle was exported for it; False:
+                treat them as a bundle without that does.
+            top_k: encoder states each attention head reads of such an input; None: the bundle's setting.
 
         Raises:
             UsageError: there is no such directory or repository name, or the target is missing or cannot run here.
@@ -163,7 +184,7 @@ class Student:
         bundle = Bundle.open(root, verify=verify, recheck=recheck or not prepacked_cache)
         return cls(
             bundle, target, threads=threads, max_batch_tokens=max_batch_tokens, truncate=truncate,
-            prepacked_cache=prepacked_cache, providers=providers, eager=eager,
+            prepacked_cache=prepacked_cache, providers=providers, eager=eager, long=long, top_k=top_k,
         )  # fmt: skip
 
     load = from_pretrained
@@ -268,7 +289,7 @@ class Student:
                 [texts], labels, truncate=truncate, abstain_below=abstain_below, tokens=tokens
             )[0]
         texts = check_texts(texts)
-        rows, cut = self._encode(texts, "label", truncate, tokens)
+        rows, cut, documents = self._encode(texts, "label", truncate, tokens)
         threshold = self.abstain_below if abstain_below is None else abstain_below
         if labels is None and self._method == "choices" and texts:
             raise UsageError(
@@ -276,17 +297,25 @@ class Student:
                 "(in a file: the field 'choices')."
             )
         if labels is None and self._method == "decode":
-            return self._decode_labels(rows, cut, threshold)
+            return self._decode_labels(rows, documents, cut, threshold)
         if labels is None:
-            names, scored = [self.labels] * len(rows), self._graphs.label_scores(rows)
+            names, scored = [self.labels] * len(rows), self._graphs.label_scores(rows, documents)
         else:
             names = label_lists(labels, len(texts))
-            scored = self._score_choices(rows, names)
+            scored = self._score_choices(rows, documents, names)
         answers = []
         for index, (scores, was_cut, row) in enumerate(zip(scored, cut, rows, strict=True)):
             self._graphs.check_finite(scores, index)
             answers.append(
-                prediction_of(names[index], scores, self._temperature, threshold, was_cut, len(row))
+                prediction_of(
+                    names[index],
+                    scores,
+                    self._temperature,
+                    threshold,
+                    was_cut,
+                    len(row),
+                    len(documents.get(index, (row,))),
+                )
             )
         return answers
 
@@ -333,43 +362,50 @@ class Student:
             return row
         if self._method in ("decode", "choices"):
             raise UsageError(self._no_classes())
-        rows, _ = self._encode(check_texts(texts), "label", truncate)
-        found = [probabilities_of(scores, self._temperature) for scores in self._finite_scores(rows)]
+        rows, _, documents = self._encode(check_texts(texts), "label", truncate)
+        scored = self._finite_scores(rows, documents)
+        found = [probabilities_of(scores, self._temperature) for scores in scored]
         return np.array(found, np.float64).reshape(len(rows), len(self.labels))
 
     def label_scores(self, texts: Iterable[str], *, truncate: bool | None = None) -> np.ndarray:
         """Return the raw (len(texts), K) scores of the closed label set, before temperature."""
-        rows, _ = self._encode(check_texts(texts), "label", truncate)
-        scored = self._finite_scores(rows)
+        rows, _, documents = self._encode(check_texts(texts), "label", truncate)
+        scored = self._finite_scores(rows, documents)
         return np.stack(scored) if scored else np.zeros((0, len(self.labels)), np.float32)
 
-    def _finite_scores(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        scored = self._graphs.label_scores(rows)
+    def _finite_scores(self, rows: Sequence[Sequence[int]], documents: Documents) -> list[np.ndarray]:
+        scored = self._graphs.label_scores(rows, documents)
         for index, scores in enumerate(scored):
             self._graphs.check_finite(scores, index)
         return scored
 
     def _score_choices(
-        self, rows: Sequence[Sequence[int]], choices: Sequence[tuple[str, ...]]
+        self, rows: Sequence[Sequence[int]], documents: Documents, choices: Sequence[tuple[str, ...]]
     ) -> list[np.ndarray]:
         """Return the scores of each row's own labels, in their order."""
         if "choice_scorer" not in self._sessions and self.labels:
             places = places_of(choices, self.labels)  # some of the closed set's own labels
-            scored = self._graphs.label_scores(rows)
+            scored = self._graphs.label_scores(rows, documents)
             return [scores[place] for place, scores in zip(places, scored, strict=True)]
-        return self._graphs.choice_scores(rows, choices, self._texts.label_tokens)
+        return self._graphs.choice_scores(rows, documents, choices, self._texts.label_tokens)
 
     def _decode_labels(
-        self, rows: Sequence[Sequence[int]], cut: Sequence[bool], threshold: float
+        self, rows: Sequence[Sequence[int]], documents: Documents, cut: Sequence[bool], threshold: float
     ) -> list[Prediction]:
-        decoded = self._graphs.generate(rows, self.limits["max_label_tokens"] + 1)
+        decoded = self._graphs.generate(rows, documents, self.limits["max_label_tokens"] + 1)
         out = []
-        for (tokens, log_probability), was_cut, row in zip(decoded, cut, rows, strict=True):
+        for i, ((tokens, log_probability), was_cut, row) in enumerate(zip(decoded, cut, rows, strict=True)):
             label = self._texts.decode(tokens)
             probability = float(np.exp(log_probability))
             out.append(
                 Prediction(
-                    label, probability, {label: probability}, probability < threshold, was_cut, len(row)
+                    label,
+                    probability,
+                    {label: probability},
+                    probability < threshold,
+                    was_cut,
+                    len(row),
+                    len(documents.get(i, (row,))),
                 )
             )
         return out
@@ -428,14 +464,20 @@ class Student:
             raise UsageError(
                 f"max_new_tokens must be between 1 and {self.limits['max_new_tokens']}, not {limit}."
             )
-        rows, cut = self._encode(texts, "rationale", truncate, tokens)
-        decoded = self._graphs.generate(rows, limit, num_beams)
+        rows, cut, documents = self._encode(texts, "rationale", truncate, tokens)
+        if documents and num_beams > 1:
+            raise UsageError(
+                f"Text {min(documents)} is over {self.limits['max_source_tokens']} tokens and read in chunks, which is "
+                "decoded greedily only; leave out num_beams."
+            )
+        decoded = self._graphs.generate(rows, documents, limit, num_beams)
         return [
             Explanation(
-                self._texts.decode(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row)
+                self._texts.decode(tokens), len(tokens), was_cut, tokens[-1:] == [self._eos], len(row),
+                len(documents.get(i, (row,))),
             )
-            for (tokens, _), was_cut, row in zip(decoded, cut, rows, strict=True)
-        ]
+            for i, ((tokens, _), was_cut, row) in enumerate(zip(decoded, cut, rows, strict=True))
+        ]  # fmt: skip
 
     # -- text -----------------------------------------------------------------------------------------
 
@@ -458,9 +500,12 @@ class Student:
         task: str,
         truncate: bool | None,
         tokens: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[list[list[int]], list[bool]]:
+    ) -> tuple[list[list[int]], list[bool], Documents]:
+        """Return every text's ids within the limit, whether it was cut, and the chunks of the long ones."""
         self._graphs.check_open()
-        return self._texts.encode(texts, task, self.truncate if truncate is None else truncate, tokens)
+        cutting = self.truncate if truncate is None else truncate
+        rows, cut = self._texts.encode(texts, task, cutting, tokens)
+        return rows, cut, self._texts.documents(texts, rows, task)
 
     # -- asyncio and life cycle -----------------------------------------------------------------------
 
@@ -532,7 +577,7 @@ class Student:
         if "label" in tasks and "label_scorer" in self._sessions:
             self.predict(text, truncate=True)
         if "label" in tasks and "choice_scorer" in self._sessions:
-            rows, _ = self._encode(text, "label", True)
+            rows, *_ = self._encode(text, "label", True)
             self._graphs.run_choices_once(rows[0])
         if "rationale" not in tasks and self._method != "decode":
             return

@@ -13,6 +13,7 @@ from sbs_edge.tokens import (
     within_limit,
     without_limits,
 )
+from sbs_edge.windows import Chunk, ChunkReader, LongSettings
 
 __all__ = ["Texts", "check_texts", "over_limit"]
 
@@ -46,7 +47,7 @@ def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, ta
         where: the text's place, as the subject of the sentence.
         text: the text without its prefix.
         n_tokens: how many tokens were found, at least ``limit`` + 1 unless the text is over the limit of characters.
-        limit: ``max_source_tokens``.
+        limit: most tokens of an input.
         remedy: the option that allows cutting.
         task: the task whose prefix counts; None: not named.
     """
@@ -63,10 +64,19 @@ def over_limit(where: str, text: str, n_tokens: int, limit: int, remedy: str, ta
 
 
 class Texts:
-    """The tokenizer of a bundle; safe to share between threads. Its texts have passed :func:`check_texts`."""
+    """The tokenizer of a bundle; safe to share between threads. Its texts have passed :func:`check_texts`.
+
+    Attributes:
+        max_tokens: longest input that is read, prefix and end-of-sequence included.
+    """
 
     def __init__(
-        self, tokenizer: bytes, prefixes: Mapping[str, str], limits: Mapping[str, int], eos_token_id: int
+        self,
+        tokenizer: bytes,
+        prefixes: Mapping[str, str],
+        limits: Mapping[str, int],
+        eos_token_id: int,
+        long: LongSettings | None = None,
     ) -> None:
         """Read the tokenizer.
 
@@ -75,11 +85,14 @@ class Texts:
             prefixes: task -> the prefix of its inputs.
             limits: ``max_source_tokens`` and ``max_label_tokens``.
             eos_token_id: the id that ends a sequence.
+            long: how inputs over ``max_source_tokens`` are read; None: not at all.
         """
         from tokenizers import Tokenizer
 
         self._tokenizer = TextTokenizer(without_limits(Tokenizer.from_buffer(tokenizer)))
         self._prefixes, self._limits, self._eos = prefixes, limits, eos_token_id
+        self.max_tokens = limits["max_source_tokens"] if long is None else long.max_tokens
+        self._chunks = None if long is None else ChunkReader(self._tokenizer, long, eos_token_id)
 
     def tokenize(self, texts: Sequence[str], task: str) -> list[list[int]]:
         """Return every text's ids for ``task``, uncut: prefix and end-of-sequence included.
@@ -87,9 +100,7 @@ class Texts:
         Of a text far over the token limit only the beginning is read. It still has more ids than the limit, and up
         to the limit they are those of the whole text.
         """
-        return self._tokenizer.encode_beginnings(
-            texts, self._limits["max_source_tokens"], self._prefixes[task]
-        )
+        return self._tokenizer.encode_beginnings(texts, self.max_tokens, self._prefixes[task])
 
     def count(self, texts: Sequence[str], task: str) -> list[int]:
         """Return how many tokens every text has for ``task``, however long it is."""
@@ -109,7 +120,7 @@ class Texts:
         Raises:
             UsageError: a text is over the limit.
         """
-        limit = self._limits["max_source_tokens"]
+        limit = self.max_tokens
         if tokens is None:
             tokens = self.tokenize(texts, task)
         elif len(tokens) != len(texts):
@@ -124,6 +135,26 @@ class Texts:
             rows.append(within_limit(ids, limit, self._eos))
             cut.append(too_long)
         return rows, cut
+
+    def documents(
+        self, texts: Sequence[str], rows: Sequence[Sequence[int]], task: str
+    ) -> dict[int, list[Chunk]]:
+        """Return the chunks of every text over ``max_source_tokens``, by its number.
+
+        Args:
+            texts: inputs without prefix.
+            rows: their ids, from :meth:`encode`.
+            task: "label" or "rationale".
+
+        Raises:
+            UsageError: prefix and marker leave too little of a chunk for the text.
+        """
+        found: dict[int, list[Chunk]] = {}
+        for number, row in enumerate(rows):
+            if self._chunks is None or len(row) <= self._limits["max_source_tokens"]:
+                continue
+            found[number] = self._chunks.chunks(texts[number], row, self._prefixes[task], f"Text {number}")
+        return found
 
     def label_tokens(self, label: str) -> list[int]:
         """Return the ids of a label, end-of-sequence included.

@@ -27,6 +27,11 @@ COLUMNS = {
 """Columns of a Parquet shard, the same in every shard, because readers of a folder use the first file's for all."""
 
 
+def columns_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the columns of a Parquet shard; those of a bundle that reads inputs in chunks say in how many."""
+    return COLUMNS | ({"n_chunks": "int64"} if manifest.get("long") else {})
+
+
 class _Question(NamedTuple):
     """A row that can be answered; ``place`` counts the rows of its unit."""
 
@@ -88,7 +93,7 @@ def _short_enough(
     texts = [question.text for question in good]
     tasks = ("label", "rationale") if explain else ("label",)
     tokens = {task: student.tokenize(texts, task) if texts else [] for task in tasks}
-    limit = student.limits["max_source_tokens"]
+    limit = student.max_input_tokens
     kept = []
     for i, question in enumerate(good):
         count = max(len(tokens[task][i]) for task in tasks)
@@ -136,7 +141,7 @@ class PredictWorker:
         started = time.perf_counter()
         rows = list(read_unit(unit))
         answers = answer_rows(self._student, rows, **self._options)
-        write_shard(self._out, shard_name(unit, self._form), answers, COLUMNS)
+        write_shard(self._out, shard_name(unit, self._form), answers, columns_of(self._student.manifest))
         figures = {
             "unit": unit.index,
             "rows": len(rows),
@@ -206,7 +211,7 @@ def predict_with_ray(
         **options,
         "target": target or manifest.get("default_target"),
         "form": form,
-        **({"columns": COLUMNS} if form == "parquet" else {}),
+        **({"columns": columns_of(manifest)} if form == "parquet" else {}),
         "bundle_files": digests_of(manifest),
     }
     return run_units(

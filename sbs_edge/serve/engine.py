@@ -120,7 +120,7 @@ def student_loader(target: str | None, threads: int | None, max_batch_tokens: in
         from sbs_edge.runtime.student import Student
 
         return Student.load(
-            path, target=target, threads=threads, recheck=True, max_batch_tokens=max_batch_tokens
+            path, target=target, threads=threads, recheck=True, max_batch_tokens=max_batch_tokens, long=False
         )
 
     return load

@@ -23,13 +23,17 @@ from sbs_edge.data.rationales import best_rationale
 from sbs_edge.data.targets import label_for, rationale_for, rationales_for, soft_label
 from sbs_edge.tokens import TextTokenizer, within_limit
 from sbs_edge.training.config import TrainConfig
+from sbs_edge.training.long import chunk_tensors
+from sbs_edge.windows import Chunk, ChunkReader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Batches", "Collator", "Encoded", "Encoder", "MemoryRows", "StreamRows"]
+__all__ = ["Batches", "ChunkCollator", "Collator", "Encoded", "Encoder", "MemoryRows", "StreamRows"]
 
 IGNORE = -100
+Source = list[int] | list[Chunk]
+"""An input's token ids, or its chunks in runs that read long inputs."""
 LEAST_SHARE = 1e-3
 """A further target with a smaller share of its row costs a decoder row and moves nothing."""
 
@@ -39,7 +43,7 @@ Targets = tuple[tuple[list[int], float], ...]
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids of one example.
+    """Tokens of one example.
 
     Attributes:
         tasks: per task ``(input, target)``, or None where the row lacks the target.
@@ -50,7 +54,7 @@ class Encoded:
 
     """
 
-    tasks: tuple[tuple[list[int], list[int]] | None, tuple[list[int], list[int]] | None]
+    tasks: tuple[tuple[Source, list[int]] | None, tuple[Source, list[int]] | None]
     weight: float = 1.0
     further: tuple[Targets, Targets] = ((), ())
     id: str = ""
@@ -93,6 +97,8 @@ class Encoder:
         self.config = config
         self.eos_id = eos_id
         self.labels = tuple(labels)
+        self.long = config.long_settings
+        self.chunks = None if self.long is None else ChunkReader(self.texts, self.long, eos_id)
         self.cut_sources = 0
         self.cut_targets = 0
 
@@ -123,7 +129,8 @@ class Encoder:
                 soft_label(example, label, known, config.soft_labels, config.soft_temperature),
                 wanted[1],
             )
-        tasks: list[tuple[list[int], list[int]] | None] = []
+        tasks: list[tuple[Source, list[int]] | None] = []
+        limit = config.max_source_tokens if self.long is None else self.long.max_tokens
         further: list[Targets] = []
         for prefix, shares in zip(config.prefix_pair, wanted, strict=True):
             targets = [(self._target(text), share) for text, share in shares.items() if text.strip()]
@@ -131,16 +138,20 @@ class Encoder:
                 tasks.append(None)
                 further.append(())
                 continue
-            source, cut_source = self.texts.encode_within(
-                example.input, config.max_source_tokens, self.eos_id, prefix
-            )
+            source, cut_source = self.texts.encode_within(example.input, limit, self.eos_id, prefix)
             self.cut_sources += cut_source
-            tasks.append((source, targets[0][0]))
+            tasks.append((self._chunked(example, source, prefix), targets[0][0]))
             further.append(tuple((ids, share) for ids, share in targets[1:] if share >= LEAST_SHARE))
         if not any(tasks):
             return None
         weight = example.confidence if config.row_weight == "confidence" and not plain else 1.0
         return Encoded((tasks[0], tasks[1]), weight, (further[0], further[1]), example.id)
+
+    def _chunked(self, example: Example, source: list[int], prefix: str) -> Source:
+        if self.chunks is None:
+            return source
+        where = f"The input of {example.source or example.id}"
+        return self.chunks.chunks(example.input, source, prefix, where)
 
     def _target(self, text: str) -> list[int]:
         ids = self.texts.encode_target(text, self.eos_id)
@@ -172,12 +183,12 @@ class Collator:
         A row's first targets come first in each task, its further ones behind them, in segment ``task + 2``:
         they share the encoder's pass, and ``decoder_rows`` names the row of it that each belongs to.
         """
-        sources: list[list[int]] = []
+        sources: list[Source] = []
         decoder_ids, targets, segments, weights = [], [], [], []
         decoder_rows: list[Tensor] = []
         for task in range(self.n_tasks):
             mine = [row for row in rows if row.tasks[task] is not None]
-            pairs = [pair for row in mine if (pair := row.tasks[task])] or [([self.eos_id], [IGNORE])]
+            pairs = [pair for row in mine if (pair := row.tasks[task])] or [(self._nothing(), [IGNORE])]
             further = [
                 (owner, ids, row.weight * share)
                 for owner, row in enumerate(mine)
@@ -203,11 +214,8 @@ class Collator:
         valid = (flat != IGNORE).nonzero().squeeze(1)
         denominators = torch.zeros(2).index_add_(0, segment_ids[valid] % 2, row_weights[valid])
         several = sum(map(len, decoder_rows)) > len(sources)
-        input_ids = _pad(sources, self.pad_id)
-        lengths = torch.tensor([len(source) for source in sources])
         return {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long(),
+            **self._inputs(sources),
             "decoder_ids": decoder_ids,
             "targets": flat,
             "segment_ids": segment_ids,
@@ -216,6 +224,26 @@ class Collator:
             "denominators": denominators,
             **({"decoder_rows": decoder_rows} if several else {}),
         }
+
+    def _nothing(self) -> Source:
+        """Return the input of a row that weighs nothing."""
+        return [self.eos_id]
+
+    def _inputs(self, sources: Sequence[Any]) -> dict[str, torch.Tensor]:
+        input_ids = _pad(sources, self.pad_id)
+        lengths = torch.tensor([len(source) for source in sources])
+        mask = (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long()
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+
+class ChunkCollator(Collator):
+    """A collator of rows whose inputs are chunks; ``input_ids`` and ``attention_mask`` hold the chunks of all rows."""
+
+    def _nothing(self) -> Source:
+        return [Chunk([self.eos_id], 0, 1)]
+
+    def _inputs(self, sources: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return chunk_tensors(sources, self.pad_id)
 
 
 def _rng(seed: int, epoch: int, key: int | str) -> random.Random:

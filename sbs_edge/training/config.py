@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sbs_edge.data.targets import Mode
 from sbs_edge.errors import UsageError
 from sbs_edge.training.depth import Layers, parse_layers
+from sbs_edge.windows import LongSettings
 
 __all__ = ["PREFIXES", "Mode", "TrainConfig", "make_config"]
 
@@ -152,6 +153,19 @@ class TrainConfig(BaseModel):
     max_source_tokens: int = Field(
         512, ge=2, description="Longest input in tokens; longer inputs are cut and counted."
     )
+    long: Literal["off", "full", "random"] = Field(
+        "off",
+        description="Read inputs over max_source_tokens in chunks of that length: with all states of the encoder "
+        "(full), or with as many as a chunk has, drawn at random in each step (random).",
+    )
+    max_long_tokens: int = Field(
+        4096, ge=8, description="Longest input with long; longer inputs are cut and counted."
+    )
+    chunk_overlap: float = Field(
+        0.25, ge=0, lt=1, description="Share that neighbouring chunks have in common."
+    )
+    chunk_header: str = Field("", description="Repeat the text up to this string in every chunk.")
+    chunk_marker: bool = Field(False, description="Tell each chunk its place: 'part 3 of 9'.")
     max_target_tokens: int = Field(
         256, ge=2, description="Longest target in tokens; longer targets are cut and counted."
     )
@@ -240,6 +254,11 @@ class TrainConfig(BaseModel):
                 f"soft_labels are the teacher's, and mode {self.mode} learns gold labels: use mode distill or "
                 "stepwise-teacher"
             )
+        if self.long != "off" and self.max_long_tokens <= self.max_source_tokens:
+            raise ValueError(
+                f"max_long_tokens {self.max_long_tokens} must be over max_source_tokens {self.max_source_tokens}: "
+                "chunks are that long, and only longer inputs are read in several"
+            )
         if self.early_stopping_patience is not None and self.validation_rows == 0:
             raise ValueError("early_stopping_patience needs validation rows; validation_rows is 0")
         return self
@@ -262,6 +281,16 @@ class TrainConfig(BaseModel):
             label if self.label_prefix is None else self.label_prefix,
             rationale if self.rationale_prefix is None else self.rationale_prefix,
         )
+
+    @property
+    def long_settings(self) -> LongSettings | None:
+        """How inputs over ``max_source_tokens`` are read; None: they are cut."""
+        if self.long == "off":
+            return None
+        return LongSettings(
+            chunk=self.max_source_tokens, max_tokens=self.max_long_tokens, overlap=self.chunk_overlap,
+            header=self.chunk_header, marker=self.chunk_marker, trained=self.long,
+        )  # fmt: skip
 
     @property
     def lambda_(self) -> float:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from sbs_edge.analysis.answers import analyse_answers
 from sbs_edge.data.answers import normalise, same_answer
@@ -27,8 +28,10 @@ from sbs_edge.errors import DataError
 from sbs_edge.progress import ProgressLine
 from sbs_edge.resources import limit_torch_threads
 from sbs_edge.tokens import TextTokenizer, first_tokens, start_token_id, within_limit
+from sbs_edge.training.long import chunk_tensors, encode_chunks
 from sbs_edge.training.model import cache_options
 from sbs_edge.training.student_dir import StudentDir
+from sbs_edge.windows import ChunkReader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,12 +65,36 @@ def _chunks(texts: Sequence[str], size: int) -> Iterator[tuple[int, Sequence[str
         yield start, texts[start : start + size]
 
 
-def _inputs(
-    texts: Sequence[str], tokenizer: TextTokenizer, limit: int, config: Any, prefix: str
-) -> tuple[Tensor, Tensor]:
-    """Tokenise and pad; ids and mask (B, S). Longer inputs are cut before their end token."""
-    found = tokenizer.encode_beginnings(texts, limit, prefix)
-    return _padded([within_limit(row, limit, config.eos_token_id) for row in found], config)
+def _read(
+    model: Any, student: StudentDir, tokenizer: TextTokenizer, texts: Sequence[str], prefix: str
+) -> tuple[BaseModelOutput, Tensor]:
+    """Return the encoder's states (B, N, d_model) of ``texts`` and their mask (B, N).
+
+    Inputs over ``max_source_tokens`` are read in chunks if the student was trained so. Inputs over the limit are
+    cut before their end token.
+    """
+    config, long = model.config, student.long
+    limit = student.limits["max_source_tokens"] if long is None else long.max_tokens
+    rows = [
+        within_limit(row, limit, config.eos_token_id)
+        for row in tokenizer.encode_beginnings(texts, limit, prefix)
+    ]
+    if long is None or all(len(row) <= student.limits["max_source_tokens"] for row in rows):
+        ids, mask = (part.to(model.device) for part in _padded(rows, config))
+        return BaseModelOutput(_encode(model, ids, mask)), mask
+    reader = ChunkReader(tokenizer, long, config.eos_token_id)
+    chunks = [reader.chunks(text, row, prefix) for text, row in zip(texts, rows, strict=True)]
+    tensors = chunk_tensors(chunks, config.pad_token_id)
+    ids, mask, index = (part.to(model.device) for part in tensors.values())
+    states, mask = encode_chunks(partial(_encode, model), ids, mask, index)
+    return BaseModelOutput(states), mask
+
+
+def _encode(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    states: Tensor = model.get_encoder()(
+        input_ids=ids, attention_mask=mask, return_dict=True
+    ).last_hidden_state
+    return states
 
 
 def _padded(rows: Sequence[Sequence[int]], config: Any) -> tuple[Tensor, Tensor]:
@@ -77,24 +104,23 @@ def _padded(rows: Sequence[Sequence[int]], config: Any) -> tuple[Tensor, Tensor]
     return ids, (torch.arange(width) < lengths).long()
 
 
-def _first_step(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-    start = torch.full((len(ids), 1), start_token_id(model.config), device=ids.device)
+def _first_step(model: Any, read: BaseModelOutput, mask: Tensor, tokens: Tensor) -> Tensor:
+    start = torch.full((len(mask), 1), start_token_id(model.config), device=mask.device)
     logits: Tensor = model(
-        input_ids=ids, attention_mask=mask, decoder_input_ids=start, use_cache=False
+        encoder_outputs=read, attention_mask=mask, decoder_input_ids=start, use_cache=False
     ).logits
     return logits[:, 0, tokens].float()
 
 
 def _sequence_scores(
-    model: Any, ids: Tensor, mask: Tensor, candidates: Sequence[Sequence[Sequence[int]]]
+    model: Any, read: BaseModelOutput, mask: Tensor, candidates: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
     """Return, for each row, the log-probability of each candidate (token ids with end token)."""
-    config = model.config
-    states = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
-    owner = torch.tensor([row for row, own in enumerate(candidates) for _ in own], device=ids.device)
+    config, states = model.config, read[0]
+    owner = torch.tensor([row for row, own in enumerate(candidates) for _ in own], device=mask.device)
     flat = [list(candidate) for own in candidates for candidate in own]
     width = max(map(len, flat))
-    wanted = torch.tensor([[*c, *[-100] * (width - len(c))] for c in flat], device=ids.device)
+    wanted = torch.tensor([[*c, *[-100] * (width - len(c))] for c in flat], device=mask.device)
     decoder = torch.full_like(wanted, start_token_id(config))
     decoder[:, 1:] = wanted[:, :-1].masked_fill(wanted[:, :-1] == -100, config.pad_token_id)
     scores: list[float] = []
@@ -119,25 +145,25 @@ def _sequence_scores(
 @torch.no_grad()
 def _generate(
     model: Any,
+    student: StudentDir,
     texts: Sequence[str],
     prefix: str,
     tokenizer: TextTokenizer,
-    source_limit: int,
     new_tokens: int,
     batch_size: int,
     on_progress: OnProgress | None = None,
-) -> Iterator[tuple[Tensor, Tensor, list[list[int]]]]:
-    """Decode greedily; yield the ids and mask of each batch, and every row's tokens with the end token if it came to it."""
+) -> Iterator[tuple[BaseModelOutput, Tensor, list[list[int]]]]:
+    """Decode greedily; yield the states and mask of each batch, and each row's tokens, the end token included if it came."""
     eos = model.config.eos_token_id
     for start, part in _chunks(texts, batch_size):
         if on_progress is not None:
             on_progress(start, len(texts))
-        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, source_limit, model.config, prefix))
+        read, mask = _read(model, student, tokenizer, part, prefix)
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
+            encoder_outputs=read, attention_mask=mask, max_new_tokens=new_tokens, max_length=None,
             do_sample=False, num_beams=1, **cache_options(model),
         )  # fmt: skip
-        yield ids, mask, [row[: row.index(eos) + 1] if eos in row else row for row in out[:, 1:].tolist()]
+        yield read, mask, [row[: row.index(eos) + 1] if eos in row else row for row in out[:, 1:].tolist()]
 
 
 def _softmax_best(scores: Sequence[float]) -> tuple[int, float]:
@@ -158,17 +184,16 @@ def predict_labels(
     """Return the label of every example, with its probability, and the method used."""
     texts, prefix = [example.input for example in examples], student.prefixes["label"]
     tokenizer = TextTokenizer.of(tokenizer)
-    limit = student.limits["max_source_tokens"]
     kind, labels = student.task.label_kind, student.task.labels
     eos = model.config.eos_token_id
     if kind == "open":
         found = LabelAnswers("decode")
         new = student.limits["max_label_tokens"]
-        for ids, mask, rows in _generate(
-            model, texts, prefix, tokenizer, limit, new, batch_size, on_progress
+        for read, mask, rows in _generate(
+            model, student, texts, prefix, tokenizer, new, batch_size, on_progress
         ):
             found.labels += [tokenizer.decode([token for token in row if token != eos]) for row in rows]
-            scores = _sequence_scores(model, ids, mask, [[row] for row in rows])
+            scores = _sequence_scores(model, read, mask, [[row] for row in rows])
             found.probabilities += [min(1.0, math.exp(score)) for (score,) in scores]
             found.n_tokens += mask.sum(1).tolist()
         return found
@@ -178,7 +203,7 @@ def predict_labels(
     for start, part in _chunks(texts, batch_size):
         if on_progress is not None:
             on_progress(start, len(texts))
-        ids, mask = (t.to(model.device) for t in _inputs(part, tokenizer, limit, model.config, prefix))
+        read, mask = _read(model, student, tokenizer, part, prefix)
         own: list[Sequence[str]] = []
         for example in examples[start : start + len(part)]:
             choices = labels if kind == "closed" else example.choices
@@ -186,10 +211,10 @@ def predict_labels(
                 raise DataError(f"{example.source or example.id} has no choices, which its task needs.")
             own.append(choices)
         if heads is not None:
-            values = _first_step(model, ids, mask, torch.tensor(heads, device=ids.device)).tolist()
+            values = _first_step(model, read, mask, torch.tensor(heads, device=mask.device)).tolist()
         else:
             candidates = [[encoded.get(c) or tokenizer.encode_target(c, eos) for c in row] for row in own]
-            values = _sequence_scores(model, ids, mask, candidates)
+            values = _sequence_scores(model, read, mask, candidates)
         best = [_softmax_best(row) for row in values]
         found.labels += [row[place] for row, (place, _) in zip(own, best, strict=True)]
         found.probabilities += [probability for _, probability in best]
@@ -206,13 +231,13 @@ def predict_rationales(
     on_progress: OnProgress | None = None,
 ) -> list[str]:
     """Decode the rationale of every example greedily."""
-    texts, limits = [example.input for example in examples], student.limits
+    texts = [example.input for example in examples]
     tokenizer = TextTokenizer.of(tokenizer)
     prefix, eos = student.prefixes["rationale"], model.config.eos_token_id
-    source, target = limits["max_source_tokens"], limits["max_target_tokens"]
+    target = student.limits["max_target_tokens"]
     return [
         tokenizer.decode([token for token in row if token != eos])
-        for _, _, rows in _generate(model, texts, prefix, tokenizer, source, target, batch_size, on_progress)
+        for _, _, rows in _generate(model, student, texts, prefix, tokenizer, target, batch_size, on_progress)
         for row in rows
     ]
 
@@ -228,9 +253,7 @@ def _teacher_forced(
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         texts, prefix = [example.input for example in part], student.prefixes["rationale"]
-        ids, mask = (
-            t.to(model.device) for t in _inputs(texts, tokenizer, limits["max_source_tokens"], config, prefix)
-        )
+        read, mask = _read(model, student, tokenizer, texts, prefix)
         targets, keep = (
             t.to(model.device)
             for t in _padded(
@@ -248,7 +271,7 @@ def _teacher_forced(
         decoder = torch.full_like(targets, start_token_id(config))
         decoder[:, 1:] = targets[:, :-1]
         logits = model(
-            input_ids=ids, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
+            encoder_outputs=read, attention_mask=mask, decoder_input_ids=decoder, use_cache=False
         ).logits.float()
         real = keep.bool()
         correct += int(((logits.argmax(-1) == targets) & real).sum())

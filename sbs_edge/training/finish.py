@@ -113,6 +113,7 @@ def _card(run: TrainedRun, report: dict[str, Any]) -> dict[str, Any]:
         "max_source_tokens": config.max_source_tokens,
         "max_target_tokens": config.max_target_tokens,
         "max_label_tokens": longest_label,
+        **({} if config.long_settings is None else {"long": config.long_settings.describe()}),
         "seed": config.seed,
         "versions": {"sbs-edge": __version__, **installed_versions(*_PACKAGES)},
         "config": config.model_dump(mode="json"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sbs_edge.kernels.cross_entropy import fused_linear_cross_entropy
 from sbs_edge.training.config import TrainConfig
+from sbs_edge.training.long import draw_states, encode_chunks
 
 __all__ = [
     "TwoTaskModel",
@@ -73,12 +74,16 @@ class TwoTaskModel(nn.Module):
     Args:
         student: ``T5ForConditionalGeneration`` or a relative, or a peft wrapper around one.
         rationale_weight: lambda.
+        drawn_states: encoder states of a long input that a training step reads; None: all.
         options: passed on to the fused loss (``label_smoothing``, ``z_loss``, ``engine``, ...).
 
     """
 
-    def __init__(self, student: Any, rationale_weight: float = 1.0, **options: Any) -> None:
+    def __init__(
+        self, student: Any, rationale_weight: float = 1.0, *, drawn_states: int | None = None, **options: Any
+    ) -> None:
         super().__init__()
+        self.drawn_states = drawn_states
         self.student = student
         self.segment_weights = (1.0, float(rationale_weight))
         self.options = options
@@ -119,6 +124,7 @@ class TwoTaskModel(nn.Module):
         valid_indices: Tensor,
         denominators: Tensor | None = None,
         decoder_rows: list[Tensor] | None = None,
+        state_index: Tensor | None = None,
         label_tokens: Tensor | None = None,
         label_exact: bool = False,
         row_losses: bool = False,
@@ -126,8 +132,8 @@ class TwoTaskModel(nn.Module):
         """Run both tasks and return their losses.
 
         Args:
-            input_ids: (B, S), the rows of task 0 first, then those of task 1.
-            attention_mask: (B, S).
+            input_ids: (B, S), the rows of task 0 first, then those of task 1; with ``state_index`` their chunks.
+            attention_mask: of the same shape.
             decoder_ids: for each task (R_k, T_k) decoder inputs.
             targets: (N,) with N = sum R_k T_k, -100 where padded.
             segment_ids: (N,) task of each position, plus 2 where the target is a further one of its row.
@@ -137,6 +143,7 @@ class TwoTaskModel(nn.Module):
                 ``decoder_rows``.
             decoder_rows: for each task (R_k,) the encoder row of each decoder row, where a row has several
                 targets; None: the encoder's rows in order.
+            state_index: (B, N), for rows that are read in chunks: see :func:`sbs_edge.training.long.chunk_tensors`.
             label_tokens: (C,) token ids; adds ``scores`` (B_0, C), float32 logits of the first step.
             label_exact: adds ``exact`` (B_0,) bool: every target token of the label is the arg-max, so that greedy
                 decoding gives exactly the target.
@@ -150,7 +157,12 @@ class TwoTaskModel(nn.Module):
         parts = 1 if decoder_rows is None else 2  # first targets; and further ones, which are not counted
         if parts == 2 and denominators is None:
             raise ValueError("Rows with several targets need denominators: a task's targets share one sum.")
-        states = self.encode(input_ids, attention_mask)
+        if state_index is None:
+            states = self.encode(input_ids, attention_mask)
+        else:
+            if self.training and self.drawn_states is not None:
+                state_index = draw_states(state_index, self.drawn_states)
+            states, attention_mask = encode_chunks(self.encode, input_ids, attention_mask, state_index)
         hidden, start = [], 0
         for task, ids in enumerate(decoder_ids):
             rows = slice(start, start + ids.shape[0]) if decoder_rows is None else decoder_rows[task]

@@ -55,6 +55,11 @@ class TrainOptions(TypedDict, total=False):
     seed: int
 
     max_source_tokens: int
+    long: Literal["off", "full", "random"]
+    max_long_tokens: int
+    chunk_overlap: float
+    chunk_header: str
+    chunk_marker: bool
     max_target_tokens: int
     row_weight: Literal["none", "confidence"]
     soft_labels: float

@@ -23,6 +23,7 @@ from sbs_edge.data.tokenizer import load_tokenizer
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.tokens import TextTokenizer
 from sbs_edge.training.checkpoint import CARD, Checkpoint, open_checkpoint
+from sbs_edge.windows import LongSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,6 +66,11 @@ class StudentDir:
     card: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
     made: MadeFiles | None = None
+
+    @property
+    def long(self) -> LongSettings | None:
+        """How inputs over ``max_source_tokens`` are read; None: they are cut or refused."""
+        return LongSettings.of(self.card.get("long"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StudentDir:

@@ -10,26 +10,34 @@ from typing import TYPE_CHECKING, Any
 from sbs_edge import files
 from sbs_edge.data.builtin import NAME as BUILTIN
 from sbs_edge.data.example import Example, TaskSpec
+from sbs_edge.data.shift_log import LATEST_NAME
+from sbs_edge.data.shift_log import NAME as SHIFT_LOG
 from sbs_edge.data.spiece import spiece_tokenizer
 from sbs_edge.data.targets import label_for, rationales_for
 from sbs_edge.data.tokenizer import build_tokenizer, byte_tokenizer, load_tokenizer
 from sbs_edge.errors import DataError, UsageError
 from sbs_edge.tokens import without_limits
 from sbs_edge.training.config import TrainConfig
+from sbs_edge.windows import MARKER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["checkpoint_tokenizer", "scratch_tokenizer", "write_tokenizer"]
 
+MARKED_PARTS = 99
+"""Numbers of chunks that a word tokenizer from scratch can spell."""
+
 
 def scratch_tokenizer(examples: Sequence[Example], task: TaskSpec, config: TrainConfig) -> Tokenizer:
     """Build a tokenizer from the texts of the training rows that the mode uses, and the closed labels."""
-    kind = config.tokenizer or ("word" if task.name == BUILTIN else "unigram")
+    kind = config.tokenizer or ("word" if task.name in (BUILTIN, SHIFT_LOG, LATEST_NAME) else "unigram")
     texts: list[str] = []
     for example in examples:
         targets = (label_for(example, config.mode), *rationales_for(example, config.mode))
         texts += [example.input, *(target for target in targets if target), *(example.choices or ())]
+    if config.long != "off" and config.chunk_marker:
+        texts += [MARKER.format(part, MARKED_PARTS) for part in range(1, MARKED_PARTS + 1)]
     return build_tokenizer([*texts, *task.labels], config.prefix_pair, kind, config.vocabulary)
 
 

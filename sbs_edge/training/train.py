@@ -152,6 +152,7 @@ def _validation(
 def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | None) -> Any:
     """Build or load the student, with adapters if asked for, and put the two-task loss around it."""
     from sbs_edge.training import model as models
+    from sbs_edge.training.long import bound_memory
     from sbs_edge.training.pretrained import load_opened
 
     if checkpoint is None:
@@ -162,6 +163,8 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
         # transformers 5 renamed the method
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    if config.long != "off":
+        bound_memory(student)
     if config.lora_rank:
         if util.find_spec("peft") is None:
             raise MissingExtra("peft", "train", "LoRA")
@@ -169,6 +172,7 @@ def _make_model(config: TrainConfig, vocabulary: int, checkpoint: Checkpoint | N
     return models.TwoTaskModel(
         student,
         config.lambda_,
+        drawn_states=config.max_source_tokens if config.long == "random" else None,
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         workspace_mb=config.workspace_mb,
@@ -285,7 +289,7 @@ def _run(
     import transformers
     from transformers import set_seed
 
-    from sbs_edge.training.batches import Batches, Collator, Encoder
+    from sbs_edge.training.batches import Batches, ChunkCollator, Collator, Encoder
     from sbs_edge.training.trainer import TwoTaskTrainer, make_arguments
 
     transformers.logging.set_verbosity_error()
@@ -317,7 +321,8 @@ def _run(
     ids = {"pad_id": settings.pad_token_id, "eos_id": settings.eos_token_id}
 
     encoder = Encoder(tokenizer, config, ids["eos_id"], splits.task.labels)
-    collator = Collator(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
+    kind = Collator if config.long == "off" else ChunkCollator
+    collator = kind(**ids, start_id=settings.decoder_start_token_id, n_tasks=1 + config.uses_rationales)
     source, used = _rows(splits, config, encoder, stream)
     global_batch = config.batch_size * config.gradient_accumulation * world
     steps = config.steps_for(used, global_batch)

@@ -232,7 +232,7 @@ def test_what_is_said_of_a_row_can_be_written(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"\\ud800": "x"}, ' + '{"input": ' + "[" * 900 + "]" * 900 + "}]")
     first, second = read_examples(path).rejected
-    assert (first.detail, first.raw) == ("columns are \\ud800", '{"\\ud800": "x"}')
+    assert (first.detail, first.raw) == ("the columns are \\ud800", '{"\\ud800": "x"}')
     assert second.reason == "wrong type of 'input'"
     path.write_text("[" * 100_000)
     with pytest.raises(DataError, match="nested too deeply"):

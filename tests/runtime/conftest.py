@@ -98,9 +98,14 @@ def make_tiny(seed: int = 0, **shape: Any) -> TinyStudent:
 
 
 def write_bundle(
-    tiny: TinyStudent, out: Path, kind: str = "closed", labels: tuple[str, ...] = LABELS
+    tiny: TinyStudent,
+    out: Path,
+    kind: str = "closed",
+    labels: tuple[str, ...] = LABELS,
+    long: dict[str, Any] | None = None,
 ) -> Path:
     """Write a bundle with the targets cpu-fp32 and cpu-int8 (all scales a row), without a guard."""
+    from sbs_edge.export.graphs import states
     from sbs_edge.export.graphs.generate import build_rationale_generator
     from sbs_edge.export.graphs.label import build_label_classifier
     from sbs_edge.export.graphs.store import save_graphs
@@ -124,6 +129,16 @@ def write_bundle(
             models["label_scorer"] = build_label_classifier(weights, precision, [ids[0] for ids in tokens])
         elif method == "trie":
             models["label_scorer"] = build_trie_classifier(weights, precision, tokens)
+        if long is not None:
+            models["long_encoder"] = states.build_state_encoder(weights, precision)
+            models["long_explainer"] = states.build_state_rationale_generator(weights, precision)
+            if kind != "open":
+                models["long_choice_scorer"] = states.build_state_choice_classifier(weights, precision)
+            if method == "first-token":
+                firsts = [ids[0] for ids in tokens]
+                models["long_label_scorer"] = states.build_state_label_classifier(weights, precision, firsts)
+            elif method == "trie":
+                models["long_label_scorer"] = states.build_state_trie_classifier(weights, precision, tokens)
         save_graphs(models, out / target)
         targets[target] = {name: f"{target}/{name}.onnx" for name in models} | {
             "providers": ["CPUExecutionProvider"], "accuracy": None,
@@ -142,6 +157,7 @@ def write_bundle(
             },
             "calibration": {"temperature": 2.0, "abstain_below": 0.0, "n": 10},
             "targets": targets, "default_target": "cpu-fp32", "model": weights.describe(),
+            **({} if long is None else {"long": long}),
         },
     )  # fmt: skip
     return out

@@ -159,7 +159,7 @@ def test_rows_that_cannot_be_asked_cost_themselves(counting_teacher, local_ray, 
     bad = {
         b'{"number": "b", "input": "half \\ud800"}': ("b", "not UTF-8 (a lone surrogate in 'input')"),
         b'{"number": "\\ud800", "input": "x"}': ("\\ud800", "not UTF-8 (a lone surrogate in 'id')"),
-        b'{"number": "c", "\\ud800": "x"}': ("c", "missing column 'input' (columns are number, \\ud800)"),
+        b'{"number": "c", "\\ud800": "x"}': ("c", "missing column 'input' (the columns are number, \\ud800)"),
         b'{"number": "d", "input": "x", "choices": {"a": 1}}': ("d", "wrong type of 'choices'"),
         b'{"input": ' + b"[" * 100_000: (None, "broken JSON (nested too deeply)"),
     }

@@ -94,7 +94,7 @@ def test_started_again_only_missing_shards_are_made(scale_bundle, local_ray, tmp
         mtime, content = first[path.name]
         assert path.read_bytes() == content
         assert (path.stat().st_mtime_ns == mtime) == (path.name not in lost)
-    with pytest.raises(UsageError, match="settings changed"):
+    with pytest.raises(UsageError, match="differ in: settings"):
         predict_with_ray(scale_bundle, str(data), out, shard_bytes=30_000, explain=True)
 
 

@@ -1,0 +1,1 @@
+"""Long inputs: accuracy, time and memory against length."""
