@@ -158,4 +158,4 @@ def test_committed_results_can_be_read(repository: Path) -> None:
         kinds.add(document["kind"])
         if document["kind"] in document_module.HEADINGS or document["kind"] in ("scale", "stream-rows"):
             assert document_module.tables_of(document)
-    assert kinds == {"builtin", "kernels", "latency", "scale", "serving", "stream-rows", "train"}
+    assert kinds == {"builtin", "kernels", "latency", "scale", "serving", "stream-rows", "study", "train"}
