@@ -150,7 +150,7 @@ def test_the_task_file_sets_renames_and_omits_too(scripted, annotate, monkeypatc
     ("flags", "said"),
     [
         (("--request", "messages=[]"), "'messages' cannot be set"),
-        (("--extra-body", "[1]"), "one JSON object"),
+        (("--extra-body", "[1]"), "a JSON object"),
         (("--extra-body", '{"stream": true}'), "'stream' cannot be set"),
         (("--request", "temperature"), "not NAME=VALUE"),
         (("--request", "max_completion_tokens=many"), "whole number"),
