@@ -82,5 +82,5 @@ def test_what_a_dead_actor_held_is_free_again_when_its_unit_begins_anew() -> Non
 
 
 def test_a_limit_on_money_needs_prices() -> None:
-    with pytest.raises(UsageError, match="--price-in"):
+    with pytest.raises(UsageError, match="price_in"):
         Ledger(Prices(), 1.0, None, {})

@@ -159,7 +159,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(
     rows_folder: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
     work = tmp_path / "work"
-    command = [sys.executable, "-P", "-m", "sbs_edge", *arguments(rows_folder, work, steps=60)]
+    command = [sys.executable, "-P", "-m", "sbs_edge", *arguments(rows_folder, work, steps=120)]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 400  # a bound for a broken study only
     # One run finished, and the next one has saved a checkpoint.
