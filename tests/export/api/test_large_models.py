@@ -95,7 +95,7 @@ def test_a_graph_over_two_gigabytes_is_written_and_answers(make_student: Any, tm
         ids = torch.tensor([loaded.tokenize([text], "rationale")[0]])
         with torch.no_grad():
             expected = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)[0, 1:].tolist()
-        (found,) = loaded._graphs.generate([ids[0].tolist()], 4)
+        (found,) = loaded._graphs.generate([ids[0].tolist()], {}, 4)
         assert found[0] == expected
         ids = torch.tensor([loaded.tokenize([text])[0]])
         with torch.no_grad():
