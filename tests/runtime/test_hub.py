@@ -62,6 +62,19 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        if path.startswith("/api/models/me/desk/tree/"):  # huggingface_hub from version 1 on
+            self._json(
+                [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": len(content),
+                        "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+                    }
+                    for name, content in self.files.items()
+                ]
+            )
+            return
         if path.startswith("/api/models/me/desk"):
             siblings = [{"rfilename": name} for name in self.files]
             self._json(

@@ -288,7 +288,7 @@ def test_predict_says_how_many_chunks_it_read(
     short, long = map(json.loads, done.stdout.splitlines())
     assert "n_chunks" not in short
     assert long["n_chunks"] > 1
-    assert long["rationale"]
+    assert isinstance(long["rationale"], str)  # an untrained student may end it at once
     (tmp_path / "in.txt").write_text("pump fan\n" + "pump " * 500 + "\n")
     done = sbs_edge_cli("predict", long_bundle, tmp_path / "in.txt")
     assert done.returncode == 2
