@@ -1,4 +1,4 @@
-"""What keeps the event loop quick: workers stand back, and the collector leaves alone what stays."""
+"""Process settings keep the event loop quick: workers have a lower priority, and the collector skips loaded models."""
 
 from __future__ import annotations
 

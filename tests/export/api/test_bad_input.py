@@ -1,4 +1,4 @@
-"""What cannot be exported, or not to the end: a clear error, an exit code, and the previous bundle untouched."""
+"""An export that fails gives a clear error and an exit code, and leaves the previous bundle untouched."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_rows_with_labels_the_student_cannot_give(
         with pytest.raises(DataError, match=rf"{name}.*'fly'.*'stay', 'go', 'wait'") as caught:
             export(student, tmp_path / "out")
         assert caught.value.exit_code == 2
-    # What a teacher said is no label of the data: training takes it, and so does export.
+    # A teacher's label is not a gold label of the data: training accepts it, and so does export.
     student = Path(shutil.copytree(tmp_path / "first", tmp_path / "teacher"))
     row = {"id": "t", "input": "hot pump", "teacher_label": "fly", "rationale": "so"}
     (student / "calibration.jsonl").write_text(json.dumps(row) + "\n")
