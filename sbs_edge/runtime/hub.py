@@ -71,7 +71,7 @@ def _source(root: Path, name: str, within: Path | None) -> Path:
 def _is_name(name: str) -> bool:
     """Return whether ``name`` is ``owner/repository`` by the hub's rules."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported
 
     try:
         validate_repo_id(name)

@@ -18,6 +18,7 @@ from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError, SbsEdgeError, UsageError
 from sbs_edge.export import assemble
 from sbs_edge.export.api import export
+from sbs_edge.export.check.parity import accept
 from sbs_edge.export.targets import TARGETS, providers_here
 from sbs_edge.runtime.bundle import Bundle
 
@@ -132,6 +133,12 @@ def spoiled(builder: Callable[..., Any]) -> Callable[..., Any]:
         return builder(type(weights)(**{**vars(weights), "arrays": arrays}), *args, **options)
 
     return build
+
+
+def test_a_score_that_is_not_finite_never_agrees_with_pytorch() -> None:
+    expected = [np.array([1.0, 0.0])] * 2
+    with pytest.raises(SbsEdgeError, match="label_scorer differs from PyTorch"):
+        accept("label_scorer", [expected[0], np.array([np.nan, 0.0])], expected)
 
 
 @pytest.mark.parametrize(
