@@ -19,6 +19,7 @@ from sbs_edge.errors import UsageError
 from sbs_edge.runtime.student import Student
 from sbs_edge.serve import listening
 from sbs_edge.serve.settings import ServeSettings
+from sbs_edge.serve.workers import worker_settings
 
 TEXT = "The coil is frosted."
 
@@ -55,6 +56,16 @@ def workers(bundles, serve_process, tmp_path):
     server.await_event("ready")
     server.bundle = bundle
     return server
+
+
+def test_a_worker_has_its_part_of_the_limits_and_of_the_usable_cores(monkeypatch):
+    monkeypatch.setattr("sbs_edge.serve.workers.usable_cpus", lambda: 7)  # by quota, whatever the affinity
+    settings = ServeSettings(workers=3, max_concurrent=10, max_connections=9, max_queue_texts=3000)
+    own = worker_settings(settings)
+    assert (own.threads, own.max_concurrent, own.max_connections, own.max_queue_texts) == (2, 4, 3, 1000)
+    assert worker_settings(settings.model_copy(update={"threads": 5})).threads == 5
+    many = worker_settings(ServeSettings(workers=100))  # a full request still fits
+    assert (many.threads, many.max_inside_bytes, many.max_queue_texts) == (1, 2_000_000, 32)
 
 
 def test_workers_answer_alike_and_are_counted_together(workers, bundles):
