@@ -52,7 +52,7 @@ def events(server, name):
 @pytest.fixture
 def workers(bundles, serve_process, tmp_path):
     bundle = shutil.copytree(bundles["closed"], tmp_path / "bundle")
-    server = serve_process(f"desk={bundle}", "--workers", "2", ready=False)
+    server = serve_process(f"desk={bundle}", "--workers", "2", "--body-timeout-s", "60", ready=False)
     server.await_event("ready")
     server.bundle = bundle
     return server
@@ -109,9 +109,7 @@ def test_sigterm_drains_every_worker_and_loses_nothing(workers):
         connections.append(http.client.HTTPConnection(address, timeout=30))
         connections[-1].request("GET", "/v2/health/live")
         with connections[-1].getresponse() as answer:
-            processes.add(
-                answer.headers["x-request-id"][:8]
-            )  # a process starts its ids with digits of its own
+            processes.add(answer.headers["x-request-id"][:8])  # digits of the process
             answer.read()
         connections[-1].putrequest("POST", "/v1/predict")
         connections[-1].putheader("Content-Length", str(len(body)))
