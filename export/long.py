@@ -1,4 +1,4 @@
-"""How a bundle reads long inputs: decided at export, and what cannot have it."""
+"""Settings for long inputs at export, and the targets and layouts that refuse them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["MAX_LONG_TOKENS", "check_long", "long_settings"]
 MAX_LONG_TOKENS = 65536
 """Longest input of a bundle, where nothing else is asked for."""
 
-
 _LEARNT = ("chunk", "overlap", "header", "marker")
+_CHOSEN = (*_LEARNT, "top_k", "max_tokens")  # not "trained": only training can say that
 
 
 def long_settings(opened: StudentDir, wanted: bool | Mapping[str, Any] | None) -> LongSettings | None:
@@ -28,17 +28,15 @@ def long_settings(opened: StudentDir, wanted: bool | Mapping[str, Any] | None) -
             difference, False for no long inputs, and None for what the student was trained with.
 
     Raises:
-        UsageError: a field is unknown or cannot be used, or says otherwise what the student has learnt.
+        UsageError: a field is unknown or cannot be used, or contradicts what the student has learnt.
     """
     if wanted is False or (wanted is None and opened.long is None):
         return None
     most = opened.limits["max_source_tokens"]
     fields = dict(wanted) if isinstance(wanted, Mapping) else {}
-    unknown = sorted(set(fields) - set(LongSettings.__dataclass_fields__))
+    unknown = sorted(set(fields) - set(_CHOSEN))
     if unknown:
-        raise UsageError(
-            f"long has no field {unknown[0]!r}; the fields are {', '.join(LongSettings.__dataclass_fields__)}."
-        )
+        raise UsageError(f"long has no field {unknown[0]!r}; the fields are {', '.join(_CHOSEN)}.")
     learnt = opened.long
     if learnt is not None and (taught := [name for name in _LEARNT if name in fields]):
         raise UsageError(

@@ -24,7 +24,7 @@ _LEAST_SHARE = 4  # the window gets at least a quarter of a chunk
 
 @dataclass(frozen=True, slots=True)
 class LongSettings:
-    """How inputs over ``max_source_tokens`` are read; the section ``long`` of a manifest.
+    """Settings for reading inputs over ``max_source_tokens``; the section ``long`` of a manifest.
 
     Attributes:
         chunk: tokens of a chunk, prefix, header, marker and end-of-sequence included.

@@ -188,7 +188,8 @@ def _choices(
 def accept(role: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> dict[str, Any]:
     """Return the figures if the scores agree, or raise an error."""
     scale = max(max(float(np.abs(row).max()) for row in theirs), 1e-9)
-    error = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)) / scale
+    # np.max and not max, which passes over NaN.
+    error = float(np.max([np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)])) / scale
     # The label must be the same, unless two labels are closer than the tolerance.
     behind = max(float(b.max() - b[int(a.argmax())]) for a, b in zip(ours, theirs, strict=True)) / scale
     if not (error <= FLOAT_TOLERANCE and behind <= FLOAT_TOLERANCE):

@@ -43,7 +43,7 @@ def compare_long(
         session: opens the graph of a role.
         graphs: the target's entry in the manifest.
         opened: the student.
-        rows: where the documents come from: rows over the limit, or several rows joined.
+        rows: their inputs, joined and cut, are the documents; without rows, the labels are.
         plan: how labels are scored.
         long: how long inputs are read.
 

@@ -1,9 +1,9 @@
 """Graphs for long inputs: the encoder alone, and decoders that attend to the states of all chunks.
 
 Attending to all of them is SLED's fusion in the decoder (Ivgi et al., 2023). With ``top_k``, every head attends to its
-best states only, as in Unlimiformer (Bertsch et al., 2023). So that states need no copy a head and layer, the key
-projection is absorbed into the queries and the value projection applied to the mean: both identities hold because
-T5's cross-attention has no position bias. Memory is then that of the states, whatever the number of layers.
+best states only, as in Unlimiformer (Bertsch et al., 2023). The key projection is absorbed into the queries, and the
+value projection is applied to the mean, so that heads and layers share one copy of the states. Both identities hold
+because T5's cross-attention has no position bias. Memory is then that of the states, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _States:
         return str(graph.op("MatMul", graph.op("Softmax", scores, axis=-1), self.states))
 
     def _best(self, graph: Graph, scores: Value) -> Value:
-        """Mask the scores (1, R, N) below each row's ``top_k``-th; without fewer than N to read, leave them."""
+        """Mask the scores (1, R, N) below each row's ``top_k``-th; leave them if ``top_k`` is at least N."""
         n_states = graph.op("Squeeze", graph.op("Shape", self.states, start=1, end=2))
         fewer = graph.op("Less", self._top_k, n_states)
         some, every = graph.body(graph.fresh("some") + "_"), graph.body(graph.fresh("every") + "_")
@@ -90,7 +90,7 @@ class _States:
         graph, weights = writer.graph, self._weights
         cross = f"decoder.block.{layer}.layer.1.EncDecAttention"
         (q,) = writer.projections(stream, cross, "q")
-        # 1 where a column belongs to the head: masked, one product does what a product a head would.
+        # 1 where a column belongs to the head. With this mask, one product replaces a product for each head.
         mask = np.kron(np.eye(weights.n_heads), np.ones((1, weights.d_kv))).astype(np.float32)[None, None]
         by_head = graph.op("Mul", graph.op("Unsqueeze", q, np.array([2], np.int64)), mask)  # (1, T, H, inner)
         rows = graph.op("Reshape", by_head, np.array([1, -1, weights.inner], np.int64))

@@ -6,7 +6,6 @@ opening a local bundle does not wait for it.
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +17,6 @@ from sbs_edge.runtime.integrity import verify_files
 from sbs_edge.runtime.manifest import DIGEST, MANIFEST, read_manifest, safe_member, safe_name
 
 __all__ = ["copy_bundle", "fetch", "upload"]
-
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def copy_bundle(root: Path, out: Path, *, within: Path | None = None) -> None:
@@ -71,6 +68,18 @@ def _source(root: Path, name: str, within: Path | None) -> Path:
     return path
 
 
+def _is_name(name: str) -> bool:
+    """Return whether ``name`` is ``owner/repository`` by the hub's rules."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 def fetch(name: str, revision: str | None = None, token: str | None = None) -> Path:
     """Download a bundle once; return a directory with its files and nothing else.
 
@@ -84,7 +93,7 @@ def fetch(name: str, revision: str | None = None, token: str | None = None) -> P
         IntegrityError: the downloaded bundle is damaged.
         SbsEdgeError: the hub does not have the bundle, or cannot be reached and nothing is cached.
     """
-    if not _NAME.fullmatch(name):
+    if not _is_name(name):
         raise UsageError(
             f"There is no bundle {name!r}: it is neither a directory nor a hub name of the form 'owner/repository'. "
             "Check the path, or make a bundle with sbs-edge export."
@@ -118,7 +127,7 @@ def upload(
     root: Path, name: str, *, private: bool = False, token: str | None = None, message: str = "Add a bundle"
 ) -> str:
     """Publish a bundle as one commit and return its URL; see :meth:`Student.push_to_hub`."""
-    if not _NAME.fullmatch(name):
+    if not _is_name(name):
         raise UsageError(f"{name!r} is not a hub name of the form 'owner/repository'.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

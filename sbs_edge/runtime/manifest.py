@@ -171,7 +171,7 @@ def _number(value: object) -> bool:
 
 
 def _long_settings(section: object) -> bool:
-    """Tell whether ``section`` says how long inputs are read."""
+    """Return whether ``section`` is the description of a :class:`LongSettings`."""
     types = {
         "chunk": int, "max_tokens": int, "overlap": (int, float), "header": str, "marker": bool,
         "top_k": (int, type(None)), "trained": str,

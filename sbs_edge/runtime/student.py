@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypedDict, Unpack, overload
 
@@ -91,12 +92,11 @@ class Student:
         self.limits: Mapping[str, int] = self.manifest["limits"]
         self._eos: int = self.manifest["model"]["eos_token_id"]
         settings = LongSettings.of(self.manifest.get("long")) if long else None
-        if top_k is not None and (settings is None or top_k < 1):
-            raise UsageError(
-                f"top_k must be at least 1, not {top_k}."
-                if settings is not None
-                else "top_k is for inputs that are read in chunks, and this bundle was exported without them."
-            )
+        if top_k is not None:
+            if settings is None:
+                why = "this bundle was exported without them" if long else "long=False leaves them out"
+                raise UsageError(f"top_k is for inputs that are read in chunks, and {why}.")
+            settings = replace(settings, top_k=top_k)
         self._texts = Texts(
             bundle.read("tokenizer.json"), self.manifest["prefixes"], self.limits, self._eos, settings
         )
@@ -110,7 +110,7 @@ class Student:
         self._graphs = TargetGraphs(
             bundle, self.target, self._entry, threads=self.threads, max_batch_tokens=max_batch_tokens,
             providers=self._entry["providers"] if providers is None else providers, prepacked_cache=prepacked_cache,
-            top_k=top_k or (settings.top_k if settings is not None else None),
+            top_k=None if settings is None else settings.top_k,
         )  # fmt: skip
         self._sessions = self._graphs.sessions
         if eager:

@@ -106,9 +106,7 @@ def card_of(engine: Engine) -> ModelCard:
         max_source_tokens=int(limits["max_source_tokens"]),
         max_new_tokens=int(limits["max_new_tokens"]),
         target=str(engine.target),
-        explains=any(role in manifest["targets"][engine.target] for role in ("explainer", "decoder_step"))
-        if "targets" in manifest
-        else True,
+        explains=any(role in manifest["targets"][engine.target] for role in ("explainer", "decoder_step")),
         abstain_below=float((manifest.get("calibration") or {}).get("abstain_below") or 0.0),
     )
 

@@ -28,7 +28,7 @@ from sbs_edge.serve.service import Service
 
 __all__ = ["Handlers"]
 
-_CLIENT_LEFT = 499  # is never sent; it marks the request in logs and metrics
+_CLIENT_LEFT = 499  # never sent; it marks the request in logs and metrics
 
 
 class Handlers:

@@ -108,9 +108,12 @@ class Recorder:
             self._queue.put(row)
 
     def close(self) -> None:
-        """Write what waits, for at most five seconds, and stop."""
+        """Write what waits, for at most five seconds, and stop; the log tells what was not written."""
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            waiting = self._offered - self._taken
+            logger.error("record_cut_off", path=str(self._path), waiting_characters=waiting)
 
     def _work(self) -> None:
         running = True

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from sbs_edge.errors import GuardError, IntegrityError, SbsEdgeError, UsageError
+from sbs_edge.resources import usable_cpus
 from sbs_edge.runtime.private import forget_shared, share_copies
 from sbs_edge.serve import listening, logs
 from sbs_edge.serve.logs import logger
 from sbs_edge.serve.settings import ServeSettings
 from sbs_edge.serve.states import DRAINING, READY, STARTING, UNSOUND
 
-__all__ = ["Peers", "supervise"]
+__all__ = ["Peers", "supervise", "worker_settings"]
 
 _SAME_SIGNAL_S = 1.0  # process managers may send a signal twice
 _POLL_S = 0.2
@@ -223,6 +224,16 @@ class _Supervisor:
         self._reload = True
 
 
+def worker_settings(settings: ServeSettings) -> ServeSettings:
+    """Return the settings of one worker: an equal part of the limits, but enough for a full request, and of the cores."""
+    count = settings.workers
+    share: dict[str, Any] = {name: -(-getattr(settings, name) // count) for name in _DIVIDED}
+    share["max_queue_texts"] = max(share["max_queue_texts"], settings.max_texts)
+    share["max_inside_bytes"] = max(share["max_inside_bytes"], settings.max_body_bytes)
+    share["threads"] = settings.threads or max(1, usable_cpus() // count)
+    return settings.model_copy(update=share)
+
+
 def _work(
     index: int,
     sources: Sequence[tuple[str | None, Path]],
@@ -241,17 +252,8 @@ def _work(
 
     logs.configure(log_level, worker=index)
     share_copies(Path(folder, "copies"))
-    count = settings.workers
-    share: dict[str, Any] = {
-        name: -(-getattr(settings, name) // count) for name in _DIVIDED if hasattr(settings, name)
-    }
-    share["max_queue_texts"] = max(share["max_queue_texts"], settings.max_texts)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share["threads"] = settings.threads or max(1, cores // count)
     try:
-        code = server.serve_on(
-            listener, sources, settings.model_copy(update=share), peers=Peers(states, index)
-        )
+        code = server.serve_on(listener, sources, worker_settings(settings), peers=Peers(states, index))
     except SbsEdgeError as error:
         failure = {"code": error.exit_code, "message": str(error)}
         Path(folder, f"failure-{os.getpid()}").write_text(json.dumps(failure), encoding="utf-8")

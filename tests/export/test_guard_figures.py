@@ -1,4 +1,4 @@
-"""What the guard says about rationales: how often the same token follows the same beginning."""
+"""The accuracy check of rationales counts how often the same token follows the same beginning."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A small random student and real bundles of it: written by the graph writer, judged by PyTorch.
 
-Random weights are scaled up until answers differ between inputs; accuracy is no matter here.
+Random weights are scaled up until answers differ between inputs; accuracy does not matter here.
 """
 
 from __future__ import annotations

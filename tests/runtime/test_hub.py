@@ -149,15 +149,18 @@ def test_a_published_bundle_comes_back_and_answers_the_same(
 def test_a_name_that_no_hub_has_is_one_sentence(tmp_path: Path, hub: str) -> None:
     code = (
         "from sbs_edge.errors import SbsEdgeError; from sbs_edge.runtime.hub import fetch\n"
-        "for name in ('me/missing', 'desk'):\n"
+        "for name in ('me/missing', 'desk', './me/desk', 'me/desk--old', 'me/..', 'me/desk.git', 'me/desk/1'):\n"
         "    try: fetch(name)\n"
         "    except SbsEdgeError as error: print(type(error).__name__, error)"
     )
-    first, second = _python(code, tmp_path, hub).splitlines()
+    first, *others = _python(code, tmp_path, hub).splitlines()
     assert first.startswith(
         "SbsEdgeError There is no directory 'me/missing', and the hub answered 404 for me/missing."
     )
-    assert "neither a directory nor a hub name" in second
+    assert len(others) == 6
+    assert all(
+        line.startswith("UsageError") and "neither a directory nor a hub name" in line for line in others
+    )
 
 
 def test_a_damaged_bundle_is_neither_published_nor_kept_from_a_hub(

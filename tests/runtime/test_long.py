@@ -205,14 +205,18 @@ def test_over_the_long_limit(long_bundle: Path, students: Any) -> None:
         assert (answer.truncated, answer.n_input_tokens, answer.n_chunks) == (True, 40, 1)
 
 
-def test_what_a_long_text_cannot_have_is_said(long_bundle: Path, tiny_bundle: Path) -> None:
-    with (
-        Student.load(long_bundle, threads=1) as student,
-        pytest.raises(UsageError, match="no graph for a beam of width 3"),
-    ):
-        student.explain("pump", num_beams=3)
+def test_what_a_long_text_cannot_have_is_said(
+    long_bundle: Path, tiny_bundle: Path, long_texts: list[str]
+) -> None:
+    with Student.load(long_bundle, threads=1) as student:
+        with pytest.raises(UsageError, match="no graph for a beam of width 3"):
+            student.explain("pump", num_beams=3)
+        with pytest.raises(UsageError, match=r"Text 1 is over 40 tokens .* leave out num_beams"):
+            student.explain(["pump", long_texts[0]], num_beams=3)
     with pytest.raises(UsageError, match="exported without them"):
         Student.load(tiny_bundle, top_k=4)
+    with pytest.raises(UsageError, match="long=False leaves them out"):
+        Student.load(long_bundle, long=False, top_k=4)
     with pytest.raises(UsageError, match="top_k must be at least 1, not 0"):
         Student.load(long_bundle, top_k=0)
 
@@ -288,7 +292,10 @@ def test_predict_says_how_many_chunks_it_read(
     short, long = map(json.loads, done.stdout.splitlines())
     assert "n_chunks" not in short
     assert long["n_chunks"] > 1
-    assert isinstance(long["rationale"], str)  # an untrained student may end it at once
+    with Student.load(long_bundle, threads=1) as student:
+        assert [short["rationale"], long["rationale"]] == [
+            explanation.rationale for explanation in student.explain(["pump fan", long_texts[0]])
+        ]
     (tmp_path / "in.txt").write_text("pump fan\n" + "pump " * 500 + "\n")
     done = sbs_edge_cli("predict", long_bundle, tmp_path / "in.txt")
     assert done.returncode == 2

@@ -42,8 +42,8 @@ def test_an_answer_leaves_no_trace_of_the_runtimes_own(
 def test_one_module_imports_onnxruntime() -> None:
     importing = [
         str(path.relative_to(ROOT))
-        for room in ("sbs_edge", "export")
-        for path in sorted((ROOT / room).rglob("*.py"))
+        for package in ("sbs_edge", "export")
+        for path in sorted((ROOT / package).rglob("*.py"))
         if re.search(
             r"^\s*(import onnxruntime\b(?!_)|from onnxruntime\b(?!_))", path.read_text(encoding="utf-8"), re.M
         )

@@ -1,4 +1,4 @@
-"""What TensorRT's providers are told: read back as onnxruntime reads it, shapes by name."""
+"""Options of TensorRT's provider, read back as onnxruntime reads them, with shapes by name."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Real bundles, a server in its own process, and an engine made by hand.
+"""Real bundles, a server in its own process, and an engine whose answers can be computed by hand.
 
-A small engine with the runtime's interface, whose answers can be computed by hand.
-
-It exists for what a real bundle cannot do on command: be slow, fail, be watched. Every test of
-answers over the network uses a real bundle (``test_bundle.py``).
+The engine has the runtime's interface, and does what a real bundle cannot do on command: be slow, fail, be watched.
+Every test of answers over the network uses a real bundle (``test_bundle.py``).
 """
 
 from __future__ import annotations
@@ -75,6 +73,7 @@ class HandEngine:
         return {
             "name": "hand",
             "version": self.version,
+            "targets": {self.target: {"explainer": "explainer.onnx"}},
             "limits": {"max_source_tokens": 40, "max_new_tokens": 16},
             "labels": {"kind": self.kind, "labels": list(self.labels) if self.kind == "closed" else []},
             "calibration": {"abstain_below": 0.0},

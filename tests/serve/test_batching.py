@@ -81,26 +81,23 @@ async def test_a_short_text_overtakes_long_ones_that_came_before_it():
 
 
 @pytest.mark.anyio
-async def test_a_long_text_waits_for_no_more_short_ones_than_fit_into_it():
+async def test_a_long_text_is_overtaken_until_eight_times_its_tokens_are_served():
     worker = Worker()
     worker.go.set()
     batcher = Batcher(worker, max_batch_tokens=40, max_wait_s=0)
-    shorts = []
+    long = batcher.submit([("long", 40)], [40])
 
     def next_short() -> None:  # another short text is always waiting
-        if len(shorts) < 60:
-            shorts.append(batcher.submit([("short", 4)], [4]))
-            shorts[-1].future.add_done_callback(lambda _: next_short())
+        if not long.future.done():
+            batcher.submit([("short", 4)], [4]).future.add_done_callback(lambda _: next_short())
 
-    next_short()
-    next_short()
-    await asyncio.sleep(0.02)
-    long = batcher.submit([("long", 40)], [40])
-    before = len(worker.batches)
-    await long.future
+    for _ in range(11):  # a full batch, and one that waits behind it
+        next_short()
+    await asyncio.wait_for(long.future, 20)
     batcher.close()
-    passed = [name for batch in worker.batches[before:] for name, _ in batch].index("long")
-    assert passed <= 40 / 4 + 2  # two were in the queue already
+    overtook = [name for batch in worker.batches for name, _ in batch].index("long")
+    # A short text that comes once 8 * (40 - 4) tokens have been served is too late; those that wait then go first.
+    assert 8 * (40 - 4) / 4 <= overtook <= 8 * (40 - 4) / 4 + 11
 
 
 @pytest.mark.anyio

@@ -271,7 +271,7 @@ def test_the_bench_gathers_scenarios_in_one_document(bundles, tmp_path):
 
 
 def test_the_server_is_compared_with_plain_fastapi(bundles, tmp_path):
-    """Turns of a few hundredths of a second: what is asked and answered counts, no time does."""
+    """The turns last a few hundredths of a second: requests and answers are checked, times are not."""
     pytest.importorskip("fastapi")
     done = subprocess.run(
         [sys.executable, "-P", "-m", "sbs_edge", "bench", "serving", "plain", bundles["closed"],

@@ -1,4 +1,4 @@
-"""What people send stays out of the log: at DEBUG, in refusals, and when the server itself fails."""
+"""Texts of requests stay out of the log: at DEBUG, in refusals, and when the server itself fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeps the event loop quick: workers stand back, and the collector leaves alone what stays."""
+"""Process settings keep the event loop quick: workers have a lower priority, and the collector skips loaded models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ def test_what_is_loaded_is_out_of_the_collectors_way_and_freed_once_retired(coll
 
 @pytest.mark.anyio
 async def test_a_reload_tidies_and_a_look_without_news_does_not(hand_bundle, running, hand):
-
     calls = []
     app = running(hand_bundle)
     app.service.registry.on_change = lambda: calls.append(1)

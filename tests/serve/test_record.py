@@ -107,6 +107,20 @@ def test_a_slow_disk_stops_nobody_and_memory_stays_bounded(tmp_path, monkeypatch
     assert _count(metrics, "dropped") == dropped
 
 
+def test_rows_that_a_stop_cuts_off_are_logged(tmp_path, monkeypatch, json_logs):
+    go_on = threading.Event()
+    monkeypatch.setattr(Recorder, "_append", lambda self, line: go_on.wait(20) and "kept")
+    monkeypatch.setattr("sbs_edge.serve.record._CLOSE_S", 0.01)
+    recorder = Recorder(tmp_path / "r.jsonl", 0.8, 1.0, 1 << 20, Metrics())
+    recorder.offer("m", "1", InferenceRequest(texts=["secret text"] * 3), [_answer(0.5)] * 3)
+    recorder.close()
+    (line,) = [json.loads(line) for line in json_logs.getvalue().splitlines() if "record_cut_off" in line]
+    assert line["waiting_characters"] >= 2 * len("secret text")  # the first row may be under way
+    assert "secret" not in json_logs.getvalue()
+    go_on.set()
+    recorder._thread.join(20)
+
+
 def test_old_parts_go_and_all_of_them_stay_below_the_bound(tmp_path):
     path, metrics = tmp_path / "r.jsonl", Metrics()
     recorder = Recorder(path, 0.8, 1.0, 8192, metrics)
@@ -126,14 +140,18 @@ def test_old_parts_go_and_all_of_them_stay_below_the_bound(tmp_path):
 def test_two_processes_may_share_the_file_and_an_open_one_becomes_private(tmp_path):
     path = tmp_path / "r.jsonl"
     path.touch(0o644)
-    pair = [Recorder(path, 0.8, 1.0, 16384, Metrics()) for _ in range(2)]
+    metrics = [Metrics(), Metrics()]
+    pair = [Recorder(path, 0.8, 1.0, 16384, own) for own in metrics]
     for number in range(100):
         for recorder in pair:
             recorder.offer("m", "1", InferenceRequest(texts=[f"row {number}"]), [_answer(0.5)])
     for recorder in pair:
         recorder.close()
-    rows = [row for part in tmp_path.glob("*.jsonl") for row in _rows(part)]
-    assert len(rows) == len({row["id"] for row in rows})
+    parts = list(tmp_path.glob("*.jsonl"))
+    rows = [row for part in parts for row in _rows(part)]  # whole rows only
+    assert len(rows) == len({row["id"] for row in rows}) > 0
+    assert sum(part.stat().st_size for part in parts) <= 16384
+    assert [_count(own, "kept") for own in metrics] == [100, 100]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import signal
 import socket
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -17,6 +19,7 @@ from sbs_edge.errors import UsageError
 from sbs_edge.runtime.student import Student
 from sbs_edge.serve import listening
 from sbs_edge.serve.settings import ServeSettings
+from sbs_edge.serve.workers import worker_settings
 
 TEXT = "The coil is frosted."
 
@@ -49,10 +52,20 @@ def events(server, name):
 @pytest.fixture
 def workers(bundles, serve_process, tmp_path):
     bundle = shutil.copytree(bundles["closed"], tmp_path / "bundle")
-    server = serve_process(f"desk={bundle}", "--workers", "2", ready=False)
+    server = serve_process(f"desk={bundle}", "--workers", "2", "--body-timeout-s", "60", ready=False)
     server.await_event("ready")
     server.bundle = bundle
     return server
+
+
+def test_a_worker_has_its_part_of_the_limits_and_of_the_usable_cores(monkeypatch):
+    monkeypatch.setattr("sbs_edge.serve.workers.usable_cpus", lambda: 7)  # by quota, whatever the affinity
+    settings = ServeSettings(workers=3, max_concurrent=10, max_connections=9, max_queue_texts=3000)
+    own = worker_settings(settings)
+    assert (own.threads, own.max_concurrent, own.max_connections, own.max_queue_texts) == (2, 4, 3, 1000)
+    assert worker_settings(settings.model_copy(update={"threads": 5})).threads == 5
+    many = worker_settings(ServeSettings(workers=100))  # a full request still fits
+    assert (many.threads, many.max_inside_bytes, many.max_queue_texts) == (1, 2_000_000, 32)
 
 
 def test_workers_answer_alike_and_are_counted_together(workers, bundles):
@@ -86,20 +99,35 @@ def test_a_dead_worker_is_started_again_and_readiness_says_so(workers):
 
 
 def test_sigterm_drains_every_worker_and_loses_nothing(workers):
-    body = {"texts": [TEXT] * 16, "explain": True}
-    clients = [httpx.Client(base_url=workers.url, timeout=30) for _ in range(24)]
-    with ThreadPoolExecutor(24) as pool:
-        assert all(answer.is_success for answer in pool.map(lambda c: c.get("/v2/health/live"), clients))
-        asked = [pool.submit(client.post, "/v1/predict", json=body) for client in clients]
-        next(as_completed(asked))
-        workers.process.send_signal(signal.SIGTERM)
-        workers.process.send_signal(signal.SIGTERM)  # as `timeout` passes it on
-        # A request that comes in after the signal may be told to go elsewhere; none goes without an answer.
-        codes = Counter(future.result().status_code for future in asked)
-    assert codes[200] >= 1
-    assert codes[200] + codes[503] == 24
-    for client in clients:
-        client.close()
+    """Requests whose last byte is held back are admitted by both workers and cannot finish before the signal."""
+    body = json.dumps({"texts": [TEXT] * 16, "explain": True}).encode()
+    address = workers.url.removeprefix("http://")
+    connections, processes = [], set()
+    end = time.monotonic() + 30
+    while len(connections) < 24 or len(processes) < 2:
+        assert time.monotonic() < end
+        connections.append(http.client.HTTPConnection(address, timeout=30))
+        connections[-1].request("GET", "/v2/health/live")
+        with connections[-1].getresponse() as answer:
+            processes.add(answer.headers["x-request-id"][:8])  # digits of the process
+            answer.read()
+        connections[-1].putrequest("POST", "/v1/predict")
+        connections[-1].putheader("Content-Length", str(len(body)))
+        connections[-1].endheaders(body[:-1])
+    await_true(lambda: value(workers.url, "sbs_edge_requests_in_flight") == len(connections))
+    workers.process.send_signal(signal.SIGTERM)
+    workers.process.send_signal(signal.SIGTERM)  # as `timeout` passes it on
+    await_true(lambda: sum("in_flight" in line for line in events(workers, "draining")) == 2)
+    held = {line["worker"]: line["in_flight"] for line in events(workers, "draining") if "in_flight" in line}
+    assert held.keys() == {0, 1}
+    assert min(held.values()) > 0
+    assert sum(held.values()) == len(connections)
+    assert ask(workers.url).status_code == 503  # a new request is told to go elsewhere
+    for connection in connections:
+        connection.send(body[-1:])
+    assert Counter(connection.getresponse().status for connection in connections) == {200: len(connections)}
+    for connection in connections:
+        connection.close()
     assert workers.process.wait(30) == 0
     for line in events(workers, "worker_started"):
         with pytest.raises(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What one request costs in writes: the bytes are uvicorn's own, in as few pieces as its body has."""
+"""A response has uvicorn's own bytes, in as few writes as its body has parts."""
 
 from __future__ import annotations
 

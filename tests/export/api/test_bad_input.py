@@ -1,4 +1,4 @@
-"""What cannot be exported, or not to the end: a clear error, an exit code, and the previous bundle untouched."""
+"""An export that fails gives a clear error and an exit code, and leaves the previous bundle untouched."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError, SbsEdgeError, UsageError
 from sbs_edge.export import assemble
 from sbs_edge.export.api import export
+from sbs_edge.export.check.parity import accept
 from sbs_edge.export.targets import TARGETS, providers_here
 from sbs_edge.runtime.bundle import Bundle
 
@@ -67,7 +68,7 @@ def test_rows_with_labels_the_student_cannot_give(
         with pytest.raises(DataError, match=rf"{name}.*'fly'.*'stay', 'go', 'wait'") as caught:
             export(student, tmp_path / "out")
         assert caught.value.exit_code == 2
-    # What a teacher said is no label of the data: training takes it, and so does export.
+    # A teacher's label is not a gold label of the data: training accepts it, and so does export.
     student = Path(shutil.copytree(tmp_path / "first", tmp_path / "teacher"))
     row = {"id": "t", "input": "hot pump", "teacher_label": "fly", "rationale": "so"}
     (student / "calibration.jsonl").write_text(json.dumps(row) + "\n")
@@ -132,6 +133,12 @@ def spoiled(builder: Callable[..., Any]) -> Callable[..., Any]:
         return builder(type(weights)(**{**vars(weights), "arrays": arrays}), *args, **options)
 
     return build
+
+
+def test_a_score_that_is_not_finite_never_agrees_with_pytorch() -> None:
+    expected = [np.array([1.0, 0.0])] * 2
+    with pytest.raises(SbsEdgeError, match="label_scorer differs from PyTorch"):
+        accept("label_scorer", [expected[0], np.array([np.nan, 0.0])], expected)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_the_guard_refuses_and_keeps_the_old_bundle(
     assert caught.value.exit_code == 3
     assert listing(tmp_path / "bundle") == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    # Whoever gives up accuracy has not given up rationales.
+    # A limit that allows any loss of accuracy does not allow worse rationales.
     with pytest.raises(
         GuardError, match=r"next token in .* % of the steps.*Nothing.*keep_float=.*label_only=True"
     ) as caught:

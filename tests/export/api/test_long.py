@@ -122,6 +122,7 @@ def test_a_student_trained_on_long_inputs_says_how(make_student: Make, tmp_path:
         ({"single_file": True}, "A single file cannot hold"),
         ({"long": {"chunk": 64}}, "longer than the 40 tokens"),
         ({"long": {"max_token": 64}}, "no field 'max_token'"),
+        ({"long": {"trained": "full"}}, "no field 'trained'"),
         ({"long": {"max_tokens": 20}}, "less than one chunk of 40"),
     ],
 )

@@ -28,7 +28,7 @@ def constants_of(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 
 
 def tables(model: onnx.ModelProto, weights: T5Weights) -> int:
-    """How often the vocabulary times the width is stored."""
+    """Return how many times a table of vocabulary times width is stored."""
     size = weights.vocab_size * weights.d_model
     return sum(int(np.prod(tensor.dims)) == size for tensor in constants_of(model))
 
@@ -83,7 +83,7 @@ def test_the_head_is_the_product_it_was(precision: Any) -> None:
 
 @pytest.mark.parametrize("precision", [Float32(), Int8({})], ids=["float32", "int8"])
 def test_no_step_turns_the_table(precision: Any, tmp_path: Path) -> None:
-    """What the runtime makes of the graph holds the turned table as a constant, and no operator that turns it."""
+    """The optimised graph holds the transposed table as a constant, and no operator that transposes it."""
     import onnxruntime
 
     weights = weights_of(make_student("t5"))
