@@ -8,6 +8,7 @@ library that rejects a header quotes its value.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import unicodedata
@@ -236,7 +237,8 @@ class Endpoint:
     def hide(self, text: str) -> str:
         """Return ``text`` without this endpoint's secrets."""
         for secret in self.secrets:
-            for spelled in {secret, quote(secret), quote(secret, safe="")}:
+            one_spaced, as_json = " ".join(secret.split()), json.dumps(secret)[1:-1]  # as errors quote it
+            for spelled in {secret, quote(secret), quote(secret, safe=""), one_spaced, as_json} - {""}:
                 text = text.replace(spelled, HIDDEN)
         return text
 

@@ -75,7 +75,7 @@ def register_try(group: typer.Typer) -> None:
         from sbs_edge.teacher.task import refuse_placeholders
         from sbs_edge.teacher.trial import trial_report, trial_text
 
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False)
         spec = with_rationale_from(load_task(task), rationale_from)
         refuse_placeholders(spec, task)
         sampling, connection = connection_of(

@@ -60,7 +60,7 @@ def trial_report(
                 "rationale": result.example.rationale if usable else parsed.rationale if parsed else None,
                 "gold": row.label,
                 "reason": result.reason,
-                "detail": record.error if record is not None else None,
+                "detail": result.detail,
                 "finish_reason": record.finish_reason if record is not None else None,
                 "prompt_tokens": record.prompt_tokens if record is not None else 0,
                 "answer_tokens": record.completion_tokens if record is not None else 0,
