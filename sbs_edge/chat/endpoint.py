@@ -237,9 +237,10 @@ class Endpoint:
     def hide(self, text: str) -> str:
         """Return ``text`` without this endpoint's secrets."""
         for secret in self.secrets:
-            one_spaced, as_json = " ".join(secret.split()), json.dumps(secret)[1:-1]  # as errors quote it
-            for spelled in {secret, quote(secret), quote(secret, safe=""), one_spaced, as_json} - {""}:
-                text = text.replace(spelled, HIDDEN)
+            # Errors quote a secret as it is, on one line, in an address or in JSON.
+            for plain in {secret, " ".join(secret.split())} - {""}:
+                for spelled in {plain, quote(plain), quote(plain, safe=""), json.dumps(plain)[1:-1]}:
+                    text = text.replace(spelled, HIDDEN)
         return text
 
     def clean(self, text: str, limit: int = 300) -> str:
