@@ -71,10 +71,10 @@ class Settings:
 
 @dataclass(slots=True)
 class Annotation:
-    """What came of the rows.
+    """The result of an annotation.
 
     Attributes:
-        results: one a row, in row order.
+        results: one per row, in row order.
         records: the finished calls behind them, and those that settled the form.
         stats: what this run did.
         skipped_lines: journal lines that could not be used.

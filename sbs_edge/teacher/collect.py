@@ -147,7 +147,7 @@ def collect(
     Args:
         rows: the rows, in input order.
         task: the task file.
-        lookup: gives the records of a row (index, row), one a sample; None where unanswered.
+        lookup: returns the records of a row (index, row), one per sample; None if unanswered.
     """
     results: list[RowResult] = []
     inputs: set[tuple[str, tuple[str, ...] | None]] = set()

@@ -1,4 +1,4 @@
-"""Rationales out of long reasoning: a second call a row shortens what the model thought.
+"""Rationales from long reasoning: a second call per row shortens what the model thought.
 
 The call is journalled and paid for like any other, keyed by its own prompt.
 """

@@ -50,10 +50,10 @@ Parser = Literal["label", "choice", "expression"]
 
 
 Structured = Literal["auto", "on", "off", "json_schema", "json_object", "tool"]
-"""Whether and how a server is asked for a JSON object; see :class:`~sbs_edge.teacher.calls.Sampling`."""
+"""The form in which a server is asked for a JSON object, if at all; see :class:`~sbs_edge.teacher.calls.Sampling`."""
 
 RationaleFrom = Literal["answer", "reasoning", "summary"]
-"""Where a row's rationale comes from."""
+"""The source of a row's rationale."""
 
 
 class _Strict(BaseModel):

@@ -47,7 +47,7 @@ def test_every_field_for_reasoning_is_read(message):
 @pytest.mark.parametrize(
     "value", [None, 7, [], {}, [None], {"type": "reasoning.encrypted", "data": "x"}, [[[[[["deep"]]]]]]]
 )
-def test_a_field_without_text_is_no_reasoning(value):
+def test_a_field_without_text_is_not_reasoning(value):
     assert reasoning_text({"reasoning": value, "content": GOOD}) == ""
 
 

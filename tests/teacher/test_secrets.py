@@ -57,7 +57,7 @@ def test_no_text_around_a_secret_shows_it(around, secret):
     assert secret not in redacted_url(f"http://user:{secret}@h0st/v1?api-key={secret}").replace("api-key", "")
 
 
-def test_an_address_that_is_none_is_named_without_its_password():
+def test_an_invalid_address_is_named_without_its_password():
     for url in (
         "localhost:8000/v1",
         "ftp://u:hidden@h/v1",

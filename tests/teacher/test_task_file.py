@@ -29,7 +29,7 @@ def test_presets_survive_the_file(name, tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("form", ["chat", "completion"])
 def test_the_worked_examples_are_read_by_the_parser_and_pass_the_filters(name, form):
-    """What the prompt shows as a good answer must be one: every shot goes through the whole parser."""
+    """Every worked example, written as the prompt shows it, is a good answer to the whole parser."""
     task = PRESETS[name].model_copy(update={"form": form})
     prompt = render(task, Example("x", "THE INPUT", choices=task.shots[0].choices))
     answers = (
