@@ -193,7 +193,11 @@ class _Run:
             return list(calls_for(self.rows[:PROBED_ROWS], self.task, settings.model, sampling))
 
         async def ask_one(call: Call, form: Form) -> None:
-            self.stats.add_requests(await self._ask([call], form, None))
+            asked = AskStats()
+            try:
+                await self._ask([call], form, None, asked)
+            finally:
+                self.stats.add_requests(asked)  # the request of a form that the server refuses counts too
 
         settled = await settle_form(
             settings.sampling.structured, settings.model, self.journal, calls_of, ask_one,
@@ -283,7 +287,11 @@ class _Run:
         return made, [call.key for call in calls if call is not None]
 
     async def _ask(
-        self, calls: Sequence[Call], form: Structured, on_record: Callable[[Record], None] | None
+        self,
+        calls: Sequence[Call],
+        form: Structured,
+        on_record: Callable[[Record], None] | None,
+        stats: AskStats | None = None,
     ) -> AskStats:
         settings = self.settings
         return await ask(
@@ -295,6 +303,7 @@ class _Run:
             concurrency=settings.concurrency,
             max_attempts=settings.max_attempts,
             server=settings.server,
+            stats=stats,
             on_record=on_record,
             on_wait=self.on_wait,
         )

@@ -69,6 +69,6 @@ def with_summary(task: TaskFile, row: Example, result: RowResult, record: Record
         reason = "rejected" if record.is_refusal else "summary-missing"
         return dataclasses.replace(result, example=row, reason=reason, detail=record.error)
     parsed = Parsed(result.example.teacher_label, text)
-    reason = check_quality(task, parsed, row.choices)
-    example = row if reason else dataclasses.replace(result.example, rationale=text, rationales=())
-    return dataclasses.replace(result, example=example, reason=reason)
+    filtered = check_quality(task, parsed, row.choices)
+    example = row if filtered else dataclasses.replace(result.example, rationale=text, rationales=())
+    return dataclasses.replace(result, example=example, reason=filtered)
