@@ -38,6 +38,8 @@ TO_REPLACE = "REPLACE THIS"
 RESERVED_FIELDS = ("model", "messages", "prompt", "n")
 """Fields of a request that follow from the rows and the settings."""
 
+_FREE_FIELDS = ("request", "extra_body")  # sent as they are, so numbers must stay numbers
+
 _SECRET_NAME = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 
 Parser = Literal["label", "choice", "expression"]
@@ -228,13 +230,24 @@ def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
         )
 
 
+def _resolvers(*kinds: str) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return the library's rules for plain scalars of these types; other scalars are text."""
+    return {
+        first: [(tag, pattern) for tag, pattern in found if tag.rsplit(":", 1)[-1] in kinds]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class TextLoader(yaml.SafeLoader):
     """A loader that keeps scalars as text: YAML 1.1 would read the label ``no`` as False, and fields have types."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (the library's own form)
-        first: [(tag, pattern) for tag, pattern in found if tag.rsplit(":", 1)[-1] in ("null", "merge")]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = _resolvers("null", "merge")
+
+
+class _JsonLoader(yaml.SafeLoader):
+    """A loader of the types that JSON has, for the fields of a request; a date stays text."""
+
+    yaml_implicit_resolvers = _resolvers("null", "merge", "bool", "int", "float")
 
 
 def read_task(path: Path) -> TaskFile:
@@ -246,7 +259,11 @@ def read_task(path: Path) -> TaskFile:
 
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), TextLoader)  # noqa: S506 (a safe loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, TextLoader)  # noqa: S506 (a safe loader)
+        if isinstance(content, dict) and not content.keys().isdisjoint(_FREE_FIELDS):
+            typed = yaml.load(text, _JsonLoader)  # noqa: S506 (a safe loader)
+            content |= {name: typed[name] for name in _FREE_FIELDS if name in content}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"The task file {path} is not valid YAML: {error}.") from error
     return parse_task(content, str(path))
