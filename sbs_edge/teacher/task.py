@@ -30,6 +30,7 @@ __all__ = [
     "read_task",
     "refuse_placeholders",
     "save_task",
+    "yaml_problem",
 ]
 
 TO_REPLACE = "REPLACE THIS"
@@ -59,7 +60,7 @@ RationaleFrom = Literal["answer", "reasoning", "summary"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)  # it may hold a secret
 
 
 class Shot(_Strict):
@@ -244,6 +245,12 @@ class TextLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = _resolvers("null", "merge")
 
 
+def yaml_problem(error: Exception) -> str:
+    """Return place and problem of a YAML error on one line, without its quotation of the file, which may be a secret."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
+
+
 class _JsonLoader(yaml.SafeLoader):
     """A loader of the types that JSON has, for the fields of a request; a date stays text."""
 
@@ -265,7 +272,7 @@ def read_task(path: Path) -> TaskFile:
             typed = yaml.load(text, _JsonLoader)  # noqa: S506 (a safe loader)
             content |= {name: typed[name] for name in _FREE_FIELDS if name in content}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"The task file {path} is not valid YAML: {error}.") from error
+        raise DataError(f"The task file {path} is not valid YAML: {yaml_problem(error)}.") from None
     return parse_task(content, str(path))
 
 

@@ -115,3 +115,20 @@ def test_a_secret_that_an_error_quotes_as_json_is_hidden(scripted, annotate, tmp
     _, shown, _ = annotate("--header", f"X-Key={secret}")
     assert "x-key" in shown
     assert "den" not in (shown + (tmp_path / "out.journal.jsonl").read_text()).replace("hidden", "")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ['extra_body: {"api_key": "sk-hidden"}', "header: [X-Key=sk-hidden", "header: {X-Key: sk-hidden}"],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_wrong_file_is_named_by_its_place_and_not_quoted(annotate, tmp_path, monkeypatch, wrong, debug):
+    if debug:
+        monkeypatch.setenv("SBS_EDGE_DEBUG", "1")
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"samples: 1\n{wrong}\n")
+    for flag in ("--config", "--task"):
+        code, shown, _ = annotate(flag, str(path))
+        assert (code, annotate.sent) == (2, 0)
+        assert "wrong.yaml" in shown
+        assert "hidden" not in shown
