@@ -1,4 +1,4 @@
-"""What every room's tests share: one thread, where the paper's data lives, a way to run the command line."""
+"""Fixtures of all tests: one thread, the paper's data, a way to run the command line."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ library that rejects a header quotes its value.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import unicodedata
@@ -236,8 +237,10 @@ class Endpoint:
     def hide(self, text: str) -> str:
         """Return ``text`` without this endpoint's secrets."""
         for secret in self.secrets:
-            for spelled in {secret, quote(secret), quote(secret, safe="")}:
-                text = text.replace(spelled, HIDDEN)
+            # Errors quote a secret as it is, on one line, in an address or in JSON.
+            for plain in {secret, " ".join(secret.split())} - {""}:
+                for spelled in {plain, quote(plain), quote(plain, safe=""), json.dumps(plain)[1:-1]}:
+                    text = text.replace(spelled, HIDDEN)
         return text
 
     def clean(self, text: str, limit: int = 300) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
 from sbs_edge.cli._common import print_json
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Connection",
-    "PriceInOption",
-    "PriceOutOption",
     "ask_teacher",
     "emit",
     "outcome",
@@ -34,10 +31,6 @@ __all__ = [
     "settle_from_journal",
     "summary",
 ]
-
-
-PriceInOption = Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")]
-PriceOutOption = Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -327,7 +320,7 @@ def outcome(
 
 
 COPIED_SHARE = 0.1
-"""From this share on, rationales that are a worked example's are worth a word."""
+"""The summary names copies of worked examples if more than this share of the rationales are."""
 
 
 def _copied(report: dict[str, Any]) -> str:

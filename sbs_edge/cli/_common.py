@@ -39,14 +39,16 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
     if value is None:
         return None
     value = value.expanduser()
-    from sbs_edge.teacher.task import TextLoader  # a label such as `no` stays text here too
+    from sbs_edge.teacher.task import TextLoader, yaml_problem  # a label such as `no` stays text here too
 
     try:
         content = yaml.load(value.read_text(encoding="utf-8"), TextLoader)  # noqa: S506 (a safe loader)
     except OSError as error:
         raise UsageError(f"The configuration file {value} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The configuration file {value} is not valid YAML: {error}.") from error
+        raise UsageError(
+            f"The configuration file {value} is not valid YAML: {yaml_problem(error)}."
+        ) from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -64,7 +66,8 @@ def _load_config(ctx: typer.Context, value: Path | None) -> Path | None:
             raise UsageError(f"The configuration file {value} has the unknown key {name!r}. {hint}")
         several = getattr(options[name], "multiple", False) or options[name].nargs != 1
         if isinstance(given, dict) or (isinstance(given, list) and not several):
-            raise UsageError(f"The configuration file {value}: {name} takes a single value, not {given!r}.")
+            kind = "a mapping; put JSON between quotation marks" if isinstance(given, dict) else "a list"
+            raise UsageError(f"The configuration file {value}: {name} takes a single value, not {kind}.")
         if several and isinstance(given, str):
             defaults[name] = [given]
     ctx.default_map = {**(ctx.default_map or {}), **defaults}

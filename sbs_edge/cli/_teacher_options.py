@@ -1,4 +1,4 @@
-"""Options that ``annotate`` and ``task try`` share: how a teacher answers and what is read from the answer."""
+"""Options that ``annotate`` and ``task try`` share: the server, the request, and the reading of the answer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ import typer
 if TYPE_CHECKING:
     from sbs_edge.teacher.task import TaskFile
 
-__all__ = ["RationaleFromOption", "StructuredOption", "with_rationale_from"]
+__all__ = [
+    "ApiKeyEnvOption",
+    "BaseUrlOption",
+    "ExtraBodyOption",
+    "HeaderOption",
+    "MaxTokensOption",
+    "OmitOption",
+    "PriceInOption",
+    "PriceOutOption",
+    "RationaleFromOption",
+    "RequestOption",
+    "ServerOption",
+    "StructuredOption",
+    "TimeoutOption",
+    "with_rationale_from",
+]
 
 
 class _Structured(StrEnum):
-    """Whether and how the teacher is asked for a JSON object."""
+    """The ways to ask the teacher for a JSON object."""
 
     auto = "auto"
     on = "on"
@@ -25,13 +40,59 @@ class _Structured(StrEnum):
 
 
 class _RationaleFrom(StrEnum):
-    """Where a row's rationale comes from."""
+    """The sources of a rationale."""
 
     answer = "answer"
     reasoning = "reasoning"
     summary = "summary"
 
 
+BaseUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The endpoint up to and including /v1; a query (?api-version=...) is kept. "
+        "Default: OPENAI_BASE_URL, the address of --server, or OpenAI's."
+    ),
+]
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Preset of a server: openai, azure, openrouter, anthropic, gemini, mistral, deepseek, groq, "
+        "together, fireworks, xai, vllm, sglang, llama.cpp, llama-cpp-python, ollama or lmstudio. It sets the "
+        "address, the key's variable and parameter names; flags win."
+    ),
+]
+ApiKeyEnvOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Environment variable that holds the key. The key itself is never an option and never written. "
+        "Default: OPENAI_API_KEY, or the variable of --server."
+    ),
+]
+HeaderOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Header sent with every request; NAME=env:VARIABLE keeps a secret out of the shell."),
+]
+RequestOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Set a field of the request. max_completion_tokens, with or without a value, replaces max_tokens."
+    ),
+]
+OmitOption = Annotated[
+    list[str] | None, typer.Option(help="Leave a field out of the request, such as temperature.")
+]
+ExtraBodyOption = Annotated[str | None, typer.Option(help="JSON object with further fields of the request.")]
+TimeoutOption = Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Longest answer in tokens; an answer that is cut off cannot be used. Default: the task file's.",
+    ),
+]
+PriceInOption = Annotated[float, typer.Option(min=0, help="Money per million prompt tokens.")]
+PriceOutOption = Annotated[float, typer.Option(min=0, help="Money per million answer tokens.")]
 StructuredOption = Annotated[
     _Structured | None,
     typer.Option(
@@ -39,7 +100,6 @@ StructuredOption = Annotated[
         "tool: as a function call. Default: that of the task file or preset, otherwise auto."
     ),
 ]
-
 RationaleFromOption = Annotated[
     _RationaleFrom | None,
     typer.Option(

@@ -11,15 +11,28 @@ from rich.console import Console
 
 from sbs_edge.cli._annotate import (
     Connection,
-    PriceInOption,
-    PriceOutOption,
     ask_teacher,
     connection_of,
     read_rows,
 )
 from sbs_edge.cli._common import JsonOption, print_json
 from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
-from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
+from sbs_edge.cli._teacher_options import (
+    ApiKeyEnvOption,
+    BaseUrlOption,
+    ExtraBodyOption,
+    HeaderOption,
+    MaxTokensOption,
+    OmitOption,
+    PriceInOption,
+    PriceOutOption,
+    RationaleFromOption,
+    RequestOption,
+    ServerOption,
+    StructuredOption,
+    TimeoutOption,
+    with_rationale_from,
+)
 
 __all__ = ["register_try"]
 
@@ -33,24 +46,18 @@ def register_try(group: typer.Typer) -> None:
         task: Annotated[str, typer.Option(help="Task file or preset.")],
         model: Annotated[str, typer.Option(help="The teacher's model, as the server knows it.")],
         rows: Annotated[int, typer.Option(min=1, help="Number of rows to ask for.")] = 5,
-        base_url: Annotated[str | None, typer.Option(help="As for annotate.")] = None,
-        server: Annotated[str | None, typer.Option(help="Preset of a server, as for annotate.")] = None,
-        api_key_env: Annotated[
-            str | None, typer.Option(help="Environment variable that holds the key.")
-        ] = None,
-        header: Annotated[
-            list[str] | None, typer.Option(help="Header sent with every request; or NAME=env:VARIABLE.")
-        ] = None,
-        request: Annotated[list[str] | None, typer.Option(help="Set a field of the request.")] = None,
-        omit: Annotated[list[str] | None, typer.Option(help="Leave a field out of the request.")] = None,
-        extra_body: Annotated[
-            str | None, typer.Option(help="JSON object with further fields of the request.")
-        ] = None,
+        base_url: BaseUrlOption = None,
+        server: ServerOption = None,
+        api_key_env: ApiKeyEnvOption = None,
+        header: HeaderOption = None,
+        request: RequestOption = None,
+        omit: OmitOption = None,
+        extra_body: ExtraBodyOption = None,
         structured: StructuredOption = None,
         rationale_from: RationaleFromOption = None,
         temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-        max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
-        timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
+        max_tokens: MaxTokensOption = None,
+        timeout: TimeoutOption = 120.0,
         column: ColumnOption = None,
         skip_bad_rows: LeaveOutBadRowsOption = False,
         price_in: PriceInOption = 0.0,
@@ -75,7 +82,7 @@ def register_try(group: typer.Typer) -> None:
         from sbs_edge.teacher.task import refuse_placeholders
         from sbs_edge.teacher.trial import trial_report, trial_text
 
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False)
         spec = with_rationale_from(load_task(task), rationale_from)
         refuse_placeholders(spec, task)
         sampling, connection = connection_of(

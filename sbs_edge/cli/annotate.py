@@ -12,8 +12,6 @@ from rich.console import Console
 
 from sbs_edge.cli._annotate import (
     Connection,
-    PriceInOption,
-    PriceOutOption,
     ask_teacher,
     connection_of,
     emit,
@@ -34,7 +32,22 @@ from sbs_edge.cli._common import (
     save_resolved_beside,
 )
 from sbs_edge.cli._data_options import ColumnOption, LeaveOutBadRowsOption
-from sbs_edge.cli._teacher_options import RationaleFromOption, StructuredOption, with_rationale_from
+from sbs_edge.cli._teacher_options import (
+    ApiKeyEnvOption,
+    BaseUrlOption,
+    ExtraBodyOption,
+    HeaderOption,
+    MaxTokensOption,
+    OmitOption,
+    PriceInOption,
+    PriceOutOption,
+    RationaleFromOption,
+    RequestOption,
+    ServerOption,
+    StructuredOption,
+    TimeoutOption,
+    with_rationale_from,
+)
 
 __all__ = ["register"]
 
@@ -86,49 +99,16 @@ def register(app: typer.Typer) -> None:
                 help="openai: any endpoint with the OpenAI protocol. local: a transformers model in this process."
             ),
         ] = Backend.openai,
-        base_url: Annotated[
-            str | None,
-            typer.Option(
-                help="The endpoint up to and including /v1; a query (?api-version=...) is kept. "
-                "Default: OPENAI_BASE_URL, the address of --server, or OpenAI's."
-            ),
-        ] = None,
-        server: Annotated[
-            str | None,
-            typer.Option(
-                help="Preset of a server: openai, azure, openrouter, anthropic, gemini, mistral, deepseek, groq, "
-                "together, fireworks, xai, vllm, sglang, llama.cpp, llama-cpp-python, ollama or lmstudio. It sets the "
-                "address, the key's variable and parameter names; flags win."
-            ),
-        ] = None,
-        api_key_env: Annotated[
-            str | None,
-            typer.Option(
-                help="Environment variable that holds the key. The key itself is never an option and never written. "
-                "Default: OPENAI_API_KEY, or the variable of --server."
-            ),
-        ] = None,
-        header: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="Header sent with every request; NAME=env:VARIABLE keeps a secret out of the shell."
-            ),
-        ] = None,
-        request: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="Set a field of the request. max_completion_tokens, with or without a value, replaces max_tokens."
-            ),
-        ] = None,
-        omit: Annotated[
-            list[str] | None, typer.Option(help="Leave a field out of the request, such as temperature.")
-        ] = None,
-        extra_body: Annotated[
-            str | None, typer.Option(help="JSON object with further fields of the request.")
-        ] = None,
+        base_url: BaseUrlOption = None,
+        server: ServerOption = None,
+        api_key_env: ApiKeyEnvOption = None,
+        header: HeaderOption = None,
+        request: RequestOption = None,
+        omit: OmitOption = None,
+        extra_body: ExtraBodyOption = None,
         structured: StructuredOption = None,
         rationale_from: RationaleFromOption = None,
-        timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for one answer.")] = 120.0,
+        timeout: TimeoutOption = 120.0,
         device: Annotated[str | None, typer.Option(help="Device of a local model.")] = None,
         dataset: Annotated[
             str | None, typer.Option(help="Read INPUT in the paper's layout: cqa, svamp, anli1 or esnli.")
@@ -160,13 +140,7 @@ def register(app: typer.Typer) -> None:
             float | None, typer.Option(min=0, help="0 is greedy. Default: 0 for one sample, 0.7 for several.")
         ] = None,
         top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus sampling.")] = None,
-        max_tokens: Annotated[
-            int | None,
-            typer.Option(
-                min=1,
-                help="Longest answer in tokens; an answer that is cut off cannot be used. Default: the task file's.",
-            ),
-        ] = None,
+        max_tokens: MaxTokensOption = None,
         sampling_seed: Annotated[
             int | None, typer.Option(min=0, help="Seed sent with each request, if the server supports one.")
         ] = None,

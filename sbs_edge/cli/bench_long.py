@@ -24,9 +24,7 @@ def register(app: typer.Typer) -> None:
         rows: Annotated[int, typer.Option(min=1, help="Logs behind each accuracy.")] = 50,
         calls: Annotated[int, typer.Option(min=1, help="Timed calls of each measurement.")] = 3,
         top_k: Annotated[int, typer.Option(min=1, help="States each head reads in the way top-k.")] = 64,
-        target: Annotated[
-            str | None, typer.Option(help="Which target of the bundle; none: its default.")
-        ] = None,
+        target: Annotated[str | None, typer.Option(help="Target of the bundle. Default: its first.")] = None,
         against: Annotated[
             str, typer.Option(help="Models of the same size with random weights: led, longt5; '' for none.")
         ] = "led,longt5",

@@ -185,25 +185,26 @@ def register(app: typer.Typer) -> None:
             bool | None,
             typer.Option(
                 "--long/--no-long",
-                help="Read inputs over the limit in chunks (CPU targets); none: if the student was trained on them.",
+                help="Read inputs over the limit in chunks (CPU targets). Default: only if the student was trained on them.",
             ),
         ] = None,
         max_long_tokens: Annotated[
-            int | None, typer.Option(min=8, help="Longest input with --long; none: 65536.")
+            int | None, typer.Option(min=8, help="Longest input in tokens with --long. Default: 65536.")
         ] = None,
         top_k: Annotated[
             int | None,
             typer.Option(
-                min=1, help="States each head reads of a long input; none: the student's own, or all."
+                min=1,
+                help="States each head reads of a long input. Default: the student's own number, or all.",
             ),
         ] = None,
         chunk_overlap: Annotated[
             float | None,
-            typer.Option(min=0, help="Share that neighbouring chunks have in common; none: 0.25."),
+            typer.Option(min=0, help="Share that neighbouring chunks have in common. Default: 0.25."),
         ] = None,
         chunk_header: Annotated[
             str | None,
-            typer.Option(help="Repeat the text up to this string in every chunk; none: repeat nothing."),
+            typer.Option(help="Repeat the text up to this string in every chunk. Default: repeat nothing."),
         ] = None,
         chunk_marker: Annotated[
             bool, typer.Option("--chunk-marker", help="Tell each chunk its place: 'part 3 of 9'.")

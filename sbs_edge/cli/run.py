@@ -31,6 +31,9 @@ from sbs_edge.cli._data_options import (
     ModeOption,
     SkipBadRowsOption,
     SliceOption,
+    TaskOption,
+    TeacherErrorOption,
+    TeacherSamplesOption,
     TestOption,
     ValidationOption,
     judge,
@@ -75,12 +78,7 @@ def register(app: typer.Typer) -> None:
         served: Annotated[
             Path | None, typer.Option(help="The bundle in use, with --add. Default: OUT/bundle.")
         ] = None,
-        task: Annotated[
-            Path | None,
-            typer.Option(
-                help="The task file that the data was annotated with; gives the labels and how they compare."
-            ),
-        ] = None,
+        task: TaskOption = None,
         label_kind: LabelKindOption = None,
         compare: CompareOption = Compare.text,
         column: ColumnOption = None,
@@ -108,18 +106,8 @@ def register(app: typer.Typer) -> None:
                 help="Also train on shuffled rationales, and on labels alone for twice the steps.",
             ),
         ] = False,
-        teacher_error: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of the built-in teacher's answers that are wrong; PaLM's was about 0.25.",
-            ),
-        ] = 0.0,
-        teacher_samples: Annotated[
-            int,
-            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
-        ] = 1,
+        teacher_error: TeacherErrorOption = 0.0,
+        teacher_samples: TeacherSamplesOption = 1,
         train_rows: Annotated[
             int | None, typer.Option(min=1, help="Use at most this many training rows.")
         ] = None,

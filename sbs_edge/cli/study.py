@@ -29,6 +29,9 @@ from sbs_edge.cli._data_options import (
     EncoderLayersOption,
     LabelKindOption,
     SkipBadRowsOption,
+    TaskOption,
+    TeacherErrorOption,
+    TeacherSamplesOption,
     TestOption,
     ValidationOption,
 )
@@ -41,14 +44,14 @@ __all__ = ["register"]
 
 
 class StudyMethod(StrEnum):
-    """What a student learns."""
+    """The training methods."""
 
     step_by_step = "step-by-step"
     label_only = "label-only"
 
 
 class Labels(StrEnum):
-    """Whose labels are learnt."""
+    """The labels to learn."""
 
     gold = "gold"
     teacher = "teacher"
@@ -83,10 +86,7 @@ def register(app: typer.Typer) -> None:
         dataset: DatasetOption = None,
         validation: ValidationOption = None,
         test: TestOption = None,
-        task: Annotated[
-            Path | None,
-            typer.Option(help="The task file that annotated the data: its labels and how they compare."),
-        ] = None,
+        task: TaskOption = None,
         label_kind: LabelKindOption = None,
         compare: CompareOption = Compare.text,
         column: ColumnOption = None,
@@ -95,18 +95,8 @@ def register(app: typer.Typer) -> None:
             int | None,
             typer.Option(min=1, help="Use at most this many training rows; shares are parts of these."),
         ] = None,
-        teacher_error: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                max=1,
-                help="Share of the built-in teacher's answers that are wrong; PaLM's was about 0.25.",
-            ),
-        ] = 0.0,
-        teacher_samples: Annotated[
-            int,
-            typer.Option(min=1, help="Answers of the built-in teacher to each input; their votes are kept."),
-        ] = 1,
+        teacher_error: TeacherErrorOption = 0.0,
+        teacher_samples: TeacherSamplesOption = 1,
         method: Annotated[
             list[StudyMethod] | None, typer.Option(help="step-by-step or label-only. Default: both.")
         ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from sbs_edge.teacher.collect import (
     read_record,
     row_keys,
     unfinished,
+    void_refusals,
 )
 from sbs_edge.teacher.cost import Budget, Estimate, Prices, TokenEstimator
 from sbs_edge.teacher.journal import Journal, Record
@@ -70,10 +71,10 @@ class Settings:
 
 @dataclass(slots=True)
 class Annotation:
-    """What came of the rows.
+    """The result of an annotation.
 
     Attributes:
-        results: one a row, in row order.
+        results: one per row, in row order.
         records: the finished calls behind them, and those that settled the form.
         stats: what this run did.
         skipped_lines: journal lines that could not be used.
@@ -192,7 +193,11 @@ class _Run:
             return list(calls_for(self.rows[:PROBED_ROWS], self.task, settings.model, sampling))
 
         async def ask_one(call: Call, form: Form) -> None:
-            self.stats.add_requests(await self._ask([call], form, None))
+            asked = AskStats()
+            try:
+                await self._ask([call], form, None, asked)
+            finally:
+                self.stats.add_requests(asked)  # the request of a form that the server refuses counts too
 
         settled = await settle_form(
             settings.sampling.structured, settings.model, self.journal, calls_of, ask_one,
@@ -204,8 +209,9 @@ class _Run:
         return settled
 
     def _has_plain(self) -> bool:
-        sampling = dataclasses.replace(self.settings.sampling, structured="off")
-        calls = calls_for(self.rows, self.task, self.settings.model, sampling, self.settings.samples)
+        calls = calls_for(
+            self.rows, self.task, self.settings.model, _plain(self.settings), self.settings.samples
+        )
         found = (self.journal.records.get(call.key) for call in calls)
         return any(record is not None and not record.is_refusal for record in found)
 
@@ -260,26 +266,8 @@ class _Run:
         self, task: TaskFile, results: Sequence[RowResult]
     ) -> tuple[list[RowResult], list[str]]:
         """Ask for a summary of each annotated row's reasoning; return the results with them, and their keys."""
-        sampling = dataclasses.replace(self.settings.sampling, structured="off")
-        calls = [
-            summary_call(result, self.settings.model, sampling) if result.reason is None else None
-            for result in results
-        ]
-
-        def finished(index: int, call: Call | None) -> RowResult:
-            if call is None:
-                return results[index]
-            record = self.journal.records.get(call.key)
-            return with_summary(task, plain_row(self.rows[index]), results[index], record)
-
-        wanted: dict[str, Call] = {}
-        for index, call in enumerate(calls):
-            if call is None:
-                continue
-            record = self.journal.records.get(call.key)
-            again = self.settings.retry_failed and finished(index, call).reason is not None
-            if record is None or record.is_refusal or again:
-                wanted[call.key] = call
+        calls = _summary_calls(results, self.settings)
+        wanted = _missing_summaries(task, self.rows, results, self.settings, self.journal.records)
         self.progress.total += len(wanted)
 
         def note(record: Record) -> None:
@@ -290,11 +278,20 @@ class _Run:
 
         if wanted:
             self.stats.add(await self._ask(list(wanted.values()), "off", note))
-        made = [finished(index, call) for index, call in enumerate(calls)]
+        made = [
+            result
+            if call is None
+            else with_summary(task, plain_row(row), result, self.journal.records.get(call.key))
+            for row, result, call in zip(self.rows, results, calls, strict=True)
+        ]
         return made, [call.key for call in calls if call is not None]
 
     async def _ask(
-        self, calls: Sequence[Call], form: Structured, on_record: Callable[[Record], None] | None
+        self,
+        calls: Sequence[Call],
+        form: Structured,
+        on_record: Callable[[Record], None] | None,
+        stats: AskStats | None = None,
     ) -> AskStats:
         settings = self.settings
         return await ask(
@@ -306,9 +303,42 @@ class _Run:
             concurrency=settings.concurrency,
             max_attempts=settings.max_attempts,
             server=settings.server,
+            stats=stats,
             on_record=on_record,
             on_wait=self.on_wait,
         )
+
+
+def _plain(settings: Settings) -> Sampling:
+    return dataclasses.replace(settings.sampling, structured="off")
+
+
+def _summary_calls(results: Sequence[RowResult], settings: Settings) -> list[Call | None]:
+    """Return the second call of each annotated row, None for the others."""
+    return [
+        summary_call(result, settings.model, _plain(settings)) if result.reason is None else None
+        for result in results
+    ]
+
+
+def _missing_summaries(
+    task: TaskFile,
+    rows: Sequence[Example],
+    results: Sequence[RowResult],
+    settings: Settings,
+    records: Mapping[str, Record],
+) -> dict[str, Call]:
+    """Return the second calls that are to be sent, by key; see :func:`~sbs_edge.teacher.collect.unfinished`."""
+    is_void = void_refusals(records, settings.server)
+    wanted: dict[str, Call] = {}
+    for row, result, call in zip(rows, results, _summary_calls(results, settings), strict=True):
+        if call is None:
+            continue
+        record = records.get(call.key)
+        again = settings.retry_failed and with_summary(task, row, result, record).reason is not None
+        if record is None or is_void(record) or again:
+            wanted[call.key] = call
+    return wanted
 
 
 def annotate_outputs(
@@ -350,13 +380,16 @@ def estimate(
     """Return the likely and the largest cost of asking for the missing rows.
 
     Tokens are estimated from characters, at the ratio of the journal's counted calls, or else
-    3.5 per token. A likely answer is as long as those in the journal, or else as the worked examples'.
+    3.5 per token. A likely answer is as long as those in the journal, or else as the worked examples'. Rationales that
+    are summaries add a second call per row, whose prompt holds the reasoning: likely an answer's length, at most its
+    limit.
     """
     estimator = TokenEstimator()
+    first = before_summary(task)
     calls = list(
         unfinished(
             rows,
-            task,
+            first,
             settings.model,
             settings.sampling,
             settings.samples,
@@ -376,15 +409,28 @@ def estimate(
         else estimator.tokens(int(sum(shots) / max(len(shots), 1)) or 200)
     )
     each = min(each, settings.sampling.max_tokens)
-    asked = sum(estimator.tokens(call.prompt.n_chars) for call in calls)
-    likely, most = int(each * len(calls)), settings.sampling.max_tokens * len(calls)
+    asked, reasonings = sum(estimator.tokens(call.prompt.n_chars) for call in calls), 0
+    n_calls, longest = len(calls), settings.sampling.max_tokens
+    if task.rationale_from == "summary":
+        unasked = {call.key for call in calls}
+        open_rows = [row for row in rows if not unasked.isdisjoint(_keys(row, first, settings))]
+        answered = [row for row in rows if unasked.isdisjoint(_keys(row, first, settings))]
+        results = collect(
+            answered, first, lambda _, row: [records.get(k) for k in _keys(row, first, settings)]
+        )
+        second = list(_missing_summaries(task, answered, results, settings, records).values())
+        second += [summary_call(RowResult(row, None), settings.model, _plain(settings)) for row in open_rows]
+        asked += sum(estimator.tokens(call.prompt.n_chars) for call in second)
+        reasonings, n_calls = len(open_rows), n_calls + len(second)
+    likely, most = int(each * n_calls), longest * n_calls
+    likely_asked = asked + int(each * reasonings)
     return Estimate(
-        len(calls),
-        asked,
+        n_calls,
+        likely_asked,
         likely,
         most,
-        settings.prices.cost(asked, likely),
-        settings.prices.cost(asked, most),
+        settings.prices.cost(likely_asked, likely),
+        settings.prices.cost(asked + longest * reasonings, most),
     )
 
 

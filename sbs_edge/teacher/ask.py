@@ -68,6 +68,7 @@ async def ask(
     give_up_after: int = 20,
     estimator: TokenEstimator | None = None,
     server: str = "",
+    stats: AskStats | None = None,
     on_record: Callable[[Record], None] | None = None,
     on_wait: Callable[[float, str], None] | None = None,
 ) -> AskStats:
@@ -85,6 +86,7 @@ async def ask(
             :class:`~sbs_edge.teacher.stop.StopRule`.
         estimator: characters to tokens, for the budget.
         server: the address in a form that may be shown; stored with each record.
+        stats: counts the requests, also those of a run that ends with an error; None: new ones.
         on_record: called after each answer is in the journal.
         on_wait: called with seconds and reason before a wait that a person would notice.
 
@@ -94,8 +96,9 @@ async def ask(
     """
     stop = StopRule(teacher.model, server, sampling.field_names(), give_up_after)
     run = _Run(
-        teacher, journal, sampling, budget, max_attempts, estimator or TokenEstimator(), stop, server, on_wait
-    )
+        teacher, journal, sampling, budget, max_attempts, estimator or TokenEstimator(), stop, server,
+        stats or AskStats(), on_wait,
+    )  # fmt: skip
     source = iter(calls)
     try:
         async with asyncio.TaskGroup() as group:
@@ -124,12 +127,13 @@ class _Run:
         estimator: TokenEstimator,
         stop: StopRule,
         server: str,
+        stats: AskStats,
         on_wait: Callable[[float, str], None] | None,
     ) -> None:
         self.teacher, self.journal, self.sampling, self.budget = teacher, journal, sampling, budget
         self.max_attempts, self.estimator, self.stop, self.server = max_attempts, estimator, stop, server
         self.gate = RateGate(on_wait)
-        self.stats = AskStats()
+        self.stats = stats
 
     async def work(self, source: Iterator[Call], on_record: Callable[[Record], None] | None) -> None:
         for call in source:

@@ -1,4 +1,4 @@
-"""Says what to change in a task or a request, from the answers to a few rows."""
+"""Say what to change in a task or a request, from the answers to a few rows."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ __all__ = [
     "read_record",
     "row_keys",
     "unfinished",
+    "void_refusals",
 ]
 
 
@@ -89,6 +90,16 @@ def read_record(task: TaskFile, record: Record, choices: Sequence[str] | None) -
     return parsed
 
 
+def void_refusals(records: Mapping[str, Record], server: str) -> Callable[[Record], bool]:
+    """Return a function that says whether a record is a refusal without meaning for its row.
+
+    A refusal counts only if ``server`` itself refused and has answered other calls. A refusal from another address, or
+    from a server that answered nothing, says nothing about the row.
+    """
+    answers = any(record.server == server and not record.is_refusal for record in records.values())
+    return lambda record: record.is_refusal and not (answers and record.server == server)
+
+
 def unfinished(
     rows: Iterable[Example],
     task: TaskFile,
@@ -102,10 +113,9 @@ def unfinished(
 ) -> Iterator[Call]:
     """Yield each call that has no record; with ``retry_failed`` also those whose answer cannot be used.
 
-    A refusal counts as a record only if ``server`` itself refused and has answered other calls. A refusal from another
-    address, or from a server that answered nothing, says nothing about the row.
+    A refusal that :func:`void_refusals` finds does not count as a record.
     """
-    answers = any(record.server == server and not record.is_refusal for record in records.values())
+    is_void = void_refusals(records, server)
     seen: set[str] = set()
     for row in rows:
         for call in calls_for([row], task, model, sampling, samples):
@@ -115,7 +125,7 @@ def unfinished(
             record = records.get(call.key)
             if (
                 record is None
-                or (record.is_refusal and not (answers and record.server == server))
+                or is_void(record)
                 or (retry_failed and read_record(task, record, row.choices).reason)
             ):
                 yield call
@@ -137,7 +147,7 @@ def collect(
     Args:
         rows: the rows, in input order.
         task: the task file.
-        lookup: gives the records of a row (index, row), one a sample; None where unanswered.
+        lookup: returns the records of a row (index, row), one per sample; None if unanswered.
     """
     results: list[RowResult] = []
     inputs: set[tuple[str, tuple[str, ...] | None]] = set()

@@ -123,7 +123,12 @@ class OpenAITeacher:
             text = endpoint.hide(answer.text)
             kept = answer.top_logprobs if text == answer.text else ()  # tokens spell out what was hidden
             return dataclasses.replace(
-                answer, text=text, reasoning=endpoint.hide(answer.reasoning), top_logprobs=kept
+                answer,
+                text=text,
+                finish_reason=answer.finish_reason and clean(answer.finish_reason),
+                refusal=answer.refusal and clean(answer.refusal, 500),
+                reasoning=endpoint.hide(answer.reasoning),
+                top_logprobs=kept,
             )
         except CallFailed as failed:
             raise failed.reworded(clean(failed.detail, 500)) from None

@@ -1,4 +1,4 @@
-"""Settles with a server how it is asked for a JSON object: one request, whose answer decides for the whole run.
+"""Settle how a server is asked for a JSON object: by one request, whose answer decides for the whole run.
 
 The decision goes into the journal as a note, so that a run that is resumed asks as the first one did: another form
 is another request, and every row would be paid for twice.
@@ -21,7 +21,7 @@ from sbs_edge.teacher.task import Structured
 __all__ = ["CANDIDATES", "PROBED_ROWS", "Settled", "form_from_notes", "needs_probe", "settle_form"]
 
 PROBED_ROWS = 3
-"""So many rows are asked where answers decide nothing, such as thought without an answer."""
+"""The largest number of rows that are asked, if answers decide nothing, such as thought without an answer."""
 
 CANDIDATES: tuple[Form, ...] = ("json_schema", "json_object")
 """Forms that are tried, in this order."""
@@ -29,10 +29,10 @@ CANDIDATES: tuple[Form, ...] = ("json_schema", "json_object")
 _IGNORED = "the server ignores response_format and the model answered with other text"
 
 CallsOf = Callable[[Form], Sequence[Call]]
-"""Gives the calls of the first :data:`PROBED_ROWS` rows in one form."""
+"""A function that returns the calls of the first :data:`PROBED_ROWS` rows in one form."""
 
 AskOne = Callable[[Call, Form], Coroutine[Any, Any, None]]
-"""Asks for one call; its record is in the journal afterwards, unless it stayed unanswered."""
+"""A function that asks for one call; its record is in the journal afterwards, unless it stayed unanswered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Settled:
 
 
 def needs_probe(policy: Structured) -> bool:
-    """Whether the policy leaves the form to the server."""
+    """Return whether the policy leaves the form to the server."""
     return policy in ("auto", "on")
 
 

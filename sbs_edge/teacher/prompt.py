@@ -19,7 +19,7 @@ __all__ = ["Call", "Prompt", "call_key", "input_text", "render", "show"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is sent: ``text`` for a completion, ``messages`` (role, content) for a chat.
+    """The text of a request: ``text`` for a completion, ``messages`` (role, content) for a chat.
 
     ``schema`` is the JSON schema of the answer, None where it is plain text.
     """
@@ -174,7 +174,7 @@ def call_key(prompt: Prompt, model: str, parameters: dict[str, Any], sample: int
 
 
 def show(prompt: Prompt) -> str:
-    """Return the prompt as a person reads it: the text, or one block a message, and the answer's schema."""
+    """Return the prompt as a person reads it: the text, or one block per message, and the answer's schema."""
     if prompt.text is not None:
         return prompt.text
     blocks = [f"[{role}]\n{content}" for role, content in prompt.messages]

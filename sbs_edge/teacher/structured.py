@@ -1,4 +1,4 @@
-"""Structured outputs: the schema of an answer, how a request asks for it, and how the object is read.
+"""Structured outputs: the schema of an answer, the fields that ask for it, and the reader of the object.
 
 Each answer is one JSON object ``{"rationale": ..., "label": ...}``. The rationale comes first, so that the model
 reasons before it decides. Knows nothing of rows or servers.
@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 Form = Literal["off", "json_schema", "json_object", "tool"]
-"""How a request asks for the object.
+"""The way in which a request asks for the object.
 
-``off``: it does not; the answer is text that ends in the task's marker. ``json_schema``: ``response_format`` of
+``off``: not at all; the answer is text that ends in the task's marker. ``json_schema``: ``response_format`` of
 OpenAI, vLLM, llama.cpp, Ollama and LM Studio. ``json_object``: ``response_format`` of llama-cpp-python, DeepSeek,
 Together and Fireworks, which takes the schema beside the type. ``tool``: one function that must be called.
 """
@@ -81,7 +81,7 @@ def form_fields(form: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def names_form(words: str, form: str) -> bool:
-    """Whether a server's refusal speaks of the fields that ``form`` adds."""
+    """Return whether a server's refusal names the fields that ``form`` adds."""
     own = (
         r"\btools?\b|tool_choice|function" if form == "tool" else r"response.?format|json.?(?:schema|object)"
     )

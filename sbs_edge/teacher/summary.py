@@ -1,4 +1,4 @@
-"""Rationales out of long reasoning: a second call a row shortens what the model thought.
+"""Rationales from long reasoning: a second call per row shortens what the model thought.
 
 The call is journalled and paid for like any other, keyed by its own prompt.
 """
@@ -66,8 +66,9 @@ def with_summary(task: TaskFile, row: Example, result: RowResult, record: Record
     text = " ".join(body.text.split())
     useless = record.error or body.reason or record.finish_reason in ("length", "content_filter") or not text
     if useless:
-        return dataclasses.replace(result, example=row, reason="summary-missing", detail=record.error)
+        reason = "rejected" if record.is_refusal else "summary-missing"
+        return dataclasses.replace(result, example=row, reason=reason, detail=record.error)
     parsed = Parsed(result.example.teacher_label, text)
-    reason = check_quality(task, parsed, row.choices)
-    example = row if reason else dataclasses.replace(result.example, rationale=text, rationales=())
-    return dataclasses.replace(result, example=example, reason=reason)
+    filtered = check_quality(task, parsed, row.choices)
+    example = row if filtered else dataclasses.replace(result.example, rationale=text, rationales=())
+    return dataclasses.replace(result, example=example, reason=filtered)

@@ -30,6 +30,7 @@ __all__ = [
     "read_task",
     "refuse_placeholders",
     "save_task",
+    "yaml_problem",
 ]
 
 TO_REPLACE = "REPLACE THIS"
@@ -37,6 +38,8 @@ TO_REPLACE = "REPLACE THIS"
 
 RESERVED_FIELDS = ("model", "messages", "prompt", "n")
 """Fields of a request that follow from the rows and the settings."""
+
+_FREE_FIELDS = ("request", "extra_body")  # sent as they are, so numbers must stay numbers
 
 _SECRET_NAME = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 
@@ -50,14 +53,14 @@ Parser = Literal["label", "choice", "expression"]
 
 
 Structured = Literal["auto", "on", "off", "json_schema", "json_object", "tool"]
-"""Whether and how a server is asked for a JSON object; see :class:`~sbs_edge.teacher.calls.Sampling`."""
+"""The form in which a server is asked for a JSON object, if at all; see :class:`~sbs_edge.teacher.calls.Sampling`."""
 
 RationaleFrom = Literal["answer", "reasoning", "summary"]
-"""Where a row's rationale comes from."""
+"""The source of a row's rationale."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)  # it may hold a secret
 
 
 class Shot(_Strict):
@@ -228,13 +231,30 @@ def refuse_placeholders(task: TaskFile, where: str | Path) -> None:
         )
 
 
+def _resolvers(*kinds: str) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return the library's rules for plain scalars of these types; other scalars are text."""
+    return {
+        first: [(tag, pattern) for tag, pattern in found if tag.rsplit(":", 1)[-1] in kinds]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class TextLoader(yaml.SafeLoader):
     """A loader that keeps scalars as text: YAML 1.1 would read the label ``no`` as False, and fields have types."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (the library's own form)
-        first: [(tag, pattern) for tag, pattern in found if tag.rsplit(":", 1)[-1] in ("null", "merge")]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = _resolvers("null", "merge")
+
+
+def yaml_problem(error: Exception) -> str:
+    """Return place and problem of a YAML error on one line, without its quotation of the file, which may be a secret."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
+
+
+class _JsonLoader(yaml.SafeLoader):
+    """A loader of the types that JSON has, for the fields of a request; a date stays text."""
+
+    yaml_implicit_resolvers = _resolvers("null", "merge", "bool", "int", "float")
 
 
 def read_task(path: Path) -> TaskFile:
@@ -246,9 +266,13 @@ def read_task(path: Path) -> TaskFile:
 
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), TextLoader)  # noqa: S506 (a safe loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, TextLoader)  # noqa: S506 (a safe loader)
+        if isinstance(content, dict) and not content.keys().isdisjoint(_FREE_FIELDS):
+            typed = yaml.load(text, _JsonLoader)  # noqa: S506 (a safe loader)
+            content |= {name: typed[name] for name in _FREE_FIELDS if name in content}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"The task file {path} is not valid YAML: {error}.") from error
+        raise DataError(f"The task file {path} is not valid YAML: {yaml_problem(error)}.") from None
     return parse_task(content, str(path))
 
 

@@ -60,7 +60,7 @@ def trial_report(
                 "rationale": result.example.rationale if usable else parsed.rationale if parsed else None,
                 "gold": row.label,
                 "reason": result.reason,
-                "detail": record.error if record is not None else None,
+                "detail": result.detail,
                 "finish_reason": record.finish_reason if record is not None else None,
                 "prompt_tokens": record.prompt_tokens if record is not None else 0,
                 "answer_tokens": record.completion_tokens if record is not None else 0,
@@ -85,7 +85,7 @@ def trial_report(
 
 
 def trial_text(report: dict[str, Any], width: int | None = None) -> str:
-    """Return the report as a person reads it: the first prompt whole, row by row, then one line a row.
+    """Return the report as a person reads it: the first prompt whole, row by row, then one line per row.
 
     Args:
         report: of :func:`trial_report`.
@@ -151,7 +151,7 @@ def _wrapped(line: str, columns: int, first: str, following: str) -> list[str]:
 
 
 def _table(rows: Sequence[dict[str, Any]], columns: int) -> list[str]:
-    """Return one line a row: verdict, label, gold label, tokens."""
+    """Return one line per row: verdict, label, gold label, tokens."""
     cells = [("row", "verdict", "label", "gold", "tokens in + out")]
     for number, item in enumerate(rows, 1):
         tokens = f"{item['prompt_tokens']} + {item['answer_tokens']}"

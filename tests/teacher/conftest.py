@@ -31,7 +31,7 @@ from scripted import TASK, Scripted
 
 @dataclass
 class FakeTeacher:
-    """What the server does; tests change it while it runs."""
+    """The server's behaviour; tests change it while it runs."""
 
     answers: dict[str, str]
     latency_seconds: float = 0.0

@@ -78,7 +78,7 @@ def test_a_file_that_annotate_did_not_write_is_not_written_over(http_teacher, de
     assert not http_teacher.calls
 
 
-def test_a_finished_run_asks_nothing_again_and_other_parameters_ask_anew(http_teacher, desk, tmp_path):
+def test_a_finished_run_asks_nothing_again_and_other_parameters_ask_again(http_teacher, desk, tmp_path):
     rows = desk.train[:10]
     run(http_teacher, rows, tmp_path / "j.jsonl")
     run(http_teacher, rows, tmp_path / "j.jsonl")

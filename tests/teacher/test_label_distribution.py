@@ -66,7 +66,7 @@ def places(*tokens, **tables):
         ),
         # one label begins another
         ((" is", " no", "."), {" no": 0.7, " none": 0.3}, "no", ["no", "none"], {"no": 0.7, "none": 0.3}),
-        # what is no label, and what is white space or a mark alone, counts for none
+        # a token that begins no label, and one of white space or a mark alone, is left out
         (
             (" is", " wait", "."),
             {" wait": 0.5, " maybe": 0.3, " ": 0.2},
@@ -152,7 +152,7 @@ def test_log_probabilities_go_from_the_server_into_journal_and_rows(
     assert ran.returncode == 0, ran.stderr
     asked = {"logprobs": True, "top_logprobs": 5} if form == "chat" else {"logprobs": 5}
     assert all(body.items() >= asked.items() for body in http_teacher.bodies)
-    total = 0.95  # "refund" is no label of the task
+    total = 0.95  # "refund" is not a label of the task
     for row in read_examples(out).examples:
         assert row.teacher_label == "wait"
         wanted = {"wait": 0.5 / total, "dispatch": 0.3 / total, "adjust": 0.15 / total}

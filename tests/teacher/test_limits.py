@@ -1,4 +1,4 @@
-"""What a server says about its limits, and how long that makes a run wait."""
+"""A server's words about its limits, and the waits that follow from them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SETTINGS = Settings("desk", Sampling(0.7, 100), samples=2, prices=Prices(1.0, 2.
 
 
 def answered(paths, answers, *, lose=()):
-    """What the service makes of the input files: any order, some lines failed."""
+    """The service's answer to the input files: any order, some lines failed."""
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     for number, request in enumerate(reversed(lines)):
         assert set(request) == {"custom_id", "method", "url", "body"}

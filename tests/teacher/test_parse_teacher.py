@@ -1,4 +1,4 @@
-"""Parsing, judged by PaLM's recorded outputs and the authors' own rules as the data room reads them."""
+"""Parsing, judged by PaLM's recorded outputs and the authors' own rules as ``sbs_edge.data`` reads them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_svamp_answers_are_read_whole(paper_data, split, agree):
 
 
 def test_cqa_agrees_with_the_authors_rules_up_to_letter_case(paper_data):
-    """Where the authors' rule finds a choice, ours finds the same one, unless the letter beside it is another's."""
+    """Our rule finds each choice that the authors' rule finds, unless the letter beside it is another's."""
     rows, outputs, results = palm(paper_data, "cqa", "train", filters=OPEN_FILTERS)
     theirs = [parse_teacher(output.text, "cqa")[1] for output in outputs]
     exact = folded = 0

@@ -10,6 +10,9 @@ from scripted import GOOD, TASK, body
 from sbs_edge.chat.marks import unmark
 from sbs_edge.chat.protocol import read_answer, reasoning_text
 from sbs_edge.data.readers import read_examples
+from sbs_edge.teacher.annotate import Settings, estimate
+from sbs_edge.teacher.calls import Sampling
+from sbs_edge.teacher.cost import Prices
 from sbs_edge.teacher.journal import Journal, Record
 from sbs_edge.teacher.parse import parse_answer
 from sbs_edge.teacher.task import parse_task
@@ -44,7 +47,7 @@ def test_every_field_for_reasoning_is_read(message):
 @pytest.mark.parametrize(
     "value", [None, 7, [], {}, [None], {"type": "reasoning.encrypted", "data": "x"}, [[[[[["deep"]]]]]]]
 )
-def test_a_field_without_text_is_no_reasoning(value):
+def test_a_field_without_text_is_not_reasoning(value):
     assert reasoning_text({"reasoning": value, "content": GOOD}) == ""
 
 
@@ -183,6 +186,47 @@ def test_the_budget_holds_over_summaries(scripted, annotate):
     assert "budget" in said
     assert 0 < len(rows) < 6
     assert len(scripted.requests) * 120 <= 1150
+
+
+def test_a_refused_summary_is_a_refusal_of_its_row(scripted, annotate):
+    """The next run leaves it alone, as it does a row whose first call was refused."""
+
+    def reply(request, hit):
+        summing = request["messages"][0]["content"].startswith("Below are")
+        too_long = summing and any(f"message {i}" in str(request) for i in (1, 3))
+        return (400, {"error": {"message": "too long"}}, {}) if too_long else reasons(request, hit)
+
+    scripted.reply = reply
+    for sent in (12, 0):
+        code, said, rows = annotate("--rationale-from", "summary", "--structured", "off")
+        assert (code, len(rows), annotate.sent) == (1, 4, sent)
+        assert "refused 2 of 6 rows" in said
+        assert "too long" in said
+    scripted.reply = reasons
+    assert annotate("--rationale-from", "summary", "--structured", "off", "--retry-failed")[0] == 0
+    assert annotate.sent == 2
+
+
+def _rows(folder):
+    (folder / "all.jsonl").write_text("".join(json.dumps({"input": f"message {i}"}) + "\n" for i in range(6)))
+    return folder / "all.jsonl"
+
+
+def test_the_estimate_counts_the_calls_for_summaries(scripted, annotate, tmp_path):
+    scripted.reply = reasons
+    task = parse_task({**TASK, "rationale_from": "summary"}, "t")
+    rows = read_examples(str(_rows(tmp_path))).examples
+    settings = Settings("m", Sampling(max_tokens=20), prices=Prices(1.0, 10.0))
+    plain = estimate(rows, parse_task(TASK, "t"), settings, {})
+    both = estimate(rows, task, settings, {})
+    assert (plain.calls, both.calls, both.most_completion_tokens) == (6, 12, 240)
+    assert both.most_cost > 2 * plain.most_cost
+    flags = ("--rationale-from", "summary", "--structured", "off", "--max-tokens", "20")
+    assert annotate(*flags, n=4)[0] == 0
+    with Journal(tmp_path / "out.journal.jsonl") as journal:
+        assert estimate(rows, task, settings, journal.records).calls == 4
+        first = {key: record for key, record in journal.records.items() if record.text == GOOD}
+        assert estimate(rows, task, settings, first).calls == 4 + 4
 
 
 def test_finished_outputs_cannot_be_summarised(annotate, tmp_path):

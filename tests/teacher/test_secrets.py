@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import TASK
+from scripted import TASK, body
 
 from sbs_edge.chat.endpoint import Endpoint, redacted_url
 from sbs_edge.cli.app import main
@@ -57,7 +57,7 @@ def test_no_text_around_a_secret_shows_it(around, secret):
     assert secret not in redacted_url(f"http://user:{secret}@h0st/v1?api-key={secret}").replace("api-key", "")
 
 
-def test_an_address_that_is_none_is_named_without_its_password():
+def test_an_invalid_address_is_named_without_its_password():
     for url in (
         "localhost:8000/v1",
         "ftp://u:hidden@h/v1",
@@ -93,3 +93,42 @@ def test_secrets_among_request_fields_are_hidden_everywhere_but_in_the_request(s
     config = yaml.safe_load((tmp_path / "out.config.yaml").read_text())
     assert config["request"] == ["api_key=***"]
     assert json.loads(config["extra_body"]) == {"provider": {"auth": {"value": "***"}}, "top_k": 4}
+
+
+@pytest.mark.parametrize("secret", ["sk-hidden", 'hid"den  key'])
+@pytest.mark.parametrize(
+    "words", [lambda s: {"refusal": f"I may not use {s} here."}, lambda s: {"reasoning_content": f"Key {s}."}]
+)
+def test_a_secret_in_an_answer_is_not_kept(scripted, annotate, tmp_path, secret, words):
+    scripted.reply = lambda request, hit: (200, body(**words(secret)), {})
+    _, shown, _ = annotate("--header", f"X-Key={secret}")
+    assert scripted.headers[0]["x-key"] == secret
+    assert "***" in (tmp_path / "out.journal.jsonl").read_text()
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    for spelled in (secret, json.dumps(secret)[1:-1], " ".join(secret.split())):
+        assert spelled not in shown + written
+
+
+def test_a_secret_that_an_error_quotes_as_json_is_hidden(scripted, annotate, tmp_path):
+    secret = 'hid"den  key'
+    scripted.reply = lambda request, hit: (400, {"error": {"headers": {"x-key": secret}}}, {})
+    _, shown, _ = annotate("--header", f"X-Key={secret}")
+    assert "x-key" in shown
+    assert "den" not in (shown + (tmp_path / "out.journal.jsonl").read_text()).replace("hidden", "")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ['extra_body: {"api_key": "sk-hidden"}', "header: [X-Key=sk-hidden", "header: {X-Key: sk-hidden}"],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_wrong_file_is_named_by_its_place_and_not_quoted(annotate, tmp_path, monkeypatch, wrong, debug):
+    if debug:
+        monkeypatch.setenv("SBS_EDGE_DEBUG", "1")
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"samples: 1\n{wrong}\n")
+    for flag in ("--config", "--task"):
+        code, shown, _ = annotate(flag, str(path))
+        assert (code, annotate.sent) == (2, 0)
+        assert "wrong.yaml" in shown
+        assert "hidden" not in shown

@@ -155,6 +155,19 @@ def test_thought_without_an_answer_does_not_decide(scripted, annotate):
     assert set(forms(scripted)) == {"json_schema"}
 
 
+def test_a_form_that_no_route_takes_is_refused_and_its_request_counted(scripted, annotate, tmp_path):
+    """A gateway without a backend for the form answers 404, which ends a run for any other reason."""
+    refusal = {"error": {"message": "No endpoints found that support response_format"}}
+    scripted.reply = lambda request, hit: (
+        (404, refusal, {}) if "response_format" in request else (200, body(), {})
+    )
+    assert annotate()[0] == 0
+    assert forms(scripted) == ["json_schema", "json_object"] + ["off"] * 6
+    assert report_of(tmp_path)["run"]["attempts"] == annotate.sent == 8
+    assert annotate()[0] == 0
+    assert annotate.sent == 0
+
+
 def test_on_fails_where_the_server_takes_no_form(scripted, annotate):
     scripted.reply = takes()
     code, said, rows = annotate("--structured", "on")

@@ -13,11 +13,12 @@ from sbs_edge.data.example import Example
 from sbs_edge.errors import DataError
 from sbs_edge.teacher.calls import Sampling
 from sbs_edge.teacher.collect import row_keys
+from sbs_edge.teacher.connect import Server, with_request
 from sbs_edge.teacher.new_task import PLACEHOLDER, task_from_examples
 from sbs_edge.teacher.parse import check_quality, parse_answer
 from sbs_edge.teacher.presets import PRESETS, load_task
 from sbs_edge.teacher.prompt import render, show
-from sbs_edge.teacher.task import save_task
+from sbs_edge.teacher.task import read_task, save_task
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -29,7 +30,7 @@ def test_presets_survive_the_file(name, tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("form", ["chat", "completion"])
 def test_the_worked_examples_are_read_by_the_parser_and_pass_the_filters(name, form):
-    """What the prompt shows as a good answer must be one: every shot goes through the whole parser."""
+    """Every worked example, written as the prompt shows it, is a good answer to the whole parser."""
     task = PRESETS[name].model_copy(update={"form": form})
     prompt = render(task, Example("x", "THE INPUT", choices=task.shots[0].choices))
     answers = (
@@ -156,3 +157,23 @@ def test_only_parameters_that_change_answers_count_for_a_ray_folder():
         "temperature": 0.0, "max_tokens": 9, "top_k": 4,
     }  # fmt: skip
     assert Sampling(max_tokens=9, extra={"top_k": 5}).answer_parameters() != plain.answer_parameters()
+
+
+def test_fields_of_the_request_keep_their_types(tmp_path):
+    """A server refuses the text "4" where it expects a number; labels stay text."""
+    path = tmp_path / "task.yaml"
+    path.write_text(
+        "name: x\ninstruction: say it\nlabel_kind: closed\nlabels: [no, 1, 2024-01-01]\n"
+        "request: {max_completion_tokens: 512, seed: null}\n"
+        "extra_body: {top_k: 4, min_p: 0.5, stream: false, word: '4', day: 2024-01-01, deep: {a: [1, true]}}\n"
+    )
+    task = read_task(path)
+    assert task.labels == ("no", "1", "2024-01-01")
+    assert task.request == {"max_completion_tokens": 512, "seed": None}
+    assert json.dumps(task.extra_body) == (
+        '{"top_k": 4, "min_p": 0.5, "stream": false, "word": "4", "day": "2024-01-01", "deep": {"a": [1, true]}}'
+    )
+    sampling = with_request(Sampling(), task, Server())
+    assert (sampling.limit_name, sampling.max_tokens) == ("max_completion_tokens", 512)
+    save_task(task, path)
+    assert read_task(path) == task
