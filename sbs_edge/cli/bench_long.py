@@ -38,8 +38,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Measure accuracy, time and peak memory against length: truncation, voting, chunks, full attention.
 
-        Each measurement runs in a fresh process. Accuracy is that on the logs of the task shift-log. The last line of
-        stdout is one JSON document.
+        Each measurement runs in a fresh process; one that fails is listed with its reason, and if all fail the command
+        exits with 1. Accuracy is that on the logs of the task shift-log. The last line of stdout is one JSON document.
 
         Example: sbs-edge bench long runs/latest/bundle --lengths 512,8192 --out runs/bench/long
         """
@@ -52,3 +52,5 @@ def register(app: typer.Typer) -> None:
             peers=names(against), threads=threads, seed=seed, say=progress,
         )  # fmt: skip
         finish(document, out, ctx, json)
+        if all(record["ms"] is None for record in document["records"]):
+            raise typer.Exit(1)
