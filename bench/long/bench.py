@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -98,6 +99,6 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        return _not_measured(last[:200])
+        return _not_measured(re.sub(r"^sbs_edge\.errors\.\w+: ", "", last)[:200])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

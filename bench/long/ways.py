@@ -55,7 +55,7 @@ class Reader:
             )
         options: dict[str, Any] = {
             "threads": threads,
-            "truncate": True,
+            "truncate": way == "truncation",  # an input that another way cannot read whole is an error
             "long": way in ("all states", "top-k"),
         }
         if way == "top-k":

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
     def long(
         ctx: typer.Context,
         bundle: Annotated[Path, typer.Argument(help="A bundle that was exported with --long.")],
-        lengths: Annotated[str, typer.Option(help="Lengths in tokens.")] = "512,2048,8192",
+        lengths: Annotated[str, typer.Option(help="Lengths in words, numbers and signs.")] = "512,2048,8192",
         rows: Annotated[int, typer.Option(min=1, help="Logs behind each accuracy.")] = 50,
         calls: Annotated[int, typer.Option(min=1, help="Timed calls of each measurement.")] = 3,
         top_k: Annotated[int, typer.Option(min=1, help="States each head reads in the way top-k.")] = 64,

@@ -88,6 +88,20 @@ def test_what_is_not_measured_is_listed_with_its_reason(
     assert (document["format"], document["seed"]) == (1, 0)
     text = (tmp_path / "out" / "result.md").read_text()
     assert "| 70 | full attention | full attention is measured up to 60 tokens" in text
+    monkeypatch.setattr(bench_long, "FULL_ATTENTION_TOKENS", 1000)
+    monkeypatch.setattr(bench_long, "WAYS", ("voting", "all states", "full attention"))
+    assert (
+        main(
+            ["bench", "long", str(bundle), "--lengths", "500", "--rows", "1", "--calls", "1", "--against", ""]
+        )
+        == 0
+    )
+    voting, *others = json.loads(capsys.readouterr().out.splitlines()[-1])["records"]
+    assert voting["ms"] > 0
+    for record in others:  # cut to the bundle's 400 tokens, it would have the figures of a shorter input
+        assert record["ms"] is None
+        assert record["failed"].startswith("Text 0 has more than 400 tokens")
+    monkeypatch.setattr(bench_long, "FULL_ATTENTION_TOKENS", 60)
     monkeypatch.setattr(bench_long, "WAYS", ("full attention",))
     assert main(["bench", "long", str(bundle), "--lengths", "70", "--against", ""]) == 1
 
