@@ -87,6 +87,19 @@ def _facts(name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield facts
 
 
+def _further_commands(document: dict[str, Any]) -> list[str]:
+    """Return the commands of scenarios that the document's own command did not run."""
+    found = []
+    for key, part in document["scenarios"].items():
+        command = part.get("command")
+        if command is None and key == "plain":  # older results did not keep it; "all" leaves plain out
+            rounds = len(next(iter(part["cases"].values()))["ratios"])
+            found.append(f"`sbs-edge bench serving plain BUNDLE --rounds {rounds}`")
+        elif command not in (None, document["command"]):
+            found.append(f"`{' '.join(command)}`")
+    return list(dict.fromkeys(found))
+
+
 def serving_tables(document: dict[str, Any]) -> list[Table]:
     """Return the figures with their goals; a missed goal is marked."""
     body = []
@@ -102,4 +115,6 @@ def serving_tables(document: dict[str, Any]) -> list[Table]:
                 body.append([figure.format_map(facts), goal, f"**{text}, missed**" if missed else text])
     model = document["model"]
     note = f"Bundle {model['student']} {model['version']}, target {model['target']}, {model['mb']} MB."
+    if commands := _further_commands(document):
+        note += f" Scenarios with a command of their own: {'; '.join(commands)}."
     return [Table("Serving over loopback", note, ["figure", "goal", "measured"], body)]

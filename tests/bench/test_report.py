@@ -64,7 +64,7 @@ def test_the_page_loads_nothing_and_escapes_what_it_was_given(document: dict[str
 
 
 def test_every_serving_scenario_is_in_the_table_and_unsent_requests_are_a_miss() -> None:
-    case = {"serve_per_s": 20.0, "plain_per_s": 10.0, "ratio": 2.0}
+    case = {"serve_per_s": 20.0, "plain_per_s": 10.0, "ratio": 2.0, "ratios": [2.0, 2.0]}
     plain = {
         "cores": {"server": [0], "client": [1]}, "workers": 1, "cases": {"8 x 16": case},
         "held": {"8 x 16 not behind": True},
@@ -79,10 +79,14 @@ def test_every_serving_scenario_is_in_the_table_and_unsent_requests_are_a_miss()
     }  # fmt: skip
     scenarios = {
         "plain_shared_2": {**plain, "cores": both, "workers": 2}, "plain_2": {**plain, "workers": 2},
-        "plain": plain, "soak": soak,
+        "plain": plain, "soak": {**soak, "command": ["sbs-edge", "bench", "serving", "soak"]},
     }  # fmt: skip
     model = {"student": "desk", "version": "1", "target": "cpu-int8", "mb": 0.5}
-    (table,) = serving_tables({"model": model, "scenarios": scenarios})
+    document = {"model": model, "scenarios": scenarios, "command": ["sbs-edge", "bench", "serving", "all"]}
+    (table,) = serving_tables(document)
+    assert table.note.endswith(
+        "command of their own: `sbs-edge bench serving plain BUNDLE --rounds 2`; `sbs-edge bench serving soak`."
+    )
     figures = {row[0]: row[2] for row in table.rows}
     assert figures["soak of 90 mixed requests in 1 s: sent within its time"] == "**90 requests, missed**"
     plain_case = "8 connections, 16 texts a request, against plain FastAPI"
