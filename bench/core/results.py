@@ -109,7 +109,9 @@ def load_document(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"The result file {path} is not JSON: {error}.") from error
     if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-        raise DataError(f"{path} is not a result of 'sbs-edge bench': it has no list 'rows'.")
+        raise DataError(
+            f"{path} is not a result of 'sbs-edge bench latency', 'train' or 'kernels': it has no list 'rows'."
+        )
     if document.get("format") != FORMAT:
         raise DataError(
             f"{path} has the result format {document.get('format')!r}; this version reads {FORMAT}. "

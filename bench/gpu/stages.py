@@ -168,7 +168,7 @@ Try = tuple[str, float | None, Any, str]  # engine, workspace in MiB, tile or ch
 
 
 def _tries(stage: Stage, names: list[str], itemsize: int) -> list[Try]:
-    """What may be tuned first: the tiles, each of which is compiled once, then the slices' size."""
+    """Return the choices to try: first the tiles, each of which is compiled once, then the sizes of the slices."""
     from sbs_edge.kernels import chunks
 
     workspaces = (1.0,) if stage.small else (24.0, 48.0, 96.0, 192.0, 384.0)

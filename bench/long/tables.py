@@ -10,7 +10,7 @@ __all__ = ["long_pictures", "long_tables"]
 
 _FIGURES = (
     ("accuracy", "Label accuracy", "Share of right labels; a dash where the bundle has another task, or random weights."),
-    ("ms", "Milliseconds a call", "Median of single calls, one input a call."),
+    ("ms", "Milliseconds a call", "Median of single calls, one input a call; led and longt5 get token ids instead of text."),
     ("peak_mb", "Peak memory, MB", "Resident memory of the process, weights and libraries included."),
     ("above_loaded_mb", "Memory beyond the loaded model, MB", "The peak over that after a short input."),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ways to answer an input that is longer than a student reads in one piece, and how they compare.
+"""Ways to answer an input that is longer than a student reads in one piece.
 
 ``truncation`` reads the beginning. ``voting`` answers every chunk by itself and averages the probabilities. ``all states``
 and ``top-k`` are the bundle's own reading in chunks. ``full attention`` reads the whole input in one piece with the same
@@ -7,23 +7,18 @@ weights, whatever memory that takes.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
-from sbs_edge.data.answers import same_answer
-from sbs_edge.data.example import Example
 from sbs_edge.errors import UsageError
 from sbs_edge.runtime.bundle import Bundle
 from sbs_edge.runtime.student import Student
 from sbs_edge.tokens import TextTokenizer, read_tokenizer
 from sbs_edge.windows import ChunkReader, LongSettings
 
-__all__ = ["WAYS", "Reader", "Way", "measure"]
+__all__ = ["WAYS", "Reader", "Way"]
 
 Way = Literal["truncation", "voting", "all states", "top-k", "full attention"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -60,7 +55,7 @@ class Reader:
             )
         options: dict[str, Any] = {
             "threads": threads,
-            "truncate": True,
+            "truncate": way == "truncation",  # an input that another way cannot read whole is an error
             "long": way in ("all states", "top-k"),
         }
         if way == "top-k":
@@ -94,15 +89,3 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._student.close()
-
-
-def measure(reader: Reader, rows: Sequence[Example]) -> dict[str, Any]:
-    """Answer every row by itself; return ``accuracy``, the median ``ms`` of a call, and ``rows``."""
-    reader.label(rows[0].input)
-    right, taken = 0, []
-    for row in rows:
-        start = time.perf_counter()
-        answer = reader.label(row.input)
-        taken.append(1e3 * (time.perf_counter() - start))
-        right += same_answer(answer, row.label or "")
-    return {"accuracy": right / len(rows), "ms": round(statistics.median(taken), 3), "rows": len(rows)}

@@ -1,4 +1,4 @@
-"""One way to read inputs of one length, in a process of its own, because a peak of memory never falls again.
+"""Measure one way to read inputs of one length, in its own process, because a peak of memory never falls again.
 
 A JSON object on stdin, the figures as a JSON object on stdout.
 """
@@ -19,7 +19,7 @@ __all__ = ["measure_peer", "measure_way"]
 
 
 def _figures(call: Callable[[], Any], calls: int) -> dict[str, float]:
-    """Call once, then ``calls`` times; return the median ms and the peak of memory beyond that before the first."""
+    """Call once, then ``calls`` timed times; return the median ms, the peak of memory, and its growth since before."""
     before = memory_mb()["peak_rss_mb"]
     call()
     taken = []
@@ -33,7 +33,8 @@ def _figures(call: Callable[[], Any], calls: int) -> dict[str, float]:
 
 def measure_way(spec: dict[str, Any]) -> dict[str, Any]:
     """Answer logs with a bundle; ``accuracy`` is None for a bundle of another task."""
-    from sbs_edge.bench.long.ways import Reader, measure
+    from sbs_edge.bench.long.ways import Reader
+    from sbs_edge.data.answers import same_answer
     from sbs_edge.data.shift_log import LATEST_NAME, NAME, ShiftLogSize, shift_log_rows
 
     task = json.loads((Path(spec["bundle"]) / "manifest.json").read_text(encoding="utf-8"))["task"]["name"]
@@ -47,7 +48,11 @@ def measure_way(spec: dict[str, Any]) -> dict[str, Any]:
         short = shift_log_rows("warm", 1, (40,), 0)[0].input
         reader.label(short)
         found: dict[str, Any] = dict(_figures(lambda: reader.label(rows[0].input), spec["calls"]))
-        found["accuracy"] = measure(reader, rows)["accuracy"] if task in (NAME, LATEST_NAME) else None
+        found["accuracy"] = None
+        if task in (NAME, LATEST_NAME):
+            found["accuracy"] = sum(same_answer(reader.label(r.input), r.label or "") for r in rows) / len(
+                rows
+            )
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +92,8 @@ def plan_batches(lengths: Sequence[int], setting: dict[str, Any]) -> list[list[i
     return batches
 
 
-class System:
-    """Base of the peers. Subclasses load in ``open`` and implement ``generate``."""
+class System(ABC):
+    """Base of the measured systems. A peer loads in ``open`` and implements ``generate``; all else is shared."""
 
     precision = "fp32"
     label_variants: tuple[str, ...] = ("label+eos", "one token")
@@ -103,13 +104,16 @@ class System:
 
     # Implemented by a subclass.
 
+    @abstractmethod
     def open(self) -> None:
         """Load the model; everything a first answer needs."""
-        raise NotImplementedError
 
     def generate(self, ids: list[list[int]], steps: int) -> list[list[int]]:
-        """Greedy decoding: at most ``steps`` new tokens a row, without the EOS that ended it."""
-        raise NotImplementedError
+        """Greedy decoding: at most ``steps`` new tokens a row, without the EOS that ended it.
+
+        Not abstract: this project's system answers texts, and replaces every method that calls it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not generate token ids.")
 
     def first_logits(self, ids: list[list[int]]) -> np.ndarray | None:
         """fp32 logits (B, V) of the first new token, or None when the system does not return them."""
@@ -166,6 +170,7 @@ class System:
 
     def apply(self, setting: dict[str, Any]) -> None:
         """Make a batching setting current; not part of any measured time."""
+        del setting
 
     def stream(self, texts: Sequence[str], setting: dict[str, Any], choices: Choices = None) -> list[str]:
         """Answer many label requests at once under a batching setting, in their order."""

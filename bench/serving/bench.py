@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
@@ -112,7 +113,11 @@ def measure(
             say(f"{key} ...")
             load = list(os.getloadavg())
             figures = run(_step(name, bundle, options))
-            document["scenarios"][key] = {"load_average": load, **figures}
+            document["scenarios"][key] = {
+                "load_average": load,
+                "command": ["sbs-edge", *sys.argv[1:]],
+                **figures,
+            }
             say(json.dumps(figures["held"]))
     return document
 

@@ -85,7 +85,7 @@ class PlainServer(PinnedServer):
         self.port = port
 
     def is_ready(self) -> bool:
-        """Ask it."""
+        """Return whether it answers."""
         try:
             urllib.request.urlopen(f"http://{HOST}:{self.port}/v2/health/live", timeout=5).close()
         except OSError:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +40,7 @@ def split_cores() -> Cores:
     return (every[:-1], every[-1:]) if len(every) > 1 else (every, every)
 
 
-class PinnedServer:
+class PinnedServer(ABC):
     """A server in a process of its own on ``cores[0]``; ``with`` waits until it answers, and always stops it.
 
     This process moves to ``cores[1]`` until then.
@@ -58,9 +59,9 @@ class PinnedServer:
         finally:
             os.sched_setaffinity(0, cores[1])
 
+    @abstractmethod
     def is_ready(self) -> bool:
         """Return whether the server answers; it may set ``port``."""
-        raise NotImplementedError
 
     def last_words(self) -> str:
         """Return what the server said, for the error of one that did not start."""

@@ -37,9 +37,10 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str | None], ...]] = {
          "server {server_cpu_s:.1f} s, client {client_cpu_s:.1f} s, not sent for want of a connection "
          "{unsent_by_client}", None),
         ("{overload}the client's own lateness, p99", "",
-         "{client_late_p99_ms:.1f} ms after a request was due, its loop {client_loop_late_p99_ms:.1f} ms", None),
+         "{client_late_p99_ms:.1f} ms after a request was due, its loop {client_loop_late_p99_ms:z.1f} ms", None),
     ),
     "soak": (
+        ("{soak}sent within its time", "all", "{requests} requests", "all_sent"),
         ("{soak}growth of memory", "at most 1 MiB per 10,000", "{rss_slope_mib_per_10k:.2f} MiB per 10,000",
          "rss_slope_1_mib_per_10k"),
         ("{soak}threads", "constant", "{threads[start]} before, {threads[end]} after", "threads_constant"),
@@ -57,14 +58,11 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str | None], ...]] = {
         )
     ),
     "plain": (
-        ("{connections} connections, {n_texts} texts a request, against plain FastAPI", "not behind",
+        ("{connections} connections, {n_texts} texts a request, against plain FastAPI{servers}", "not behind",
          "{serve_per_s:.0f} requests a second against {plain_per_s:.0f} ({ratio:.2f}x)",
          "{connections} x {n_texts} not behind"),
     ),
 }  # fmt: skip
-_ORDER = (
-    "latency", "throughput", "drain", "overload", "overload_shared", "soak", "cost", "plain", "plain_shared",
-)  # fmt: skip
 
 
 def _facts(name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -72,7 +70,10 @@ def _facts(name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if name == "plain":
         for case, figures in part["cases"].items():
             connections, _, n_texts = case.partition(" x ")
-            yield {**figures, "connections": connections, "n_texts": n_texts}
+            servers = f", {part['workers']} processes a server" if part["workers"] > 1 else ""
+            if part["cores"]["server"] == part["cores"]["client"]:
+                servers += ", shared processors"
+            yield {**figures, "connections": connections, "n_texts": n_texts, "servers": servers}
         return
     codes = ", ".join(f"{n} x {code}" for code, n in part.get("codes", {}).items())
     facts = {**part, "all_codes": codes}
@@ -86,12 +87,26 @@ def _facts(name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield facts
 
 
+def _further_commands(document: dict[str, Any]) -> list[str]:
+    """Return the commands of scenarios that the document's own command did not run."""
+    found = []
+    for key, part in document["scenarios"].items():
+        command = part.get("command")
+        if command is None and key == "plain":  # older results did not keep it; "all" leaves plain out
+            rounds = len(next(iter(part["cases"].values()))["ratios"])
+            found.append(f"`sbs-edge bench serving plain BUNDLE --rounds {rounds}`")
+        elif command not in (None, document["command"]):
+            found.append(f"`{' '.join(command)}`")
+    return list(dict.fromkeys(found))
+
+
 def serving_tables(document: dict[str, Any]) -> list[Table]:
     """Return the figures with their goals; a missed goal is marked."""
     body = []
-    for key in _ORDER:
-        part, name = document["scenarios"].get(key), key.removesuffix("_shared")
-        for facts in _facts(name, part) if part else ():
+    # A key is the scenario's name, "_shared" where the client shares processors, and the number of processes.
+    parts = [(key.partition("_")[0], part) for key, part in document["scenarios"].items()]
+    for name, part in sorted(parts, key=lambda item: list(_ROWS).index(item[0])):
+        for facts in _facts(name, part):
             for figure, goal, measured, promise in _ROWS[name]:
                 if "{client_late" in measured and "client_late_p99_ms" not in part:
                     continue  # a result of an older version
@@ -100,4 +115,6 @@ def serving_tables(document: dict[str, Any]) -> list[Table]:
                 body.append([figure.format_map(facts), goal, f"**{text}, missed**" if missed else text])
     model = document["model"]
     note = f"Bundle {model['student']} {model['version']}, target {model['target']}, {model['mb']} MB."
+    if commands := _further_commands(document):
+        note += f" Scenarios with a command of their own: {'; '.join(commands)}."
     return [Table("Serving over loopback", note, ["figure", "goal", "measured"], body)]

@@ -1,4 +1,4 @@
-"""Where a student is right and where it is wrong: by label, confidence, length and column, and its worst errors."""
+"""Accuracy of a student by label, confidence, length and column, and its most confident errors."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _by_label(answers: Sequence[JudgedAnswer], task: TaskSpec) -> dict[str, Any]
 
 
 def _with_others(pairs: Counter[tuple[str, str]], names: set[str]) -> Counter[tuple[str, str]]:
-    """Gather the answers that are none of ``names`` under :data:`OTHER`."""
+    """Count the answers outside ``names`` under :data:`OTHER`."""
     found: Counter[tuple[str, str]] = Counter()
     for (wanted, given), count in pairs.items():
         found[wanted, given if given in names else OTHER] += count

@@ -29,7 +29,7 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> flo
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """Return the filled ones of 15 equal-width bins, with rows, mean confidence and accuracy of each.
+    """Return the bins that hold an answer, of 15 of equal width, with the rows, mean confidence and accuracy of each.
 
     Args:
         confidence: (n,) probabilities of the answers given.

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
     def long(
         ctx: typer.Context,
         bundle: Annotated[Path, typer.Argument(help="A bundle that was exported with --long.")],
-        lengths: Annotated[str, typer.Option(help="Lengths in tokens.")] = "512,2048,8192",
+        lengths: Annotated[str, typer.Option(help="Lengths in words, numbers and signs.")] = "512,2048,8192",
         rows: Annotated[int, typer.Option(min=1, help="Logs behind each accuracy.")] = 50,
         calls: Annotated[int, typer.Option(min=1, help="Timed calls of each measurement.")] = 3,
         top_k: Annotated[int, typer.Option(min=1, help="States each head reads in the way top-k.")] = 64,
@@ -36,8 +36,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Measure accuracy, time and peak memory against length: truncation, voting, chunks, full attention.
 
-        Each measurement runs in a fresh process. Accuracy is that on the logs of the task shift-log. The last line of
-        stdout is one JSON document.
+        Each measurement runs in a fresh process; one that fails is listed with its reason, and if all fail the command
+        exits with 1. Accuracy is that on the logs of the task shift-log. The last line of stdout is one JSON document.
 
         Example: sbs-edge bench long runs/latest/bundle --lengths 512,8192 --out runs/bench/long
         """
@@ -50,3 +50,5 @@ def register(app: typer.Typer) -> None:
             peers=names(against), threads=threads, seed=seed, say=progress,
         )  # fmt: skip
         finish(document, out, ctx, json)
+        if all(record["ms"] is None for record in document["records"]):
+            raise typer.Exit(1)

@@ -10,9 +10,7 @@ from sbs_edge.report.page import Page
 __all__ = ["add_analysis", "analysis_headline", "analysis_lines", "evaluation_page", "percent"]
 
 MOST_DRAWN_LABELS = 20
-MOST_READ_LABELS = (
-    6  # a larger matrix is hard to read on a narrow page, so its largest numbers are listed too
-)
+MOST_READ_LABELS = 6  # a larger matrix is hard to read on a narrow page: its largest numbers are listed too
 SHOWN_NAME = 23
 
 
@@ -74,7 +72,7 @@ def analysis_lines(analysis: dict[str, Any]) -> list[str]:
     for column, values in analysis["slices"].items():
         worst = min(values, key=lambda item: item["accuracy"])
         lines.append(
-            f"Least accurate {column}: {worst['value']}, {percent(worst['accuracy'])} of {worst['n']:,} rows "
+            f"Least accurate {column}: {_short(worst['value'])}, {percent(worst['accuracy'])} of {worst['n']:,} rows "
             f"({_interval(worst)})."
         )
     return lines

@@ -26,7 +26,7 @@ def comparison_headline(report: dict[str, Any]) -> str:
     elif gain["high"] < 0:
         result = f"The second bundle is {-gain['points']:.1f} points less accurate ({interval})"
     else:
-        result = f"No clear difference: the second bundle is {gain['points']:+.1f} points away ({interval})"
+        result = f"No clear difference: {gain['points']:+.1f} points of accuracy for the second bundle ({interval})"
     return f"{result}: {first} and {second} of {gain['n']:,} rows{judge}; {agree}."
 
 
@@ -74,14 +74,14 @@ def compare_page(report: dict[str, Any]) -> str:
     page.text(f"First: {first['path']}. Second: {second['path']}.")
     page.text("Latency: one text a call, one thread, both bundles in turns.", note=True)
     if outcomes := report["outcomes"]:
-        page.section("Rows answered rightly")
+        page.section("Rows answered correctly")
         page.table(
             ["by", "rows"],
             [
                 ["both", outcomes["both_right"]],
                 ["the first alone", outcomes["only_first"]],
                 ["the second alone", outcomes["only_second"]],
-                ["none", outcomes["none_right"]],
+                ["neither", outcomes["none_right"]],
             ],
         )
     if report["labels"]:
@@ -95,7 +95,7 @@ def compare_page(report: dict[str, Any]) -> str:
         )
     if report["differing"]:
         page.section("Rows answered differently")
-        page.text("Rows that only the first bundle answers rightly come first.", note=True)
+        page.text("Rows that only the first bundle answers correctly come first.", note=True)
     for number, item in enumerate(report["differing"], start=1):
         sure = [
             f"{label} ({percent(p)} sure)"

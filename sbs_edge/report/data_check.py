@@ -11,9 +11,9 @@ from sbs_edge.report.page import Page
 __all__ = ["check_page"]
 
 _VERDICTS = {
-    "ok": "ok: no check complains",
-    "warn": "warn: training works, and somebody should look first",
-    "stop": "stop: training would fail or give a student that means nothing",
+    "ok": "ok: no check found anything",
+    "warn": "warn: training works, but read the findings first",
+    "stop": "stop: training would fail or give a useless student",
 }
 
 

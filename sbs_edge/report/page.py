@@ -59,12 +59,9 @@ _NUMBER = re.compile(r"–|[+-]?[\d.]+(?: %)?")
 
 
 def figure_svg(figure: Figure) -> str:
-    """Render a matplotlib figure as an inline ``<svg>`` element and close it."""
-    import matplotlib.pyplot as plt
-
+    """Render a matplotlib figure as an inline ``<svg>`` element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

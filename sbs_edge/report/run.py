@@ -117,7 +117,7 @@ def run_page(report: dict[str, Any]) -> str:
         kept = "It replaced the one in use" if replacement["accepted"] else "The one in use was kept"
         added = (report.get("added") or {}).get("added", 0)
         page.headline(
-            f"{comparison_headline(replacement)} The second was trained with {added:,} rows more. {kept}."
+            f"{comparison_headline(replacement)} The second was trained on {added:,} more rows. {kept}."
         )
     if sentence := headline(report):
         page.headline(sentence)

@@ -240,5 +240,16 @@ def test_growth_of_memory_is_a_least_squares_slope() -> None:
 def test_every_benchmark_has_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("latency", "train", "kernels", "serving", "scale", "stream-rows", "gpu", "compare", "docs"):
+    for name in (
+        "latency",
+        "train",
+        "kernels",
+        "serving",
+        "scale",
+        "stream-rows",
+        "long",
+        "gpu",
+        "compare",
+        "docs",
+    ):
         assert f" {name} " in shown

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sbs_edge.bench.long import bench as bench_long
 from sbs_edge.bench.long.bench import _run
 from sbs_edge.bench.long.tables import long_tables
 from sbs_edge.bench.long.ways import WAYS, Reader
@@ -59,6 +60,50 @@ def test_the_command_measures_every_way(
         assert record["accuracy"] is None  # another task's bundle
     assert "Memory beyond the loaded model" in (out / "result.md").read_text()
     assert (out / "long.png").stat().st_size > 1000
+
+
+def test_what_is_not_measured_is_listed_with_its_reason(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_long, "FULL_ATTENTION_TOKENS", 60)
+    monkeypatch.setattr(bench_long, "WAYS", ("truncation", "full attention"))
+    arguments = [
+        "--lengths",
+        "50,70",
+        "--rows",
+        "1",
+        "--calls",
+        "1",
+        "--against",
+        "",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["bench", "long", str(bundle), *arguments]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(r["tokens"], r["way"], r["ms"] is None) for r in document["records"]] == [
+        (50, "truncation", False), (50, "full attention", False),
+        (70, "truncation", False), (70, "full attention", True),
+    ]  # fmt: skip
+    assert (document["format"], document["seed"]) == (1, 0)
+    text = (tmp_path / "out" / "result.md").read_text()
+    assert "| 70 | full attention | full attention is measured up to 60 tokens" in text
+    monkeypatch.setattr(bench_long, "FULL_ATTENTION_TOKENS", 1000)
+    monkeypatch.setattr(bench_long, "WAYS", ("voting", "all states", "full attention"))
+    assert (
+        main(
+            ["bench", "long", str(bundle), "--lengths", "500", "--rows", "1", "--calls", "1", "--against", ""]
+        )
+        == 0
+    )
+    voting, *others = json.loads(capsys.readouterr().out.splitlines()[-1])["records"]
+    assert voting["ms"] > 0
+    for record in others:  # cut to the bundle's 400 tokens, it would have the figures of a shorter input
+        assert record["ms"] is None
+        assert record["failed"].startswith("Text 0 has more than 400 tokens")
+    monkeypatch.setattr(bench_long, "FULL_ATTENTION_TOKENS", 60)
+    monkeypatch.setattr(bench_long, "WAYS", ("full attention",))
+    assert main(["bench", "long", str(bundle), "--lengths", "70", "--against", ""]) == 1
 
 
 @pytest.mark.parametrize("peer", ["led", "longt5"])

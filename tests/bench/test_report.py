@@ -17,6 +17,7 @@ from sbs_edge.bench.core.results import load_document
 from sbs_edge.bench.report import docs, picture
 from sbs_edge.bench.report import document as document_module
 from sbs_edge.bench.report.document import SMOKE, markdown_report, page, write_report
+from sbs_edge.bench.serving.tables import serving_tables
 from sbs_edge.cli.app import main
 
 
@@ -60,6 +61,39 @@ def test_the_page_loads_nothing_and_escapes_what_it_was_given(document: dict[str
     assert checker.svgs == 3
     assert "&lt;openvino&gt;" in text
     assert "<openvino>" not in text
+
+
+def test_every_serving_scenario_is_in_the_table_and_unsent_requests_are_a_miss() -> None:
+    case = {"serve_per_s": 20.0, "plain_per_s": 10.0, "ratio": 2.0, "ratios": [2.0, 2.0]}
+    plain = {
+        "cores": {"server": [0], "client": [1]}, "workers": 1, "cases": {"8 x 16": case},
+        "held": {"8 x 16 not behind": True},
+    }  # fmt: skip
+    both = {"server": [0, 1], "client": [0, 1]}
+    ends = {"start": 5, "end": 5}
+    soak = {
+        "requests": 90, "seconds": 1.0, "codes": {"200": 80, "400": 10}, "rss_slope_mib_per_10k": 0.0, "threads": ends,
+        "descriptors": ends,
+        "held": {"all_sent": False, "only_200_and_400": True, "rss_slope_1_mib_per_10k": True,
+                 "threads_constant": True, "descriptors_constant": True},
+    }  # fmt: skip
+    scenarios = {
+        "plain_shared_2": {**plain, "cores": both, "workers": 2}, "plain_2": {**plain, "workers": 2},
+        "plain": plain, "soak": {**soak, "command": ["sbs-edge", "bench", "serving", "soak"]},
+    }  # fmt: skip
+    model = {"student": "desk", "version": "1", "target": "cpu-int8", "mb": 0.5}
+    document = {"model": model, "scenarios": scenarios, "command": ["sbs-edge", "bench", "serving", "all"]}
+    (table,) = serving_tables(document)
+    assert table.note.endswith(
+        "command of their own: `sbs-edge bench serving plain BUNDLE --rounds 2`; `sbs-edge bench serving soak`."
+    )
+    figures = {row[0]: row[2] for row in table.rows}
+    assert figures["soak of 90 mixed requests in 1 s: sent within its time"] == "**90 requests, missed**"
+    plain_case = "8 connections, 16 texts a request, against plain FastAPI"
+    assert [row[0] for row in table.rows if row[0].startswith("8 ")] == [
+        f"{plain_case}, 2 processes a server, shared processors", f"{plain_case}, 2 processes a server", plain_case,
+    ]  # fmt: skip
+    assert figures[plain_case] == "20 requests a second against 10 (2.00x)"
 
 
 def test_a_smoke_run_says_so_everywhere(document: dict[str, Any]) -> None:

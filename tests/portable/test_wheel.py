@@ -62,11 +62,11 @@ def test_both_distributions_hold_every_module_once(built: Path) -> None:
     with tarfile.open(source) as archive:
         members = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
         assert not [m.name for m in archive.getmembers() if m.issym() or m.islnk()]
-    rooms = ("kernels", "export", "bench")
+    linked = ("kernels", "export", "bench")
     packed = [
-        f"sbs_edge/{name}" if name.split("/")[0] in rooms else name
+        f"sbs_edge/{name}" if name.split("/")[0] in linked else name
         for name in members
-        if name.split("/")[0] in (*rooms, "sbs_edge")
+        if name.split("/")[0] in (*linked, "sbs_edge")
     ]
     names = zipfile.ZipFile(wheel).namelist()
     shipped = [name for name in names if name.startswith("sbs_edge/")]

@@ -68,7 +68,10 @@ def test_a_bundle_beside_itself_differs_in_nothing(rows, tiny_bundle, tmp_path, 
     assert page.index("No clear difference") < page.index("<table>")
     assert main(common) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "No clear difference: the second bundle is +0.0 points away (95 % interval +0.0 to +0.0)" in shown
+    assert (
+        "No clear difference: +0.0 points of accuracy for the second bundle (95 % interval +0.0 to +0.0)"
+        in shown
+    )
 
 
 def test_rows_without_labels_are_compared_by_their_answers(rows, tiny_bundle, other_bundle):
