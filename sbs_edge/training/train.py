@@ -60,17 +60,17 @@ class TrainResult:
     seconds: float = 0.0
 
 
-def _callbacks(config: TrainConfig, work: Path, evaluates: bool, first: bool) -> tuple[list[Any], Any]:
-    from transformers import EarlyStoppingCallback
-
-    from sbs_edge.training.progress import ProgressBar, TensorBoard
+def _callbacks(
+    config: TrainConfig, work: Path, head_start: int, evaluates: bool, first: bool
+) -> tuple[list[Any], Any]:
+    from sbs_edge.training.progress import EarlyStopping, ProgressBar, TensorBoard
 
     callbacks: list[Any] = []
     bar = ProgressBar() if first and ProgressBar.wanted(config.progress) else None
     if bar is not None:
         callbacks.append(bar)
     if config.early_stopping_patience is not None and evaluates:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        callbacks.append(EarlyStopping(config.early_stopping_patience, head_start))
     if first:
         installed = util.find_spec("tensorboard") is not None
         wanted = ("tensorboard",) if config.trackers is None and installed else config.trackers or ()
@@ -340,7 +340,7 @@ def _run(
 
     newest = prepare_work(work, config, fingerprint(config, splits, stream is not None), first)
     arguments = make_arguments(config, work, steps, evaluates=bool(batches))
-    callbacks, bar = _callbacks(config, work, bool(batches), first)
+    callbacks, bar = _callbacks(config, work, head_start, bool(batches), first)
     trainer = TwoTaskTrainer(
         model,
         arguments,
