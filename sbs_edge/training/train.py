@@ -36,7 +36,10 @@ from sbs_edge.training.finish import TrainedRun, finish
 from sbs_edge.training.options import DataOptions, TrainOptions
 from sbs_edge.training.resume import fingerprint, prepare_work
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["DROPPED", "TrainResult", "train"]
+
+DROPPED = "dropped.jsonl"
+"""The list of the rows that were left out, in the working directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,10 +362,10 @@ def _run(
     history = _train_and_evaluate(trainer, bar, newest, steps)
     dropped = {source.rows[index].id for index in sorted(getattr(source, "dropped", ()))}
     if first and dropped:
-        write_examples(work / "dropped.jsonl", [row for row in splits.train if row.id in dropped])
+        write_examples(work / DROPPED, [row for row in splits.train if row.id in dropped])
         sys.stderr.write(
             f"{len(dropped)} of {used} training rows were left out: their rationales stand apart from the others', as "
-            f"those of wrong labels do. {work / 'dropped.jsonl'} lists them; drop_doubtful=False keeps them.\n"
+            f"those of wrong labels do. {work / DROPPED} lists them; drop_doubtful=False keeps them.\n"
         )
     report = {
         "mode": config.mode,

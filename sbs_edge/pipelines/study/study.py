@@ -115,6 +115,14 @@ def plan_study(
     data = write_data(work, splits) if write else work / "data"
     spread = _spread(runs, placement)
     orders = [order_of(run, config, splits, work, data, gold, spread.threads) for run in runs]
+    first: dict[str, str] = {}
+    for order in orders:
+        if order["key"] in first:
+            raise UsageError(
+                f"Two runs would train the same student: {first[order['key']]!r} and {order['name']!r}. Leave out one of "
+                "the students, or one of the shares if they come to the same number of rows."
+            )
+        first[order["key"]] = order["name"]
     finished = [index for index, order in enumerate(orders) if is_finished(order)]
     return Plan(runs, orders, finished, spread, gold)
 
