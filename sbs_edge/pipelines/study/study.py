@@ -27,7 +27,7 @@ from sbs_edge.training.student_dir import StudentDir
 __all__ = ["Placement", "Plan", "plan_study", "run_study"]
 
 FAILURES_IN_A_ROW = 3
-"""How many runs may fail one after another, none finished between them, before the study ends without the others."""
+"""Number of runs that may fail in a row, with none finished between them, before the study ends without the others."""
 
 LATENCY_S = 4.0
 """Most seconds for the labels of one bundle, and for its rationales."""
@@ -38,7 +38,7 @@ _SCRATCH_BYTES = 1_500_000_000  # a training from scratch with torch, transforme
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the runs of a study are carried out.
+    """The place where the runs of a study are carried out.
 
     Attributes:
         engine: ``local``: processes of this machine; ``ray``: tasks of a cluster.
