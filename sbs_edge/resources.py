@@ -54,7 +54,7 @@ def share_cpus(threads: int | None) -> None:
 
 
 class ProcessPlan(NamedTuple):
-    """How a number of equal tasks is spread over one machine."""
+    """The spread of a number of equal tasks over one machine."""
 
     processes: int
     threads: int  # of each process

@@ -44,7 +44,7 @@ _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED = 11_001, 22_002, 33_003
 
 @dataclass(frozen=True, slots=True)
 class ShiftLogSize:
-    """How many rows a draw has, and how long the logs of its training rows are.
+    """The number of rows of a draw, and the length of the logs of its training rows.
 
     Attributes:
         n_train, n_validation, n_test: rows.

@@ -13,7 +13,7 @@ TICK_S = 0.5
 """Seconds after which the caller is given a turn although no order has finished."""
 
 TASK_RETRIES = 3
-"""How often a task whose worker or node died runs again."""
+"""Number of times that a task whose worker or node died runs again."""
 
 
 def run_as_tasks(
@@ -32,7 +32,7 @@ def run_as_tasks(
         orders: plain values; a path in them must lead to the same files on every node.
         cpus_each: CPUs that a task takes of its node.
         gpus_each: GPUs that a task takes of its node; fractions let tasks share.
-        at_once: tasks that a Ray started in this machine has room for; a cluster decides by itself.
+        at_once: tasks that run at once if Ray is started in this machine; a cluster decides by itself.
         ray_address: a cluster; None: Ray is started in this machine.
 
     Returns:

@@ -284,7 +284,7 @@ class TrainConfig(BaseModel):
 
     @property
     def long_settings(self) -> LongSettings | None:
-        """How inputs over ``max_source_tokens`` are read; None: they are cut."""
+        """The settings with which inputs over ``max_source_tokens`` are read; None: they are cut."""
         if self.long == "off":
             return None
         return LongSettings(
@@ -314,7 +314,7 @@ class TrainConfig(BaseModel):
 
     @property
     def drop_doubtful_(self) -> bool:
-        """Whether rows are left out after the head start."""
+        """Return whether rows are left out after the head start."""
         if self.drop_doubtful is not None:
             return self.drop_doubtful and self.uses_rationales
         return self.head_start is None and self.head_start_ > 0

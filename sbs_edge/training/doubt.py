@@ -17,7 +17,7 @@ LEAST_ROWS = 50
 """Fewer rows say nothing about two groups."""
 
 MOST_SHARE = 0.5
-"""Where more rows than this stand apart, it is not they that are wrong."""
+"""If more rows than this share stand apart, they are not taken for wrong."""
 
 
 def doubtful(losses: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from sbs_edge.progress import ProgressLine
 
-__all__ = ["ProgressBar", "TensorBoard"]
+__all__ = ["EarlyStopping", "ProgressBar", "TensorBoard"]
 
 REFRESH_S = 0.5
 
@@ -63,12 +63,12 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         if not self._line.due if self._line is not None else now - self._last < REFRESH_S:
             return
         self._last = now
-        passes = max(1, self.trainer._passes // self.trainer.config.gradient_accumulation)
-        losses = [value / passes for value in self.trainer._sums[:2].tolist()]
+        losses = [
+            f"{name} {loss:.3f}" for name, loss in self.trainer.mean_losses().items() if loss is not None
+        ]
         tokens = (self.trainer.batches.tokens - self._tokens_before) * self.trainer.accelerator.num_processes
         rate = tokens / max(now - self._started, 1e-9)
-        second = f"  rationale {losses[1]:.3f}" if self.trainer.config.uses_rationales else ""
-        text = f"label {losses[0]:.3f}{second}  {rate:,.0f} tokens/s{self._evaluated}"
+        text = "  ".join([*losses, f"{rate:,.0f} tokens/s{self._evaluated}"])
         if self._line is not None:
             self._line.update(state.global_step, text.replace("  ", ", "))
         elif self._bar is not None:
@@ -88,6 +88,27 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
+    """Stops a run whose validation score no longer rises, but never within the head start, which learns no labels.
+
+    Args:
+        patience: evaluations without a better score.
+        head_start: steps that learn rationales alone.
+
+    """
+
+    def __init__(self, patience: int, head_start: int) -> None:
+        super().__init__(patience)
+        self._head_start = head_start
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **named: Any
+    ) -> None:
+        """Compare the score with the best one so far."""
+        if state.global_step > self._head_start:
+            super().on_evaluate(args, state, control, metrics, **named)
 
 
 class TensorBoard(TrainerCallback):  # type: ignore[misc]

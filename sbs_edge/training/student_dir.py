@@ -69,7 +69,7 @@ class StudentDir:
 
     @property
     def long(self) -> LongSettings | None:
-        """How inputs over ``max_source_tokens`` are read; None: they are cut or refused."""
+        """The settings with which inputs over ``max_source_tokens`` are read; None: they are cut or refused."""
         return LongSettings.of(self.card.get("long"))
 
     @classmethod

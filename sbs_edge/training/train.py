@@ -36,7 +36,10 @@ from sbs_edge.training.finish import TrainedRun, finish
 from sbs_edge.training.options import DataOptions, TrainOptions
 from sbs_edge.training.resume import fingerprint, prepare_work
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["DROPPED", "TrainResult", "train"]
+
+DROPPED = "dropped.jsonl"
+"""The list of the rows that were left out, in the working directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +63,17 @@ class TrainResult:
     seconds: float = 0.0
 
 
-def _callbacks(config: TrainConfig, work: Path, evaluates: bool, first: bool) -> tuple[list[Any], Any]:
-    from transformers import EarlyStoppingCallback
-
-    from sbs_edge.training.progress import ProgressBar, TensorBoard
+def _callbacks(
+    config: TrainConfig, work: Path, head_start: int, evaluates: bool, first: bool
+) -> tuple[list[Any], Any]:
+    from sbs_edge.training.progress import EarlyStopping, ProgressBar, TensorBoard
 
     callbacks: list[Any] = []
     bar = ProgressBar() if first and ProgressBar.wanted(config.progress) else None
     if bar is not None:
         callbacks.append(bar)
     if config.early_stopping_patience is not None and evaluates:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        callbacks.append(EarlyStopping(config.early_stopping_patience, head_start))
     if first:
         installed = util.find_spec("tensorboard") is not None
         wanted = ("tensorboard",) if config.trackers is None and installed else config.trackers or ()
@@ -340,7 +343,7 @@ def _run(
 
     newest = prepare_work(work, config, fingerprint(config, splits, stream is not None), first)
     arguments = make_arguments(config, work, steps, evaluates=bool(batches))
-    callbacks, bar = _callbacks(config, work, bool(batches), first)
+    callbacks, bar = _callbacks(config, work, head_start, bool(batches), first)
     trainer = TwoTaskTrainer(
         model,
         arguments,
@@ -359,10 +362,10 @@ def _run(
     history = _train_and_evaluate(trainer, bar, newest, steps)
     dropped = {source.rows[index].id for index in sorted(getattr(source, "dropped", ()))}
     if first and dropped:
-        write_examples(work / "dropped.jsonl", [row for row in splits.train if row.id in dropped])
+        write_examples(work / DROPPED, [row for row in splits.train if row.id in dropped])
         sys.stderr.write(
             f"{len(dropped)} of {used} training rows were left out: their rationales stand apart from the others', as "
-            f"those of wrong labels do. {work / 'dropped.jsonl'} lists them; drop_doubtful=False keeps them.\n"
+            f"those of wrong labels do. {work / DROPPED} lists them; drop_doubtful=False keeps them.\n"
         )
     report = {
         "mode": config.mode,

@@ -124,8 +124,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         # Taken before anything is wrapped or sharded: tied weights appear once.
         self.trained_names = [name for name, value in model.named_parameters() if value.requires_grad]
         self._sharded: Sharded | None = None
-        self._sums = torch.zeros(6)  # losses, correct tokens, tokens; of both tasks
-        self._passes = 0
+        self._sums = torch.zeros(8)  # losses, correct tokens, tokens, steps with the task; of both tasks
         self.score_at = frozenset(score_at)
         super().__init__(
             model=model, args=args, train_dataset=batches, eval_dataset=validation, callbacks=callbacks
@@ -159,6 +158,8 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         if world > 1:
             # Gradients are averaged over processes, so each divides by its share of the global sum.
             total = self.accelerator.reduce(total, "sum") / world
+        self._sums = self._sums.to(device)
+        self._sums[6:] += total > 0
         for batch in batches:
             batch["denominators"] = total
         return batches, total.sum()
@@ -173,8 +174,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
         """Return the loss of one pass; keep its parts for the history, without synchronising."""
         outputs = model(**inputs)
         parts = torch.cat([outputs["losses"].float(), outputs["correct"].float(), outputs["counts"].float()])
-        self._sums = self._sums.to(parts.device) + parts.detach()
-        self._passes += 1
+        self._sums[:6] += parts.detach()
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def create_optimizer(self, *args: Any, **named: Any) -> Any:
@@ -201,17 +201,28 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
 
     def _training_part(self) -> dict[str, float]:
         """Return mean losses and token accuracies since the last call, over all processes."""
-        steps = max(1, self._passes // max(1, self.config.gradient_accumulation))
-        sums = self.accelerator.reduce(self._sums, "sum")
-        world = self.accelerator.num_processes
-        self._sums, self._passes = torch.zeros(6), 0
-        losses, correct, counts = sums.tolist()[:2], sums.tolist()[2:4], sums.tolist()[4:]
+        sums = self.accelerator.reduce(self._sums.to(self.args.device), "sum")
+        self._sums = torch.zeros(8)
+        values = sums.tolist()
         row: dict[str, float] = {}
-        for task, name in enumerate(("label", "rationale")):
-            if counts[task]:
-                row[f"{name}_loss"] = losses[task] / steps / world
-                row[f"{name}_token_accuracy"] = correct[task] / counts[task]
+        for task, (name, loss) in enumerate(self.mean_losses(sums).items()):
+            if loss is not None:
+                row[f"{name}_loss"] = loss
+                row[f"{name}_token_accuracy"] = values[2 + task] / values[4 + task]
         return row
+
+    def mean_losses(self, sums: Tensor | None = None) -> dict[str, float | None]:
+        """Return the mean loss of each task over the steps that had it; None where no step had.
+
+        Args:
+            sums: (8,) as this process collects them; None: those of this process since the last evaluation.
+
+        """
+        values = (self._sums if sums is None else sums).tolist()
+        return {
+            name: values[task] / values[6 + task] if values[6 + task] else None
+            for task, name in enumerate(("label", "rationale"))
+        }
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return training and validation figures since the last evaluation; keep the best weights."""
@@ -373,10 +384,16 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / ".partial")
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step, over all processes and accumulated passes."""
+        passes = self.config.gradient_accumulation * self.accelerator.num_processes
+        return int(self.config.batch_size * passes)
+
     def rows_used(self) -> int:
         """Return how many rows all processes together have used."""
-        each = self.config.batch_size * self.config.gradient_accumulation * self.accelerator.num_processes
-        return int(self.batches.start_row + (self.state.global_step - self.first_step) * each)
+        steps = self.state.global_step - self.first_step
+        return int(self.batches.start_row + steps * self.rows_per_step)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         work = Path(self.args.output_dir)
@@ -429,5 +446,7 @@ class TwoTaskTrainer(Trainer):  # type: ignore[misc]
             self.first_step = position["step"]
             self.batches.start_row = position["rows"]
             self.batches.steps = max(0, steps - self.first_step)
+            # The head start is a number of steps, and those before the checkpoint may have had other batches.
+            self.batches.labels_from += self.batches.start_row - self.first_step * self.rows_per_step
             if isinstance(self.batches.source, MemoryRows) and position.get("dropped"):
                 self.batches.source.drop(position["dropped"], position["dropped_at"])

@@ -311,7 +311,7 @@ def test_a_class_that_a_narrow_type_confuses_with_the_ignored_one_counts():
 @pytest.mark.compiled
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_no_row_is_asked_for_its_value_on_a_device(softcap):
-    """Meta tensors have none: whoever asks fails, where a GPU would be waited for."""
+    """Meta tensors have no values, so code that reads one fails where it would wait for a GPU."""
     n, d, v, k = 12, 8, 40, 2
     meta = {"device": "meta"}
     whole = {"dtype": torch.int64, **meta}

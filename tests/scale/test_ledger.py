@@ -61,7 +61,7 @@ def test_no_order_of_calls_passes_the_limit_and_none_is_refused_without_need(
     asyncio.run(run())
 
 
-def test_what_a_dead_actor_held_is_free_again_when_its_unit_begins_anew() -> None:
+def test_what_a_dead_actor_held_is_free_again_when_its_unit_starts_again() -> None:
     async def run() -> None:
         ledger = Ledger(PRICES, None, 300, {})
         await ledger.begin(0, 0.0, 0)

@@ -1,4 +1,4 @@
-"""What a cluster may lose: the driver, an actor for good, the address it runs at."""
+"""Losses that a cluster survives: the driver, an actor for good, the address it runs at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study concludes from its runs, by hand-made figures."""
+"""Conclusions of a study from hand-made figures."""
 
 from __future__ import annotations
 
@@ -94,9 +94,10 @@ def test_the_teacher_is_a_level_of_its_own() -> None:
     assert far["nearest"]["student"] == "large"
     assert found(RUNS, teacher={"validation": None, "test": 0.97})["like_teacher"]["student"] == "small"
     texts = [sentences(each)[1] for each in (near, far, found(RUNS))]
-    assert texts[0] == "It is also within 1 point of the teacher (75.0 %)."
-    assert texts[1].startswith(
-        "No student is within 1 point of the teacher (99.0 %); the nearest is step-by-step, large"
+    assert texts[0] == "It is also within 1 point of the teacher (98.4 % on validation rows)."
+    assert texts[1] == (
+        "No student is within 1 point of the teacher (99.5 % on validation rows); the nearest is step-by-step, large "
+        "(98.0 % on validation rows)."
     )
     assert texts[2].startswith("The teacher's accuracy is unknown")
 
@@ -139,6 +140,18 @@ def test_the_sentences_name_the_figures() -> None:
     )
     easy = sentences(found(RUNS), {"accuracy": {"test": {"share": 0.975, "n": 200}}, "ms": 0.02})
     assert easy[4].startswith("A linear model on word n-grams solves this task as well")
+
+
+def test_no_student_is_said_to_be_near_a_best_one_that_had_fewer_rows() -> None:
+    runs = [*both("step-by-step", "large", 1000, 0.90), *both("step-by-step", "large", 500, 0.98),
+            *both("step-by-step", "small", 1000, 0.85)]  # fmt: skip
+    assert sentences(found(runs))[0].startswith(
+        "No student with 1,000 rows is within 1 point of the best, step-by-step, large with 500 rows: 98.0 % on test rows"
+    )
+    assert ". The nearest is step-by-step, large: 90.0 % on test rows" in sentences(found(runs))[0]
+    assert sentences(found(runs, within=10.0))[0].startswith(
+        "The smallest student within 10 points of the best is"
+    )
 
 
 def test_the_frontier_leaves_out_what_a_cheaper_student_matches() -> None:

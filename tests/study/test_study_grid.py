@@ -103,6 +103,16 @@ def test_two_students_of_one_name_and_wrong_fields_are_refused(splits: Splits) -
         plan_runs(StudyConfig(training={"decoder_layers": 2}), splits)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"students": ("a: d_model=16 1/1", "b: d_model=16 1/1")}, {"shares": (0.999, 1.0)}]
+)
+def test_one_student_is_not_trained_by_two_runs(
+    splits: Splits, config: Make, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="Two runs would train the same student: 'step-by-step, "):
+        plan_study(splits, tmp_path / "work", config(**changes))
+
+
 def test_a_smaller_share_lies_within_a_larger_one(splits: Splits) -> None:
     small, large = (subset(splits.train, count, seed=3) for count in (10, 40))
     assert {row.id for row in small} < {row.id for row in large}

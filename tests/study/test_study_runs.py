@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -86,6 +87,34 @@ def test_the_page_and_the_table_hold_every_point(done: tuple[Path, dict[str, Any
     assert sum(line.startswith("| **") for line in table.splitlines()) == 1
     for group in report["groups"]:
         assert f"| {group['rows']} | " in table.replace("**", "")
+
+
+def test_the_page_counts_the_rows_that_judged(done: tuple[Path, dict[str, Any]]) -> None:
+    report = json.loads(json.dumps(done[1]))
+    page = study_page({**report, "rows": {**report["rows"], "validation": 5000}})
+    assert "chosen by their accuracy on 20 validation rows; 20 test rows only report" in page
+    for group in [*report["groups"], report["conclusions"]["chosen"]]:
+        group["validation"] = None
+    assert "chosen by their accuracy on 20 test rows, the only ones with labels to judge by" in study_page(
+        report
+    )
+
+
+def test_rows_that_a_run_left_out_are_counted_and_listed(
+    splits: Splits, config: Make, tmp_path: Path
+) -> None:
+    odd = [
+        dataclasses.replace(row, rationale="dew wax dew wax dew" if index % 4 == 0 else "the room is cold")
+        for index, row in enumerate(splits.train)
+    ]
+    study = config(
+        methods=("step-by-step",), labels="teacher", shares=(1.0,), steps=40,
+        training={"learning_rate": 0.02, "batch_size": 32},
+    )  # fmt: skip
+    (run,) = run_study(dataclasses.replace(splits, train=odd), tmp_path, study, ONE)["runs"]
+    assert run["dropped_rows"] == 16
+    listed = (tmp_path / "runs" / run["key"] / "dropped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in listed] == [row.id for row in odd[::4]]
 
 
 def test_a_finished_study_trains_nothing_again_and_writes_the_chosen_bundle(

@@ -172,6 +172,32 @@ def test_dropped_rows_are_the_odd_ones_and_a_run_resumes_on_both_sides_of_the_dr
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_early_stopping_waits_for_labels_and_losses_are_means_over_the_steps_that_had_them(
+    splits, small, tmp_path
+):
+    result = train(
+        splits, tmp_path / "s", **small, mode="stepwise-teacher", max_steps=60, head_start=0.25, learning_rate=1e-12,
+        early_stopping_patience=1, save_steps=0,
+    )  # fmt: skip
+    assert result.metrics["head_start_steps"] == 15
+    losses = {row["step"]: row.get("label_loss") for row in result.history}
+    assert [losses[step] for step in (4, 8, 12)] == [None] * 3
+    assert 15 < result.metrics["steps"] < 60  # nothing improves, but labels were learnt
+    # Of the four steps before 16, one had labels.
+    assert losses[16] == pytest.approx(result.history[-1]["eval_label_loss"], rel=0.1)
+
+
+def test_the_head_start_is_a_number_of_steps_after_a_resume_with_larger_batches(splits, small, tmp_path):
+    options = {**small, "mode": "stepwise-teacher", "max_steps": 16, "head_start": 0.5, "keep_checkpoints": 9}
+    train(splits, tmp_path / "s", **options)
+    shutil.rmtree(tmp_path / "s.training" / "checkpoint-16")
+    shutil.rmtree(tmp_path / "s.training" / "checkpoint-12")
+    assert json.loads((tmp_path / "s.training" / "checkpoint-8" / "position.json").read_text())["rows"] == 64
+    again = train(splits, tmp_path / "s", **{**options, "batch_size": 16}, resume=True)
+    assert again.metrics["resumed_from_step"] == 8
+    assert [("label_loss" in row) for row in again.history] == [False, False, True, True]
+
+
 @pytest.mark.long
 def test_a_teacher_that_is_wrong_in_a_quarter_of_its_answers_still_teaches(tmp_path):
     splits = builtin_splits(seed=5, teacher_error=0.25)

@@ -1,4 +1,4 @@
-"""What a study's runs say together: means and spreads over seeds, the smallest student that will do, and how many rows.
+"""Conclusions from a study's runs: means and spreads over seeds, the smallest student that will do, and how many rows.
 
 Students are chosen by their accuracy on validation rows; the test rows only report. Pure arithmetic on plain values.
 """
@@ -240,7 +240,12 @@ def sentences(found: dict[str, Any], linear: dict[str, Any] | None = None) -> li
     """
     chosen, best, within = found["chosen"], found["best"], _points(found["within"])
     said = [f"The smallest student within {within} of the best is {named(chosen)}: {_figures(chosen)}."]
-    if best is chosen:
+    if score(chosen) < score(best) - found["within"] / 100 - 1e-9:
+        said[0] = (
+            f"No student with {chosen['rows']:,} rows is within {within} of the best, {named(best)} with "
+            f"{best['rows']:,} rows: {_figures(best)}. The nearest is {named(chosen)}: {_figures(chosen)}."
+        )
+    elif best is chosen:
         said[0] = f"No smaller student is within {within} of the best, {named(chosen)}: {_figures(chosen)}."
     else:
         said[0] += f" The best is {named(best)}, {best['rows']:,} rows: {_figures(best)}."
@@ -256,19 +261,17 @@ def _of_teacher(found: dict[str, Any]) -> str:
         return (
             "The teacher's accuracy is unknown: no row outside training has both its label and a gold label."
         )
-    level = percent(teacher.get("test") if teacher.get("test") is not None else teacher.get("validation"))
+    near = found["nearest"]
+    split = "validation" if teacher.get("validation") else "test"  # the one that decided
+    level = f"{percent(teacher[split])} on {split} rows"
     if like is None:
-        near = found["nearest"]
-        return f"No student is within {within} of the teacher ({level}); the nearest is {named(near)} ({_reached(near)})."
+        reached = f"{percent(score(near))} on {'validation' if near['validation'] else 'test'} rows"
+        return f"No student is within {within} of the teacher ({level}); the nearest is {named(near)} ({reached})."
     if like is found["chosen"]:
         return f"It is also within {within} of the teacher ({level})."
     return (
         f"The smallest student within {within} of the teacher ({level}) is {named(like)}: {_figures(like)}."
     )
-
-
-def _reached(group: Group) -> str:
-    return percent((group["test"] or group["validation"])["mean"])
 
 
 def _of_rows(found: dict[str, Any]) -> str:

@@ -204,6 +204,7 @@ def _execute(order: Order, folder: Path) -> dict[str, Any]:
         "layers": trained["metrics"]["layers"],
         "steps": trained["metrics"]["steps"],
         "best_step": trained["metrics"].get("best_step"),
+        "dropped_rows": trained["metrics"].get("dropped_rows", 0),
         "train_seconds": trained["seconds"],
         "train_cpu_seconds": trained["cpu_seconds"],
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
@@ -217,7 +218,7 @@ def _execute(order: Order, folder: Path) -> dict[str, Any]:
 def _trained(order: Order, folder: Path, splits: Splits) -> dict[str, Any]:
     """Train the student, or go on from its newest checkpoint, unless it is there."""
     from sbs_edge.training.config import TrainConfig
-    from sbs_edge.training.train import train
+    from sbs_edge.training.train import DROPPED, train
 
     student, record = folder / "student", folder / "train.json"
     if (student / "sbs_edge.json").is_file():
@@ -238,7 +239,10 @@ def _trained(order: Order, folder: Path, splits: Splits) -> dict[str, Any]:
         "cpu_seconds": round(time.process_time() - cpu, 1),
     }
     files.write_json(record, trained)
-    shutil.rmtree(folder / "student.training", ignore_errors=True)
+    work = folder / "student.training"
+    if (work / DROPPED).is_file():
+        os.replace(work / DROPPED, folder / DROPPED)
+    shutil.rmtree(work, ignore_errors=True)
     return trained
 
 

@@ -104,9 +104,8 @@ def study_page(report: dict[str, Any]) -> str:
     page.text(
         f"{len(report['runs'])} runs of {grid['steps']} steps each: {', '.join(grid['methods'])}; "
         f"{', '.join(percent(share) for share in grid['shares'])} of {rows['train']:,} training rows; "
-        f"{_counted(grid['students'], 'student')}; {_counted(grid['seeds'], 'seed')}. Students are chosen by their accuracy "
-        f"on {rows['validation']:,} validation rows; {rows['test']:,} test rows only report. Labels are judged by "
-        f"{report['judged_by']}. Accuracy and size are those of the exported bundle, {grid['target']}.",
+        f"{_counted(grid['students'], 'student')}; {_counted(grid['seeds'], 'seed')}. {_judging(report)} Labels are "
+        f"judged by {report['judged_by']}. Accuracy and size are those of the exported bundle, {grid['target']}.",
         note=True,
     )
     if len(grid["shares"]) > 1:
@@ -142,18 +141,31 @@ def study_page(report: dict[str, Any]) -> str:
     )
     page.section("All runs")
     page.text(
-        "Drop: what the exported target lost against the float32 student on validation rows.", note=True
+        "Drop: what the exported target lost against the float32 student on validation rows. Left out: training rows whose "
+        "rationales were doubtful; dropped.jsonl in the run's directory lists them.",
+        note=True,
     )
     page.table(
-        ["method", "student", "rows", "seed", "validation, %", "test, %", "drop, points", "training, CPU s"],
+        ["method", "student", "rows", "seed", "validation, %", "test, %", "drop, points", "left out", "training, CPU s"],
         [
             [run["method"], run["student"], run["rows"], run["seed"],
              *(_run_accuracy(run, split) for split in ("validation", "test")), run["drop_points"],
-             run["train_cpu_seconds"]]
+             run.get("dropped_rows"), run["train_cpu_seconds"]]
             for run in report["runs"]
         ],
     )  # fmt: skip
     return page.html()
+
+
+def _judging(report: dict[str, Any]) -> str:
+    """Return on how many rows the students are chosen and judged."""
+    group = report["groups"][0]
+    validation, test = (
+        group[split] and f"{group[split]['n']:,} {split} rows" for split in ("validation", "test")
+    )
+    if not (validation and test):
+        return f"Students are chosen by their accuracy on {validation or test}, the only ones with labels to judge by."
+    return f"Students are chosen by their accuracy on {validation}; {test} only report."
 
 
 def _counted(items: Sequence[Any], noun: str) -> str:

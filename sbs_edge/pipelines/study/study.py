@@ -27,7 +27,7 @@ from sbs_edge.training.student_dir import StudentDir
 __all__ = ["Placement", "Plan", "plan_study", "run_study"]
 
 FAILURES_IN_A_ROW = 3
-"""How many runs may fail one after another, none finished between them, before the study ends without the others."""
+"""Number of runs that may fail in a row, with none finished between them, before the study ends without the others."""
 
 LATENCY_S = 4.0
 """Most seconds for the labels of one bundle, and for its rationales."""
@@ -38,7 +38,7 @@ _SCRATCH_BYTES = 1_500_000_000  # a training from scratch with torch, transforme
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the runs of a study are carried out.
+    """The place where the runs of a study are carried out.
 
     Attributes:
         engine: ``local``: processes of this machine; ``ray``: tasks of a cluster.
@@ -115,6 +115,14 @@ def plan_study(
     data = write_data(work, splits) if write else work / "data"
     spread = _spread(runs, placement)
     orders = [order_of(run, config, splits, work, data, gold, spread.threads) for run in runs]
+    first: dict[str, str] = {}
+    for order in orders:
+        if order["key"] in first:
+            raise UsageError(
+                f"Two runs would train the same student: {first[order['key']]!r} and {order['name']!r}. Leave out one of "
+                "the students, or one of the shares if they come to the same number of rows."
+            )
+        first[order["key"]] = order["name"]
     finished = [index for index, order in enumerate(orders) if is_finished(order)]
     return Plan(runs, orders, finished, spread, gold)
 
