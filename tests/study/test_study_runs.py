@@ -188,8 +188,12 @@ def test_an_interrupted_study_goes_on_where_it_stopped(
     rows_folder: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
     work = tmp_path / "work"
-    command = [sys.executable, "-P", "-m", "sbs_edge", *arguments(rows_folder, work, steps=120)]
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", "-m", "sbs_edge", *arguments(rows_folder, work, steps=60)]
+    # Under a job in the background SIGINT is ignored, and a program that starts so keeps to it.
+    started = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 400  # a bound for a broken study only
     # One run finished, and the next one has saved a checkpoint.
     while time.monotonic() < deadline and started.poll() is None:
